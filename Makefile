@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE := 1
 # Two processes, each with files of its own until one has no more: the tests of a file share imports, models and graphs.
 TWO := -n 2 --dist worksteal
 
-.PHONY: help demo quick test integrations newest floors check format bench coverage methods third-party peft-tests docs clean
+.PHONY: help demo quick test integrations browser newest floors check format bench coverage methods third-party peft-tests docs clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 10
@@ -29,6 +29,9 @@ integrations: export OMP_NUM_THREADS := 1
 integrations: .venv/.integrations  ## run the tests with libraries that train models, such as trl, and users' workflows with both
 	$(BIN)/pytest -m integrations $(ARGS)
 	$(BIN)/python coverage/workflows/run.py
+
+browser: .venv/.browser  ## open pictures in headless Chromium, Debian's package chromium; screenshots are in build/
+	$(BIN)/pytest -m browser $(ARGS)
 
 newest:  ## run the tests with the newest of each dependency, in an environment of their own; TORCH=2.14 takes that
 	$(call test_in,.venv-newest,highest)
@@ -85,6 +88,10 @@ clean:  ## remove everything that these targets make
 
 .venv/.integrations: .venv/.installed
 	$(BIN)/python -m pip install -e '.[integrations]'
+	touch $@
+
+.venv/.browser: .venv/.installed
+	$(BIN)/python -m pip install -e '.[browser]'
 	touch $@
 
 .venv/.peft-tests: .venv/.installed

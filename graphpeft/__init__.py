@@ -1,5 +1,6 @@
 """graphpeft: parameter-efficient fine-tuning of any PyTorch model, as rewrites of torch.fx graphs."""
 
+from importlib.metadata import version
 from typing import Any
 
 from graphpeft import methods
@@ -22,6 +23,7 @@ from graphpeft.graph import ops
 from graphpeft.graph.errors import GuardError, NeedsInputsError, TraceError
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.template import names_in_slots
+from graphpeft.learning import LearningReport, SiteLearning, TensorLearning, check_learning
 from graphpeft.methods import *
 from graphpeft.model.adapt import explain, get_peft_model
 from graphpeft.model.base_state_dicts import get_base_model_state_dict, set_base_model_state_dict
@@ -66,10 +68,13 @@ from graphpeft.rules.rule import (
     RunsByRow,
 )
 from graphpeft.rules.trained import FullyTrainedModule, SiteParameters, TableRows
+from graphpeft.showing import Shown, show
 from graphpeft.sites.feeding import feeding
 from graphpeft.sites.site import CallSite, LeafSite, Site
 from graphpeft.targeting.target_config import TargetedConfig
 from graphpeft.tracing.trace import trace
+
+__version__ = version("graphpeft")
 
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
@@ -95,6 +100,7 @@ __all__ = [
     "GuardError",
     "InputRule",
     "LeafSite",
+    "LearningReport",
     "Mergeable",
     "NeedsInputsError",
     "NoMatchingPeftModuleError",
@@ -118,17 +124,21 @@ __all__ = [
     "Report",
     "Rule",
     "RunsByRow",
+    "Shown",
     "Site",
+    "SiteLearning",
     "SiteParameters",
     "TableRows",
     "TargetedConfig",
     "TaskType",
+    "TensorLearning",
     "TraceError",
     "TunerLayerStatus",
     "TunerModelStatus",
     "WeightRule",
     "cast_mixed_precision_params",
     "check_if_peft_model",
+    "check_learning",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
     "create_riemannian_optimizer",
@@ -156,6 +166,7 @@ __all__ = [
     "register",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
+    "show",
     "trace",
     "update_and_allocate_callback",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 def shortened(text: str, most: int = 200) -> str:
@@ -30,8 +31,25 @@ def joined(items: Sequence[str], separator: str = ", ", most: int = 5) -> str:
     return separator.join([*items[:most], *more])
 
 
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns the lines of a table in plain text."""
+def text_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[str] = frozenset()
+) -> list[str]:
+    """Returns the lines of a table in plain text.
+
+    Args:
+        header: The names of the columns.
+        rows: The cells of each row.
+        numbers: The columns whose cells are at the right.
+    """
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     ruled = [header, ["─" * width for width in widths], *rows]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in ruled]
+    aligned = [str.rjust if name in numbers else str.ljust for name in header]
+    return [
+        "  ".join(align(cell, width) for align, cell, width in zip(aligned, row, widths, strict=True)).rstrip()
+        for row in ruled
+    ]
+
+
+def as_html(report: object) -> str:
+    """Returns what a report prints, for a notebook; it can be a report's ``_repr_html_``."""
+    return f'<pre style="line-height: 1.3">{html.escape(str(report))}</pre>'

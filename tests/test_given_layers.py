@@ -244,10 +244,3 @@ def test_an_option_that_is_the_classs_gives_no_graph_and_an_adapted_model_all_th
     assert given(model[0]) is None
     expected = model(x)
     assert torch.equal(get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))(x), expected)
-
-
-def test_a_forward_that_was_set_on_a_layer_is_refused():
-    model: Any = built("linear")
-    model[0].forward = lambda x: x
-    with pytest.raises(AdaptError, match="its forward was set on the instance"):
-        get_peft_model(model, LoraConfig(target_modules=["0"]))

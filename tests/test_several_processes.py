@@ -49,6 +49,7 @@ from graphpeft import (
     AdaptError,
     LoraConfig,
     PeftModel,
+    VeraConfig,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
@@ -329,10 +330,43 @@ def check_processes_have_the_same_first_values() -> None:
     assert_close(found, of_first)
 
 
+def check_adapted_before(options: dict[str, Any]) -> None:
+    alone, model = adapted(options), adapted(options)
+    assert parallel(model) is model
+    assert model.blocks[0].up.default.lora_B.placements == (Shard(0),)
+    assert model.blocks[0].down.default.lora_A.placements == (Shard(1),)
+    assert model.blocks[0].down.default.lora_B.placements == (Replicate(),)
+    close(torch.tensor(train(model, BATCH)), torch.tensor(train(alone, BATCH)))
+    expected = alone(BATCH)
+    close(model(BATCH), expected)
+    close(get_peft_model_state_dict(model), get_peft_model_state_dict(alone))
+    with model.disable_adapter():
+        close(model(BATCH), base()(BATCH))
+    model.merge_adapter()
+    close(model(BATCH), expected)
+    model.unmerge_adapter()
+    close(model.unload()(BATCH), base()(BATCH))
+
+
+def check_shared_tensors_stay_shared() -> None:
+    def model_with(how: Callable[[Any], Any]) -> Any:
+        torch.manual_seed(1)
+        return how(get_peft_model(base(), VeraConfig(r=2, target_modules=["up", "down"], init_weights=False)))
+
+    alone, model = model_with(lambda model: model), model_with(parallel)
+    assert model.blocks[0].up.default.vera_A is model.blocks[1].down.default.vera_A
+    assert hasattr(model.blocks[0].up.default.vera_A, "full_tensor")
+    close(torch.tensor(train(model, BATCH)), torch.tensor(train(alone, BATCH)))
+
+
 def check_an_adapted_model_is_refused() -> None:
-    model = adapted({})
-    refuses("call parallelize_module with the base model and adapt it afterwards", lambda: parallel(model))
-    assert not any(hasattr(parameter, "full_tensor") for parameter in model.blocks.parameters())
+    merged = adapted({})
+    merged.merge_adapter()
+    for model in (merged, adapted(CONFIGS["bias"]), adapted({"init_lora_weights": "pissa"})):
+        refuses(
+            "call parallelize_module with the base model and adapt it afterwards", functools.partial(parallel, model)
+        )
+        assert not any(hasattr(parameter, "full_tensor") for parameter in model.blocks.parameters())
 
 
 def stages() -> list[nn.Module]:
@@ -369,7 +403,10 @@ def test_models_that_are_divided() -> None:
     }
     checks["placements"] = check_factors_are_sharded_as_their_weight
     checks["first values"] = check_processes_have_the_same_first_values
-    checks["adapted before"] = check_an_adapted_model_is_refused
+    for name in ("lora", "dora"):
+        checks[f"adapted before, {name}"] = functools.partial(check_adapted_before, options[name])
+    checks["shared"] = check_shared_tensors_stay_shared
+    checks["adapted before, and refused"] = check_an_adapted_model_is_refused
     checks["pipeline"] = check_stages
     run_in_two_processes(checks)
 

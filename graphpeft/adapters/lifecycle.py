@@ -21,14 +21,18 @@ from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.state import STATE, Adapter, Adapters, Modules, Tensors, adapters_of
 from graphpeft.adapters.tensors import new_tensors, overwrite, refuse_exchanged, thaw
 from graphpeft.graph import in_place, overrides, slots
+from graphpeft.graph.forward_classes import holds_own_tensor
 from graphpeft.graph.hidden_holders import hide_holders, stop_hiding
 from graphpeft.graph.holders import has_tensor, holder_for, place_of, tensor_at
+from graphpeft.graph.kept_forwards import forget, know
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.graph.sharding import is_managed
 from graphpeft.graph.template import GraphForward, names_in_slots, template_of
+from graphpeft.graph.tensor_parallel_forwards import refusal
 from graphpeft.graph.values import replace, written
 from graphpeft.peft_errors import PeftWarning
+from graphpeft.rules.short_options import short_options
 from graphpeft.transaction import (
     at_end_of,
     delete_item,
@@ -64,10 +68,20 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
     owners = dict.fromkeys([path for path, _ in (*made, *constants)])
     for path in owners:
         _refuse_taken(modules[path], path, name)
+        reason = refusal(modules[path])
+        if reason is not None:
+            raise AdaptError(f"{path or 'the model'} can't be adapted: {reason}; leave it out of the config")
         if not plan.config.inference_mode:
             _refuse_unmanaged(modules[path], path, name)
+    for path in {*plan.fully_trained, *plan.rows, *(each.site.owner for each in plan.sites if each.replaced)}:
+        if holds_own_tensor(modules[path]):
+            raise AdaptError(
+                f"the forward that was set on {path or 'the model'} itself has a tensor of it in hand, and would not "
+                f"see that of adapter {name!r} in its place; let it read the tensor from the module in each call"
+            )
+    method, options = plan.config.method.lower(), short_options(plan.config)
     for path in owners:
-        set_item(modules[path]._modules, name, holder_for(modules[path]))
+        set_item(modules[path]._modules, name, holder_for(modules[path], method, options))
         hide_holders(modules[path])
     for (path, attribute), tensor in made.items():
         holder, own = place_of(modules[path], attribute)
@@ -82,6 +96,9 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
         if region not in adapters.lifted and (template.shared or template_of(modules[region]) is None)
     }
     set_items(adapters.lifted, lifted)
+    for region in lifted:
+        if region:  # that of the model itself asks in each call which adapters act, see `set_forwards.py`
+            know(modules[region])
     set_item(adapters.by_name, name, Adapter.of(plan))
     adapters.note_call_inputs(modules[""])
     own = {place: value for place, value in (values or {}).items() if place not in made}
@@ -258,6 +275,7 @@ def unload(model: nn.Module, adapters: Adapters, left: Tensors) -> None:
         for region in adapters.lifted.keys() & modules.keys():
             if not names_in_slots(modules[region]):  # of adapters of a model inside or around
                 in_place.take_off(modules[region], "graph")
+                forget(modules[region])
         delete_item(model.__dict__, STATE)
         in_place.exchange(model, {"methods": None, "peft": None})
         for (path, own), tensor in left.items():

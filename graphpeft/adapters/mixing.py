@@ -30,6 +30,7 @@ from graphpeft.adapters.rows import RowAdapters, Rows, Runner, place_of
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.adapters.tensors import refuse_missing
 from graphpeft.graph import in_place
+from graphpeft.graph.around_set_forwards import own_forward
 from graphpeft.graph.recomputing import taken_along
 from graphpeft.graph.template import Template, graph_forward, template_of, wear_template
 from graphpeft.rules.adapted_site import AdaptedSite
@@ -52,8 +53,8 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if rows is not None and runner is not None and not rows.are_off:
         return runner(module, *args, **kwargs)
     # asked for in each call: other adapters may be active since
-    forward = graph_forward(module) or in_place.original_class(module).forward
-    return forward(module, *args, **kwargs)
+    forward = graph_forward(module)
+    return own_forward(module)(*args, **kwargs) if forward is None else forward(module, *args, **kwargs)
 
 
 def forward_of(module: nn.Module) -> Callable[..., Any]:

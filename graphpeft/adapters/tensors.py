@@ -15,14 +15,14 @@ from graphpeft.graph import in_place, overrides
 from graphpeft.graph.holders import all_parameters, has_tensor, place_of, tensor_at
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join, modules_by_path
-from graphpeft.graph.sharding import distributed_as, is_tensor_parallel, lacking_values, reshard
+from graphpeft.graph.sharding import distributed_as, equal_in_all, is_tensor_parallel, lacking_values, reshard
 from graphpeft.graph.values import loaded, value_of, written
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.rule import Rule
 from graphpeft.rules.weight_reader import WeightReader
-from graphpeft.sites.site import Site
+from graphpeft.sites.site import CallSite, Site
 from graphpeft.transaction import remember, set_item, undone_by
 
 
@@ -48,13 +48,21 @@ def _distributed(plan: Plan, modules: Modules, made: Tensors) -> Tensors:
     beside = {
         (adapted.site.owner, name): adapted.site.beside for adapted in plan.sites for name in adapted.names.values()
     }
+    at_boundaries = {
+        (adapted.site.owner, name)
+        for adapted in plan.sites
+        if isinstance(adapted.site, CallSite)
+        for name in adapted.names.values()
+    }
     found: dict[int, torch.Tensor] = {}
     for place, tensor in made.items():
         path, own = beside.get(place, (place[0], place[1].rpartition(".")[2]))
         held = {**modules[path]._parameters, **modules[path]._buffers}
         weight = held.get("weight" if own == "weight_rows" else own)
         if is_tensor_parallel(modules[path], weight) and id(tensor) not in found:
-            found[id(tensor)] = distributed_as(tensor, weight)
+            # a module is given whole tensors, which are to be equal in all processes
+            like = equal_in_all if place in at_boundaries else distributed_as
+            found[id(tensor)] = like(tensor, weight)
     return {place: found.get(id(tensor), tensor) for place, tensor in made.items()}
 
 

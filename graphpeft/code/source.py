@@ -14,13 +14,16 @@ import inspect
 import operator
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Set
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from types import CodeType, FunctionType, MethodType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
 from graphpeft.code.attribute_paths import ANY, paths_in, paths_in_bytecode
+
+_Result = TypeVar("_Result")
 
 
 class Uses(NamedTuple):
@@ -38,7 +41,23 @@ class Uses(NamedTuple):
     read_elsewhere: set[str]
 
 
-@functools.cache
+def cached_by_class(function: Callable[[type], _Result]) -> Callable[[type], _Result]:
+    """Caches the results of a function of a class as long as the class lives.
+
+    A class may be made for one module, whose forward was set, and lead to the whole model.
+    """
+    known: weakref.WeakKeyDictionary[type, _Result] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(function)
+    def cached(cls: type) -> _Result:
+        if cls not in known:
+            known[cls] = function(cls)
+        return known[cls]
+
+    return cached
+
+
+@cached_by_class
 def uses_in_forward(cls: type) -> Uses:
     """Returns the attributes that `cls`'s forward uses, found in its source, or in its bytecode without source."""
     uses = Uses(set(), set(), set())
@@ -169,7 +188,7 @@ def values_around(function: FunctionType) -> Iterator[Any]:
             yield cell.cell_contents
 
 
-@functools.cache
+@cached_by_class
 def functions_in_forward(cls: type) -> Mapping[FunctionType, bool]:
     """Returns the functions that a forward may run, found by name, see `functions_called`."""
     return functions_called([member for entry in _entries(cls) for member in _members(cls, entry, frozenset())], cls)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graphpeft.exporting.check import Checked
-from graphpeft.wording import text_table
+from graphpeft.wording import as_html, text_table
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ExportReport:
     def __str__(self) -> str:
         lines = [f"{self.format}, adapters {self.adapter_mode}: {self.path}", ""]
         sizes = [(str(self._relative(path)), f"{size:,}") for path, size in self.files.items()]
-        lines += text_table(("file", "bytes"), sizes)
+        lines += text_table(("file", "bytes"), sizes, ("bytes",))
         if self.inputs:
             lines += ["", *text_table(("input", "shape"), list(self.inputs.items()))]
         if self.adapter_files:
@@ -60,6 +60,7 @@ class ExportReport:
         return "\n".join(lines)
 
     __repr__ = __str__
+    _repr_html_ = as_html
 
     def _relative(self, path: Path) -> Path:
         return path.relative_to(self.path.parent)

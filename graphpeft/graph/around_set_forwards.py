@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from graphpeft.graph import in_place
+from graphpeft.graph.kept_forwards import run_set_forward
 from graphpeft.graph.per_call import PerCall
 
 _AROUND: PerCall[nn.Module] = PerCall(
@@ -31,7 +32,10 @@ def is_around(module: nn.Module) -> bool:
 
 
 def own_forward(module: nn.Module) -> functools.partial[Any]:
-    """Returns what the graph of a module calls as the module's own forward."""
+    """Returns what the graph of a module calls as the module's own forward: that of its class, or one set before."""
+    known = run_set_forward(module)
+    if known is not None:
+        return known
     cls: Any = in_place.original_class(module)
     run: Callable[..., Any] = cls.__call__ if is_around(module) else cls.forward
     return functools.partial(run, module)

@@ -105,6 +105,14 @@ def deciding_frame() -> FrameType:
     return frame
 
 
+def calling_place() -> tuple[str, int]:
+    """Returns the file and the number of the running line of the model's code, outside PyTorch's own functions."""
+    frame = deciding_frame()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_FUNCTIONS + _MACHINERY):
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
+
+
 def deciding_line() -> str:
     """Returns the running line of the model's code, as ```code` (file:line)``."""
     frame = deciding_frame()
@@ -128,3 +136,5 @@ _MACHINERY = (
     torch.overrides.__file__,
     os.path.dirname(pytree.__file__),
 )
+
+_FUNCTIONS = (str(torch.nn.functional.__file__), str(torch.functional.__file__))

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from graphpeft.graph.sharding import distributed_as, is_sharded
 
 from graphpeft._torch import can_take_data
 
@@ -22,6 +25,9 @@ class Holder(nn.Module):
 
     Holders may have tensors in common, as several modules may have a tied parameter.
     """
+
+    _graphpeft_method = "adapter"
+    _graphpeft_options = ""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_old_forward":
@@ -64,22 +70,32 @@ class Holder(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Returns the names and shapes of the tensors, for ``print(model)``."""
+        """Returns the options, and the names and shapes of the tensors, for ``print(model)``."""
         named = (*self._parameters.items(), *self._buffers.items())
-        return ", ".join(f"{name}{tuple(tensor.shape)}" for name, tensor in named if tensor is not None)
+        tensors = ", ".join(f"{name}{tuple(tensor.shape)}" for name, tensor in named if tensor is not None)
+        return "; ".join(filter(None, (self._graphpeft_options, tensors)))
+
+    def _get_name(self) -> str:
+        return self._graphpeft_method
 
 
 _BEFORE_HOOK = "_graphpeft_before_hook"
 
 
-def holder_for(module: nn.Module) -> Holder:
-    """Returns an empty holder for an adapter at `module`."""
+def holder_for(module: nn.Module, method: str, options: str) -> Holder:
+    """Returns an empty holder for an adapter at `module`.
+
+    Args:
+        module: The module.
+        method: The adapter's method, for ``print(model)``.
+        options: Its options, likewise.
+    """
     wrapping: Any = sys.modules.get("torch.distributed.fsdp.wrap")
     if wrapping is not None:
         # what FSDP wraps is whole in its own call alone, and no holder is called
         wrapping.size_based_auto_wrap_policy.EXCLUDE_WRAP_MODULES.add(Holder)
     holder = Holder()
-    vars(holder)["training"] = module.training
+    vars(holder).update(training=module.training, _graphpeft_method=method, _graphpeft_options=options)
     return holder
 
 
@@ -145,3 +161,23 @@ def all_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in owner._parameters.items():
             if parameter is not None:
                 yield prefix + name, parameter
+
+
+def without_holders(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
+    """Leaves out holders among modules and their paths."""
+    return ((path, module) for path, module in modules if not isinstance(module, Holder))
+
+
+def distribute_adapters(module: nn.Module, weight: Any) -> None:
+    """Distributes the tensors of adapters at `module` as its weight is; those that several adapters share stay one."""
+    for holder in module._modules.values():
+        tensors: tuple[Any, ...] = (holder._parameters, holder._buffers) if isinstance(holder, Holder) else ()
+        for held in tensors:
+            for name, tensor in held.items():
+                if tensor is not None and not is_sharded(tensor):
+                    known = _DISTRIBUTED.get(tensor)
+                    held[name] = _DISTRIBUTED[tensor] = distributed_as(tensor, weight) if known is None else known
+
+
+_DISTRIBUTED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""What tensors have become that other holders may have, too."""

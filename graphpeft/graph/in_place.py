@@ -22,7 +22,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from graphpeft import transaction
-from graphpeft.graph.kept_forwards import keep_own_forward, own_forwards
+from graphpeft.graph.holders import distribute_adapters, without_holders
+from graphpeft.graph.kept_forwards import follow, keep_own_forward, own_forwards, step_aside, step_back
 from graphpeft.graph.sharded_classes import over_shards, under_shards
 from graphpeft.graph.sharding import is_asked_by
 from graphpeft.peft_classes import ending_in
@@ -30,6 +31,13 @@ from graphpeft.peft_classes import ending_in
 KINDS = ("peft", "methods", "rows", "graph", "slots", "padded", "merged", "hiding", "tensors")
 """The kinds of layers, outermost first: ``methods`` wraps ``rows``, which wraps ``graph``, which reads ``tensors``."""
 
+
+_TENSOR_PARALLEL = "torch.distributed.tensor"
+_READ = ("merged", "tensors")
+"""The kinds of layers of modules whose own tensors are kept elsewhere, or aren't what is read."""
+
+_OF_GRAPHS = ("rows", "graph")
+"""The kinds whose forwards stand for a forward that was set on a module itself."""
 
 _AROUND_FORWARDS = ("methods", "rows")
 """The kinds whose forwards hand all arguments on to that of a layer further in."""
@@ -98,18 +106,35 @@ class Dressed:
         return copied
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Registers a parameter, if it isn't one that tensor parallelism has sharded, without the adapters beside it.
+        """Registers a parameter; with a weight that tensor parallelism has sharded, it shards adapters' tensors alike.
 
         Raises:
-            RuntimeError: If it is.
+            RuntimeError: If tensor parallelism asks for that and adapters have tensors in the place of the module's.
         """
-        if is_asked_by("torch.distributed.tensor.parallel"):
+        module: Any = super()
+        if not is_asked_by(_TENSOR_PARALLEL):
+            module.register_parameter(name, param)
+            return
+        if "weight" not in self.__dict__["_parameters"] or any(each.kind in _READ for each in self._graphpeft_layers):
             raise RuntimeError(
-                f"a {self._graphpeft_original.__name__} is adapted already, and PyTorch's tensor parallelism doesn't "
-                "know how to shard an adapter; call parallelize_module with the base model and adapt it afterwards, "
-                "which shards the adapter as the weights are"
+                f"an adapter of this {self._graphpeft_original.__name__} is merged, or has tensors in the place of its "
+                "own, which PyTorch's tensor parallelism would shard; call parallelize_module with the base model and "
+                "adapt it afterwards, which shards the adapter as the weights are"
             )
-        cast(Any, super()).register_parameter(name, param)
+        module.register_parameter(name, param)
+        if name == "weight":
+            distribute_adapters(cast(nn.Module, self), param)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As of any module; tensor parallelism, which would shard holders by rules of its own, doesn't see these."""
+        found: Iterator[tuple[str, nn.Module]] = cast(Any, super()).named_modules(*args, **kwargs)
+        return without_holders(found) if is_asked_by(_TENSOR_PARALLEL) else found
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of any module; tensor parallelism sees a layer's own parameters alone."""
+        if is_asked_by(_TENSOR_PARALLEL):
+            kwargs["recurse"] = False
+        return cast(Any, super()).named_parameters(*args, **kwargs)
 
     def _replicate_for_data_parallel(self) -> Any:
         # as nn.Module does, but without calling __new__, which would build an instance of the original class
@@ -282,10 +307,17 @@ def _set_class(module: nn.Module, cls: type) -> None:
 
 
 def _exchange_class(module: nn.Module, cls: type) -> None:
+    layers: tuple[Layer, ...] = getattr(cls, "_graphpeft_layers", ())
+    runs_graph = any(layer.kind in _OF_GRAPHS for layer in layers)
+    follow(module, bool(layers))
+    if runs_graph:
+        step_aside(module)
     kept = own_forwards(module)
     # bypasses nn.Module.__setattr__, which is for tensors and submodules
     object.__setattr__(module, "__class__", cls)
     keep_own_forward(module, kept)
+    if not runs_graph:
+        step_back(module)
     # PyTorch 2.10 checks the class of a compiled module again only after a write to its __dict__
     vars(module)[_TOUCHED] = None
     del vars(module)[_TOUCHED]

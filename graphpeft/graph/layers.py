@@ -21,7 +21,9 @@ from torch import fx, nn
 from graphpeft._torch import PADDING_OF_CONVOLUTION, computes_in_own_way
 from graphpeft.graph import guards, in_place
 from graphpeft.graph.computed_weights import computed_from
+from graphpeft.graph.kept_forwards import set_forward
 from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
+from graphpeft.graph.set_layers import as_set_on
 from graphpeft.graph.template import FIXED, Template
 
 
@@ -39,6 +41,8 @@ def given(module: nn.Module) -> Template | None:
         return None
     refuse_what_a_graph_cannot_replace(module)
     template = graph_of(module)
+    if template is not None and set_forward(module) is not None:
+        template = as_set_on(module, template)
     # an option can be fixed only where it is an attribute of the module itself, not of its class
     return template if template is not None and template.fixed.keys() <= vars(module).keys() else None
 

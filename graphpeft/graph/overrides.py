@@ -19,7 +19,7 @@ from torch import nn
 
 from graphpeft.graph import in_place
 from graphpeft.graph.holders import name_at, place_of, tensor_at, value_at
-from graphpeft.graph.sharding import is_asked_by, is_managed
+from graphpeft.graph.sharding import in_all, is_asked_by, is_managed
 from graphpeft.transaction import at_end_of
 
 Names = tuple[str, ...]
@@ -133,7 +133,7 @@ def rows(adapter: str) -> str:
 
 def put_rows(table: torch.Tensor, indices: tuple[int, ...], values: torch.Tensor) -> torch.Tensor:
     """Returns a copy of `table` with `values` in the rows at `indices`."""
-    return table.index_copy(0, torch.tensor(indices, device=table.device), values.to(table))
+    return table.index_copy(0, in_all(torch.tensor(indices, device=table.device), table), values.to(table))
 
 
 @functools.lru_cache(maxsize=1024)

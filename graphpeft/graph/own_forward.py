@@ -10,7 +10,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx as fx
@@ -20,6 +20,8 @@ from graphpeft._torch import reparametrized
 from graphpeft.code.source import uses_in_forward
 from graphpeft.graph import in_place, overrides
 from graphpeft.graph.errors import TraceError
+from graphpeft.graph.forward_classes import class_of_forward, holds_own_tensor
+from graphpeft.graph.kept_forwards import name_of, set_forward
 from graphpeft.graph.recomputing import taken_along
 from graphpeft.graph.template import OWN_FORWARD, SIMPLE, Template
 
@@ -30,7 +32,23 @@ def call_through(module: nn.Module) -> Template:
     Raises:
         TraceError: If a graph can't have the forward's arguments.
     """
+    if set_forward(module) is not None and not _takes_the_same(module):
+        raise TraceError(
+            f"its forward was set on the instance ({name_of(set_forward(module))}) and takes other arguments than "
+            "that of its class; give it the same"
+        )
     return _calling(in_place.original_class(module).forward, ())
+
+
+def _takes_the_same(module: nn.Module) -> bool:
+    """Returns whether a forward that was set on a module takes the arguments of that of its class, by their names."""
+    of_class = list(inspect.signature(in_place.original_class(module).forward).parameters)[1:]
+    try:
+        own = inspect.signature(cast(Any, set_forward(module))).parameters.values()
+    except ValueError:  # a function in C
+        return False
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in own)
+    return takes_any or [each.name for each in own] == of_class
 
 
 def call_on_weights(module: nn.Module, weight: str) -> Template:
@@ -44,13 +62,23 @@ def call_on_weights(module: nn.Module, weight: str) -> Template:
     Raises:
         TraceError: If a graph can't have the forward's arguments.
     """
-    uses = uses_in_forward(in_place.original_class(module))
+    if holds_own_tensor(module):
+        raise TraceError(
+            f"its forward was set on the instance ({name_of(set_forward(module))}) and has a tensor of the module in "
+            "hand, for which no other can be put in; read it from the module in each call"
+        )
+    uses = uses_in_forward(class_of_forward(module))
     used = uses.read | uses.called  # a method of the weight, such as ``weight.chunk``, is called
     found = dict(module.named_parameters())
     names = tuple(path for path in found if any(path == use or use.startswith(f"{path}.") for use in used))
     if weight not in names:
         names = tuple(module._parameters) if weight in module._parameters else tuple(found)
-    return _calling(in_place.original_class(module).forward, names, as_given=True)
+    own: Any = _any_arguments if set_forward(module) is not None else in_place.original_class(module).forward
+    return _calling(own, names, as_given=True)
+
+
+def _any_arguments(*args: Any, **kwargs: Any) -> None:
+    """Stands for a set forward, which may take others than that of the class."""
 
 
 @functools.lru_cache(maxsize=256)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from torch import fx, nn
 
-from graphpeft.code.source import calls_forward
+from graphpeft.code.source import calls_forward, functions_called, names_in
 from graphpeft.graph import in_place
 from graphpeft.graph.errors import TraceError
-from graphpeft.graph.kept_forwards import foreign_forward
+from graphpeft.graph.kept_forwards import name_of, set_forward
+from graphpeft.graph.tensor_parallel_forwards import refusal
 
 _INTERFACE = frozenset(name for name in dir(fx.GraphModule) if not name.startswith("_")) - frozenset(dir(nn.Module()))
 """The public attributes that ``fx.GraphModule`` adds to a module."""
@@ -17,16 +19,16 @@ _INTERFACE = frozenset(name for name in dir(fx.GraphModule) if not name.startswi
 
 def refuse_what_a_graph_cannot_replace(module: nn.Module) -> None:
     """Raises TraceError if a graph can't replace the forward of `module`."""
-    foreign = foreign_forward(module)
-    if foreign is not None and getattr(module, "_is_hooked", False):
+    foreign = set_forward(module)
+    if foreign is not None and _asks_for_class_forward(foreign):
         raise TraceError(
-            "Transformers' tensor parallelism (tp_plan) has set its forward; load the model without it, shard it by "
-            "PyTorch's parallelize_module, and adapt it afterwards"
+            f"its forward was set on the instance ({name_of(foreign)}) and looks for that of the module's class in "
+            "each call, which would be the graph's; keep that before, as in `forward = module.forward`, and call that"
         )
-    if foreign is not None:
+    parallel = refusal(module)
+    if parallel is not None:
         raise TraceError(
-            f"its forward was set on the instance ({foreign!r}) and would win over the graph's; "
-            "adapt the model before hooks replace its forwards"
+            f"{parallel}; leave it out, or load the model without tp_plan and shard it by PyTorch's parallelize_module"
         )
     call = in_place.original_class(module).__call__
     if call is not nn.Module.__call__ and not calls_forward(call):
@@ -35,6 +37,11 @@ def refuse_what_a_graph_cannot_replace(module: nn.Module) -> None:
     taken = _conflicting_names(type(module), names)
     if taken:
         raise TraceError(f"it has attributes of its own that a graph module needs: {', '.join(taken)}; rename them")
+
+
+def _asks_for_class_forward(forward: Any) -> bool:
+    names = (names_in(function.__code__).read for function in functions_called([forward]))
+    return any("forward" in read and not read.isdisjoint(("type", "__class__")) for read in names)
 
 
 # cached, since equal modules have equal names

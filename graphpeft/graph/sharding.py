@@ -145,6 +145,27 @@ def distributed_as(tensor: torch.Tensor, weight: Any) -> torch.Tensor:
     return nn.Parameter(placed, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else placed
 
 
+def equal_in_all(tensor: torch.Tensor, weight: Any) -> torch.Tensor:
+    """Returns a tensor with the values of the first of the processes over which a weight is sharded."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    mesh = weight.device_mesh
+    values: Any = distribute_tensor(tensor.detach(), mesh, [Replicate()] * mesh.ndim)
+    return (
+        nn.Parameter(values.to_local(), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values.to_local()
+    )
+
+
+def in_all(constant: torch.Tensor, tensor: Any) -> torch.Tensor:
+    """Returns a tensor that all processes have made alike, in a form in which one can compute with `tensor` and it."""
+    if not is_sharded(tensor):
+        return constant
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = tensor.device_mesh
+    return DTensor.from_local(constant, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
 def is_tensor_parallel(module: nn.Module, tensor: Any) -> bool:
     """Returns whether a tensor of `module` is a part of a whole in each call, too."""
     return is_sharded(tensor) and not is_managed(module)

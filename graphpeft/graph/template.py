@@ -32,6 +32,9 @@ VALUE = "val"
 """The key of ``node.meta`` under which PyTorch's passes, and this tracer, keep a node's example value."""
 
 
+LINE = "graphpeft_line"
+"""The key of ``node.meta`` for the line of the model's code that made a node: its file and its number."""
+
 SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 """Types whose values can stand in generated code."""
 
@@ -40,6 +43,9 @@ FIXED = "graphpeft_fixed"
 
 OWN_FORWARD = "_graphpeft_own_forward"
 """The module attribute by which a graph calls the forward of the module's own class."""
+
+SET_FORWARD = "_graphpeft_run_set_forward"
+"""The module attribute by which a graph calls a forward that was set on the module, as one operation among others."""
 
 _MOST_NODES = 20_000
 """The most nodes, in all graphs together, of the recently used templates that are kept."""
@@ -121,6 +127,11 @@ class Template:
         """Whether the graphs only wrap the forward of the module's own class, which runs unchanged."""
         return any(node.target == OWN_FORWARD for graph in self.graphs for node in graph.nodes)
 
+    @functools.cached_property
+    def calls_set_forward(self) -> bool:
+        """Whether the graph has a forward that was set on a layer as its operation."""
+        return any(node.target == SET_FORWARD for graph in self.graphs for node in graph.nodes)
+
     def index(self, module: nn.Module) -> int:
         """Returns the index of the graph that `module` runs in its mode."""
         return int(module.training and len(self.graphs) > 1)
@@ -187,8 +198,9 @@ class Template:
         graphs = tuple(copy_graph(graph, _as_named) for graph in self.graphs)
         for graph in graphs:
             for node in graph.nodes:
-                # example values are fake tensors, which can't be pickled
+                # example values are fake tensors, which can't be pickled; files have other paths elsewhere
                 node.meta.pop(VALUE, None)
+                node.meta.pop(LINE, None)
         # PyTorch 2.10 pickles a node's target in place of its type
         types = [[node.type for node in graph.nodes] for graph in graphs]
         return _unpickled, (graphs, types, self.shared, None if self.plain is self else self.plain)
@@ -312,6 +324,10 @@ class GraphForward(fx.GraphModule):
 
     @property
     def _graphpeft_own_forward(self) -> Callable[..., Any]:
+        return own_forward(self)
+
+    @property
+    def _graphpeft_run_set_forward(self) -> Callable[..., Any]:
         return own_forward(self)
 
     @property

@@ -11,6 +11,7 @@ import torch.fx as fx
 from graphpeft.graph import guards
 from graphpeft.graph.settings import Reads
 from graphpeft.graph.template import Graphs
+from graphpeft.wording import as_html
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ class TraceReport:
         if self.frozen:
             lines.append(f"frozen: {', '.join(self.frozen)}")
         return "\n".join(lines)
+
+    _repr_html_ = as_html
 
 
 def _by_name(attributes: Iterable[tuple[str, str]]) -> list[str]:

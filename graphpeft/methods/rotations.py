@@ -18,6 +18,7 @@ from torch import Tensor
 from graphpeft.graph import ops
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.scaled_sum import add_scaled
+from graphpeft.graph.sharding import in_all
 from graphpeft.sites.site import LeafSite
 
 
@@ -54,7 +55,7 @@ def skew(triangles: Tensor, size: int) -> Tensor:
         triangles: The elements above the diagonals, row after row, of shape (…, size · (size − 1) / 2).
         size: The number of rows of a matrix.
     """
-    rows, columns = torch.triu_indices(size, size, 1, device=triangles.device)
+    rows, columns = in_all(torch.triu_indices(size, size, 1, device=triangles.device), triangles)
     # a matrix of one row has an empty triangle
     flat = triangles.reshape(prod(triangles.shape[:-1]), triangles.shape[-1])
     upper = flat.new_zeros(len(flat), size, size)

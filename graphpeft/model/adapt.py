@@ -6,6 +6,7 @@ import copy
 import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
 from graphpeft.adapters.adapting import (
@@ -16,6 +17,7 @@ from graphpeft.adapters.adapting import (
     warn_of_mistakes,
 )
 from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.learning import LearningReport, check_learning
 from graphpeft.model.earlier_optimizers import watch
 from graphpeft.model.given_model import check_model
 from graphpeft.model.peft_model import give_methods
@@ -23,7 +25,8 @@ from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.given_config import ConfigLike, as_config
 from graphpeft.rules.report import Report
-from graphpeft.transaction import transaction
+from graphpeft.transaction import transaction, trial
+from graphpeft.wording import shortened
 
 
 def explain(
@@ -41,7 +44,8 @@ def explain(
         config: A config of this library or of PEFT; its class is the method.
         adapter_name: The name that the adapter would have.
         example_inputs: A tuple of positional or a dict of keyword arguments with which the whole model can be called.
-            It is needed where the forward of a module that uses a weight functionally branches on its inputs.
+            It is needed where the forward of a module that uses a weight functionally branches on its inputs. With
+            it, the report tells which sites would learn, see `check_learning`; the batch runs twice for that.
         where: A predicate that narrows down the sites which the config names, such as
             ``lambda site: site.out_features == 64``.
 
@@ -58,9 +62,9 @@ def explain(
         >>> explain(model, LoraConfig(r=2, target_modules=["0"]))
         LORA adapter 'default': 1 sites, 48 parameters
         <BLANKLINE>
-        site  op      size    graph of  parameters
-        ────  ──────  ──────  ────────  ──────────
-        0     Linear  8 → 16  0         48
+        site  op      size    graph of  parameters    share
+        ────  ──────  ──────  ────────  ──────────  ───────
+        0     Linear  8 → 16  0                 48  100.0 %
     """
     check_model(model)
     ours = as_config(config)
@@ -70,7 +74,25 @@ def explain(
         warn_of_mistakes(ours, plan)
         if replication is not None:
             replication.undo()
+    plan.report.plan = plan
+    if example_inputs is not None and plan.sites and not plan.report.refused:
+        plan.report.learning = _learning(model, ours, adapter_name, example_inputs, where)
     return plan.report
+
+
+def _learning(
+    model: nn.Module, config: PeftConfig, adapter_name: str, example_inputs: ExampleInputs, where: Where | None
+) -> LearningReport | str:
+    """Returns how the adapter would learn, or why that can't be told; the model stays as it is."""
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        return "the model has no values"
+    with trial(model), torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", PeftWarning)  # each was given once
+        add_new(model, config, adapter_name, example_inputs, True, where, activates=True, methods=give_methods)
+        try:
+            return check_learning(model, example_inputs)
+        except Exception as error:  # of the model's own code, on inputs that were meant for a trace
+            return shortened(f"{type(error).__name__}: {error}")
 
 
 def get_peft_model(

@@ -15,6 +15,7 @@ from graphpeft.graph.holders import has_tensor, tensor_at
 from graphpeft.model.configs import Configs
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import Report
+from graphpeft.showing.notebook import modules_html
 
 
 class AdapterInfo(nn.Module):
@@ -86,6 +87,9 @@ class AdapterInfo(nn.Module):
             This model.
         """
         return self
+
+    def _repr_html_(self) -> str:
+        return modules_html(self, type(self).__name__)
 
     def adapter_report(self, adapter_name: str | None = None) -> Report:
         """Returns what an adapter adapted.

@@ -80,6 +80,8 @@ class TunerModelStatus:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
         >>> model.get_model_status().peft_types
         {'default': 'LORA'}
+        >>> print(model.get_model_status())
+        Sequential with default (LORA, acts): 64 of 84 parameters train (76.19 %)
     """
 
     base_model_type: str
@@ -95,6 +97,21 @@ class TunerModelStatus:
     available_adapters: list[str]
     devices: dict[str, list[str]]
     quantization_backend: str | None
+
+    def __str__(self) -> str:
+        adapters = [f"{name} ({self.peft_types[name]}, {self._state(name)})" for name in self.peft_types]
+        share = 100 * self.trainable_params / max(self.total_params, 1)
+        return (
+            f"{self.base_model_type} with {', '.join(adapters)}: {self.trainable_params:,} of {self.total_params:,} "
+            f"parameters train ({share:.2f} %)"
+        )
+
+    def _state(self, name: str) -> str:
+        if name in self.merged_adapters:
+            return "merged"
+        if name not in self.active_adapters:
+            return "rests"
+        return "acts" if self.enabled else "disabled"
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:

@@ -13,7 +13,7 @@ from graphpeft.adapters.state import Adapters, Modules
 from graphpeft.graph.template import wear_template
 from graphpeft.passes import PASSES, Optimized, Passes, in_order, optimized
 from graphpeft.transaction import set_attribute, transaction
-from graphpeft.wording import joined, text_table
+from graphpeft.wording import as_html, joined, text_table
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class PassReport:
         if not self.changed:
             return "no passes: the graphs compute as they were written"
         rows = [(name, str(len(self.changed[name])), str(len(self.left[name]))) for name in self.changed]
-        lines = text_table(("pass", "changed", "left"), rows)
+        lines = text_table(("pass", "changed", "left"), rows, ("changed", "left"))
         for name in self.changed:
             by_reason: dict[str, list[str]] = {}
             for site, reason in self.left[name].items():
@@ -48,6 +48,7 @@ class PassReport:
         return "\n".join(lines)
 
     __repr__ = __str__
+    _repr_html_ = as_html
 
 
 _LOOKS_FOR = {each.name: each.looks_for for each in PASSES}
@@ -77,7 +78,7 @@ def optimize(model: nn.Module, passes: Iterable[str] | None = None) -> PassRepor
         >>> optimize(model, ["inplace_addmm"])
         pass           changed  left
         ─────────────  ───────  ────
-        inplace_addmm  1        0
+        inplace_addmm        1     0
     """
     names = in_order([each.name for each in PASSES] if passes is None else passes)
     state = known_adapters(model)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from graphpeft.rules.adapted_site import AdaptedSite
-from graphpeft.wording import text_table
+from graphpeft.wording import as_html, text_table
 
 
 class Refusal(NamedTuple):
@@ -28,6 +28,9 @@ class Report:
         fully_trained: The paths of tensors that are trained beside the adapter.
         refused: The targets that can't be adapted; adapting the model raises an error with them.
         nothing_matched: Why the config names nothing in the model, if so.
+        learning: What `check_learning` says of it, if `explain` had example inputs: a `LearningReport`, or why there is
+            none; else None.
+        plan: What `explain` has worked out, for a picture; None for an adapter that a model has.
         excluded: The names that `exclude_modules` or `modules_to_save` excludes.
 
     Example:
@@ -43,28 +46,37 @@ class Report:
     refused: list[Refusal] = field(default_factory=list)
     excluded: list[str] = field(default_factory=list)
     nothing_matched: str = ""
+    learning: Any = field(default=None, repr=False, compare=False)
+    plan: Any = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         lines = [f"{self.method} adapter {self.adapter!r}{self._size()}"]
         if self.adapted:
-            lines += ["", *text_table(("site", "op", "size", "graph of", "parameters"), self._rows())]
+            lines += ["", *self._table()]
+        if isinstance(self.learning, str):
+            lines += ["", f"which sites learn can't be told: {self.learning}"]
         if self._own_code():
             lines += ["", *text_table(("runs its own code on changed weights", "because"), self._own_code())]
         if self.fully_trained:
             lines += ["", f"fully trained: {', '.join(self.fully_trained)}"]
         if self.excluded:
             lines += ["", f"excluded: {', '.join(self.excluded)}"]
+        if self.nothing_matched:
+            lines += ["", self.nothing_matched]
         if self.refused:
             lines += ["", *text_table(("refused", "because"), [refusal[:2] for refusal in self.refused])]
         return "\n".join(lines)
 
     __repr__ = __str__
+    _repr_html_ = as_html
 
     def _size(self) -> str:
         if self.fully_trained and not self.adapted:
             return ", which trains tensors of the model"
-        parameters = sum(adapted.parameter_count for adapted in self.adapted)
-        return f": {len(self.adapted)} sites, {parameters:,} parameters"
+        return f": {len(self.adapted)} sites, {self._parameter_count():,} parameters"
+
+    def _parameter_count(self) -> int:
+        return sum(adapted.parameter_count for adapted in self.adapted)
 
     def _own_code(self) -> list[tuple[str, str]]:
         """Returns the modules that run their own code on changed weights, with the reasons."""
@@ -72,14 +84,24 @@ class Report:
         rows = [(site.region or "the model", site.own_code) for site in sites if site.own_code is not None]
         return list(dict.fromkeys(rows))
 
-    def _rows(self) -> list[tuple[str, ...]]:
-        return [
-            (
+    def _table(self) -> list[str]:
+        header = ["site", "op", "size", "graph of", "parameters", "share"]
+        total = max(self._parameter_count(), 1)
+        rows = [
+            [
                 adapted.site.label,
                 adapted.site.op.__name__,
                 adapted.site.size,
                 adapted.site.region or "the model",
                 f"{adapted.parameter_count:,}",
-            )
+                f"{100 * adapted.parameter_count / total:.1f} %",
+            ]
             for adapted in self.adapted
         ]
+        sites = getattr(self.learning, "sites", None)
+        if sites is not None:
+            dead = {site.label: site.line or site.reason for site in sites if site.state == "dead"}
+            header.append("learns")
+            for row, adapted in zip(rows, self.adapted, strict=True):
+                row.append(f"no: {dead[adapted.site.label]}" if adapted.site.label in dead else "yes")
+        return text_table(header, rows, numbers=("parameters", "share"))

@@ -13,6 +13,7 @@ from graphpeft.code.source import methods_reading, uses_in_forward
 from graphpeft.graph import in_place, ops
 from graphpeft.graph.computed_weights import computed_from, read_weight
 from graphpeft.graph.errors import TraceError
+from graphpeft.graph.forward_classes import class_of_forward
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.ops import convolution
 from graphpeft.graph.own_forward import call_on_weights
@@ -25,6 +26,7 @@ from graphpeft.sites.layer_kinds import kind_of_layer
 from graphpeft.sites.quantised import described, is_quantised
 from graphpeft.sites.readers import Readers
 from graphpeft.sites.regions import Regions
+from graphpeft.sites.set_forwards import computes_otherwise
 from graphpeft.sites.site import NoSiteError, Site
 from graphpeft.sites.weight_uses import WeightUses, number_in, weight_uses
 
@@ -122,7 +124,7 @@ class SiteFinder:
         this graph as its template.
         """
         module, weight = self.modules[region], join(within(owner, region), attribute)
-        if not self.regions.is_called(region):
+        if not self.regions.is_called(region) or self.regions.is_set_on_model(region):
             return None
         try:
             template = self.templates.get(region) or template_of(module)
@@ -149,10 +151,7 @@ class SiteFinder:
             is_inside = path.startswith(f"{region}.") if region else True
             if is_inside and within(path, region) in called:
                 return path
-            if (
-                not is_inside
-                and within(owner, path) in uses_in_forward(in_place.original_class(self.modules[path])).called
-            ):
+            if not is_inside and within(owner, path) in uses_in_forward(class_of_forward(self.modules[path])).called:
                 return path
         return None
 
@@ -188,6 +187,7 @@ class SiteFinder:
             both_ways=uses.both_ways,
             own_code=self._why_own_code(region),
             computed=computed_from(module, attribute),
+            set_forward=computes_otherwise(module) if self.templates[region].calls_set_forward else None,
         )
 
     def _why_own_code(self, region: str) -> str | None:

@@ -14,13 +14,13 @@ from graphpeft.code.attribute_paths import ANY, paths_in
 from graphpeft.code.contents import CONTAINERS, PLAIN, parts_of
 from graphpeft.code.reach import functions_held, functions_run, opened
 from graphpeft.code.source import functions_called, functions_in_forward, names_in, read_by, uses_in_forward
-from graphpeft.graph import in_place
-from graphpeft.graph.kept_forwards import OF_HOOKS
+from graphpeft.graph.forward_classes import class_of_forward
+from graphpeft.graph.kept_forwards import KNOWN, OF_HOOKS
 
 _OF_EACH_MODULE = frozenset(vars(nn.Module()))
 """Attributes that every module has, such as parameters, submodules and hooks."""
 
-_NOT_HELD = _OF_EACH_MODULE | OF_HOOKS
+_NOT_HELD = _OF_EACH_MODULE | OF_HOOKS | {KNOWN}
 
 _HOOKS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and "hooks" in name)
 
@@ -189,7 +189,7 @@ def _reads(module: nn.Module, name: str, held: Any, codes: frozenset[CodeType], 
     """Returns whether the code of a module, or the code in `codes`, may read the parameter `attribute` of `held`."""
     if isinstance(held, nn.Parameter) or any(attribute in names_in(code).read for code in codes):
         return True
-    uses = uses_in_forward(in_place.original_class(module))
+    uses = uses_in_forward(class_of_forward(module))
     elsewhere = uses.read_elsewhere | _read_by_functions(module)
     if not elsewhere.isdisjoint((attribute, ANY)):
         return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping, Set
 from typing import Any, NamedTuple
 
@@ -10,9 +9,10 @@ import torch
 from torch import nn
 
 from graphpeft.code.attribute_paths import ANY
-from graphpeft.code.source import Uses, methods_reading, uses_in_forward
+from graphpeft.code.source import Uses, cached_by_class, methods_reading, uses_in_forward
 from graphpeft.graph import in_place, ops
 from graphpeft.graph.computed_weights import has_tensor
+from graphpeft.graph.forward_classes import class_of_forward
 from graphpeft.graph.holders import has_own_modules
 from graphpeft.graph.paths import join, within
 from graphpeft.sites.held import (
@@ -100,7 +100,7 @@ class Readers:
         template = self._regions.template(path)
         if template is not None:
             return any(ops.reads(graph, f"{inside}.{attribute}") for graph in template.graphs)
-        return inside not in uses_in_forward(in_place.original_class(self._regions.modules[path])).called
+        return inside not in uses_in_forward(class_of_forward(self._regions.modules[path])).called
 
     def _outside(self, owner: str, attribute: str) -> list[str]:
         """Returns a module around `owner` whose graph reads the weight through an unregistered object.
@@ -138,7 +138,7 @@ def _read_by_code(outer: Mapping[str, nn.Module], modules: Mapping[str, nn.Modul
     """
     readers: dict[tuple[nn.Module, str], list[str]] = {}
     for path, module in outer.items():
-        paths = _dotted_paths(in_place.original_class(module))
+        paths = _dotted_paths(class_of_forward(module))
         for owner, name in dict.fromkeys(_tensor_at(module, used) for used in paths):
             if owner is not module and has_tensor(owner, name):
                 readers.setdefault((owner, name), []).append(path)
@@ -149,7 +149,7 @@ def _read_by_code(outer: Mapping[str, nn.Module], modules: Mapping[str, nn.Modul
     return {(places[owner], name): found for (owner, name), found in readers.items()}
 
 
-@functools.lru_cache(maxsize=256)
+@cached_by_class
 def _dotted_paths(cls: type) -> list[list[str]]:
     """Returns the dotted paths that a forward reads or calls, each split into its names."""
     uses = _uses(cls)
@@ -188,7 +188,7 @@ def caller_of_other_methods(modules: Mapping[str, nn.Module], path: str, names: 
     cls = in_place.original_class(modules[path])
     methods = {method for name in names for method in methods_reading(cls, name)} - {"forward"}
     for around, module in modules.items() if methods else ():
-        uses = uses_in_forward(in_place.original_class(module))
+        uses = uses_in_forward(class_of_forward(module))
         called = (each.rpartition(".") for each in uses.called)
         if any(method in methods and owner and _inside(module, owner) is modules[path] for owner, _, method in called):
             return around
@@ -229,7 +229,7 @@ def _may_read(
     known: dict[tuple[Any, ...], Set[str]] = {}
     found = {}
     for path, module in outer.items():
-        cls = in_place.original_class(module)
+        cls = class_of_forward(module)
         uses = _uses(cls)
         handed_on = {
             read

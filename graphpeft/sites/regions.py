@@ -12,6 +12,7 @@ from torch import fx, nn
 from graphpeft.graph import in_place
 from graphpeft.graph.errors import NeedsInputsError, TraceError
 from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.graph.kept_forwards import foreign_forward, name_of
 from graphpeft.graph.layers import given
 from graphpeft.graph.paths import join, modules_by_path, within
 from graphpeft.graph.template import Template, runs_graph, template_of
@@ -76,6 +77,12 @@ class Regions:
 
     def _lift(self, path: str) -> Template:
         module, model = self.modules[path], self.modules[""]
+        if self.is_set_on_model(path):
+            name = name_of(foreign_forward(model))
+            raise TraceError(
+                f"its forward was set on the instance ({name}), which may be what others call with arguments of their "
+                "own; put that forward into a class, or into a module around this one"
+            )
         try:
             template = given(module) or lift(module)
         except NeedsInputsError:
@@ -114,6 +121,10 @@ class Regions:
         """
         found = weight_uses(self.templates[region], self.modules[region])
         return found.get(attribute if owner == region else join(within(owner, region), attribute))
+
+    def is_set_on_model(self, path: str) -> bool:
+        """Returns whether `path` is that of the model, on which a forward was set; see `model/set_forwards.py`."""
+        return not path and foreign_forward(self.modules[""]) is not None
 
     def is_called(self, path: str) -> bool:
         """Returns whether a module has a forward, which a container such as ``nn.ModuleList`` lacks."""

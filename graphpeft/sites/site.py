@@ -66,6 +66,7 @@ class Site(NamedTuple):
         tied_to: The path of the embedding whose table is the weight, if all sites with that table, the embedding's
             own included, share one adapter's tensors.
         computed: How the weight is computed from other tensors; None if it is a parameter.
+        set_forward: Why a forward that was set on the layer isn't known to compute what its class does; or None.
         own_code: Why the region has no graph of its operations, and runs its own code on the changed weight; or None.
 
     Example:
@@ -97,6 +98,7 @@ class Site(NamedTuple):
     tied_to: str | None = None
     own_code: str | None = None
     computed: Computed | None = None
+    set_forward: str | None = None
 
     way_out = "narrow target_modules, or leave targets out with exclude_modules where the method has it"
 
@@ -107,6 +109,11 @@ class Site(NamedTuple):
             return (
                 f"its {self.attribute} is computed by {self.computed.by} from other tensors, and no parameter; remove "
                 "that from the layer first, and adapt it then"
+            )
+        if self.set_forward is not None:
+            return (
+                f"a forward was set on {self.owner} itself {self.set_forward}; what that makes of another weight isn't "
+                "what the adapter adds to its output"
             )
         return None if self.call is None else _of_one_call(self.call)
 

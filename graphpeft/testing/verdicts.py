@@ -13,7 +13,7 @@ from tqdm import tqdm
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.graph.errors import GuardError, TraceError
 from graphpeft.testing.comparing import LawError
-from graphpeft.wording import text_table
+from graphpeft.wording import as_html, text_table
 
 Outcome = Literal["holds", "fails", "doesn't apply"]
 
@@ -60,12 +60,13 @@ class Verification:
         rows = [
             (law, outcome, f"{seconds:.1f}", why.partition("\n")[0]) for law, outcome, why, seconds in self.verdicts
         ]
-        lines = [self.subject, "", *text_table(("law", "outcome", "seconds", "why"), rows)]
+        lines = [self.subject, "", *text_table(("law", "outcome", "seconds", "why"), rows, ("seconds",))]
         for failure in self.failures:
             lines += ["", f"{failure.law}:", failure.why]
         return "\n".join(lines)
 
     __repr__ = __str__
+    _repr_html_ = as_html
 
 
 class Law(NamedTuple):

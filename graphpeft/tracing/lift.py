@@ -7,7 +7,7 @@ class with the same facts would give the same graph, so they share the template.
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import inspect
 import weakref
 from collections.abc import Callable
@@ -17,12 +17,14 @@ import torch
 from torch import fx, nn
 
 from graphpeft.code.identity_checks import compares_objects
-from graphpeft.code.source import functions_in_forward
+from graphpeft.code.source import cached_by_class, functions_in_forward
 from graphpeft.graph import in_place
 from graphpeft.graph.computed_weights import read_as_attributes
 from graphpeft.graph.errors import NeedsInputsError, TraceError
+from graphpeft.graph.forward_classes import class_of_forward
 from graphpeft.graph.holders import has_own_modules
 from graphpeft.graph.inputs import ExampleInputs, split_inputs
+from graphpeft.graph.kept_forwards import set_forward
 from graphpeft.graph.offloading import unhooked
 from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
 from graphpeft.graph.settings import add_check
@@ -33,6 +35,7 @@ from graphpeft.tracing.globals_read import plain_globals
 from graphpeft.tracing.modes import in_each_mode
 from graphpeft.tracing.record import ONE_TRACE_AT_A_TIME, record_forward
 from graphpeft.tracing.tracer import ValueTracer
+from graphpeft.transaction import at_end_of
 
 Facts = tuple[tuple[str, Any], ...]
 
@@ -85,12 +88,13 @@ def lift(module: nn.Module, example_inputs: ExampleInputs | None = None) -> Temp
         return Template((copy_graph(module.graph),), shared=False)
     refuse_what_a_graph_cannot_replace(module)
     cls = in_place.original_class(module)
-    known = _LIFTED.get(cls, []) if example_inputs is None else []
+    is_set = set_forward(module) is not None
+    known = _LIFTED.get(cls, []) if example_inputs is None and not is_set else []
     found = next((lifted for lifted in known if lifted.holds_for(module)), None)
     if found is None:
         with ONE_TRACE_AT_A_TIME, unhooked(module), in_place.without(module, "tensors"):
             template, facts = _record(module, example_inputs)
-        if facts is None:
+        if facts is None or is_set:
             return template
         found = Lifted(type(module).forward, plain_globals(type(module)), facts, template)
     if not known or found is not known[0]:
@@ -98,9 +102,28 @@ def lift(module: nn.Module, example_inputs: ExampleInputs | None = None) -> Temp
     return found.template
 
 
+def lift_forward(module: nn.Module, forward: Callable[..., Any]) -> Template:
+    """Returns the template of a function that computes with `module`, as a forward of it; shared with no other module.
+
+    Raises:
+        TraceError: As `lift` does.
+    """
+    with ONE_TRACE_AT_A_TIME, unhooked(module), in_place.without(module, "tensors"), contextlib.ExitStack() as stack:
+        at_end_of(stack, _put_back, vars(module), "forward", vars(module).get("forward", _UNKNOWN))
+        vars(module)["forward"] = forward
+        return _record(module, None)[0]
+
+
+def _put_back(held: dict[str, Any], name: str, value: Any) -> None:
+    if value is _UNKNOWN:
+        held.pop(name, None)
+    else:
+        held[name] = value
+
+
 def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Template, Facts | None]:
     tracer = ValueTracer(keeps_whole=lambda _: True)
-    cls = in_place.original_class(module)
+    cls = class_of_forward(module)
     if example_inputs is None and _compares_by_identity(cls):
         raise NeedsInputsError(
             f"{cls.__name__}'s forward asks whether values are the same object; pass example_inputs: a tuple of "
@@ -130,7 +153,7 @@ def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Te
     return template, facts if all(seen is not _UNKNOWN for _, seen in facts) else None
 
 
-@functools.cache
+@cached_by_class
 def _compares_by_identity(cls: type) -> bool:
     """Returns whether a forward asks if two values are the same object, which no proxy can answer."""
     return any(compares_objects(function.__code__) for function in functions_in_forward(cls))

@@ -28,7 +28,7 @@ from graphpeft.graph.contexts import leave_autocast, leave_gradients
 from graphpeft.graph.drawing_functions import draws
 from graphpeft.graph.errors import OUT_OF_MEMORY, NeedsInputsError, TraceError
 from graphpeft.graph.facts import above, writes
-from graphpeft.graph.template import SIMPLE, VALUE
+from graphpeft.graph.template import LINE, SIMPLE, VALUE
 from graphpeft.tracing import no_grad
 from graphpeft.tracing.arguments import Arguments, ExampleCall
 from graphpeft.tracing.caches import forget_traced_values
@@ -155,9 +155,10 @@ class ValueTracer(fx.Tracer):
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
     ) -> Any:
-        """Makes a node, and stores in its metadata the module calls that enclose it."""
+        """Makes a node, and stores in its metadata the module calls around it and the line of the model's code."""
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         node.meta[CALLS] = self._calls
+        node.meta[LINE] = guards.calling_place()
         return node
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:

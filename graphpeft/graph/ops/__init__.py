@@ -12,6 +12,7 @@ from graphpeft.graph.ops import convolution, embedding, linear
 from graphpeft.graph.ops.convolution import Convolution
 from graphpeft.graph.ops.embedding import Embedding
 from graphpeft.graph.ops.linear import Linear, transpose_of
+from graphpeft.graph.ops.set_forwards import function_of
 from graphpeft.graph.ops.weight import Weight
 from graphpeft.graph.tags import TAG
 
@@ -55,7 +56,7 @@ def _spelled(node: fx.Node, root: nn.Module) -> Computation | None:
     if node.op == "call_module":
         return next((op for kind in _KINDS if (op := kind.of_module(node, root)) is not None), None)
     if node.op == "call_function":
-        readers = [kind.FUNCTIONS.get(node.target) for kind in _KINDS]
+        readers = [kind.FUNCTIONS.get(function_of(node)) for kind in _KINDS]
     elif node.op == "call_method":
         readers = [kind.METHODS.get(str(node.target)) for kind in _KINDS]
     else:

@@ -1,0 +1,7 @@
+"""``python -m graphpeft``."""
+
+import sys
+
+from graphpeft.command import main
+
+sys.exit(main())

@@ -1,0 +1,66 @@
+"""The command ``graphpeft`` with its subcommands, and what becomes of errors."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import click
+
+from graphpeft.command.adapters import convert, info, merge
+from graphpeft.command.models import explain, export, show, trace, verify
+
+UNDONE, UNREADABLE = 1, 2
+"""Exit codes: something can't be done; files or arguments can't be read."""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(version("graphpeft"), prog_name="graphpeft")
+def graphpeft() -> None:
+    """Adapts PyTorch models with PEFT methods.
+
+    A MODEL is one of
+
+    \b
+      timm:NAME          a model of timm with first weights
+      hf:PATH            a Transformers model, in a folder or on the Hub
+      FOLDER             an adapter, on the base that its config names
+      package.module:f   a function that returns a model, or (model, example_inputs)
+
+    Exit codes: 0; 1 if something can't be done; 2 if a file or an argument can't be read.
+    """
+
+
+for command in (info, explain, show, trace, verify, merge, convert, export):
+    graphpeft.add_command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: The arguments behind the command's name; None takes those of the process.
+
+    Returns:
+        The exit code; an error is written to stderr as one line.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return graphpeft.main(given, prog_name="graphpeft", standalone_mode=False) or 0
+    except click.exceptions.Abort:
+        return _told(given, "interrupted", UNDONE)
+    except click.ClickException as error:
+        return _told(given, error.format_message(), UNREADABLE)
+    except (ValueError, RuntimeError, TypeError, OSError, ImportError, AttributeError) as error:
+        return _told(given, str(error) or type(error).__name__, UNDONE)
+
+
+def _told(given: Sequence[str], reason: str, code: int) -> int:
+    line = " ".join(reason.split())
+    if "--json" in given:
+        click.echo(json.dumps({"error": line}))
+    name = next((word for word in given if word in graphpeft.commands), "")
+    click.echo(f"graphpeft{f' {name}' if name else ''}: {line}", err=True)
+    return code

@@ -1,0 +1,149 @@
+"""Models that the command is given by name, and configs that are given by options."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import torch
+from torch import nn
+
+from graphpeft.auto import class_for
+from graphpeft.files.hub import CONFIG_NAME
+from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.registry import registered
+
+_FUNCTION = re.compile(r"(?P<module>\w+(\.\w+)*):(?P<function>\w+)")
+
+
+class Given(NamedTuple):
+    """A model, and inputs with which it can be called; None if nothing tells of any."""
+
+    model: nn.Module
+    example_inputs: Any
+
+
+def model_from(source: str) -> Given:
+    """Returns the model that a name on the command line means.
+
+    Raises:
+        click.UsageError: If it means none.
+    """
+    kind, _, name = source.partition(":")
+    if kind in _KINDS and name:
+        return _KINDS[kind](name)
+    named = _FUNCTION.fullmatch(source)
+    if named is not None:
+        return _made(named["module"], named["function"])
+    if ":" in source:
+        raise click.UsageError(f"{source} is no model: write timm:NAME, hf:PATH, package.module:function, or a folder")
+    config = PeftConfig.from_pretrained(source)
+    return _with_inputs(class_for(config).from_pretrained(source))
+
+
+def _timm(name: str) -> Given:
+    timm = importlib.import_module("timm")
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    sizes = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
+    return Given(model, (torch.randn(1, *sizes),))
+
+
+def _transformers(path: str) -> Given:
+    transformers = importlib.import_module("transformers")
+    class_name = (transformers.AutoConfig.from_pretrained(path).architectures or ["AutoModel"])[0]
+    return _with_inputs(getattr(transformers, class_name, transformers.AutoModel).from_pretrained(path))
+
+
+def _with_inputs(model: Any) -> Given:
+    example = getattr(model, "dummy_inputs", None)
+    if example is None:
+        return Given(model, None)
+    # an exported program can't return a cache
+    caches = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
+    return Given(model, {**example, **caches})
+
+
+def _made(module: str, function: str) -> Given:
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)  # as for python -m
+    torch.manual_seed(0)
+    made = getattr(importlib.import_module(module), function)()
+    if isinstance(made, nn.Module):
+        return Given(made, None)
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise click.UsageError(
+            f"{module}:{function} returned {type(made).__name__}; it is to return a model, or (model, example_inputs)"
+        )
+    return Given(*made)
+
+
+_KINDS: dict[str, Callable[[str], Given]] = {"timm": _timm, "hf": _transformers}
+
+
+def config_from(config: str | None, method: str, options: Sequence[str]) -> PeftConfig:
+    """Returns the config that options of the command describe.
+
+    Args:
+        config: A folder or a file with an `adapter_config.json`; None without one.
+        method: The method, if there is no config.
+        options: Further options as NAME=VALUE; a value is JSON, or text.
+
+    Raises:
+        click.UsageError: If there is no such method or option.
+    """
+    given = dict(map(_option, options))
+    if config is not None:
+        place = Path(config)
+        read = PeftConfig.from_file(place) if place.is_file() else PeftConfig.from_pretrained(config)
+        return _with(functools.partial(dataclasses.replace, read), read.method, given)
+    classes = registered()
+    if method.upper() not in classes:
+        raise click.UsageError(f"there is no method {method!r}; there are {', '.join(sorted(classes))}")
+    return _with(classes[method.upper()], method, given)
+
+
+def _with(build: Callable[..., PeftConfig], method: str, options: dict[str, Any]) -> PeftConfig:
+    try:
+        return build(**options)
+    except TypeError as error:
+        raise click.UsageError(f"{method}: {error}") from error
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, is_given, value = text.partition("=")
+    if not is_given:
+        raise click.UsageError(f"--set {text}: write NAME=VALUE, such as r=16 or target_modules='[\"qkv\"]'")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value.split(",") if "," in value else value
+
+
+def needed_inputs(given: Given, source: str) -> Any:
+    """Returns the example inputs of a model.
+
+    Raises:
+        click.UsageError: If there are none.
+    """
+    if given.example_inputs is None:
+        raise click.UsageError(
+            f"{source}: a {type(given.model).__name__} tells of no inputs; write a function that returns the model and "
+            "example inputs, and name it as package.module:function"
+        )
+    return given.example_inputs
+
+
+def is_adapter(source: str) -> bool:
+    """Returns whether a name is a folder with an adapter."""
+    return (Path(source) / CONFIG_NAME).is_file()

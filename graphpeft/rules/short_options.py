@@ -1,0 +1,35 @@
+"""A config's options in a few words, for pictures and prints."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.plain_values import default_of, plain
+from graphpeft.wording import shortened, shown
+
+_SIZES = {"r": "r", "lora_alpha": "α", "alpha": "α"}
+"""Options that are told even if they have their defaults, with their letters."""
+
+_NOT_TOLD = PeftConfig.not_of_tensors | {"target_modules", "target_parameters", "exclude_modules", "task_type"}
+"""Options that say for which model an adapter is, and at which names, which shows in other ways."""
+
+
+def short_options(config: PeftConfig) -> str:
+    """Returns those options of a config that say how its adapter computes, as text.
+
+    Args:
+        config: The config.
+
+    Returns:
+        The rank and α, and what differs from the defaults.
+    """
+    told: dict[str, str] = {}
+    for field in dataclasses.fields(config):
+        value: Any = plain(getattr(config, field.name))
+        if field.name in _SIZES and value is not None:
+            told[_SIZES[field.name]] = shown(value)
+        elif field.name not in _NOT_TOLD and value != plain(default_of(field)):
+            told[field.name] = shortened(shown(value), 60)
+    return ", ".join(f"{name}={value}" for name, value in told.items())

@@ -1,0 +1,213 @@
+"""A picture as plain data: a model's modules as a tree, their graphs without and with adapters, and who adapts what.
+
+The page that draws it knows nothing else. All of it can be written as JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class DrawnNode:
+    """A node of a graph.
+
+    Attributes:
+        name: Its name, which no other node of the graph has.
+        op: Its kind, as torch.fx calls it.
+        label: A short text for it.
+        arguments: Its arguments as text.
+        inputs: The names of the nodes that it reads.
+        value: The shape and dtype of its value in the trace; "" where none was kept.
+        line: The line of code that made it; "" where that isn't known.
+        calls: The calls of modules around it, outermost first: names that no other call in the graph has.
+        module: The path of the module that it calls, or of the tensor that it reads, in the graph's module; or "".
+        checks: The decisions of the trace that are checked on its value.
+        slot: The slot of the adapter that it belongs to; None for a node of the base model.
+        site: The name of the operation that its adapter adapts.
+        rule: The rule that made it.
+        over: The name of the node in whose place it stands.
+    """
+
+    name: str
+    op: str
+    label: str
+    arguments: str
+    inputs: list[str]
+    value: str = ""
+    line: str = ""
+    calls: list[str] = field(default_factory=list)
+    module: str = ""
+    checks: list[str] = field(default_factory=list)
+    slot: int | None = None
+    site: str = ""
+    rule: str = ""
+    over: str = ""
+
+
+@dataclass(frozen=True)
+class DrawnGraph:
+    """A graph of a forward without adapters, and the same with them.
+
+    Attributes:
+        mode: The mode in which it runs, or "" if it runs in both.
+        before: The nodes without adapters.
+        after: The nodes with them; those of the base model have the names that they have in `before`.
+    """
+
+    mode: str
+    before: list[DrawnNode]
+    after: list[DrawnNode]
+
+
+@dataclass(frozen=True)
+class DrawnTensor:
+    """A tensor of an adapter.
+
+    Attributes:
+        name: Its name for the rule.
+        path: Its path in the graph's module.
+        shape: Its shape and dtype.
+        trained: Whether it is trained.
+        gradient: The norm of its gradient; None without one.
+    """
+
+    name: str
+    path: str
+    shape: str
+    trained: bool
+    gradient: float | None = None
+
+
+@dataclass(frozen=True)
+class DrawnSite:
+    """What an adapter adapts in one graph.
+
+    Attributes:
+        label: The site's name.
+        op: The kind of its operations.
+        size: Its features.
+        adapter: The place of its adapter among the picture's adapters.
+        nodes: The names of its operations.
+        rule: The rule with its options.
+        tensors: The adapter's tensors there.
+        change: ‖ΔW‖ / ‖W‖; None where the adapter changes no weight, or that wasn't computed.
+        merges: Why its change can't be merged; "" if it can.
+    """
+
+    label: str
+    op: str
+    size: str
+    adapter: int
+    nodes: list[str]
+    rule: str
+    tensors: list[DrawnTensor]
+    change: float | None = None
+    merges: str = ""
+
+
+@dataclass(frozen=True)
+class DrawnTraining:
+    """Tensors of a module that an adapter trains fully, or of which it trains rows.
+
+    Attributes:
+        adapter: The place of the adapter among the picture's.
+        tensors: Their names.
+    """
+
+    adapter: int
+    tensors: str
+
+
+@dataclass(frozen=True)
+class DrawnModule:
+    """A module.
+
+    Attributes:
+        name: Its name in the module around it.
+        path: Its path in the model.
+        cls: The name of its class.
+        parameters: The number of its parameters, adapters' among them.
+        adapted: The number of sites in it and in what is inside.
+        kind: A number that modules share whose insides are equal.
+        graphs: The place of its graphs among the picture's; None if it runs its own code.
+        slots: The place of the adapter in each slot of its graphs.
+        sites: The sites in its graphs.
+        trained: What adapters train of its own tensors.
+        inside: The modules inside.
+    """
+
+    name: str
+    path: str
+    cls: str
+    parameters: int
+    adapted: int
+    kind: int
+    graphs: int | None
+    slots: dict[int, int]
+    sites: list[DrawnSite]
+    trained: list[DrawnTraining]
+    inside: list[DrawnModule]
+
+
+@dataclass(frozen=True)
+class DrawnAdapter:
+    """An adapter.
+
+    Attributes:
+        name: Its name.
+        method: Its method.
+        options: Those of its config that aren't the defaults, as text.
+        state: Whether it acts, rests or is merged.
+        sites: The number of its sites.
+        parameters: The number of its parameters.
+    """
+
+    name: str
+    method: str
+    options: str
+    state: str
+    sites: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class DrawnRefusal:
+    """A name that can't be adapted, with the reason and the way out."""
+
+    name: str
+    reason: str
+    way_out: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a model, for `page`.
+
+    Attributes:
+        title: What it is a picture of.
+        model: The modules.
+        graphs: The graphs of modules, for each mode; equal modules share them.
+        adapters: The adapters.
+        refused: The names that can't be adapted.
+        skipped: The names that a config leaves out.
+    """
+
+    title: str
+    model: DrawnModule
+    graphs: list[list[DrawnGraph]]
+    adapters: list[DrawnAdapter]
+    refused: Sequence[DrawnRefusal] = ()
+    skipped: Sequence[str] = ()
+
+    def to_json(self) -> str:
+        """Returns the picture as JSON, without what is empty."""
+        return json.dumps(dataclasses.asdict(self, dict_factory=_filled), ensure_ascii=False, separators=(",", ":"))
+
+
+def _filled(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in items if value not in (None, "", [], {}, ())}

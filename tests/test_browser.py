@@ -1,0 +1,228 @@
+"""The page of a picture in a real browser, without a network: it opens, folds, finds, and tells of what is clicked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional as F
+
+import graphpeft
+from graphpeft import LoraConfig, explain, get_peft_model
+from graphpeft.adapters.adapting import modules_of
+from graphpeft.graph.tags import TAG
+from graphpeft.graph.template import template_of
+
+playwright = pytest.importorskip("playwright.sync_api")
+
+pytestmark = pytest.mark.browser
+
+SECONDS_TO_OPEN = 2
+SHOTS = Path(os.environ.get("GRAPHPEFT_SCREENSHOTS", "build/screenshots"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert found is not None, "no Chromium here; Debian's package is called chromium"
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=found, args=quiet)
+        yield chromium
+        chromium.close()
+
+
+class Opened:
+    """A page in a tab without a network, and the errors that it has met."""
+
+    def __init__(self, browser: Any, path: Path, **options: Any) -> None:
+        self.errors: list[str] = []
+        settings = {"viewport": {"width": 1280, "height": 900}, "offline": True, **options}
+        self.tab = browser.new_context(**settings).new_page()
+        self.tab.set_default_timeout(10_000)
+        self.tab.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.tab.on("request", lambda request: self.errors.append(request.url) if "file:" not in request.url else None)
+        began = time.perf_counter()
+        self.tab.goto(path.absolute().as_uri())
+        self.tab.wait_for_selector("body[data-ready]")
+        self.seconds = time.perf_counter() - began
+
+    def open_all(self) -> None:
+        self.tab.click("#unfold")
+        self.tab.wait_for_selector("body[data-opened]")
+
+    def count(self, selector: str) -> int:
+        return self.tab.locator(selector).count()
+
+    def shoot(self, name: str) -> None:
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        self.tab.screenshot(path=SHOTS / f"{name}.png")
+
+
+def vit() -> nn.Module:
+    model = timm.create_model("vit_small_patch16_224", img_size=32, patch_size=8)
+    return get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules=["qkv", "proj"]))
+
+
+def two_on_llama() -> nn.Module:
+    with torch.device("meta"):
+        model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=32))
+    get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    model.add_adapter("second", LoraConfig(r=4, lora_alpha=3, target_modules=["q_proj", "v_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    return model
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(F.linear(x, self.first)) @ self.second
+
+
+def functional() -> nn.Module:
+    return get_peft_model(Functional(), LoraConfig(r=2, target_parameters=["first", "second"]))
+
+
+def traced() -> nn.Module:
+    model = timm.create_model("vit_small_patch16_224", img_size=32, patch_size=8)
+    graph = graphpeft.trace(model, (torch.randn(1, 3, 32, 32),))
+    return get_peft_model(graph, LoraConfig(r=4, target_modules=["qkv"]))
+
+
+MODELS = {"vit": vit, "llama": two_on_llama, "functional": functional, "traced": traced}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def shown(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, nn.Module, Path]:
+    model = MODELS[request.param]()
+    path = graphpeft.show(model, tmp_path_factory.mktemp("pictures") / f"{request.param}.html").path
+    return request.param, model, path
+
+
+@pytest.fixture(scope="module")
+def page(browser: Any, shown: tuple[str, nn.Module, Path]) -> Opened:
+    return Opened(browser, shown[2])
+
+
+def test_it_opens_soon_and_meets_no_error(page: Opened):
+    assert page.seconds < SECONDS_TO_OPEN
+    assert page.errors == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_is_drawn_in_light_and_dark(browser: Any, shown: tuple[str, nn.Module, Path], scheme: str):
+    opened = Opened(browser, shown[2], color_scheme=scheme)
+    opened.shoot(f"{shown[0]}-{scheme}")
+    ink, paper = opened.tab.evaluate(
+        "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+    )
+    assert (brightness(ink) < brightness(paper)) == (scheme == "light")
+
+
+def brightness(colour: str) -> int:
+    return sum(int(part) for part in colour.removeprefix("rgb(").removesuffix(")").split(","))
+
+
+def test_it_fits_a_narrow_window(browser: Any, shown: tuple[str, nn.Module, Path]):
+    opened = Opened(browser, shown[2], viewport={"width": 400, "height": 800})
+    opened.shoot(f"{shown[0]}-narrow")
+    assert opened.tab.evaluate("document.documentElement.scrollWidth") <= 400
+
+
+def test_coloured_nodes_are_those_of_adapters(browser: Any, shown: tuple[str, nn.Module, Path]):
+    _, model, path = shown
+    opened = Opened(browser, path)
+    opened.open_all()
+    drawn = opened.tab.evaluate(
+        """() => [...document.querySelectorAll("details.module")].map((each) => [
+            each.dataset.path, each.querySelectorAll(":scope > .inside > .graphs .after .node.adapter").length])"""
+    )
+    by_path = {path: count for path, count in drawn if count}
+    tagged = {
+        path: nodes_of_adapters(module) for path, module in modules_of(model).items() if nodes_of_adapters(module)
+    }
+    assert by_path
+    assert by_path == {path: count for path, count in tagged.items() if path in by_path}
+    # one of equal layers is drawn
+    assert {without_numbers(path) for path in by_path} == {without_numbers(path) for path in tagged}
+    assert opened.errors == []
+
+
+def nodes_of_adapters(module: nn.Module) -> int:
+    template = template_of(module)
+    return 0 if template is None else sum(TAG in node.meta for node in template.plain.graphs[0].nodes)
+
+
+def without_numbers(path: str) -> str:
+    return ".".join("N" if part.isdigit() else part for part in path.split("."))
+
+
+def test_before_and_after_have_the_same_base_nodes(page: Opened):
+    names = """(side) => [...document.querySelectorAll(`.graphs .${side} .node:not(.adapter):not(.call)`)].map(
+        (node) => node.dataset.name).sort()"""
+    sides = [page.tab.evaluate(names, side) for side in ("before", "after")]
+    assert sides[0] == sides[1] != []
+
+
+def test_a_click_on_a_node_tells_its_rule_and_its_parameters(page: Opened):
+    page.open_all()
+    page.tab.locator(".after .node.call_function.adapter").last.click(force=True)
+    told = page.tab.inner_text("#details")
+    assert "rule\nLora" in told
+    assert "lora_A" in told
+    assert "call_function" in told
+
+
+def test_a_search_finds_a_module_and_opens_it(browser: Any, tmp_path: Path):
+    opened = Opened(browser, graphpeft.show(vit(), tmp_path / "vit.html").path)
+    opened.tab.fill("#search", "blocks.7.attn.proj")
+    opened.tab.click("#found button")
+    opened.tab.wait_for_selector('details[data-path="blocks.7.attn.proj"] .node.adapter')
+    opened.tab.fill("#search", "no such thing")
+    assert opened.tab.inner_text("#found") == "nothing"
+
+
+def test_a_search_finds_a_node_in_closed_calls(browser: Any, tmp_path: Path):
+    opened = Opened(browser, graphpeft.show(traced(), tmp_path / "traced.html").path)
+    opened.tab.fill("#search", "blocks_3_attn_qkv_slot0_lora_b")
+    opened.tab.click("#found button")
+    opened.tab.wait_for_selector(".after .node.chosen")
+    assert "lora_B" in opened.tab.inner_text("#details h2")
+
+
+def test_modules_fold_and_unfold(browser: Any, tmp_path: Path):
+    opened = Opened(browser, graphpeft.show(vit(), tmp_path / "vit.html").path)
+    opened.tab.click("#fold")
+    assert opened.count("details[open]") == 0
+    opened.open_all()
+    assert "12 equal" in opened.tab.inner_text("details.fold > summary")
+    assert opened.count("details.module[open]") > 5
+
+
+def test_a_closed_call_opens_by_a_click_on_both_sides(browser: Any, tmp_path: Path):
+    opened = Opened(browser, graphpeft.show(traced(), tmp_path / "traced.html").path)
+    name = opened.tab.locator(".after .node.call").first.get_attribute("data-name")
+    opened.tab.locator(".after .node.call").first.click()
+    opened.tab.wait_for_function(f"!document.querySelector('.graphs .node[data-name=\"{name}\"]')")
+    assert opened.count(f'.cluster[data-name="cluster:{name.removeprefix("call:")}"]') >= 2
+
+
+def test_refusals_are_told(browser: Any, tmp_path: Path):
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    report = explain(model, LoraConfig(target_modules=["0", "1"]))
+    opened = Opened(browser, graphpeft.show(report, tmp_path / "plan.html").path)
+    assert "1 refused" in opened.tab.inner_text(".refusals")
+    assert "a ReLU has no parameter called weight" in opened.tab.inner_text(".refusals")
+    assert opened.count(".after .node.adapter") > 0

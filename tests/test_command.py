@@ -1,0 +1,339 @@
+"""The command ``graphpeft``: what each subcommand prints and writes, its exit codes, and its help."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import peft
+import pytest
+import torch
+from click.testing import CliRunner
+from contracts import FIRST
+from contracts.contract import Contract
+from models import tiny_llama
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import graphpeft
+from graphpeft import LoHaConfig, LoraConfig, TaskType, get_peft_model
+from graphpeft.command import graphpeft as command
+from graphpeft.command import main
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{begins}")
+    for begins in (
+        "fan_in_fan_out is set",
+        "Unsupported layer type",
+        "Sparse invariant",
+        "The symmetric",
+        "no gradient",
+        "Failed to load the CUDA",
+        "Setting boft_n",
+    )
+]
+
+MODULE = """
+import torch
+from graphpeft import LoraConfig, get_peft_model
+
+def base():
+    return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)), (torch.randn(3, 4),)
+
+def alone():
+    return base()[0]
+
+def made():
+    model, inputs = base()
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    return get_peft_model(model, config), inputs
+
+def half():
+    return 1
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    (tmp_path / "models_of_mine.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    sys.modules.pop("models_of_mine", None)
+
+
+def saved(folder: Path, config: Any = None) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    get_peft_model(model, config or LoraConfig(r=2, lora_alpha=3, target_modules=["0"], init_lora_weights=False))
+    model.save_pretrained(folder)  # type: ignore[operator]
+    return model
+
+
+def saved_llama(folder: Path) -> None:
+    model: Any = tiny_llama()
+    model.save_pretrained(folder / "base")
+    model.name_or_path = model.config._name_or_path = str(folder / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type=TaskType.CAUSAL_LM, init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(folder / "adapter")
+
+
+# info
+
+
+@pytest.mark.parametrize("contract", FIRST, ids=str)
+def test_info_tells_of_an_adapter_of_peft(contract: Contract, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    case = contract.cases[0]
+    theirs = peft.get_peft_model(case.build(), contract.their_config(case))
+    theirs.save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert told["method"] == contract.method.value
+    assert told["tensors"] == len(tensors)
+    assert told["parameters"] == sum(tensor.numel() for tensor in tensors.values())
+    assert told["bytes"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert told["peft_reads_it"] == "yes"
+    assert told["digest"] == graphpeft.PeftConfig.from_pretrained(tmp_path).digest()
+
+
+@pytest.mark.quick("command")
+def test_info_prints_a_line_for_each_fact(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    saved(tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    lines = [line.split(None, 1) for line in capsys.readouterr().out.splitlines()]
+    told = {words[0]: words[1] for words in lines if len(words) == 2}
+    assert (told["method"], told["options"], told["targets"]) == ("LORA", "r=2, α=3, init_lora_weights=False", "0")
+
+
+def test_a_method_that_peft_lacks_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    saved(tmp_path, graphpeft.WeightDecomposedConfig(direction=LoHaConfig(r=2, target_modules=["0"])))
+    assert main(["info", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["peft_reads_it"].startswith("no: it has no method")
+
+
+def truncated(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def without_a_factor(folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if "lora_B" not in name}, folder / "adapter_model.safetensors"
+    )
+
+
+def of_another_type(folder: Path) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "r": "eight"}))
+
+
+def without_config(folder: Path) -> None:
+    (folder / "adapter_config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (truncated, ("adapter_model.safetensors",)),
+        (without_a_factor, ("adapter_model.safetensors", "lacks base_model.model.0.lora_B.weight")),
+        (of_another_type, ("adapter_config.json", "r must be int")),
+        (without_config, ("adapter_config.json",)),
+    ],
+)
+def test_a_broken_folder_is_exit_code_2_and_names_file_and_key(
+    damage: Any, named: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    saved(tmp_path)
+    damage(tmp_path)
+    assert main(["info", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("graphpeft info: ")
+    assert all(part in error for part in named)
+    assert len(error.splitlines()) == 1
+
+
+def test_an_error_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    saved(tmp_path)
+    truncated(tmp_path)
+    assert main(["info", str(tmp_path), "--json"]) == 2
+    assert "adapter_model.safetensors" in json.loads(capsys.readouterr().out)["error"]
+
+
+# models
+
+
+@pytest.mark.quick("command")
+def test_explain_tells_what_would_be_adapted(here: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["explain", "models_of_mine:base", "--set", "r=3", "--set", "target_modules=0,1"]
+    assert main(arguments) == 0
+    assert "LORA adapter 'default': 2 sites, 42 parameters" in capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [site["parameters"] for site in told["adapted"]] == [24, 18]
+
+
+def test_explain_takes_a_saved_config_and_changes_of_it(here: Path, capsys: pytest.CaptureFixture[str]):
+    saved(here / "adapter", LoHaConfig(r=2, target_modules=["0"]))
+    assert main(["explain", "models_of_mine:alone", "--config", "adapter", "--set", "r=5"]) == 0
+    assert "LOHA adapter 'default': 1 sites, 80 parameters" in capsys.readouterr().out
+
+
+def test_explain_has_exit_code_1_where_the_config_cannot_be_applied(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["explain", "models_of_mine:base", "--set", "target_modules=7,8"]) == 1
+    assert "nothing in Sequential matches ['7', '8']" in capsys.readouterr().out
+
+
+def test_models_of_timm_are_named(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["explain", "timm:resnet10t", "--method", "lora", "--set", 'target_modules=["conv1.0"]']) == 0
+    assert "Convolution  3 → 24, 3×3" in capsys.readouterr().out
+
+
+def test_models_of_transformers_are_named(here: Path, capsys: pytest.CaptureFixture[str]):
+    tiny_llama().save_pretrained("llama")  # type: ignore[operator]
+    assert main(["explain", "hf:llama", "--set", 'target_modules=["q_proj"]', "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["adapted"]) == 2
+
+
+def test_trace_prints_its_report(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["trace", "models_of_mine:base"]) == 0
+    assert "modules kept as calls" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["models_of_mine:made", "models_of_mine:base"])
+def test_show_writes_a_picture(model: str, here: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["show", model, "picture.html", "--set", 'target_modules=["1"]']) == 0
+    assert "a picture in picture.html" in capsys.readouterr().out
+    assert '"adapter"' in (here / "picture.html").read_text() or '"adapters"' in (here / "picture.html").read_text()
+
+
+def test_verify_prints_the_laws_and_tells_by_its_exit_code(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["verify", "models_of_mine:base", "--set", 'target_modules=["1"]', "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["holds"]
+    assert len(told["laws"]) > 5
+
+
+# saved adapters
+
+
+def test_merge_writes_the_weights_with_the_adapter(here: Path):
+    model = saved(here / "adapter")
+    base = "import torch, models_of_mine\ndef base():\n    torch.manual_seed(0)\n    return models_of_mine.alone()\n"
+    (here / "seeded.py").write_text(base)
+    assert main(["merge", "adapter", "merged.safetensors", "--base", "seeded:base"]) == 0
+    merged = model.merge_and_unload().state_dict()  # type: ignore[operator]
+    written = load_file(here / "merged.safetensors")
+    assert {*written} == {*merged}
+    assert all(torch.equal(written[name], tensor) for name, tensor in merged.items())
+
+
+def test_merge_writes_the_folder_of_a_transformers_model(here: Path):
+    saved_llama(here)
+    assert main(["merge", "adapter", "merged"]) == 0
+    merged = load_file(here / "merged" / "model.safetensors")
+    base = load_file(here / "base" / "model.safetensors")
+    changed = {name for name, tensor in base.items() if not torch.equal(tensor, merged[name])}
+    assert changed == {name for name in base if "q_proj" in name}
+
+
+def test_merge_of_a_model_of_ones_own_asks_for_a_file(here: Path, capsys: pytest.CaptureFixture[str]):
+    saved(here / "adapter")
+    assert main(["merge", "adapter", "merged", "--base", "models_of_mine:alone"]) == 2
+    assert "name a file, merged.safetensors" in capsys.readouterr().err
+
+
+def test_convert_writes_plain_lora(here: Path, capsys: pytest.CaptureFixture[str]):
+    saved(here / "adapter", LoHaConfig(r=1, target_modules=["0"], init_weights=False))
+    assert main(["convert", "adapter", "lora", "--rank", "3", "--base", "models_of_mine:alone", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == 24
+    assert graphpeft.LoraConfig.from_pretrained("lora").r == 3
+
+
+# export
+
+
+def test_a_function_gives_the_model_and_the_report_is_printed(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["export", "models_of_mine:made", "m.pt2", "--adapters", "inputs"]) == 0
+    assert "adapter 'default'  (4, 4)" in capsys.readouterr().out
+    assert {file.name for file in here.glob("m.*")} == {"m.pt2", "m.default.safetensors"}
+
+
+@pytest.mark.quick("command", "exporting")
+def test_sizes_can_be_fixed_and_checks_left_out(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["export", "models_of_mine:made", "m.pt2", "--fixed", "--unchecked"]) == 0
+    printed = capsys.readouterr().out
+    assert "(3, 4)" in printed
+    assert "not checked" in printed
+
+
+def test_a_saved_adapter_of_a_transformers_model_is_exported(here: Path, capsys: pytest.CaptureFixture[str]):
+    saved_llama(here)
+    assert main(["export", "adapter", "m.pt2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["checked"]
+
+
+# errors
+
+
+@pytest.mark.quick("command")
+@pytest.mark.parametrize(
+    ("arguments", "code", "reason"),
+    [
+        (["export", "models_of_mine:made", "m.onnx"], 1, "m.onnx is to end with .pt2"),
+        (["export", "models_of_mine:half", "m.pt2"], 2, "returned int"),
+        (["export", "models_of_mine:none", "m.pt2"], 1, "no attribute 'none'"),
+        (["export", "nothing_here:made", "m.pt2"], 1, "No module named 'nothing_here'"),
+        (["export", "no-such-folder", "m.pt2"], 1, "no-such-folder"),
+        (["export", "models_of_mine:alone", "m.pt2"], 2, "tells of no inputs"),
+        (["export", "models_of_mine:made", "m.pt2", "--format", "zip"], 2, "'zip' is not one of"),
+        (["explain", "no such: model"], 2, "is no model: write timm:NAME"),
+        (["explain", "models_of_mine:base", "--method", "NONE"], 2, "there is no method 'NONE'"),
+        (["explain", "models_of_mine:base", "--set", "q=1"], 2, "has no option 'q'"),
+        (["explain", "models_of_mine:base", "--set", "r"], 2, "write NAME=VALUE"),
+        (["nothing"], 2, "No such command 'nothing'"),
+    ],
+)
+def test_an_error_is_one_line_and_a_code(
+    arguments: list[str], code: int, reason: str, here: Path, capsys: pytest.CaptureFixture[str]
+):
+    found = main(arguments)
+    error = capsys.readouterr().err
+    assert (found, len(error.splitlines())) == (code, 1), error
+    assert reason in error
+
+
+# help
+
+
+@pytest.mark.parametrize("name", sorted(command.commands))
+def test_each_subcommand_has_an_example_in_its_help(name: str):
+    shown = CliRunner().invoke(command, [name, "--help"])
+    assert shown.exit_code == 0
+    examples = [line for line in shown.output.splitlines() if line.strip().startswith(f"graphpeft {name} ")]
+    assert examples
+    for example in examples:
+        words = example.split()[2:]
+        # it is parsed as it stands
+        command.commands[name].make_context(name, words, resilient_parsing=True)
+
+
+def test_the_version_is_that_of_the_package():
+    assert graphpeft.__version__ in CliRunner().invoke(command, ["--version"]).output
+
+
+@pytest.mark.quick("__main__")
+def test_python_runs_the_package():
+    run = subprocess.run([sys.executable, "-m", "graphpeft", "--help"], capture_output=True, text=True, check=False)
+    assert run.returncode == 0
+    assert "explain" in run.stdout
+
+
+def test_shells_complete_subcommands():
+    completions = command.shell_complete(click.Context(command), "ex")
+    assert {each.value for each in completions} == {"explain", "export"}

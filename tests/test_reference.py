@@ -1,0 +1,22 @@
+"""Each public name has its place in the reference, and only one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import graphpeft
+
+PAGES = Path(__file__).parent.parent / "docs" / "reference"
+
+
+@pytest.mark.quick("__main__")
+def test_each_public_name_is_on_one_page_of_the_reference():
+    told = [
+        name
+        for page in PAGES.glob("*.md")
+        for name in re.findall(r"^::: graphpeft\.(\w+)$", page.read_text(), re.MULTILINE)
+    ]
+    assert sorted(told) == sorted(graphpeft.__all__)

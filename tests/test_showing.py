@@ -1,0 +1,284 @@
+"""A picture has each node once on both sides, says whose it is, and is a page that holds nothing but itself."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from contracts import FIRST
+from contracts.contract import Contract
+from models import tiny_llama
+from torch import nn
+from torch.nn import functional as F
+
+import graphpeft
+from graphpeft import LoHaConfig, LoraConfig, PrefixTuningConfig, TaskType, explain, get_peft_model
+from graphpeft.adapters.adapting import modules_of
+from graphpeft.graph.tags import TAG
+from graphpeft.graph.template import template_of
+from graphpeft.showing.page import page
+from graphpeft.showing.picture import DrawnModule, DrawnSite, Picture
+from graphpeft.showing.reading import picture_of
+
+pytestmark = pytest.mark.quick("showing")
+
+
+class Block(nn.Module):
+    """A layer, and a weight that is used functionally."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.mix = nn.Linear(6, 6), nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] != 6:
+            raise ValueError(x.shape)
+        return F.relu(F.linear(self.layer(x), self.mix)) + x
+
+
+def adapted() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block() for _ in range(4)))
+    config = LoraConfig(r=2, lora_alpha=5, target_modules=["layer"], target_parameters=["mix"])
+    get_peft_model(model, config, example_inputs=(torch.randn(3, 6),))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    return model
+
+
+def all_modules(module: DrawnModule) -> list[DrawnModule]:
+    return [module, *(part for inside in module.inside for part in all_modules(inside))]
+
+
+def drawn(picture: Picture, path: str) -> DrawnModule:
+    return next(module for module in all_modules(picture.model) if module.path == path)
+
+
+def trained(picture: Picture) -> list[tuple[str, str]]:
+    """Returns the modules with tensors that are fully trained, and these."""
+    return [(module.path, each.tensors) for module in all_modules(picture.model) for each in module.trained]
+
+
+def assert_exact(model: nn.Module) -> None:
+    """Asserts that the picture of a model has each adapter's node, and the same other nodes on both sides."""
+    picture, modules = picture_of(model), modules_of(model)
+    assert [module.path for module in all_modules(picture.model)] == list(modules)
+    adapters = 0
+    for path, module in modules.items():
+        template, shown = template_of(module), drawn(picture, path)
+        if template is None:
+            assert shown.graphs is None
+            continue
+        assert shown.graphs is not None
+        for graph, of_mode in zip(template.plain.graphs, picture.graphs[shown.graphs], strict=True):
+            tagged = [node.name for node in graph.nodes if TAG in node.meta]
+            assert [node.name for node in of_mode.after if node.slot is not None] == tagged
+            assert [node.name for node in of_mode.after if node.slot is None] == [node.name for node in of_mode.before]
+            assert {node.slot for node in of_mode.after} - {None} <= shown.slots.keys()
+            adapters += len(tagged)
+    assert adapters or trained(picture)
+
+
+@pytest.mark.parametrize("contract", FIRST, ids=str)
+def test_a_picture_has_all_nodes_of_each_method_and_the_same_others_on_both_sides(contract: Contract):
+    case = contract.cases[0]
+    assert_exact(get_peft_model(case.build(), contract.our_config(case)))
+
+
+def test_tensors_that_are_fully_trained_are_told():
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"])
+    )
+    assert trained(picture_of(model)) == [("1", "weight, bias")]
+
+
+def test_a_picture_has_the_nodes_of_prompts():
+    assert_exact(get_peft_model(tiny_llama(), PrefixTuningConfig(num_virtual_tokens=3, task_type=TaskType.CAUSAL_LM)))
+
+
+def test_a_picture_has_the_nodes_of_adapters_in_a_flat_graph_and_the_calls_around_them():
+    model = graphpeft.trace(nn.Sequential(Block(), Block()), (torch.randn(2, 6),))
+    get_peft_model(model, LoraConfig(r=2, target_modules=["layer"]))
+    assert_exact(model)
+    graph = picture_of(model).graphs[0][0]
+    calls = {call for node in graph.after if node.slot is not None for call in node.calls}
+    assert calls == {"(0)", "(1)"}
+
+
+def test_nodes_of_two_adapters_are_told_apart():
+    model: Any = adapted()
+    model.add_adapter("other", LoHaConfig(r=3, target_modules=["0.layer"]))
+    model.base_model.set_adapter(["default", "other"])
+    assert_exact(model)
+    picture = picture_of(model)
+    module = drawn(picture, "0.layer")
+    assert module.graphs is not None
+    after = picture.graphs[module.graphs][0].after
+    of_adapter = {module.slots[node.slot] for node in after if node.slot is not None}
+    assert [picture.adapters[place].name for place in sorted(of_adapter)] == ["default", "other"]
+    assert [site.rule.partition("(")[0] for site in module.sites] == ["LoraLinear", "LoHa"]
+
+
+def test_a_node_tells_its_line_its_rule_and_its_checks():
+    picture = picture_of(adapted())
+    module = drawn(picture, "0")
+    assert module.graphs is not None
+    nodes = {node.name: node for node in picture.graphs[module.graphs][0].after}
+    assert "return F.relu(F.linear(self.layer(x), self.mix)) + x" in nodes["relu"].line
+    assert nodes["relu"].line.startswith("test_showing.py:")
+    assert any("if x.shape[-1] != 6" in check for node in nodes.values() for check in node.checks)
+    over = next(node for node in nodes.values() if node.over)
+    assert (over.over, over.rule) == ("linear", "LoraLinear")
+
+
+def site(model: nn.Module, path: str) -> DrawnSite:
+    return drawn(picture_of(model), path).sites[0]
+
+
+def test_numbers_are_those_of_the_model():
+    model = adapted()
+    layer: Any = model[0].layer  # type: ignore[index]
+    with torch.no_grad():
+        change = 5 / 2 * layer.default.lora_B @ layer.default.lora_A
+        ratio = float(change.norm() / layer.weight.norm())
+    assert site(model, "0.layer").change == pytest.approx(ratio, rel=1e-5)
+    assert [tensor.gradient for tensor in site(model, "0.layer").tensors] == [None, None]
+    model(torch.randn(3, 6)).sum().backward()
+    norms = [float(layer.default.lora_A.grad.norm()), float(layer.default.lora_B.grad.norm())]
+    assert [tensor.gradient for tensor in site(model, "0.layer").tensors] == pytest.approx(norms)
+
+
+def test_numbers_of_a_model_without_values_are_left_out():
+    with torch.device("meta"):
+        model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    assert site(model, "0").change is None
+
+
+def test_equal_layers_are_of_one_kind_and_share_their_graphs():
+    model: Any = adapted()
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["3.layer"]))
+    model.base_model.set_adapter(["default", "other"])
+    kinds = [module.kind for module in picture_of(model).model.inside]
+    assert kinds[0] == kinds[1] == kinds[2] != kinds[3]
+
+
+def test_a_plan_is_drawn_and_changes_nothing():
+    model = nn.Sequential(Block(), nn.ReLU())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = explain(model, LoraConfig(r=2, target_modules=["layer", "1"]))
+    picture = picture_of(report)
+    assert [refusal.name for refusal in picture.refused] == ["1"]
+    assert drawn(picture, "0.layer").sites[0].label == "0.layer"
+    assert drawn(picture, "0.layer").graphs is not None
+    assert type(model) is nn.Sequential
+    assert template_of(model[0]) is None
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_adapter_that_is_merged_or_rests_is_told():
+    model: Any = adapted()
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["3.layer"]))
+    assert [adapter.state for adapter in picture_of(model).adapters] == ["acts", "rests"]
+    model.merge_adapter()
+    assert [adapter.state for adapter in picture_of(model).adapters] == ["merged", "rests"]
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert [adapter.state for adapter in picture_of(model).adapters] == ["disabled", "rests"]
+
+
+def test_a_model_without_adapters_is_a_tree():
+    picture = picture_of(nn.Sequential(nn.Linear(3, 3)))
+    assert (picture.adapters, picture.graphs) == ([], [])
+    assert [module.cls for module in all_modules(picture.model)] == ["Sequential", "Linear"]
+
+
+class Links(html.parser.HTMLParser):
+    """The tags of a page, and what it would load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.scripts = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.scripts += tag == "script"
+        self.loaded += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+def parsed(content: str) -> Links:
+    links = Links()
+    links.feed(content)
+    return links
+
+
+def test_a_page_loads_nothing():
+    links = parsed(page(picture_of(adapted())))
+    assert links.loaded == []
+    assert links.scripts == 3
+
+
+def test_names_of_others_are_no_code_of_the_page():
+    class_name = "</script><script>alert(1)</script><!--{{css}}"
+    model = type(class_name, (nn.Sequential,), {})(nn.Linear(3, 3))
+    content = page(picture_of(get_peft_model(model, LoraConfig(target_modules=["0"]))))
+    assert parsed(content).scripts == 3
+    written = re.search(r'<script type="application/json" id="picture">(.*?)</script>', content, re.DOTALL)
+    assert written is not None
+    assert json.loads(written[1])["title"] == class_name
+
+
+def test_show_writes_the_page(tmp_path: Path):
+    shown = graphpeft.show(adapted(), tmp_path / "new" / "model.html")
+    assert shown.path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert shown._repr_html_().startswith('<iframe srcdoc="&lt;!DOCTYPE html&gt;')
+
+
+def test_show_opens_the_browser_without_a_path(monkeypatch: pytest.MonkeyPatch):
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    path = graphpeft.show(adapted()).path
+    assert opened == [path.as_uri()]
+
+
+@pytest.mark.parametrize(
+    ("shown", "error", "reason"),
+    [
+        ("model", TypeError, "was given a str"),
+        (LoraConfig, TypeError, "a model, a trace or a report"),
+    ],
+)
+def test_what_is_no_model_is_refused(shown: Any, error: type[Exception], reason: str, tmp_path: Path):
+    with pytest.raises(error, match=reason):
+        graphpeft.show(shown, tmp_path / "x.html")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_report_of_an_adapter_that_is_there_names_the_way_out(tmp_path: Path):
+    report = adapted().adapter_report()  # type: ignore[operator]
+    with pytest.raises(ValueError, match="show the model itself"):
+        graphpeft.show(report, tmp_path / "x.html")
+
+
+def test_a_notebook_shows_the_modules_and_the_adapters():
+    model = type("<Mine>", (nn.Sequential,), {})(nn.Linear(3, 3))
+    text = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))._repr_html_()
+    assert "default: lora(r=2, α=8; lora_A(2, 3), lora_B(3, 2))" in text
+    assert "&lt;Mine&gt;" in text
+    assert "<Mine>" not in text
+
+
+def test_a_report_in_a_notebook_is_its_table():
+    report = explain(nn.Sequential(nn.Linear(3, 3)), LoraConfig(r=2, target_modules=["0"]))
+    assert "<pre" in report._repr_html_()
+    assert "3 → 3" in report._repr_html_()
+
+
+def test_a_printed_model_tells_of_its_adapters():
+    assert "(default): lora(r=2, α=5; lora_A(2, 6), lora_B(6, 2))" in str(adapted())

@@ -15,9 +15,8 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from graphpeft.graph.sharding import distributed_as, is_sharded
-
 from graphpeft._torch import can_take_data
+from graphpeft.graph.sharding import distributed_as, is_sharded
 
 
 class Holder(nn.Module):

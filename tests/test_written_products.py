@@ -60,7 +60,8 @@ def test_nothing_is_added_up_and_all_is_the_sum(
     monkeypatch.setattr(LowRankSum, "__init__", lambda self, *_: sums.append(tuple(self.shape)))
     found = model(input_ids=IDS).logits
     assert {(16, 64, 32), (16, 32, 32)} <= {*sums}
-    torch.testing.assert_close(found, merged, **({} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}))
+    precision: dict[str, Any] = {} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}
+    torch.testing.assert_close(found, merged, **precision)
     assert not torch.allclose(found, experts(implementation).to(dtype)(input_ids=IDS).logits, atol=1e-6)
     train(model)
     for parameter_name, parameter in model.named_parameters():

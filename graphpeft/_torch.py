@@ -59,6 +59,7 @@ __all__ = [
     "argument_names",  # tells whether a node of a program draws random numbers
     "autocast_options",  # for nodes of regions under autocast
     "call_with_hooks",  # calls a module where `fx` has replaced `nn.Module.__call__`
+    "can_take_data",  # lets a buffer that several holders have be moved once
     "checkpoint_module",
     "compiler_asks",  # tells a compiler's read of a graph from an edit
     "compiler_options",  # lets a trace go through compiled code
@@ -116,6 +117,11 @@ def is_in_backward() -> bool:
 def version(tensor: torch.Tensor) -> int:
     """Returns the number of in-place writes into a tensor."""
     return tensor._version
+
+
+def can_take_data(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Returns whether `tensor.data` can be set to another tensor, which may be on another device."""
+    return torch._has_compatible_shallow_copy_type(tensor, other)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def storage_key(tensor: torch.Tensor) -> int:

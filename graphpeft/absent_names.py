@@ -11,14 +11,12 @@ _TUNERS = (
 """The methods for which PEFT has a wrapper class."""
 
 _TUNER = "a model isn't wrapped: get_peft_model(model, config) adapts it, and it stays of its own class"
-_VARIANT = "MonteCLoRA's samples are in no file, so no training goes on as it was; a config that asks for it is refused"
 _TOKENS = "virtual tokens are parameters of the model, and no modules; get_peft_model_state_dict(model) returns them"
 _CACHES = "prefix tuning reads where a model keeps keys and values from its code, without a table of models"
 
 ABSENT: dict[str, str] = {
     **{f"{method}Model": _TUNER for method in _TUNERS},
     **dict.fromkeys(("CPTEmbedding", "CartridgeEncoder", "PrefixEncoder", "PromptEmbedding", "PromptEncoder"), _TOKENS),
-    "MontecloraConfig": _VARIANT,
     "LoraRuntimeConfig": "an adapter is where its weight is, without ephemeral_gpu_offload, its only option",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": "a model takes adapters of any methods, without a class for it",
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": _CACHES,
@@ -52,7 +50,7 @@ ABSENT_MEMBERS: dict[str, dict[str, str]] = {
     "helpers": {
         "DoraCaching": "each call computes DoRA's norm",
         "KappaTuneSelector": "choose targets by a predicate, get_peft_model(…, where=lambda site: …)",
-        "MontecloraTrainerMixin": _VARIANT,
+        "MontecloraTrainerMixin": "add monteclora_loss(model) to the loss in a compute_loss of your own",
         "disable_input_dtype_casting": "casts are nodes of a graph, which is the same in all calls",
         "find_kappa_target_modules": "choose targets by a predicate, get_peft_model(…, where=lambda site: …)",
         "update_forward_signature": _SIGNATURES,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from graphpeft import AdaptError, LoraConfig, get_peft_model
+from graphpeft import AdaptError, FrodConfig, LoraConfig, VeraConfig, get_peft_model
 
 pytestmark = pytest.mark.quick("graph", "adapters")
 
@@ -119,3 +119,21 @@ def test_a_tensor_that_something_else_computes_now_is_named_when_the_adapter_is_
     prune.l1_unstructured(model[0].default, "lora_A", 0.5)
     with pytest.raises(AdaptError, match=r"0\.default\.lora_A of adapter 'default' is gone"):
         model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("moves", [lambda m: m.double(), lambda m: m.bfloat16().float(), copy.deepcopy])
+def test_a_tensor_that_sites_share_is_no_parameter_and_stays_one_tensor(moves: Any) -> None:
+    model: Any = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5))
+    model = get_peft_model(model, VeraConfig(r=3, target_modules=["0", "1"]))
+    assert {name for name, _ in model.named_parameters() if "vera_A" in name} == set()
+    moved = moves(model)
+    shared = [moved[n].default.vera_A for n in (0, 1)]
+    assert shared[0] is shared[1]
+    assert shared[0].dtype == moved[0].weight.dtype
+
+
+def test_a_model_with_places_that_sites_share_has_parameters_of_floating_point_alone() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6))
+    model = get_peft_model(model, FrodConfig(target_modules=["0", "1"], sparse_rate=0.2))
+    assert all(parameter.is_floating_point() for parameter in model.parameters())
+    assert {tensor.dtype for name, tensor in model.named_buffers() if "indices" in name} == {torch.int64}

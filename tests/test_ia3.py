@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models import BERT, GPT2, LLAMA, T5, Example, Experts, call, result
+from models import BERT, GPT2, LLAMA, T5, Example, call, result
 from oracle import LINEAR, Case, moved
 from test_quantised import by_bitsandbytes, by_torchao
 from torch import Tensor, nn
@@ -155,9 +155,42 @@ def test_what_names_no_feed_forward_modules_is_refused(options: dict[str, Any], 
         get_peft_model(LINEAR.build(), IA3Config(**options))
 
 
-def test_a_stack_of_matrices_is_refused_by_its_shape():
-    with pytest.raises(AdaptError, match=r"up of shape \(2, 6, 5\) is no matrix, whose features have factors"):
-        get_peft_model(Experts(), IA3Config(target_modules=["up"], feedforward_modules=[]))
+def test_a_stack_of_stacks_is_refused_by_its_shape():
+    class Stacks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(1, 2, 6, 5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.up
+
+    model = Stacks()
+    with pytest.raises(AdaptError, match=r"up of shape \(1, 2, 6, 5\) is no matrix, whose features have factors"):
+        get_peft_model(model, IA3Config(target_modules=["up"], feedforward_modules=[]))
+
+
+class ReadsAKernel(nn.Module):
+    """Convolves with a kernel of a layer that it doesn't call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv1d(4, 6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv1d(x, self.layer.weight * 2, self.layer.bias)
+
+
+@pytest.mark.parametrize("inputs", [True, False], ids=["inputs", "outputs"])
+def test_a_kernel_that_is_read_otherwise_is_scaled(inputs: bool):
+    torch.manual_seed(0)
+    base, x = ReadsAKernel(), torch.randn(2, 4, 9)
+    options: Any = {"target_modules": ["layer"], "feedforward_modules": ["layer"] if inputs else []}
+    model: Any = moved(get_peft_model(copy.deepcopy(base), IA3Config(**options)))
+    factors = model.layer.default.ia3_l
+    with torch.no_grad():
+        base.layer.weight.mul_(factors if inputs else factors.transpose(0, 1))
+    torch.testing.assert_close(model(x), base(x), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model.merge_and_unload()(x), base(x), atol=1e-5, rtol=1e-4)
 
 
 def test_files_of_peft_are_told_apart_from_other_methods(tmp_path: Any):

@@ -49,6 +49,7 @@ ACTING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lora_alpha": ({"lora_alpha": 3}, {}),
     "lora_bias": ({"lora_bias": True}, {}),
     "lora_dropout": ({"lora_dropout": 0.5}, {}),
+    "monteclora_config": ({"monteclora_config": {"buffer_size": 1}}, {}),
     "modules_to_save": ({"modules_to_save": ["norm"]}, {}),
     "r": ({"r": 2}, {}),
     "rank_pattern": ({"rank_pattern": {"q_proj": 2}}, {}),
@@ -83,7 +84,6 @@ RECORDED: dict[str, Any] = {
 REFUSED: dict[str, Any] = {
     "megatron_config": {"a": 1},
     "megatron_core": "other.core",
-    "monteclora_config": {"a": 1},
     "qalora_group_size": 32,
     "use_qalora": True,
 }

@@ -413,7 +413,6 @@ def test_what_is_no_config_is_refused(config: Any) -> None:
         ("qalora_group_size", 32),
         ("megatron_config", {"a": 1}),
         ("megatron_core", "other.core"),
-        ("monteclora_config", {"a": 1}),
     ],
 )
 @pytest.mark.parametrize("build", [fresh, adapted])

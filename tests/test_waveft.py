@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import graphpeft
 from graphpeft import AdaptError, WaveFTConfig, get_peft_model
-from graphpeft.methods.waveft import filters_of
+from graphpeft.methods.wavelets import filters_of
 
 PEFTS = ["db1", *(f"{family}{n}" for family in ("db", "sym") for n in range(2, 11)), "coif1", "coif2", "coif3"]
 """The wavelets for which PEFT has the filters."""

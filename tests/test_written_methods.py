@@ -389,7 +389,9 @@ def test_a_delta_serves_stacks_of_matrices(is_transposed: bool, dtype: torch.dty
     change = (B @ A).to(dtype)
     with torch.no_grad():
         base.stack += change.mT if is_transposed else change
-    assert torch.equal(model(x), base(x))
+    # the product is a branch beside the stack, which rounds otherwise than the sum
+    precision: dict[str, Any] = {"atol": 0.1, "rtol": 0.02} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+    torch.testing.assert_close(model(x), base(x), **precision)
     assert torch.equal(model.merge_and_unload()(x), base(x))
 
 

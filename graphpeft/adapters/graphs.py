@@ -94,6 +94,12 @@ def templates_with(adapters: Adapters, seats: Mapping[str, int], modules: Module
                     f"{name!r} can't act on {region or 'the model'}: it reads {error.weight} with the changes so "
                     f"far, and what {before!r} does there is none; let {before!r} act behind"
                 ) from error
+            except rewrite.ChangedInputError as error:
+                before = next((other for other, slot in seats.items() if slot == error.slot), "another model's")
+                raise AdaptError(
+                    f"{name!r} can't act behind {before!r}, which changes {error.argument}, by which it knows where a "
+                    f"sequence begins; name {before!r} last, or activate one of them alone"
+                ) from error
     # a graph that its owner has edited is not thrown away for being without adapters
     return {
         region: None if region in adapters.lifted and template and template.shared and not template.slots else template

@@ -26,10 +26,10 @@ from graphpeft.peft_errors import PeftError
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.arguments import unknown_argument
 from graphpeft.rules.config import PeftConfig
-from graphpeft.rules.contradictions import contradiction, unfit_bases
+from graphpeft.rules.contradictions import contradiction, lacking_base, unfit_bases
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.report import Refusal, Report
-from graphpeft.rules.rule import ReplacesWeight, lacking_base
+from graphpeft.rules.rule import ReplacesWeight
 from graphpeft.rules.weight_reader import WeightReader
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite, LeafSite, Site

@@ -147,22 +147,13 @@ class Adapter:
             for name, spec in adapted.specs.items()
             if not spec.is_trained or self.config.rests(adapted.site, name)
         }
-        return frozen | {
-            (path, overrides.override_name(name, adapter)) for path, names in self.replaced.items() for name in names
-        }
+        return frozen | self.replacing_names(adapter)
 
-    def uncounted_names(self, adapter: str) -> set[tuple[str, str]]:
-        """Returns the module's path and the name of each tensor of this adapter that isn't counted as a parameter."""
-        own = {
-            (adapted.site.owner, adapted.names[name])
-            for adapted in self.sites
-            for name, spec in adapted.specs.items()
-            if not spec.counts
-        }
-        replaced = {
+    def replacing_names(self, adapter: str) -> set[tuple[str, str]]:
+        """Returns the module's path and the name of each tensor that is read in place of a weight."""
+        return {
             (path, overrides.override_name(name, adapter)) for path, names in self.replaced.items() for name in names
         }
-        return own | replaced
 
     def tensor_names(self, adapter: str) -> Iterator[tuple[str, str]]:
         """Yields the module's path and the name of every tensor of this adapter."""

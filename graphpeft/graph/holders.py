@@ -8,18 +8,22 @@ Code that goes through a model's own modules leaves holders out.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from graphpeft._torch import can_take_data
 from graphpeft.graph.sharding import distributed_as, is_sharded
 
 
 class Holder(nn.Module):
-    """The tensors of one adapter at a module, as its parameters and buffers; its numbers are plain attributes."""
+    """The tensors of one adapter at a module, as its parameters and buffers; its numbers are plain attributes.
+
+    Holders may have tensors in common, as several modules may have a tied parameter.
+    """
 
     _graphpeft_method = "adapter"
     _graphpeft_options = ""
@@ -45,6 +49,17 @@ class Holder(nn.Module):
         devices = [hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None]
         for device in devices:
             self.to(device)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Holder:
+        """Moves or converts the tensors; a buffer stays the object that it is, as PyTorch lets parameters stay."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            moved = self._buffers[name]
+            if tensor is not None and moved is not None and moved is not tensor and can_take_data(tensor, moved):
+                tensor.data = moved
+                self._buffers[name] = tensor
+        return self
 
     def forward(self, *_: Any, **__: Any) -> Any:
         """Raises RuntimeError: only code that calls all submodules of an adapted module calls a holder."""

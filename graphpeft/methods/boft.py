@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.graph import ops
+from graphpeft.graph.memory_layout import laid_out_as
 from graphpeft.methods import rotations
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.delta_rule import DeltaRule, WeightRule
@@ -117,7 +118,8 @@ class InputButterfly(Butterfly, InputRule, OperationRule):
 
     def enter(self, x: Any, boft_R: Any, training: Any) -> Any:
         """Returns Rᵀ x, for rows x R."""
-        return rotations.butterfly(x.to(boft_R.dtype), boft_R, False, self.drops, training).to(x.dtype)
+        rotated = rotations.butterfly(x.to(boft_R.dtype), boft_R, False, self.drops, training)
+        return laid_out_as(rotated.to(x.dtype), x)
 
     def rewrite(self, y: Any, boft_s: Any, bias: Any = None) -> Any:
         """Returns s ⊙ (y − b) + b, which is y itself where the scales are 1."""
@@ -206,10 +208,9 @@ class BOFTConfig(TargetedConfig):
             )
 
     @property
-    def starts_as_identity(self) -> bool | Literal["within rounding"]:
+    def starts_as_identity(self) -> bool:
         """Whether rotations are the identity and scales 1."""
-        # what is multiplied by one lies otherwise in memory, for which PyTorch may choose another way to add up
-        return "within rounding" if self.init_weights else False
+        return self.init_weights
 
     @property
     def trained_biases(self) -> Biases:

@@ -24,6 +24,7 @@ from graphpeft.graph import ops
 from graphpeft.graph.computed_weights import read_weight
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.methods.lycoris import kernel_of
 from graphpeft.methods.matrices import are_turned, as_matrices, matrices_of, no_matrix
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Number, Probability, Size
@@ -40,12 +41,12 @@ class Deft(DeltaRule):
     """The change at one weight.
 
     Attributes:
-        shape: The shape of ΔW.
+        kernel: The sizes of a convolution's kernel; () for matrices.
         is_orthogonal: Whether the directions are made orthogonal.
         injects: Whether something is put in their place.
     """
 
-    shape: tuple[int, ...]
+    kernel: tuple[int, ...]
     is_orthogonal: bool = False
     injects: bool = True
 
@@ -119,7 +120,8 @@ class Deft(DeltaRule):
         """Returns ΔW."""
         Q, K = self._directions(deft_P)
         made = -(K.mT @ in_rows(base, K))
-        return (Q @ (made + deft_R * scale if self.injects else made)).reshape(self.shape)
+        product = Q @ (made + deft_R * scale if self.injects else made)
+        return product.unflatten(-1, (-1, *self.kernel)) if self.kernel else product
 
 
 @recorded
@@ -192,7 +194,7 @@ class DeftConfig(TargetedConfig):
     def rule_for(self, site: Any, dtype: torch.dtype) -> Deft:
         """Returns the rule for a weight's shape."""
         is_orthogonal = self.decomposition_method == "qr"
-        return Deft(shape=site.matrix_shape, is_orthogonal=is_orthogonal, injects=not self.para)
+        return Deft(kernel=kernel_of(site), is_orthogonal=is_orthogonal, injects=not self.para)
 
     def for_file(self, sites: Sequence[Any]) -> DeftConfig:
         """Returns the config with `fan_in_fan_out` as PEFT needs it for these sites."""

@@ -82,7 +82,7 @@ class Delora(BranchRule):
     def delta(self, delora_A: Any, delora_B: Any, delora_lambda: Any, delora_w_norm: Any, rank: Any) -> Any:
         """Returns ΔW."""
         scaled = delora_B * scales(delora_A, delora_B, delora_lambda, rank)[..., None, :]
-        change = scaled @ delora_A * delora_w_norm[..., None, :]
+        change = scaled @ (delora_A * delora_w_norm[..., None, :])
         return change.unflatten(-1, (-1, *self.kernel)) if self.kernel else change
 
 

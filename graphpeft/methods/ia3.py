@@ -3,8 +3,9 @@
     y = W (l ⊙ x) + b         at `feedforward_modules`:  W' = W diag(l)
     y = l ⊙ (W x + b)         at the other targets:      W' = diag(l) W    b' = l ⊙ b
 
-Source: Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", arXiv
-2205.05638; the same numbers as PEFT's ``tuners/ia3/layer.py``.
+Each matrix in a stack, such as an expert's, has factors of its own. Source: Liu et al., "Few-Shot Parameter-Efficient
+Fine-Tuning is Better and Cheaper than In-Context Learning", arXiv 2205.05638; the same numbers as PEFT's
+``tuners/ia3/layer.py``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.graph import ops
+from graphpeft.methods.matrices import matrices_of
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.combination import Combination, Part
 from graphpeft.rules.delta_rule import WeightRule
@@ -108,11 +110,11 @@ class Factors(WeightRule):
     adapts: ClassVar[tuple[type, ...]] = (ops.Linear, ops.Convolution, ops.Weight)
 
     def check(self, site: Any, config: Any) -> str | None:
-        """Refuses weights that are neither matrices nor those of convolutions."""
+        """Refuses weights that are neither matrices, stacks of these, nor those of convolutions."""
         if isinstance(site, LeafSite):
             return None
         reason = super().check(site, config)
-        if reason is None and site.layout is not ops.Convolution and len(site.shape) != 2:
+        if reason is None and site.layout is not ops.Convolution and len(site.shape) not in (2, 3):
             reason = f"its {site.attribute} of shape {tuple(site.shape)} is no matrix, whose features have factors"
         return reason
 
@@ -136,8 +138,10 @@ class InputFactors(Factors, InputRule):
     """Factors for what goes into a layer."""
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
-        """Returns the factors, (1, in), with a 1 for each dimension of a kernel."""
-        return {"ia3_l": ParameterSpec((1, site.in_features, *(1,) * self.kernel), key="ia3_l")}
+        """Returns the factors, (1, in), of each matrix in a stack, or with a 1 for each dimension of a kernel."""
+        stack, _, columns = matrices_of(site)
+        shape = (1, site.in_features, *(1,) * self.kernel) if self.kernel else (*stack, 1, columns)
+        return {"ia3_l": ParameterSpec(shape, key="ia3_l")}
 
     def enter(self, x: Any, ia3_l: Any) -> Any:
         """Returns l ⊙ x."""
@@ -156,8 +160,9 @@ class OutputFactors(Factors, OperationRule):
     """Factors for what comes out of a layer, with its bias."""
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
-        """Returns the factors: (out, 1), and of a convolution (1, out) with a 1 for each dimension of its kernel."""
-        shape = (1, site.out_features, *(1,) * self.kernel) if self.kernel else (site.out_features, 1)
+        """Returns the factors: (out, 1), of each matrix in a stack; (1, out, 1, …) of a convolution."""
+        stack, rows, _ = matrices_of(site)
+        shape = (1, site.out_features, *(1,) * self.kernel) if self.kernel else (*stack, rows, 1)
         return {"ia3_l": ParameterSpec(shape, key="ia3_l")}
 
     def rewrite(self, y: Any, ia3_l: Any) -> Any:
@@ -240,7 +245,7 @@ class IA3Config(TargetedConfig):
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
         """Returns the rule for a layer's inputs or for its outputs."""
         rule = InputFactors if self._is_feed_forward(site.name) else OutputFactors
-        if site.op is ops.Convolution:
+        if not isinstance(site, LeafSite) and site.layout is ops.Convolution:
             return rule(kernel=len(site.matrix_shape) - 2, groups=site.groups)
         return rule()
 

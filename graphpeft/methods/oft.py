@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.graph import ops
+from graphpeft.graph.memory_layout import laid_out_as
 from graphpeft.methods import rotations
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.peft_errors import PeftWarning
@@ -113,7 +114,8 @@ class InputRotation(Rotation, InputRule):
     def enter(self, x: Any, oft_R: Any, training: Any) -> Any:
         """Returns Rᵀ x, for rows x R."""
         blocks = self._blocks(oft_R, training)
-        return rotations.in_blocks(x.to(oft_R.dtype), blocks, self.size, self.positions).to(x.dtype)
+        rotated = rotations.in_blocks(x.to(oft_R.dtype), blocks, self.size, self.positions)
+        return laid_out_as(rotated.to(x.dtype), x)
 
     def delta(self, weight: Any, oft_R: Any) -> Any:
         """Returns W Rᵀ − W; a group's kernels have the blocks of its own features."""
@@ -222,10 +224,9 @@ class OFTConfig(TargetedConfig):
             )
 
     @property
-    def starts_as_identity(self) -> bool | Literal["within rounding"]:
+    def starts_as_identity(self) -> bool:
         """Whether all rotations are the identity."""
-        # what is multiplied by one lies otherwise in memory, for which PyTorch may choose another way to add up
-        return "within rounding" if self.init_weights else False
+        return self.init_weights
 
     @property
     def trained_biases(self) -> Biases:

@@ -100,44 +100,32 @@ class Osf(Factored, BranchRule):
         """Returns 0: the method has no dropout."""
         return 0.0
 
-    def delta(
-        self,
-        osf_U_low: Any,
-        osf_S_low: Any,
-        osf_V_low: Any,
-        osf_U_init: Any,
-        osf_S_init: Any,
-        osf_V_init: Any,
-        osf_U_high: Any = None,
-        osf_V_high: Any = None,
-    ) -> Any:
+    def delta(self, osf_S_low: Any, osf_S_init: Any, osf_U_init: Any, osf_V_init: Any, **others: Any) -> Any:
         """Returns U S V − U₀ S₀ V₀."""
-        u, v = _steered(osf_U_low, osf_V_low, osf_U_init, osf_V_init, osf_U_high, osf_V_high)
+        u, v = _steered(osf_U_init, osf_V_init, **others)
         first = self.product(osf_V_init, osf_U_init * osf_S_init[..., None, :])
         return self.product(v, u * osf_S_low[..., None, :]) - first
 
-    def branch(
-        self,
-        h: Any,
-        osf_U_low: Any,
-        osf_S_low: Any,
-        osf_V_low: Any,
-        osf_U_init: Any,
-        osf_S_init: Any,
-        osf_V_init: Any,
-        osf_U_high: Any = None,
-        osf_V_high: Any = None,
-    ) -> Any:
+    def branch(self, h: Any, osf_S_low: Any, osf_S_init: Any, osf_U_init: Any, osf_V_init: Any, **others: Any) -> Any:
         """Returns h Vᵀ S Uᵀ − h V₀ᵀ S₀ U₀ᵀ, which is 0 at first, bit for bit."""
-        u, v = _steered(osf_U_low, osf_V_low, osf_U_init, osf_V_init, osf_U_high, osf_V_high)
+        u, v = _steered(osf_U_init, osf_V_init, **others)
         first = F.linear(F.linear(h, osf_V_init) * osf_S_init, osf_U_init)
         return F.linear(F.linear(h, v) * osf_S_low, u) - first
 
 
-def _steered(u: Any, v: Any, u_init: Any, v_init: Any, u_high: Any, v_high: Any) -> tuple[Any, Any]:
+def _steered(
+    u_init: Any,
+    v_init: Any,
+    osf_U_low: Any,
+    osf_V_low: Any,
+    osf_U_high: Any = None,
+    osf_V_high: Any = None,
+    **_: Any,
+) -> tuple[Any, Any]:
     """Returns U and V, whose gradients have no part in the frozen directions."""
-    on_u = steered(u, u_init, True) if u_high is None else steered(u, u_high, False)
-    on_v = steered(v.mT, v_init.mT, True) if v_high is None else steered(v.mT, v_high.mT, False)
+    U, V = osf_U_low, osf_V_low
+    on_u = steered(U, u_init, True) if osf_U_high is None else steered(U, osf_U_high, False)
+    on_v = steered(V.mT, v_init.mT, True) if osf_V_high is None else steered(V.mT, osf_V_high.mT, False)
     return on_u, on_v.mT
 
 

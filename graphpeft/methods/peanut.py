@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.methods.lycoris import draw
+from graphpeft.methods.lycoris import draw, kernel_of
 from graphpeft.methods.matrices import matrices_of, no_matrix
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Number, Size, Within
@@ -68,12 +68,12 @@ class Peanut(DeltaRule):
     """The change at one weight.
 
     Attributes:
-        shape: The shape of ΔW.
+        kernel: The sizes of a convolution's kernel; () for matrices.
         depth: How many layers the network has beside A and B, on either side.
         activation: The name of the activation.
     """
 
-    shape: tuple[int, ...]
+    kernel: tuple[int, ...]
     depth: int
     activation: str
 
@@ -132,7 +132,8 @@ class Peanut(DeltaRule):
 
     def delta(self, base: Any, peanut_A: Any, peanut_B: Any, scale: Any, **inner: Any) -> Any:
         """Returns ΔW."""
-        return (peanut_B @ self._hidden(base, peanut_A, inner).mT * scale).reshape(self.shape)
+        product = peanut_B @ self._hidden(base, peanut_A, inner).mT * scale
+        return product.unflatten(-1, (-1, *self.kernel)) if self.kernel else product
 
     def _hidden(self, weight: Any, A: Any, inner: Mapping[str, Any]) -> Any:
         return hidden(weight, A, self.activation, *(inner[f"peanut_{side}_{n}"] for side, n in self._inner()))
@@ -213,4 +214,4 @@ class PeanutConfig(TargetedConfig):
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Peanut:
         """Returns the rule for a weight's shape."""
-        return Peanut(shape=site.matrix_shape, depth=self.depth, activation=self.act_fn)
+        return Peanut(kernel=kernel_of(site), depth=self.depth, activation=self.act_fn)

@@ -11,7 +11,6 @@ same numbers as PEFT's ``tuners/waveft/layer.py``.
 from __future__ import annotations
 
 import copy
-import importlib
 import importlib.util
 import re
 from collections.abc import Mapping, Sequence
@@ -21,11 +20,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from graphpeft.graph.recorded import recorded
-from graphpeft.methods.fourierft import places_drawn, too_many, with_values
+from graphpeft.methods.fourierft import places_drawn, too_many
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import exact
 from graphpeft.methods.matrices import Matrices, are_turned, matrices_of, no_matrix
+from graphpeft.methods.wavelets import band, filters_of, synthesised
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Number, Seed, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
@@ -101,7 +100,7 @@ class WaveFT(DeltaRule):
         _, rows, columns = self.matrices
         parted = []
         for place, size in ((places // columns, rows), (places % columns, columns)):
-            half = _band(size, self.length)
+            half = band(size, self.length)
             within = place + half - size // 2 - size % 2
             parted.append((within // half, within % half, half))
         (below, row, high), (beside, column, wide) = parted
@@ -115,54 +114,6 @@ class WaveFT(DeltaRule):
         """Returns ΔW."""
         _, rows, columns = self.matrices
         return synthesised(waveft_spectrum, waveft_places, waveft_filters, rows, columns).reshape(self.shape) * scale
-
-
-def _band(size: int, length: int) -> int:
-    """Returns the number of coefficients from which a step of synthesis makes one dimension of a matrix.
-
-    Args:
-        size: The size of the dimension.
-        length: The number of elements of the filters.
-    """
-    return (size + length - 1) // 2
-
-
-def filters_of(wavelet: str) -> tuple[list[float], list[float]]:
-    """Returns the filters by which coefficients of averages and of differences become values.
-
-    Args:
-        wavelet: The name of the wavelet.
-    """
-    if wavelet == "db1":
-        half = 0.5**0.5
-        return [half, half], [half, -half]
-    pywt: Any = importlib.import_module("pywt")
-    made = pywt.Wavelet(wavelet)
-    return made.rec_lo, made.rec_hi
-
-
-@recorded
-def synthesised(spectrum: Tensor, places: Tensor, filters: Tensor | None, rows: int, columns: int) -> Tensor:
-    """Returns matrices that have coefficients of wavelets, or elements, at some places.
-
-    Args:
-        spectrum: The coefficients, (…, n).
-        places: Their places, counted row by row, and band by band if there are filters, (n,).
-        filters: The filters, (2, length); None for elements.
-        rows: The number of the matrices' rows.
-        columns: The number of their columns.
-    """
-    if filters is None:
-        return with_values(spectrum, places, rows * columns)
-    length = filters.shape[1]
-    high, wide = _band(rows, length), _band(columns, length)
-    bands = with_values(spectrum.reshape(-1, spectrum.shape[-1]), places, 4 * high * wide).view(-1, 2, high, wide)
-    # as PEFT has it: two bands beside each other are averages and differences of rows, two below each other of columns
-    kernel = filters.view(2, length // 2, 2).flip(1)
-    made = torch.einsum("nbqwj,bjp->nqpw", bands.unfold(2, length // 2, 1), kernel).flatten(1, 2)[:, :rows]
-    made = made.reshape(-1, 2, rows, wide)
-    made = torch.einsum("narqj,ajp->nrqp", made.unfold(3, length // 2, 1), kernel).flatten(2)
-    return made[..., :columns]
 
 
 @register

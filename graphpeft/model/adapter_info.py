@@ -113,9 +113,8 @@ class AdapterInfo(nn.Module):
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Counts the model's parameters, in numbers (not tensors).
 
-        Of weights that bitsandbytes has packed into 4 bits, the numbers count that they stand for, as in PEFT. What
-        follows from an adapter's config and the weights, such as VeRA's matrices, doesn't count; nor does what is
-        read in place of a weight, such as PiSSA's residual.
+        Of weights that bitsandbytes has packed into 4 bits, the numbers count that they stand for, as in PEFT. What is
+        read in place of a weight, such as PiSSA's residual, doesn't count.
 
         Returns:
             How many are trainable, and how many there are, those of adapters among them.
@@ -124,7 +123,7 @@ class AdapterInfo(nn.Module):
         uncounted = {
             id(tensor_at(modules[path], name))
             for adapter_name, adapter in self._peft_adapters.by_name.items()
-            for path, name in adapter.uncounted_names(adapter_name)
+            for path, name in adapter.replacing_names(adapter_name)
             if path in modules and has_tensor(modules[path], name)
         }
         parameters = [parameter for parameter in self.parameters() if id(parameter) not in uncounted]

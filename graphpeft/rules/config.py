@@ -18,6 +18,7 @@ from graphpeft.peft_classes import class_in_peft, config_class, hint_for_peft, s
 from graphpeft.rules.config_in_calls import ConfigInCalls
 from graphpeft.rules.config_json import OWN as OWN
 from graphpeft.rules.config_json import ConfigJson
+from graphpeft.rules.config_training import ConfigTraining
 from graphpeft.rules.options import check_options
 from graphpeft.rules.peft_names import HEADS, PEFT_VERSION, TaskType
 from graphpeft.rules.plain_values import default_of, plain
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
     from graphpeft.rules.report import Report
     from graphpeft.rules.rule import Rule
-    from graphpeft.rules.trained import Biases, FullyTrainedModule, SiteParameters, TableRows
+    from graphpeft.rules.trained import Biases, FullyTrainedModule, TableRows
     from graphpeft.rules.weight_reader import WeightReader
     from graphpeft.sites.finder import SiteFinder
     from graphpeft.sites.site import CallSite, LeafSite, Site
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 @names_method
 @dataclass(kw_only=True)
-class PeftConfig(ConfigInCalls, ConfigJson):
+class PeftConfig(ConfigInCalls, ConfigJson, ConfigTraining):
     """The options of all methods; their names and meanings are PEFT's.
 
     Attributes:
@@ -78,12 +79,6 @@ class PeftConfig(ConfigInCalls, ConfigJson):
 
     tying_option: ClassVar[str] = ""
     """The option that keeps tied weights tied, see `keeps_tied`; "" if the method has none."""
-
-    changed_by_training: ClassVar[frozenset[str]] = frozenset()
-    """Options that `after_step` changes: an adapter that gets the values of a saved one gets its options of these."""
-
-    parameters_changed_by_steps: ClassVar[frozenset[str] | None] = None
-    """The rules' names of the parameters that `after_step` changes; None if it may change any, which costs copies."""
 
     is_resolved: ClassVar[bool] = False
     """Whether the options that depend on a model are filled in, as in the config of each adapter."""
@@ -274,52 +269,6 @@ class PeftConfig(ConfigInCalls, ConfigJson):
             dtype: The dtype of the adapter's parameters there.
         """
         raise NotImplementedError
-
-    def penalty(self, sites: Sequence[SiteParameters]) -> torch.Tensor | None:
-        """Returns a scalar with gradients that a model's call adds to the loss that it returns, or None.
-
-        Args:
-            sites: The adapter's parameters at each of its sites.
-        """
-        return None
-
-    def after_step(self, step: int, sites: Sequence[SiteParameters]) -> None:
-        """Changes the adapter's tensors in place after a training step, when `update_and_allocate` is called.
-
-        Keep state between steps in attributes of the config, and assign a new value instead of mutating the old one. If
-        the call fails, attributes and tensors are restored.
-
-        Args:
-            step: The number of the step, counted by the caller.
-            sites: The adapter's parameters at each of its sites, with gradients.
-
-        Raises:
-            ValueError: If the adapter can't be changed now.
-        """
-
-    def rests(self, site: Any, name: str) -> bool:
-        """Returns whether a parameter isn't trained now, of those that the rule trains: `after_step` may choose.
-
-        Args:
-            site: The site.
-            name: The rule's name of the parameter.
-        """
-        return False
-
-    def training_state(self) -> Mapping[str, torch.Tensor]:
-        """Returns what `after_step` keeps from step to step, as tensors by name, for a training that is resumed."""
-        return {}
-
-    def resumed(self, state: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
-        """Returns the attributes of the config in which `after_step` keeps this.
-
-        Args:
-            state: What `training_state` returned.
-
-        Raises:
-            ValueError: If it is another method's.
-        """
-        raise ValueError(f"{self.method} keeps nothing from step to step")
 
     def file_form(self, site: Any, name: str, spec: ParameterSpec) -> FileForm | None:
         """Returns the present form of a parameter in files, or None if it is the form in the model.

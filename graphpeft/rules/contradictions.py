@@ -9,7 +9,16 @@ from graphpeft.graph import ops
 from graphpeft.rules.arguments import GIVEN
 from graphpeft.rules.delta_rule import WeightRule
 from graphpeft.rules.parameter_spec import ParameterSpec
-from graphpeft.rules.rule import BoundaryRule, InputRule, Mergeable, OperationRule
+from graphpeft.rules.rule import (
+    BoundaryRule,
+    Combines,
+    InputRule,
+    Mergeable,
+    OperationRule,
+    ReplacesWeight,
+    Rule,
+    RunsByRow,
+)
 from graphpeft.sites.site import CallSite
 
 
@@ -59,4 +68,28 @@ def _in_spec(name: str, spec: ParameterSpec) -> str | None:
         return f"{name} is trained, and isn't saved"
     if spec.is_trained and spec.dtype is not None and not (spec.dtype.is_floating_point or spec.dtype.is_complex):
         return f"{name} is trained, and has whole numbers ({spec.dtype})"
+    return None
+
+
+_BASES: dict[str, tuple[type, ...]] = {
+    "rewrite": (OperationRule,),
+    "enter": (InputRule, BoundaryRule),
+    "leave": (BoundaryRule,),
+    "delta": (Mergeable,),
+    "bias_delta": (Mergeable,),
+    "replaces": (ReplacesWeight,),
+    "by_row": (RunsByRow,),
+    "as_product": (Combines,),
+}
+"""The base classes without which a rule's function would never be called, by function."""
+
+
+@functools.lru_cache(maxsize=256)
+def lacking_base(rule: type) -> str | None:
+    """Returns why a class is no rule, or has a function that would never be called; else None."""
+    if not issubclass(rule, Rule):
+        return f"{rule.__name__} is no rule; let it inherit from OperationRule, InputRule or BoundaryRule"
+    for name, bases in _BASES.items():
+        if hasattr(rule, name) and not issubclass(rule, bases):
+            return f"{rule.__name__} has {name} and isn't {bases[0].__name__}; let it inherit from that"
     return None

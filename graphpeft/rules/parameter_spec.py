@@ -81,8 +81,7 @@ class ParameterSpec(NamedTuple):
     Attributes:
         shape: The shape in the model.
         key: The name in PEFT's files, after the name of the module.
-        is_trained: Whether the parameter is trained when the adapter is. If not, it is a buffer, unless it is counted
-            or shared: a module that is moved gets other buffers, and keeps its parameters.
+        is_trained: Whether the parameter is trained when the adapter is. If not, it is a buffer, unless it is counted.
         form: The form in files, if it differs.
         scope: A name for a tensor that sites of one adapter share: sites with the same scope hold one tensor. At each
             such site but the first, `initialise` gets the tensor with its values. In files, each site may have a key
@@ -117,9 +116,4 @@ class ParameterSpec(NamedTuple):
     @property
     def is_parameter(self) -> bool:
         """Whether it is a parameter of a module, and not a buffer."""
-        return self.counts or self.scope is not None
-
-    @property
-    def counts(self) -> bool:
-        """Whether it is counted among the model's parameters."""
         return self.is_trained or self.rank is not None or self.is_counted

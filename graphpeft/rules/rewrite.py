@@ -63,6 +63,19 @@ class NoChangeError(Exception):
         self.weight, self.slot = weight, slot
 
 
+class ChangedInputError(Exception):
+    """A rule asks for an argument of a forward as it was given, and an earlier adapter changes it.
+
+    Args:
+        argument: The name of the argument.
+        slot: The slot of the earlier adapter.
+    """
+
+    def __init__(self, argument: str, slot: int) -> None:
+        super().__init__(f"the adapter in slot {slot} changes {argument}")
+        self.argument, self.slot = argument, slot
+
+
 def insert(
     graph: fx.Graph,
     op: Op,
@@ -87,6 +100,7 @@ def insert(
     Raises:
         NoChangeError: If the rule asks for the present weight, and an earlier adapter's effect is no change of the
             weight.
+        ChangedInputError: If it asks for an argument as it was given, and an earlier adapter changes that.
     """
     before = set(graph.nodes)
     entered, replaced = _emit(graph, op, rule, {**attributes, **{name: CallInput(name) for name in rule.call_inputs}})
@@ -166,7 +180,9 @@ def _over_weight(graph: fx.Graph, op: Weight, rule: Any, attributes: Sources) ->
     with graph.inserting_before(current.next):
         nodes = {"weight": current, "base": op.node}
         given = _given(rule.delta, graph, nodes, attributes, {})
+        emitted_before = set(graph.nodes)
         result = rule.changed_weight(fx.Proxy(current, RuleTracer(graph)), given).node
+        _erase_unread([node for node in graph.nodes if node not in emitted_before and node is not result])
     _replace(current, result, before.__contains__)
     return {result: current}
 
@@ -186,12 +202,16 @@ def _behind(graph: fx.Graph, op: Computation, rule: Any, x: fx.Node, attributes:
             rule.rewrite, graph, nodes, {"bias": None, "base_bias": None, **attributes}, {"operation": op, **none}
         )
         _refuse_no_value(result, "rewrite")
-        # what nothing reads, such as a change that the rule doesn't need here, with all that it is made of
-        for node in reversed(emitted):
-            if not node.users:
-                graph.erase_node(node)
+        _erase_unread(emitted)
     _replace(current, result.node, before.__contains__)
     return {result.node: current}
+
+
+def _erase_unread(nodes: list[fx.Node]) -> None:
+    """Erases what nothing reads, such as a change that a rule doesn't need here, with all that it is made of."""
+    for node in reversed(nodes):
+        if not node.users:
+            node.graph.erase_node(node)
 
 
 def _plain(graph: fx.Graph, op: Computation, x: fx.Node) -> fx.Node:
@@ -313,6 +333,10 @@ def replace(
 
 def _at_boundary(graph: fx.Graph, op: Boundary, rule: BoundaryRule, attributes: Sources) -> Replaced:
     """Emits new arguments and a new output of a forward, and returns them with the nodes that they replace."""
+    for tag in changes_at(graph, op.name):
+        spent = [name for name in rule.reads_as_given if name in getattr(tag.rule, "spends", ())]
+        if spent:
+            raise ChangedInputError(spent[0], tag.slot)
     tracer = RuleTracer(graph)
     inputs = {name: fx.Proxy(node, tracer) for name, node in op.inputs.items()}
     inputs |= {name: fx.Proxy(_placeholder(graph, name), tracer) for name in rule.more_inputs}

@@ -12,7 +12,6 @@ the rule's parameters and constants. An argument that a rule doesn't declare for
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -20,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from graphpeft.graph.written_products import plus_change
 from graphpeft.rules.parameter_spec import ParameterSpec
 
 
@@ -251,13 +251,13 @@ class Mergeable(Rule):
         return self.delta(**given)
 
     def changed_weight(self, weight: Any, given: Mapping[str, Any]) -> Any:
-        """Returns a weight as such with its change, for the graph that uses it.
+        """Returns a weight as such with its change; what multiplies by a stack takes ``P @ Q * s`` factor by factor.
 
         Args:
-            weight: The weight, with the changes of earlier adapters.
-            given: The arguments of `delta` by name, as in `change`.
+            weight: The weight, with the changes of earlier adapters; a proxy.
+            given: The arguments of `delta` by name, as in `change`; proxies.
         """
-        return weight + self.change(given).to(weight.dtype)
+        return plus_change(weight, self.change(given))
 
     @abstractmethod
     def delta(self, *args: Any, **kwargs: Any) -> Any:
@@ -408,6 +408,14 @@ class BoundaryRule(Rule):
         """The names of extra arguments of the module's forward; None is their default."""
         return ()
 
+    reads_as_given: ClassVar[tuple[str, ...]] = ()
+    """Arguments of the forward that tell the rule about the call only as the caller has given them."""
+
+    @property
+    def spends(self) -> tuple[str, ...]:
+        """Arguments that don't tell other rules about the call any more once this rule has entered."""
+        return ()
+
     def enter(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
         """Returns new values of arguments of the forward, by name; it runs on proxies.
 
@@ -421,27 +429,3 @@ class BoundaryRule(Rule):
         Its arguments can be the arguments of ``enter``, ``output``, and ``entered``, the result of ``enter``.
         """
         return kwargs["output"]
-
-
-_BASES: dict[str, tuple[type, ...]] = {
-    "rewrite": (OperationRule,),
-    "enter": (InputRule, BoundaryRule),
-    "leave": (BoundaryRule,),
-    "delta": (Mergeable,),
-    "bias_delta": (Mergeable,),
-    "replaces": (ReplacesWeight,),
-    "by_row": (RunsByRow,),
-    "as_product": (Combines,),
-}
-"""The base classes without which a rule's function would never be called, by function."""
-
-
-@functools.lru_cache(maxsize=256)
-def lacking_base(rule: type) -> str | None:
-    """Returns why a class is no rule, or has a function that would never be called; else None."""
-    if not issubclass(rule, Rule):
-        return f"{rule.__name__} is no rule; let it inherit from OperationRule, InputRule or BoundaryRule"
-    for name, bases in _BASES.items():
-        if hasattr(rule, name) and not issubclass(rule, bases):
-            return f"{rule.__name__} has {name} and isn't {bases[0].__name__}; let it inherit from that"
-    return None

@@ -57,7 +57,8 @@ def _variants(model: nn.Module, paths: list[str], identity: bool) -> st.SearchSt
         return st.just({})
     velora: list[dict[str, Any]] = [{"velora_config": {"num_groups": 2, "init_type": kind}} for kind in _VECTORS]
     blocks: list[dict[str, Any]] = [{"use_bdlora": {f"target_modules_bd_{factor}": [""]}} for factor in "ab"]
-    return st.sampled_from([{}, *velora, *blocks, *([] if identity else [{"kasa_config": {}}])])
+    drawn: list[dict[str, Any]] = [{"monteclora_config": {"num_samples": 2, "buffer_size": 1}}]
+    return st.sampled_from([{}, *velora, *blocks, *drawn, *([] if identity else [{"kasa_config": {}}])])
 
 
 _VECTORS = ("batch_average", "batch_average_once", "random")

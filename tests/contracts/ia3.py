@@ -1,6 +1,7 @@
 """(IA)³, of inputs and of outputs."""
 
 import peft
+from kinds import MATRIX, STACK
 from oracle import CONV_2D, CONV_3D, GROUPED, MATRICES, POINTWISE
 
 from contracts.contract import Contract
@@ -17,7 +18,7 @@ CONTRACTS = [
         peft.IA3Config,
         OF_OUTPUTS,
         (*MATRICES, CONV_2D, POINTWISE, CONV_3D),
-        (GROUPED,),
+        (GROUPED, MATRIX, STACK),
         sized=OF_OUTPUTS,
         refuses={"both ways": "its operations read it both as"},
     ),

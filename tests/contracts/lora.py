@@ -21,6 +21,7 @@ CONTRACTS = [
     _variant("bdlora-a", use_bdlora=BLOCKS_OF_A),
     _variant("kasa", kasa_config={}),
     _variant("kasa-dropout", kasa_config={}, lora_dropout=0.4, init_lora_weights="gaussian"),
+    _variant("monteclora", monteclora_config={"buffer_size": 3})._replace(cases=MATRICES, trains_alike=False),
     _variant("velora", velora_config={"num_groups": 4, "scale": 0.7}),
     _variant("velora-once", velora_config={"num_groups": 3, "init_type": "batch_average_once"}, lora_dropout=0.4),
     _variant("velora-random", velora_config={"num_groups": 2, "init_type": "random"}),

@@ -19,6 +19,7 @@ from graphpeft.methods.lora.variants.arrow import ArrowConfig
 from graphpeft.methods.lora.variants.arrow_model import create_arrow_model
 from graphpeft.methods.lora.variants.blocks import BdLoraConfig
 from graphpeft.methods.lora.variants.kasa import KasaConfig, kasa_loss
+from graphpeft.methods.lora.variants.monteclora import MontecloraConfig, monteclora_loss
 from graphpeft.methods.lora.variants.velora import VeloraConfig
 
 __all__ = [
@@ -31,11 +32,13 @@ __all__ = [
     "LoraConfig",
     "LoraGAConfig",
     "LoraPerCallConfig",
+    "MontecloraConfig",
     "VeloraConfig",
     "create_arrow_model",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
     "kasa_loss",
+    "monteclora_loss",
     "preprocess_corda",
     "preprocess_loraga",
     "replace_lora_weights_loftq",

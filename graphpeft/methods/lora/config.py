@@ -89,8 +89,10 @@ class LoraConfig(TargetedConfig):
         kasa_config: A `KasaConfig`, or its values as a dict: trained singular values between A and B, on a weight
             without its smallest ones (KaSA).
         velora_config: A `VeloraConfig`, or its values as a dict: A is trained by a compressed input (VeLoRA).
+        monteclora_config: A `MontecloraConfig`, or its values as a dict: A is drawn anew in each forward in training
+            (MonteCLoRA).
         use_qalora, qalora_group_size: Refused, not supported yet.
-        monteclora_config, megatron_config, megatron_core: Refused, not supported yet.
+        megatron_config, megatron_core: Refused, not supported yet.
 
     Raises:
         ValueError: For a value that an option can't have, and for options that contradict each other.
@@ -144,11 +146,11 @@ class LoraConfig(TargetedConfig):
     kasa_config: Any = None
     use_bdlora: Any = None
     velora_config: Any = None
+    monteclora_config: Any = None
 
     # read and written as PEFT does, and refused when set; Any is a dict, or one of PEFT's classes for it
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
-    monteclora_config: Any = None
     qalora_group_size: int = 16
     use_qalora: bool = False
 

@@ -14,10 +14,6 @@ _QALORA = "PEFT has it for layers of GPTQ, which aren't adapted, and ignores it 
 REASONS = {
     "megatron_config": _MEGATRON,
     "megatron_core": _MEGATRON,
-    "monteclora_config": (
-        "MonteCLoRA trains with samples from a buffer outside of the file, of 150 times eight samples of the size of A "
-        "for each layer, so that no training goes on as it was"
-    ),
     "qalora_group_size": _QALORA,
     "use_qalora": _QALORA,
 }

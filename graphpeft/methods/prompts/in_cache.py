@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -49,6 +49,8 @@ class InCache(Placement):
     heads: int
     cache_names: tuple[str, ...]
     counts: bool
+
+    spends: ClassVar[tuple[str, ...]] = CACHES
 
     @property
     def asks(self) -> tuple[str, ...]:

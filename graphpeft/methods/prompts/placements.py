@@ -14,14 +14,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.graph.recorded import recorded
-from graphpeft.methods.prompts.caches import absent, cache_of, has_tokens, length_with, under_one_name
+from graphpeft.methods.prompts.caches import CACHES, absent, cache_of, has_tokens, length_with, under_one_name
 from graphpeft.methods.prompts.encoders import Encoder
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.rule import BoundaryRule
@@ -32,7 +32,13 @@ LABELS, POSITIONS = "labels", ("start_positions", "end_positions")
 
 
 class Placement(ABC):
-    """Where virtual tokens go at a boundary; a frozen value."""
+    """Where virtual tokens go at a boundary; a frozen value.
+
+    Attributes:
+        spends: The arguments by which nobody can tell any more that a sequence begins, once tokens are placed.
+    """
+
+    spends: ClassVar[tuple[str, ...]] = ()
 
     @property
     def asks(self) -> tuple[str, ...]:
@@ -75,8 +81,16 @@ class PromptRule(BoundaryRule):
         placement: Inserts them.
     """
 
+    # an empty cache tells that a sequence begins, and one that a prefix has filled tells nothing
+    reads_as_given: ClassVar[tuple[str, ...]] = CACHES
+
     encoder: Encoder
     placement: Placement
+
+    @property
+    def spends(self) -> tuple[str, ...]:
+        """What the placement spends."""
+        return self.placement.spends
 
     @property
     def more_inputs(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,9 @@ from graphpeft.adapters.adapting import known_adapters, modules_of
 from graphpeft.graph.holders import tensor_at
 from graphpeft.methods.lora.factors import rank_of
 from graphpeft.methods.lora.init.initialisation import RANDOM, weight_of
-from graphpeft.methods.lora.linear import LoraLinear
+from graphpeft.methods.lora.variants.around import AroundLora
 from graphpeft.rules.options import NotNegative, check_options
 from graphpeft.rules.parameter_spec import ParameterSpec
-from graphpeft.rules.rule import Mergeable, OperationRule, ReplacesWeight
 from graphpeft.sites.site import Site
 
 
@@ -56,20 +55,12 @@ class KasaConfig:
 
 
 @dataclass(frozen=True)
-class Kasa(OperationRule, Mergeable, ReplacesWeight):
-    """The branch of a linear layer, and its truncated weight.
-
-    Attributes:
-        lora: LoRA's rule for the same site.
-    """
-
-    scales: ClassVar[tuple[str, ...]] = ("lora_scaling",)
-
-    lora: LoraLinear
+class Kasa(AroundLora):
+    """The branch of a linear layer, and its truncated weight."""
 
     def check(self, site: Site, config: Any) -> str | None:
         """Refuses what LoRA refuses, a weight that is stored as (in, out), and ranks that leave nothing of it."""
-        reason = self.lora.check(site, config)
+        reason = super().check(site, config)
         if reason is not None:
             return reason
         if self.lora.flipped:
@@ -84,12 +75,8 @@ class Kasa(OperationRule, Mergeable, ReplacesWeight):
 
     def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A, B and the singular values."""
-        of_lora = {name: spec._replace(rank=None) for name, spec in self.lora.parameters(site, config).items()}
+        of_lora = {name: spec._replace(rank=None) for name, spec in super().parameters(site, config).items()}
         return {**of_lora, "lora_diag": ParameterSpec((rank_of(site, config),), key="lora_diag")}
-
-    def constants(self, site: Site, config: Any) -> Mapping[str, float]:
-        """Returns the constants of LoRA."""
-        return self.lora.constants(site, config)
 
     def replaces(self, site: Site, config: Any) -> bool:
         """Returns that the truncated weight is read."""
@@ -99,47 +86,20 @@ class Kasa(OperationRule, Mergeable, ReplacesWeight):
         self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module
     ) -> Mapping[str, Tensor]:
         """Draws A, B and the singular values, and truncates the weight."""
-        self.lora.initialise({name: t for name, t in parameters.items() if name != "lora_diag"}, site, config, module)
+        super().initialise(parameters, site, config, module)
         # in the layer's dtype, as in PEFT
         parameters["lora_diag"].copy_(torch.randn(parameters["lora_diag"].shape, dtype=site.dtype))
         U, S, Vh = torch.linalg.svd(weight_of(site, module), full_matrices=False)
         kept = len(S) - len(parameters["lora_diag"])
         return {site.attribute: (U[:, :kept] * S[:kept]) @ Vh[:kept]}
 
-    def rewrite(
-        self,
-        x: Any,
-        y: Any,
-        operation: Any,
-        lora_A: Any,
-        lora_B: Any,
-        *,
-        lora_diag: Any,
-        lora_bias: Any = None,
-        lora_scaling: Any,
-        lora_dropout: Any = None,
-        training: Any,
-    ) -> Any:
+    def rewrite(self, lora_A: Any, lora_diag: Any, **others: Any) -> Any:
         """Adds the branch to the operation's value."""
-        scaled, others = lora_diag.unsqueeze(-1) * lora_A, {"lora_scaling": lora_scaling, "lora_dropout": lora_dropout}
-        return self.lora.rewrite(x, y, operation, scaled, lora_B, lora_bias=lora_bias, training=training, **others)
+        return self.lora.rewrite(lora_A=lora_diag.unsqueeze(-1) * lora_A, **others)
 
     def delta(self, lora_A: Any, lora_B: Any, lora_diag: Any, lora_scaling: Any) -> Any:
         """Returns s B diag(d) A."""
         return self.lora.delta(lora_diag.unsqueeze(-1) * lora_A, lora_B, lora_scaling)
-
-    def unmergeable(self, site: Site) -> str | None:
-        """Refuses the same as LoRA."""
-        return self.lora.unmergeable(site)
-
-    @property
-    def changes_bias(self) -> bool:
-        """Whether B has a bias."""
-        return self.lora.changes_bias
-
-    def bias_delta(self, lora_scaling: Any, lora_bias: Any = None) -> Any:
-        """Returns s times the bias of B, if it has one."""
-        return self.lora.bias_delta(lora_scaling, lora_bias)
 
 
 def kasa_loss(model: nn.Module, adapter_names: str | Sequence[str] | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from graphpeft.methods.lora.variants.activated import Activated
 from graphpeft.methods.lora.variants.arrow import Arrow, ArrowConfig
 from graphpeft.methods.lora.variants.blocks import BdLoraConfig, of_blocks
 from graphpeft.methods.lora.variants.kasa import Kasa, KasaConfig
+from graphpeft.methods.lora.variants.monteclora import Monteclora, MontecloraConfig
 from graphpeft.methods.lora.variants.velora import VeloraConfig, of_options
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import Rule
@@ -48,6 +49,13 @@ VARIANTS: dict[str, Variant] = {
     "use_bdlora": Variant("BD-LoRA", of_blocks, BdLoraConfig),
     "velora_config": Variant("VeLoRA", lambda lora, _, config: of_options(lora, config.velora_config), VeloraConfig),
     "kasa_config": Variant("KaSA", lambda lora, *_: Kasa(lora), KasaConfig),
+    "monteclora_config": Variant(
+        "MonteCLoRA",
+        lambda lora, _, config: Monteclora(
+            lora, config.monteclora_config.num_samples, config.monteclora_config.sample_scaler
+        ),
+        MontecloraConfig,
+    ),
 }
 """The variants by the option that asks for them."""
 

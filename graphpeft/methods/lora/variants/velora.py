@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from graphpeft.graph.recorded import as_node
 from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora.linear import LoraLinear
+from graphpeft.methods.lora.variants.around import AroundLora
 from graphpeft.rules.options import Size, Within, check_options
 from graphpeft.rules.parameter_spec import ParameterSpec
-from graphpeft.rules.rule import Mergeable, OperationRule, ReplacesWeight
 from graphpeft.sites.site import Site
 
 
@@ -57,48 +57,31 @@ class VeloraConfig:
 
 
 @dataclass(frozen=True)
-class Velora(OperationRule, Mergeable, ReplacesWeight):
+class Velora(AroundLora):
     """The branch of a linear layer with a compressed input.
 
     Attributes:
-        lora: LoRA's rule for the same site.
         groups: The number of groups of a token's features.
         scale: The factor of A's gradient.
         averages: When the vector is made of a batch: ``"always"``, ``"once"`` or ``"never"``.
     """
 
-    scales: ClassVar[tuple[str, ...]] = ("lora_scaling",)
-
-    lora: LoraLinear
     groups: int
     scale: float
     averages: Literal["always", "once", "never"]
-
-    def check(self, site: Site, config: Any) -> str | None:
-        """Refuses the same as LoRA."""
-        return self.lora.check(site, config)
 
     def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A, B, the vector, and whether it has been made, which files don't say."""
         size = -(-site.weight_layout.turned_shape(site.shape)[1] // self.groups)
         embed = ParameterSpec((size,), "lora_velora_embed", is_trained=False)
         made = ParameterSpec((1,), "lora_velora_made", is_trained=False, is_saved=False, dtype=torch.uint8)
-        return {**self.lora.parameters(site, config), "lora_velora_embed": embed, "lora_velora_made": made}
-
-    def constants(self, site: Site, config: Any) -> Mapping[str, float]:
-        """Returns the constants of LoRA."""
-        return self.lora.constants(site, config)
-
-    def replaces(self, site: Site, config: Any) -> bool:
-        """Returns whether the initialisation replaces the weight."""
-        return self.lora.replaces(site, config)
+        return {**super().parameters(site, config), "lora_velora_embed": embed, "lora_velora_made": made}
 
     def initialise(
         self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module
     ) -> Mapping[str, Tensor] | None:
         """Gives A and B the values that LoRA gives them, and draws the vector, or sets it to zero."""
-        of_lora = {name: tensor for name, tensor in parameters.items() if not name.startswith("lora_velora")}
-        replacing = self.lora.initialise(of_lora, site, config, module)
+        replacing = super().initialise(parameters, site, config, module)
         embed = parameters["lora_velora_embed"]
         embed.zero_()
         if self.averages == "never":
@@ -111,41 +94,25 @@ class Velora(OperationRule, Mergeable, ReplacesWeight):
         self,
         x: Any,
         y: Any,
-        operation: Any,
         lora_A: Any,
         lora_B: Any,
-        *,
         lora_velora_embed: Any,
         lora_velora_made: Any,
-        lora_bias: Any = None,
         lora_scaling: Any,
-        lora_dropout: Any = None,
         training: Any,
+        lora_bias: Any = None,
+        lora_dropout: Any = None,
     ) -> Any:
         """Adds the branch to the operation's value."""
         h = self.lora.input_of(x, lora_A, lora_dropout, training)
         options = self.groups, self.scale, self.averages, training
         down: Any = as_node(_down, h, lora_A, lora_velora_embed, lora_velora_made, *options)
-        branch = F.linear(down, lora_B, lora_bias)
-        result = add_scaled(y, branch, lora_scaling)
+        result = add_scaled(y, F.linear(down, lora_B, lora_bias), lora_scaling)
         return result.to(y.dtype) if self.lora.casts else result
 
     def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s B A, or its transpose."""
         return self.lora.delta(lora_A, lora_B, lora_scaling)
-
-    def unmergeable(self, site: Site) -> str | None:
-        """Refuses the same as LoRA."""
-        return self.lora.unmergeable(site)
-
-    @property
-    def changes_bias(self) -> bool:
-        """Whether B has a bias."""
-        return self.lora.changes_bias
-
-    def bias_delta(self, lora_scaling: Any, lora_bias: Any = None) -> Any:
-        """Returns s times the bias of B, if it has one."""
-        return self.lora.bias_delta(lora_scaling, lora_bias)
 
 
 def of_options(lora: LoraLinear, options: VeloraConfig) -> Velora:

@@ -26,7 +26,7 @@ class AutoPeftModel:
     A model keeps its own class, so the result is the adapted base model. For an adapter with a task, use the subclass
     for that task.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
         >>> LlamaForCausalLM(LlamaConfig(vocab_size=10, **sizes)).save_pretrained("base")
@@ -135,7 +135,7 @@ def _is_of_transformers(cls: type) -> bool:
 class AutoPeftModelForCausalLM(AutoPeftModel):
     """Loads a model that generates text, with its adapter, by ``AutoModelForCausalLM``.
 
-    Example:
+    Examples:
         >>> AutoPeftModelForCausalLM.task_type
         <TaskType.CAUSAL_LM: 'CAUSAL_LM'>
     """
@@ -147,7 +147,7 @@ class AutoPeftModelForCausalLM(AutoPeftModel):
 class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
     """Loads a model with an encoder and a decoder, with its adapter, by ``AutoModelForSeq2SeqLM``.
 
-    Example:
+    Examples:
         >>> AutoPeftModelForSeq2SeqLM.task_type
         <TaskType.SEQ_2_SEQ_LM: 'SEQ_2_SEQ_LM'>
     """
@@ -159,7 +159,7 @@ class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
 class AutoPeftModelForSequenceClassification(AutoPeftModel):
     """Loads a model that classifies texts, with its adapter, by ``AutoModelForSequenceClassification``.
 
-    Example:
+    Examples:
         >>> AutoPeftModelForSequenceClassification.task_type
         <TaskType.SEQ_CLS: 'SEQ_CLS'>
     """
@@ -171,7 +171,7 @@ class AutoPeftModelForSequenceClassification(AutoPeftModel):
 class AutoPeftModelForTokenClassification(AutoPeftModel):
     """Loads a model that classifies tokens, with its adapter, by ``AutoModelForTokenClassification``.
 
-    Example:
+    Examples:
         >>> AutoPeftModelForTokenClassification.task_type
         <TaskType.TOKEN_CLS: 'TOKEN_CLS'>
     """
@@ -183,7 +183,7 @@ class AutoPeftModelForTokenClassification(AutoPeftModel):
 class AutoPeftModelForQuestionAnswering(AutoPeftModel):
     """Loads a model that answers questions, with its adapter, by ``AutoModelForQuestionAnswering``.
 
-    Example:
+    Examples:
         >>> AutoPeftModelForQuestionAnswering.task_type
         <TaskType.QUESTION_ANS: 'QUESTION_ANS'>
     """
@@ -195,7 +195,7 @@ class AutoPeftModelForQuestionAnswering(AutoPeftModel):
 class AutoPeftModelForFeatureExtraction(AutoPeftModel):
     """Loads a model without a head, with its adapter, by ``AutoModel``.
 
-    Example:
+    Examples:
         >>> AutoPeftModelForFeatureExtraction.task_type
         <TaskType.FEATURE_EXTRACTION: 'FEATURE_EXTRACTION'>
     """

@@ -6,7 +6,7 @@ from __future__ import annotations
 class PeftError(Exception):
     """The base of the errors about adapters.
 
-    Example:
+    Examples:
         >>> try:
         ...     get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["1"]))
         ... except PeftError as error:
@@ -18,7 +18,7 @@ class PeftError(Exception):
 class PeftWarning(UserWarning):
     """The class of this library's warnings.
 
-    Example:
+    Examples:
         >>> import warnings
         >>> warnings.simplefilter("error", PeftWarning)
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))

@@ -25,7 +25,7 @@ import graphpeft
 NAMES = {name: getattr(graphpeft, name) for name in graphpeft.__all__}
 PUBLIC = {name: value for name, value in NAMES.items() if not isinstance(value, ModuleType | Mapping)}
 CLASSES = {name: value for name, value in PUBLIC.items() if isinstance(value, type)}
-SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Example")
+SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Examples")
 
 
 def own(cls: type) -> Iterator[type]:
@@ -221,7 +221,7 @@ Undocumented.__module__ = "graphpeft.numbers"
 def wrong_example():
     """Adds numbers.
 
-    Example:
+    Examples:
         >>> 1 + 1
         3
     """

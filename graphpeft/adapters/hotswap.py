@@ -67,7 +67,7 @@ def hotswap_adapter(
         AdaptError: If there is no such adapter, it is merged, or it is of another method; the model is as it was.
         CheckpointError: If the file doesn't fit the model; likewise.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
         >>> model.save_pretrained("adapter")
         >>> hotswap_adapter(model, "adapter", "default")
@@ -108,7 +108,7 @@ def hotswap_adapter_from_state_dict(
         AdaptError: If there is no such adapter, it is merged, or it is of another method; the model is as it was.
         CheckpointError: If the state dict doesn't fit the model; likewise.
 
-    Example:
+    Examples:
         >>> config = LoraConfig(r=2, target_modules=["0"])
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
         >>> values = {"0.lora_A.default.weight": torch.ones(2, 4), "0.lora_B.default.weight": torch.ones(4, 2)}

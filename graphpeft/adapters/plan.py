@@ -42,7 +42,7 @@ from graphpeft.wording import joined
 class AdaptError(PeftError, ValueError):
     """A config that can't be applied to the model, which stays as it was.
 
-    Example:
+    Examples:
         >>> try:
         ...     get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["1"]))
         ... except AdaptError as error:
@@ -54,7 +54,7 @@ class AdaptError(PeftError, ValueError):
 class NoMatchingPeftModuleError(AdaptError):
     """A config that names nothing of the model, which stays as it was.
 
-    Example:
+    Examples:
         >>> try:
         ...     get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["1"]))
         ... except NoMatchingPeftModuleError as error:

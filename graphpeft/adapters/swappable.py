@@ -53,7 +53,7 @@ def prepare_model_for_compiled_hotswap(
             an adapter adapts was replaced since. The model is as it was.
         ValueError: If `check_compiled` is anything else.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
         >>> prepare_model_for_compiled_hotswap(model, target_rank=8)
         >>> model[0].default.lora_A.shape

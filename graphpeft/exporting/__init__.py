@@ -74,7 +74,7 @@ def export(
         ExportError: If the model can't be exported in this format and adapter mode, or the file's results differ.
         GuardError: If the model is a traced graph, and branches otherwise on these inputs than on its example inputs.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
         >>> report = export(model, (torch.randn(3, 4),), "model.pt2")
         >>> program = torch.export.load("model.pt2").module()
@@ -130,7 +130,7 @@ def export_adapter(
         ExportError: If `exported` takes no adapters, or this adapter doesn't fit its inputs; nothing is written then.
         CheckpointError: If the folder's files don't fit the model; nothing is written then.
 
-    Example:
+    Examples:
         >>> config = LoraConfig(r=2, target_modules=["0"])
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), config, "first")
         >>> report = export(model, (torch.randn(3, 4),), "model.pt2", adapters="inputs")

@@ -8,7 +8,7 @@ from graphpeft.peft_errors import PeftError
 class ExportError(PeftError, ValueError):
     """A model can't be exported in this format and adapter mode; no file was written, and the model is unchanged.
 
-    Example:
+    Examples:
         >>> try:
         ...     export(nn.Linear(2, 2), (torch.randn(1, 2),), "model.bin", "onnx")
         ... except ExportError as error:

@@ -22,7 +22,7 @@ class ExportReport:
         inputs: The shape of each of the model's inputs by input name, with symbols for dynamic sizes.
         checked: The comparisons with the model; empty if `export` was called with ``check=False``.
 
-    Example:
+    Examples:
         >>> report = export(nn.Linear(2, 3), (torch.randn(4, 2),), "model.safetensors", "safetensors")
         >>> print(report)
         safetensors, adapters merged: .../model.safetensors

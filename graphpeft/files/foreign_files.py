@@ -33,7 +33,7 @@ _DEEPEST = 16
 class CheckpointError(PeftError, ValueError):
     """A file of an adapter can't be read, or doesn't fit the model; the model is unchanged.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> Path("adapter_config.json").write_text("{")
         1

@@ -11,7 +11,7 @@ OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 class TraceError(PeftError, RuntimeError):
     """A forward can't be recorded faithfully; the message says where, why and what to do.
 
-    Example:
+    Examples:
         >>> import random
         >>> class Noisy(nn.Module):
         ...     def forward(self, x):
@@ -27,7 +27,7 @@ class TraceError(PeftError, RuntimeError):
 class NeedsInputsError(TraceError):
     """A forward that branches on its inputs was traced without example inputs.
 
-    Example:
+    Examples:
         >>> class Batched(nn.Module):
         ...     def forward(self, x):
         ...         return x if x.ndim == 2 else x.unsqueeze(0)
@@ -46,7 +46,7 @@ class DrawsNumbersError(TraceError):
 class GuardError(PeftError, RuntimeError):
     """A traced graph was called with inputs or module attributes for which the model would take another branch.
 
-    Example:
+    Examples:
         >>> class Batched(nn.Module):
         ...     def forward(self, x):
         ...         return x if x.ndim == 2 else x.unsqueeze(0)

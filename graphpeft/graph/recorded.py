@@ -19,7 +19,7 @@ def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
     Returns:
         The function; calls without proxies run as before.
 
-    Example:
+    Examples:
         >>> @recorded
         ... def doubled(x):
         ...     return 2 * x

@@ -417,7 +417,7 @@ def names_in_slots(module: nn.Module) -> Mapping[int, str]:
     Args:
         module: A module of an adapted model; without a graph it has no such adapters.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]), "mine")
         >>> dict(names_in_slots(model[0]))
         {0: 'mine'}

@@ -55,7 +55,7 @@ def check_learning(model: nn.Module, batch: ExampleInputs, loss: Loss | None = N
         TypeError: If the batch is neither a tuple nor a dict.
         ValueError: If no loss can be made of what the model returns, or no gradient reaches anything that it computes.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
         >>> print(check_learning(model, (torch.ones(1, 4),), lambda output: output.sum()))  # doctest: +ELLIPSIS
         all of 1 sites learn

@@ -20,7 +20,7 @@ class TensorLearning(NamedTuple):
             none.
         gradient: The norm of its gradient now; None without one.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
         >>> site = check_learning(model, (torch.ones(1, 4),)).sites[0]
         >>> {name: tensor.state for name, tensor in site.tensors.items()}
@@ -41,7 +41,7 @@ class SiteLearning(NamedTuple):
         reason: Why some are dead, or "".
         line: The line of code that goes past the site, or "".
 
-    Example:
+    Examples:
         >>> class Past(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
@@ -79,7 +79,7 @@ class LearningReport:
         named: The number of sites that each entry of ``target_modules`` and ``target_parameters`` has named, by the
             adapter's name and the entry.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
         >>> report = check_learning(model, (torch.ones(1, 4),))
         >>> report.dead, dict(report.named)

@@ -145,7 +145,7 @@ class AdaptionPromptConfig(PeftConfig):
     Raises:
         ValueError: For a value that an option can't have.
 
-    Example:
+    Examples:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50))
         >>> model = get_peft_model(model, AdaptionPromptConfig(adapter_len=4, adapter_layers=1))

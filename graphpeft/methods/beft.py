@@ -91,7 +91,7 @@ class BeftConfig(TargetedConfig):
     Raises:
         ValueError: For a value that an option can't have.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), BeftConfig(target_modules=["0"]))
         >>> model[0].default.beft_bias.shape
         torch.Size([1, 16])

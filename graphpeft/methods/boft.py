@@ -174,7 +174,7 @@ class BOFTConfig(TargetedConfig):
         ValueError: For a value that an option can't have, and unless just one of `boft_block_size` and `boft_block_num`
             is 0.
 
-    Example:
+    Examples:
         >>> config = BOFTConfig(boft_n_butterfly_factor=2, target_modules=["0"])
         >>> model = get_peft_model(nn.Sequential(nn.Linear(16, 8)), config)
         >>> model[0].default.boft_R.shape, model[0].default.boft_s.shape

@@ -132,7 +132,7 @@ class C3AConfig(TargetedConfig):
     Raises:
         ValueError: For a value that an option can't have, and for options that contradict each other.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), C3AConfig(block_size=4, target_modules=["0"]))
         >>> model[0].default.c3a_kernel.shape
         torch.Size([4, 2, 4])

@@ -52,7 +52,7 @@ class CartridgeConfig(PrefixConfig):
     Raises:
         ValueError: For a value that an option can't have, and for more frozen tokens than there are tokens.
 
-    Example:
+    Examples:
         >>> config = CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=8)
         >>> config.num_frozen_tokens
         1
@@ -162,7 +162,7 @@ def compose_cartridge_adapters(
             models of different sizes; or if the folder has another file, which readers would prefer. Nothing is written
             then.
 
-    Example:
+    Examples:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> for folder, tokens in (("first", 3), ("second", 5)):
         ...     base = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50))

@@ -58,7 +58,7 @@ class CPTConfig(PromptLearningConfig):
     Raises:
         ValueError: For a value that an option can't have, and for options of different lengths.
 
-    Example:
+    Examples:
         >>> config = CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[5, 6], cpt_tokens_type_mask=[1, 2])
         >>> config.num_virtual_tokens
         2

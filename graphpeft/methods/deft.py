@@ -155,7 +155,7 @@ class DeftConfig(TargetedConfig):
     Raises:
         ValueError: For a value that an option can't have, and for options that contradict each other.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), DeftConfig(r=2, target_modules=["0"]))
         >>> model[0].default.deft_P.shape, model[0].default.deft_R.shape
         (torch.Size([16, 2]), torch.Size([2, 8]))

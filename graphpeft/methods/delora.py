@@ -118,7 +118,7 @@ class DeloraConfig(TargetedConfig):
     Raises:
         ValueError: For a value that an option can't have, and for options that contradict each other.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), DeloraConfig(r=2, target_modules=["0"]))
         >>> model[0].default.delora_A.shape, model[0].default.delora_lambda.item()
         (torch.Size([2, 8]), 15.0)

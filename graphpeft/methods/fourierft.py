@@ -142,7 +142,7 @@ class FourierFTConfig(TargetedConfig):
     Raises:
         ValueError: For a value that an option can't have, and for options that contradict each other.
 
-    Example:
+    Examples:
         >>> config = FourierFTConfig(n_frequency=5, target_modules=["0"])
         >>> get_peft_model(nn.Sequential(nn.Linear(8, 16)), config)[0].default.fourierft_spectrum.shape
         torch.Size([5])

@@ -168,7 +168,7 @@ class GloraConfig(TargetedConfig):
     Raises:
         ValueError: For a value that an option can't have.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), GloraConfig(r=2, target_modules=["0"]))
         >>> model[0].default.glora_A_Xd.shape, model[0].default.glora_C_Xd.shape, model[0].default.glora_D_X.shape
         (torch.Size([16, 2]), torch.Size([8, 2]), torch.Size([1]))

@@ -162,7 +162,7 @@ class GraloraConfig(TargetedConfig):
     Raises:
         ValueError: For a value that an option can't have, and for a rank that `gralora_k` doesn't divide.
 
-    Example:
+    Examples:
         >>> config = GraloraConfig(r=4, gralora_k=2, target_modules=["0"])
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), config)
         >>> model[0].default.gralora_A.shape, model[0].default.gralora_B.shape

@@ -196,7 +196,7 @@ class HiraConfig(TargetedConfig):
     Raises:
         ValueError: For a value that an option can't have, and for options that contradict each other.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Conv1d(8, 16, 3)), HiraConfig(r=2, target_modules=["0"]))
         >>> model[0].default.hira_A.shape, model[0].default.hira_B.shape
         (torch.Size([2, 8, 3]), torch.Size([16, 2, 1]))

@@ -163,7 +163,7 @@ class HRAConfig(TargetedConfig):
     Raises:
         ValueError: For a value that an option can't have, and for options that contradict each other.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), HRAConfig(r=4, target_modules=["0"]))
         >>> model[0].default.hra_u.shape
         torch.Size([8, 4])

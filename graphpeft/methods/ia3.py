@@ -196,7 +196,7 @@ class IA3Config(TargetedConfig):
     Raises:
         ValueError: For a value that an option can't have, and for `feedforward_modules` that aren't among the targets.
 
-    Example:
+    Examples:
         >>> config = IA3Config(target_modules=["0", "2"], feedforward_modules=["2"])
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), config)
         >>> model[0].default.ia3_l.shape, model[2].default.ia3_l.shape

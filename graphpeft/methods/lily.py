@@ -118,7 +118,7 @@ class LilyConfig(TargetedConfig):
     Raises:
         ValueError: For a value that an option can't have.
 
-    Example:
+    Examples:
         >>> layers = [nn.Linear(8, 8) for _ in range(4)]
         >>> model = get_peft_model(nn.Sequential(*layers), LilyConfig(r=2, stride_A=2, target_modules="[0-3]"))
         >>> model[0].default.lily_A is model[1].default.lily_A, model[0].default.lily_A.shape

@@ -38,7 +38,7 @@ class LNTuningConfig(TargetedConfig):
     Source: Zhao et al., "Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning", arXiv
     2312.11420.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16))
         >>> model = get_peft_model(model, LNTuningConfig(target_modules=["1"]))
         >>> list(get_peft_model_state_dict(model))

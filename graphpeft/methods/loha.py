@@ -134,7 +134,7 @@ class LoHaConfig(LycorisConfig):
     Raises:
         ValueError: For a value that an option can't have, and for options that contradict each other.
 
-    Example:
+    Examples:
         >>> config = LoHaConfig(r=2, target_modules=["0"])
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), config)
         >>> model[0].default.hada_w1_a.shape, model[0].default.hada_w1_b.shape

@@ -144,7 +144,7 @@ class LoKrConfig(LycorisConfig):
     Raises:
         ValueError: For a value that an option can't have, and for options that contradict each other.
 
-    Example:
+    Examples:
         >>> config = LoKrConfig(r=2, target_modules=["0"])
         >>> model = get_peft_model(nn.Sequential(nn.Linear(64, 64)), config)
         >>> {name: tuple(tensor.shape) for name, tensor in model[0].default.named_parameters()}

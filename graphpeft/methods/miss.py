@@ -202,7 +202,7 @@ class MissConfig(TargetedConfig):
     Raises:
         ValueError: For a value that an option can't have, and for options that contradict each other.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), MissConfig(r=2, target_modules=["0"]))
         >>> model[0].default.miss_block.shape
         torch.Size([2, 16])

@@ -34,7 +34,7 @@ _FROM_SOURCE = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED
 class MultitaskPromptTuningInit(str, enum.Enum):
     """The ways to initialise the virtual tokens of `MultitaskPromptTuningConfig`.
 
-    Example:
+    Examples:
         >>> MultitaskPromptTuningInit.AVERAGE_SOURCE_TASKS == "AVERAGE_SOURCE_TASKS"
         True
     """
@@ -68,7 +68,7 @@ class MultitaskPromptTuningConfig(PromptLearningConfig):
     Raises:
         ValueError: For a value that an option can't have, and for options that are lacking.
 
-    Example:
+    Examples:
         >>> config = MultitaskPromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=8, num_tasks=3)
         >>> config.num_ranks
         1

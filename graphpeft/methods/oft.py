@@ -175,7 +175,7 @@ class OFTConfig(TargetedConfig):
     Raises:
         ValueError: For a value that an option can't have, and unless just one of `r` and `oft_block_size` is 0.
 
-    Example:
+    Examples:
         >>> config = OFTConfig(oft_block_size=4, target_modules=["0"])
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), config)
         >>> model[0].default.oft_R.shape  # two blocks, each with six elements above the diagonal

@@ -150,7 +150,7 @@ class OSFConfig(TargetedConfig):
     Raises:
         ValueError: For a value that an option can't have.
 
-    Example:
+    Examples:
         >>> config = OSFConfig(effective_rank=6, target_modules=["0"])
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), config)
         >>> {name: tuple(t.shape) for name, t in model[0].default.named_parameters() if t.requires_grad}

@@ -181,7 +181,7 @@ class PeanutConfig(TargetedConfig):
     Raises:
         ValueError: For a value that an option can't have, and for options that contradict each other.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), PeanutConfig(r=2, target_modules=["0"]))
         >>> model[0].default.peanut_A.shape, model[0].default.peanut_B.shape
         (torch.Size([2, 16]), torch.Size([16, 2]))

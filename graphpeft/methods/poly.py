@@ -182,7 +182,7 @@ class PolyConfig(TargetedConfig):
     Raises:
         ValueError: For a value that an option can't have.
 
-    Example:
+    Examples:
         >>> config = PolyConfig(r=2, n_tasks=3, n_skills=2, target_modules=["0"])
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), config)
         >>> model(torch.ones(2, 8), task_ids=torch.tensor([0, 2])).shape

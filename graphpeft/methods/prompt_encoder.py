@@ -33,7 +33,7 @@ _MLP_LAYERS = 2
 class PromptEncoderReparameterizationType(str, enum.Enum):
     """The encoders of `PromptEncoderConfig`.
 
-    Example:
+    Examples:
         >>> PromptEncoderReparameterizationType.LSTM == "LSTM"
         True
     """
@@ -58,7 +58,7 @@ class PromptEncoderConfig(PromptLearningConfig):
     Raises:
         ValueError: For a value that an option can't have.
 
-    Example:
+    Examples:
         >>> config = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=8, encoder_hidden_size=16)
     """
 

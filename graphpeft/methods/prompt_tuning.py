@@ -24,7 +24,7 @@ from graphpeft.rules.registry import register
 class PromptTuningInit(str, enum.Enum):
     """The ways to initialise the virtual tokens of `PromptTuningConfig`.
 
-    Example:
+    Examples:
         >>> PromptTuningConfig(num_virtual_tokens=2, prompt_tuning_init=PromptTuningInit.RANDOM).prompt_tuning_init
         <PromptTuningInit.RANDOM: 'RANDOM'>
     """
@@ -51,7 +51,7 @@ class PromptTuningConfig(PromptLearningConfig):
     Raises:
         ValueError: For a value that an option can't have, and for options that are lacking or have no effect.
 
-    Example:
+    Examples:
         >>> config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8)
     """
 

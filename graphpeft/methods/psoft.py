@@ -183,7 +183,7 @@ class PsoftConfig(TargetedConfig):
     Raises:
         ValueError: For a value that an option can't have.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), PsoftConfig(r=4, target_modules=["0"]))
         >>> {name: tuple(t.shape) for name, t in model[0].default.named_parameters() if t.requires_grad}
         {'psoft_R': (6,), 'psoft_vector_b': (4,), 'psoft_vector_a': (4,)}

@@ -186,7 +186,7 @@ class PveraConfig(ProjectedConfig):
     Raises:
         ValueError: For a value that an option can't have, and for options that contradict each other.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), PveraConfig(r=4, target_modules=["0"]))
         >>> {name: tuple(tensor.shape) for name, tensor in model[0].default.named_parameters() if tensor.requires_grad}
         {'pvera_lambda_b': (16,), 'pvera_lambda_d': (8,)}

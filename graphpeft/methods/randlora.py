@@ -189,7 +189,7 @@ class RandLoraConfig(ProjectedConfig):
     Raises:
         ValueError: For a value that an option can't have, and for options that contradict each other.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), RandLoraConfig(r=3, target_modules=["0"]))
         >>> {name: tuple(tensor.shape) for name, tensor in model[0].default.named_parameters() if tensor.requires_grad}
         {'randlora_lambda': (3, 3), 'randlora_gamma': (3, 8)}

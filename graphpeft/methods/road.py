@@ -159,7 +159,7 @@ class RoadConfig(TargetedConfig):
     Raises:
         ValueError: For a value that an option can't have.
 
-    Example:
+    Examples:
         >>> config = RoadConfig(variant="road_2", group_size=4, target_modules=["0"])
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), config)
         >>> model[0].default.road_theta.shape

@@ -134,7 +134,7 @@ class ShiraConfig(TargetedConfig):
     Raises:
         ValueError: For a value that an option can't have.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), ShiraConfig(r=2, target_modules=["0"]))
         >>> model[0].default.shira_weight.shape, model[0].default.shira_indices.shape
         (torch.Size([48]), torch.Size([2, 48]))

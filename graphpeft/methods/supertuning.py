@@ -186,7 +186,7 @@ class SupertuningConfig(TargetedConfig):
     Raises:
         ValueError: For a value that an option can't have, and for `lora_alpha` without `r`.
 
-    Example:
+    Examples:
         >>> config = SupertuningConfig(sparsity=0.9, target_modules=["0"])
         >>> get_peft_model(nn.Sequential(nn.Linear(8, 16)), config)[0].default.supertuning_values.shape
         torch.Size([12])

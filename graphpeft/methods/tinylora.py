@@ -140,7 +140,7 @@ class TinyLoraConfig(FactoredConfig):
     Raises:
         ValueError: For a value that an option can't have, and for options that contradict each other.
 
-    Example:
+    Examples:
         >>> config = TinyLoraConfig(u=13, weight_tying=1.0, target_modules=["0", "1"])
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4)), config)
         >>> [(name, tuple(tensor.shape)) for name, tensor in model.named_parameters() if tensor.requires_grad]

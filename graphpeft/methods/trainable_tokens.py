@@ -40,7 +40,7 @@ class TrainableTokensConfig(TargetedConfig):
         init_weights: Whether the rows are those of the weight at first; if False, they are drawn from a normal
             distribution.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))
         >>> model = get_peft_model(model, TrainableTokensConfig(target_modules=["0"], token_indices=[7, 8]))
         >>> {name: tuple(rows.shape) for name, rows in get_peft_model_state_dict(model).items()}

@@ -152,7 +152,7 @@ class UniLoraConfig(FactoredConfig):
     Raises:
         ValueError: For a value that an option can't have, and for options that contradict each other.
 
-    Example:
+    Examples:
         >>> config = UniLoraConfig(r=2, theta_d_length=16, target_modules=["0"])
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 12)), config)
         >>> {name: tuple(tensor.shape) for name, tensor in model[0].default.named_parameters() if tensor.requires_grad}

@@ -151,7 +151,7 @@ class VBLoRAConfig(FactoredConfig):
     Raises:
         ValueError: For a value that an option can't have, and for options that contradict each other.
 
-    Example:
+    Examples:
         >>> config = VBLoRAConfig(r=2, num_vectors=16, vector_length=4, target_modules=["0"])
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 12)), config)
         >>> {name: tuple(tensor.shape) for name, tensor in model[0].default.named_parameters()}

@@ -92,7 +92,7 @@ class VeraConfig(ProjectedConfig):
     Raises:
         ValueError: For a value that an option can't have, and for options that contradict each other.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), VeraConfig(r=4, target_modules=["0"]))
         >>> {name: tuple(tensor.shape) for name, tensor in model[0].default.named_parameters() if tensor.requires_grad}
         {'vera_lambda_b': (16,), 'vera_lambda_d': (4,)}

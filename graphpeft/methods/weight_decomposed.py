@@ -115,7 +115,7 @@ class WeightDecomposedConfig(PeftConfig):
     Raises:
         ValueError: If `direction` is no config of a method that adds a change to named weights.
 
-    Example:
+    Examples:
         >>> config = WeightDecomposedConfig(direction=LoHaConfig(r=2, target_modules=["0"]))
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), config)
         >>> model[0].default.magnitude.shape

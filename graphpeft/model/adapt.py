@@ -57,7 +57,7 @@ def explain(
             model has adapters of the PEFT library.
         TypeError: If `model` is no module, or `config` no config.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
         >>> explain(model, LoraConfig(r=2, target_modules=["0"]))
         LORA adapter 'default': 1 sites, 48 parameters
@@ -134,7 +134,7 @@ def get_peft_model(
             name, or the model has adapters of the PEFT library. The model is unchanged then.
         TypeError: If `model` is no module, or `peft_config` no config.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
         >>> get_peft_model(model, LoraConfig(r=2, target_modules=["0", "2"])) is model
         True

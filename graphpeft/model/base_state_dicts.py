@@ -31,7 +31,7 @@ def get_base_model_state_dict(model: Any) -> dict[str, torch.Tensor]:
     Raises:
         AdaptError: If the model has no adapters, or is offloaded.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
         >>> list(get_base_model_state_dict(model))
         ['0.weight', '0.bias']
@@ -73,7 +73,7 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Any], strict:
         RuntimeError: If names are missing or unexpected and `strict` is True, or a shape differs; nothing is
             overwritten then.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
         >>> set_base_model_state_dict(model, nn.Sequential(nn.Linear(4, 4)).state_dict())
         <All keys matched successfully>

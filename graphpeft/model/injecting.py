@@ -44,7 +44,7 @@ def inject_adapter_in_model(
         AdaptError: If the model can't be adapted, as in `get_peft_model`, or hasn't all modules that the state dict
             names. The model is unchanged then.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
         >>> names = {"1.lora_A.weight": None, "1.lora_B.weight": None}
         >>> model = inject_adapter_in_model(LoraConfig(r=2), model, state_dict=names)

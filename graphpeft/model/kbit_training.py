@@ -44,7 +44,7 @@ def prepare_model_for_kbit_training(
         AdaptError: If the model has adapters, which would be frozen, or is to get gradient checkpointing and has none;
             it is unchanged then.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).bfloat16()
         >>> model = prepare_model_for_kbit_training(model)
         >>> model[1].weight.dtype, model[1].weight.requires_grad
@@ -114,7 +114,7 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     Raises:
         TypeError: If `dtype` isn't a floating-point dtype; the model is unchanged then.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
         >>> cast_mixed_precision_params(model, torch.bfloat16)
         >>> model[0].weight.dtype, model[0].default.lora_A.dtype

@@ -66,7 +66,7 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
         AdaptError: If the model can't be adapted, as in `get_peft_model`.
         TypeError: If `model` is no module, or `peft_config` no config.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]), "first")
         >>> isinstance(model, PeftModel), isinstance(model, nn.Sequential)
         (True, True)

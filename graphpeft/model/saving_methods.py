@@ -162,7 +162,7 @@ class SavingMethods(AdapterInfo):
             CheckpointError: If the metadata of an existing card can't be read; it is unchanged then.
             OSError: If the file can't be written; an existing card is unchanged then.
 
-        Example:
+        Examples:
             >>> from pathlib import Path
             >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
             >>> Path("README.md").write_text("---\nlicense: mit\n---\nMine.")

@@ -45,7 +45,7 @@ def get_peft_model_state_dict(
         CheckpointError: If `state_dict` lacks some of the tensors.
         ValueError: If `save_embedding_layers` is True and the model doesn't tell its embeddings.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
         >>> {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
         {'base_model.model.0.lora_A.weight': (2, 4), 'base_model.model.0.lora_B.weight': (4, 2)}
@@ -87,7 +87,7 @@ def set_peft_model_state_dict(
         AdaptError: If the model has no adapter of this name, it is merged, or a module that it adapts was replaced
             since; nothing is overwritten then.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
         >>> values = get_peft_model_state_dict(model)
         >>> set_peft_model_state_dict(model, {name: torch.ones_like(value) for name, value in values.items()})
@@ -124,7 +124,7 @@ def load_peft_weights(
         FileNotFoundError: If there is no such file.
         CheckpointError: If it is damaged.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
         >>> model.save_pretrained("adapter")
         >>> sorted(load_peft_weights("adapter"))

@@ -41,7 +41,7 @@ class TunerLayerStatus:
         devices: The types of the devices of each adapter's tensors, by its name.
         quantization_backend: What has quantised the module's weight, such as ``"bnb 4bit"``; None for numbers.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
         >>> model.get_layer_status()[0].module_type
         'lora.Linear'
@@ -77,7 +77,7 @@ class TunerModelStatus:
         devices: The types of the devices of each adapter's tensors, by its name.
         quantization_backend: What has quantised the weights of these modules; None for numbers.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
         >>> model.get_model_status().peft_types
         {'default': 'LORA'}
@@ -127,7 +127,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     Raises:
         AdaptError: If the model has no adapters.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
         >>> status = get_layer_status(model)[0]
         >>> status.name, status.enabled, status.requires_grad
@@ -151,7 +151,7 @@ def get_model_status(model: Any) -> TunerModelStatus:
     Raises:
         AdaptError: If the model has no adapters.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
         >>> status = get_model_status(model)
         >>> status.trainable_params, status.total_params, status.active_adapters

@@ -24,7 +24,7 @@ class _OfTask(type):
 class PeftModelForCausalLM(PeftModel, metaclass=_OfTask):
     """Stands for adapted causal language models.
 
-    Example:
+    Examples:
         >>> config = LoraConfig(target_modules=["0"])
         >>> isinstance(get_peft_model(nn.Sequential(nn.Linear(4, 4)), config), PeftModelForCausalLM)
         False
@@ -36,7 +36,7 @@ class PeftModelForCausalLM(PeftModel, metaclass=_OfTask):
 class PeftModelForSeq2SeqLM(PeftModel, metaclass=_OfTask):
     """Stands for adapted sequence-to-sequence language models.
 
-    Example:
+    Examples:
         >>> config = LoraConfig(target_modules=["0"])
         >>> isinstance(get_peft_model(nn.Sequential(nn.Linear(4, 4)), config), PeftModelForSeq2SeqLM)
         False
@@ -48,7 +48,7 @@ class PeftModelForSeq2SeqLM(PeftModel, metaclass=_OfTask):
 class PeftModelForSequenceClassification(PeftModel, metaclass=_OfTask):
     """Stands for adapted classifiers of sequences.
 
-    Example:
+    Examples:
         >>> config = LoraConfig(target_modules=["0"])
         >>> isinstance(get_peft_model(nn.Sequential(nn.Linear(4, 4)), config), PeftModelForSequenceClassification)
         False
@@ -60,7 +60,7 @@ class PeftModelForSequenceClassification(PeftModel, metaclass=_OfTask):
 class PeftModelForTokenClassification(PeftModel, metaclass=_OfTask):
     """Stands for adapted classifiers of tokens.
 
-    Example:
+    Examples:
         >>> config = LoraConfig(target_modules=["0"])
         >>> isinstance(get_peft_model(nn.Sequential(nn.Linear(4, 4)), config), PeftModelForTokenClassification)
         False
@@ -72,7 +72,7 @@ class PeftModelForTokenClassification(PeftModel, metaclass=_OfTask):
 class PeftModelForQuestionAnswering(PeftModel, metaclass=_OfTask):
     """Stands for adapted models that answer questions.
 
-    Example:
+    Examples:
         >>> config = LoraConfig(target_modules=["0"])
         >>> isinstance(get_peft_model(nn.Sequential(nn.Linear(4, 4)), config), PeftModelForQuestionAnswering)
         False
@@ -84,7 +84,7 @@ class PeftModelForQuestionAnswering(PeftModel, metaclass=_OfTask):
 class PeftModelForFeatureExtraction(PeftModel, metaclass=_OfTask):
     """Stands for adapted models that extract features.
 
-    Example:
+    Examples:
         >>> config = LoraConfig(target_modules=["0"])
         >>> isinstance(get_peft_model(nn.Sequential(nn.Linear(4, 4)), config), PeftModelForFeatureExtraction)
         False
@@ -106,7 +106,7 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[Any]] = {
 }
 """The class that stands for the models of a task, by the task.
 
-Example:
+Examples:
     >>> MODEL_TYPE_TO_PEFT_MODEL_MAPPING["CAUSAL_LM"].__name__
     'PeftModelForCausalLM'
 """

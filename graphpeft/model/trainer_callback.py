@@ -22,7 +22,7 @@ def update_and_allocate_callback() -> Any:
     Raises:
         ImportError: If Transformers isn't installed.
 
-    Example:
+    Examples:
         >>> type(update_and_allocate_callback()).__name__
         'UpdateAndAllocateCallback'
     """

@@ -70,7 +70,7 @@ def penalty_of(model: Any) -> torch.Tensor:
     Raises:
         AdaptError: If the model isn't adapted.
 
-    Example:
+    Examples:
         >>> config = AdaLoraConfig(orth_reg_weight=0.2, total_step=100, target_modules=["0"])
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), config)
         >>> penalty_of(model).requires_grad

@@ -81,7 +81,7 @@ class _Tuners(Mapping[str, Tuner]):
 PEFT_TYPE_TO_TUNER_MAPPING: Mapping[str, Tuner] = _Tuners()
 """What adapts a model by each method, by its `peft_type`, called as PEFT's classes of the methods are.
 
-Example:
+Examples:
     >>> model = nn.Sequential(nn.Linear(4, 4))
     >>> tuner = PEFT_TYPE_TO_TUNER_MAPPING["LORA"]
     >>> tuner(model, LoraConfig(target_modules=["0"]), "default") is model

@@ -134,7 +134,7 @@ def create_lorafa_optimizer(
             convolutions, and at parts of a projection.
         ValueError: If `use_rslora` isn't what a config says.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
         >>> optimizer = create_lorafa_optimizer(model, r=2, lora_alpha=8, lr=1e-3)
         >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -40,7 +40,7 @@ def create_loraplus_optimizer(
         AdaptError: If the model trains no factors of LoRA.
         ValueError: If there is a `weight_decay`, which would have no effect.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
         >>> optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16)
         >>> [(group["lr"], len(group["params"])) for group in optimizer.param_groups]

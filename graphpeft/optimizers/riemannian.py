@@ -44,7 +44,7 @@ def create_riemannian_optimizer(
         TypeError: If `optimizer_cls` is no class of optimizers.
         ValueError: If there are none that are matrices, or a step of the class computes gradients anew.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
         >>> optimizer = create_riemannian_optimizer(model, torch.optim.AdamW, lr=1e-4)
         >>> isinstance(optimizer, torch.optim.AdamW)

@@ -24,7 +24,7 @@ class PassReport:
         changed: The sites that each pass changed.
         left: The sites that each pass considered and left unchanged, with the reasons.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
         >>> optimize(model, ["inplace_addmm"]).changed
         {'inplace_addmm': ('0',)}
@@ -73,7 +73,7 @@ def optimize(model: nn.Module, passes: Iterable[str] | None = None) -> PassRepor
         ValueError: If a name isn't the name of a pass; the model is unchanged.
         TypeError: If `passes` is a string; the model is unchanged.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
         >>> optimize(model, ["inplace_addmm"])
         pass           changed  left

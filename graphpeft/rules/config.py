@@ -52,7 +52,7 @@ class PeftConfig(ConfigInCalls, ConfigJson, ConfigTraining):
         peft_version: The version of PEFT whose format the files have.
         modules_to_save: Names of modules to train fully and save, matched by the end of their path.
 
-    Example:
+    Examples:
         >>> LoraConfig(r=4).save_pretrained("adapter")
         >>> type(PeftConfig.from_pretrained("adapter")).__name__
         'LoraConfig'

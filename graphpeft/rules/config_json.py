@@ -98,7 +98,7 @@ class ConfigJson:
         Raises:
             ValueError: If the method isn't known, `cls` is another method's class, or an option has an invalid value.
 
-        Example:
+        Examples:
             >>> PeftConfig.from_peft_type(peft_type="LORA", r=2).r
             2
         """

@@ -37,7 +37,7 @@ class WeightRule(Mergeable):
         casts: Whether the parameters' dtype differs from the weight's; `at_site` sets it.
         adapts: The kinds of weights that the rule adapts, by `Site.layout`.
 
-    Example:
+    Examples:
         >>> class Factors(WeightRule):
         ...     def parameters(self, site, config):
         ...         return {"factors": ParameterSpec((site.out_features, 1), "factors")}
@@ -107,7 +107,7 @@ def in_dtype_of(weight: torch.Tensor, *others: Any) -> torch.Tensor:
 class DeltaRule(WeightRule, OperationRule):
     """A rule that is just its `delta`: an author writes `parameters`, `initialise` and `delta`.
 
-    Example:
+    Examples:
         >>> class Shift(DeltaRule):
         ...     def parameters(self, site, config):
         ...         return {"shift": ParameterSpec(site.matrix_shape, "shift")}
@@ -204,7 +204,7 @@ class DeltaRule(WeightRule, OperationRule):
 class BranchRule(DeltaRule):
     """A `DeltaRule` with a shorter way for products with the weight, which doesn't make the whole change.
 
-    Example:
+    Examples:
         >>> class LowRank(BranchRule):
         ...     def parameters(self, site, config):
         ...         rows, columns = site.matrix_shape

@@ -34,7 +34,7 @@ def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
     Raises:
         ValueError: If the method isn't known, or an option has an invalid value.
 
-    Example:
+    Examples:
         >>> get_peft_config({"peft_type": "LORA", "r": 2}).r
         2
     """
@@ -50,7 +50,7 @@ def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
     Returns:
         Whether its config can be read.
 
-    Example:
+    Examples:
         >>> LoraConfig().save_pretrained("adapter")
         >>> check_if_peft_model("adapter"), check_if_peft_model("elsewhere")
         (True, False)

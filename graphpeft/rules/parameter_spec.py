@@ -17,7 +17,7 @@ class FileForm(NamedTuple):
         unpack: Converts the file's tensor to the parameter; raises ValueError for a tensor that can't be one.
         other_shapes: Further shapes in files that `unpack` takes.
 
-    Example:
+    Examples:
         >>> halves = FileForm((2,), pack=lambda tensor: tensor / 2, unpack=lambda tensor: tensor * 2)
         >>> halves.unpack(halves.pack(torch.ones(2)))
         tensor([1., 1.])
@@ -37,7 +37,7 @@ class RankAxis(NamedTuple):
         blocks: How many products have their ranks in it, each as many.
         interleaved: Whether the first ranks of all blocks come first, then all second ones; else block follows block.
 
-    Example:
+    Examples:
         >>> RankAxis(1).first(torch.ones(6, 2)).shape
         torch.Size([1, 2, 6])
     """
@@ -96,7 +96,7 @@ class ParameterSpec(NamedTuple):
         is_counted: Whether it is counted among the model's parameters though it isn't trained, as PEFT counts it; a
             frozen factor with a `rank` always is.
 
-    Example:
+    Examples:
         >>> ParameterSpec((8, 64), "lora_A.weight").is_trained
         True
     """

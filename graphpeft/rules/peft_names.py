@@ -11,7 +11,7 @@ PEFT_VERSION = "0.21.2"
 class PeftType(str, enum.Enum):
     """The methods of PEFT 0.21.2, by the names in its files; `registered` returns the methods that exist here.
 
-    Example:
+    Examples:
         >>> LoraConfig.peft_type == PeftType.LORA == "LORA"
         True
     """
@@ -66,7 +66,7 @@ class PeftType(str, enum.Enum):
 class TaskType(str, enum.Enum):
     """The task of an adapted model, as in PEFT.
 
-    Example:
+    Examples:
         >>> LoraConfig(task_type="CAUSAL_LM").task_type
         <TaskType.CAUSAL_LM: 'CAUSAL_LM'>
     """

@@ -20,7 +20,7 @@ class PresentCall(NamedTuple):
             other adapters' inputs, as `PeftConfig.call_inputs_from` returns it, and other arguments by name.
         is_training: Whether the model is in training mode.
 
-    Example:
+    Examples:
         >>> call = PresentCall(None, {"x": 1}, None, lambda number: {}, lambda inputs, **others: inputs | others, False)
         >>> call.run({"read": 2}, x=3)
         {'read': 2, 'x': 3}

@@ -28,7 +28,7 @@ def register(config_class: ConfigT) -> ConfigT:
         TypeError: If it isn't a dataclass, has no `peft_type`, or its `lacks` names an option that it doesn't inherit.
         ValueError: If another class has the same `peft_type`.
 
-    Example:
+    Examples:
         >>> from dataclasses import dataclass
         >>> @register
         ... @dataclass(kw_only=True)
@@ -103,7 +103,7 @@ def names_method(config_class: ConfigT) -> ConfigT:
 PEFT_TYPE_TO_CONFIG_MAPPING: Mapping[str, type[Any]] = MappingProxyType(_REGISTRY)
 """The config class of every method, by its `peft_type`.
 
-Example:
+Examples:
     >>> PEFT_TYPE_TO_CONFIG_MAPPING["LORA"].__name__
     'LoraConfig'
 """

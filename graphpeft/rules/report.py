@@ -33,7 +33,7 @@ class Report:
         plan: What `explain` has worked out, for a picture; None for an adapter that a model has.
         excluded: The names that `exclude_modules` or `modules_to_save` excludes.
 
-    Example:
+    Examples:
         >>> report = explain(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"]))
         >>> [adapted.parameter_count for adapted in report.adapted], report.refused
         ([32], [])

@@ -29,7 +29,7 @@ class Rule(ABC):
     Rules are frozen values, best dataclasses. Equal rules give equal graphs, so values that differ from site to site
     (shapes, scales) come from the site and the config, not from the rule.
 
-    Example:
+    Examples:
         >>> class Shift(Mergeable):
         ...     def parameters(self, site, config):
         ...         return {"shift": ParameterSpec((1,), "shift")}
@@ -163,7 +163,7 @@ class Rule(ABC):
 class OperationRule(Rule):
     """Adapts operations that use a weight, and calls of opaque modules.
 
-    Example:
+    Examples:
         >>> class Scale(OperationRule):
         ...     def parameters(self, site, config):
         ...         return {"scale": ParameterSpec((1,), "scale")}
@@ -194,7 +194,7 @@ class OperationRule(Rule):
 class InputRule(Rule):
     """Changes the input of an operation, so that the operation itself runs once.
 
-    Example:
+    Examples:
         >>> class ScaledInput(InputRule):
         ...     def parameters(self, site, config):
         ...         return {"scale": ParameterSpec((1,), "scale")}
@@ -224,7 +224,7 @@ class Mergeable(Rule):
 
     It also adapts weights as such, whatever the model does with them: there, `delta` runs on proxies.
 
-    Example:
+    Examples:
         >>> class Scale(Mergeable):
         ...     def parameters(self, site, config):
         ...         return {"scale": ParameterSpec((1,), "scale")}
@@ -304,7 +304,7 @@ class ReplacesWeight(ABC):
 
     The override is frozen and isn't saved: ``initialise`` computes it, also when a file is loaded.
 
-    Example:
+    Examples:
         >>> class Rounding(ReplacesWeight):
         ...     def replaces(self, site, config):
         ...         return config.init_lora_weights == "loftq"
@@ -326,7 +326,7 @@ class ReplacesWeight(ABC):
 class RunsByRow(ABC):
     """A rule that can give each row of a batch its own adapter in one graph.
 
-    Example:
+    Examples:
         >>> class ScaleByRow(RunsByRow):
         ...     def by_row(self, y, scale):
         ...         return y * scale
@@ -368,7 +368,7 @@ class Combines(ABC):
 
     The specs of both say by their `rank` where the factors' rank is.
 
-    Example:
+    Examples:
         >>> class Product(Combines):
         ...     def as_product(self, delta):
         ...         return delta.flatten(1)
@@ -389,7 +389,7 @@ class Combines(ABC):
 class BoundaryRule(Rule):
     """Adapts the inputs and the output of a module.
 
-    Example:
+    Examples:
         >>> class Doubled(BoundaryRule):
         ...     def parameters(self, site, config):
         ...         return {}

@@ -18,7 +18,7 @@ class FullyTrainedModule(NamedTuple):
         infix: The infix between the module's path and its tensors' names in files; "" for none.
         option: The config option that names the module.
 
-    Example:
+    Examples:
         >>> FullyTrainedModule(infix="ln_tuning_layers").option
         'target_modules'
     """
@@ -36,7 +36,7 @@ class TableRows(NamedTuple):
         option: The config option that names the rows.
         written_for_tied: Whether files repeat the rows for each module that is tied to this one.
 
-    Example:
+    Examples:
         >>> TableRows((20, 21)).key
         'token_adapter.trainable_tokens_delta'
     """
@@ -54,7 +54,7 @@ class SiteParameters(NamedTuple):
         site: The site.
         parameters: The parameters by the rule's names.
 
-    Example:
+    Examples:
         >>> parameters = {"lora_A": nn.Parameter(torch.zeros(2, 8))}
         >>> SiteParameters(site=None, parameters=parameters).parameters["lora_A"].shape
         torch.Size([2, 8])

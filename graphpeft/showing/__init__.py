@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from graphpeft.showing.show import Shown, show
+from graphpeft.showing.picture_file import Shown, show
 
 __all__ = ["Shown", "show"]

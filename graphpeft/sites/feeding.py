@@ -28,7 +28,7 @@ def feeding(traced: fx.GraphModule, role: Literal["query", "key", "value"]) -> l
         ValueError: If no linear operation feeds an attention, or an attention is a layer with its projections inside,
             as ``nn.MultiheadAttention`` is, or if the model isn't traced with example inputs.
 
-    Example:
+    Examples:
         >>> class Attention(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()

@@ -69,7 +69,7 @@ class Site(NamedTuple):
         set_forward: Why a forward that was set on the layer isn't known to compute what its class does; or None.
         own_code: Why the region has no graph of its operations, and runs its own code on the changed weight; or None.
 
-    Example:
+    Examples:
         >>> report = explain(nn.Sequential(nn.Linear(8, 16)), LoraConfig(r=2, target_modules=["0"]))
         >>> site = report.adapted[0].site
         >>> isinstance(site, Site), site.name, tuple(site.shape)
@@ -204,7 +204,7 @@ class LeafSite(NamedTuple):
         reads: What a rule may read there: the rule's name for each, and the name of the module's attribute.
         call: The one of the module's calls that is the site; None for all of them.
 
-    Example:
+    Examples:
         >>> report = explain(nn.Sequential(nn.Linear(8, 16)), LoraConfig(r=2, target_modules=["0"]))
         >>> isinstance(report.adapted[0].site, LeafSite)  # its weight is known
         False
@@ -289,7 +289,7 @@ class CallSite(NamedTuple):
         file_path: The prefix of its tensors' names in files.
         positions: The number of token positions in the module's table; None without a table.
 
-    Example:
+    Examples:
         >>> report = explain(nn.Sequential(nn.Linear(8, 16)), LoraConfig(r=2, target_modules=["0"]))
         >>> isinstance(report.adapted[0].site, CallSite)  # a weight is adapted, not a module's boundary
         False

@@ -37,7 +37,7 @@ class TargetedConfig(PeftConfig):
         layers_to_transform: Indices of the layers to adapt, where `target_modules` is a list.
         layers_pattern: The name of the container of layers, before the layer's index in a path.
 
-    Example:
+    Examples:
         >>> config = LoraConfig(target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 1])
         >>> isinstance(config, TargetedConfig)
         True

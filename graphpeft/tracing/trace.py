@@ -59,7 +59,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, stri
         NeedsInputsError: If the model decides on its inputs and `example_inputs` is missing.
         TraceError: If no graph can represent the model's own forward; with `strict`, also for the errors named there.
 
-    Example:
+    Examples:
         >>> graph = trace(nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 2))))
         >>> [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
         ['0', '1.0', '1.1']

@@ -81,7 +81,7 @@ class AdaLoraConfig(LoraConfig):
     Raises:
         ValueError: For a value that an option can't have, and for a schedule without a step that drops ranks.
 
-    Example:
+    Examples:
         >>> config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["0"])
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), config)
         >>> optimizer = torch.optim.AdamW(model.parameters())

@@ -76,7 +76,7 @@ class AdamssConfig(TargetedConfig):
     Raises:
         ValueError: For a value that an option can't have, and for a schedule without steps.
 
-    Example:
+    Examples:
         >>> config = AdamssConfig(r=4, num_subspaces=2, target_modules=["0"])
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), config)
         >>> [name for name, tensor in model[0].default.named_parameters() if tensor.requires_grad]

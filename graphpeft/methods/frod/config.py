@@ -180,7 +180,7 @@ class FrodConfig(FactoredConfig):
     Raises:
         ValueError: For a value that an option can't have, and for options that contradict each other.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), FrodConfig(sparse_rate=0.1, target_modules=["0"]))
         >>> {name: tuple(tensor.shape) for name, tensor in model[0].default.named_parameters() if tensor.requires_grad}
         {'frod_lambda_l': (8,), 'frod_lambda_s_values': (6,)}

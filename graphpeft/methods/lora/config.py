@@ -97,7 +97,7 @@ class LoraConfig(TargetedConfig):
     Raises:
         ValueError: For a value that an option can't have, and for options that contradict each other.
 
-    Example:
+    Examples:
         >>> config = LoraConfig(r=4, lora_alpha=8, target_modules=["0"], rank_pattern={"0": 2})
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
         >>> model[0].default.lora_A.shape

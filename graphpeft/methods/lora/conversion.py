@@ -69,7 +69,7 @@ def convert_to_lora(
         ValueError: If a rank is none or larger than a weight, or if the adapter trains biases or has taken a part of
             the weights.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=4, use_dora=True, target_modules=["0"]))
         >>> config, tensors = convert_to_lora(model, rank=2)
         >>> config.r, config.use_dora, sorted(tensors)
@@ -171,7 +171,7 @@ def save_as_lora(
         TypeError: As `convert_to_lora`.
         ValueError: As `convert_to_lora`.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=4, use_dora=True, target_modules=["0"]))
         >>> save_as_lora("plain", model, rank=0.99)
         >>> LoraConfig.from_pretrained("plain").use_dora

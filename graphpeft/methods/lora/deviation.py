@@ -43,7 +43,7 @@ def conversion_deviation(
         TypeError: If the inputs are neither a tuple nor a dict.
         ValueError: If the model returns no floating-point tensors.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoHaConfig(r=4, target_modules=["0"]))
         >>> conversion_deviation(model, convert_to_lora(model, rank=2), (torch.ones(1, 8),))
         0.0

@@ -53,7 +53,7 @@ def extract_lora(
             nothing.
         AdaptError: If a target can't be adapted.
 
-    Example:
+    Examples:
         >>> base, tuned = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))
         >>> _ = tuned.load_state_dict(base.state_dict())
         >>> _ = nn.init.zeros_(tuned[0].weight)

@@ -37,7 +37,7 @@ class LoraPerCallConfig(LoraConfig):
 
     In `rank_pattern` and `alpha_pattern`, ``query.call_2`` is the second call of ``query``.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(4, 4)
         >>> graph = trace(nn.Sequential(layer, nn.ReLU(), layer))
         >>> model = get_peft_model(graph, LoraPerCallConfig(r=2, target_modules=["0"]))

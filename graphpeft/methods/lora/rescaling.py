@@ -29,7 +29,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         TypeError: If `multiplier` is no number.
         AdaptError: If the model has no adapter with a scale, or one is merged, whose scale is in the weights.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, lora_alpha=6, target_modules=["0"]))
         >>> with rescale_adapter_scale(model, 0.5):
         ...     model[0].default.lora_scaling

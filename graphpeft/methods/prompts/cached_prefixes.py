@@ -34,7 +34,7 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
         ValueError: If the cache has fewer tokens, no longer has the first ones, has those of several sequences, or has
             keys of several sizes.
 
-    Example:
+    Examples:
         >>> keys, values = torch.zeros(1, 2, 5, 4), torch.ones(1, 2, 5, 4)
         >>> prompt_embeddings_from_past_key_values([(keys, values)], num_virtual_tokens=3).shape
         torch.Size([3, 16])
@@ -105,7 +105,7 @@ def initialize_kv_prefix_from_past_key_values(
         ValueError: If the adapter is of another kind, or the cache's keys and values aren't of its size; the adapter is
             as it was.
 
-    Example:
+    Examples:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> base = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50)).eval()
         >>> cache = base(torch.arange(8)[None], use_cache=True).past_key_values
@@ -161,7 +161,7 @@ def initialize_kv_prefix_from_text(
         ValueError: If the adapter is of another kind, or the text has too few tokens, or more than a layer keeps; the
             adapter is as it was.
 
-    Example:
+    Examples:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> base = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=128))
         >>> model = get_peft_model(base, CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))

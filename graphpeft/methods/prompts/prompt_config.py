@@ -51,7 +51,7 @@ class PromptLearningConfig(PeftConfig):
     Raises:
         ValueError: For a value that an option can't have.
 
-    Example:
+    Examples:
         >>> isinstance(PromptTuningConfig(num_virtual_tokens=2), PromptLearningConfig)
         True
     """

@@ -46,7 +46,7 @@ class TokenSequence(NamedTuple):
         token_dim: The number of values of a token.
         length: The number of tokens for the example inputs.
 
-    Example:
+    Examples:
         >>> found = TokenSequence("blocks", token_dim=64, length=101)
         >>> config = PromptTuningConfig(
         ...     num_virtual_tokens=4, prompt_scope=found.prompt_scope, token_dim=found.token_dim
@@ -71,7 +71,7 @@ def find_token_sequence(model: nn.Module, example_inputs: ExampleInputs) -> Toke
     Raises:
         TraceError: If the model can't be traced, has no attention, or no module takes virtual tokens there.
 
-    Example:
+    Examples:
         >>> import timm
         >>> model = timm.create_model("test_vit").eval()
         >>> find_token_sequence(model, (torch.randn(1, 3, 160, 160),))

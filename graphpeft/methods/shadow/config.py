@@ -73,7 +73,7 @@ class ShadowConfig(PeftConfig):
     Raises:
         ValueError: For a value that an option can't have.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 16}
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)).eval()

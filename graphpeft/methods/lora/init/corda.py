@@ -51,7 +51,7 @@ class CordaConfig:
     Raises:
         ValueError: For a value that an option can't have.
 
-    Example:
+    Examples:
         >>> config = LoraConfig(init_lora_weights="corda", corda_config=CordaConfig(corda_method="kpm"))
     """
 
@@ -105,7 +105,7 @@ def preprocess_corda(
         AdaptError: If no linear layer is targeted, or one of them isn't run.
         ValueError: If `run_model` is needed and not given, or the inputs aren't finite.
 
-    Example:
+    Examples:
         >>> model, sample = nn.Sequential(nn.Linear(16, 8)), torch.randn(64, 16)
         >>> config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="corda")
         >>> preprocess_corda(model, config, lambda: model(sample))

@@ -107,7 +107,7 @@ def get_eva_state_dict(
         AdaptError: If the batches are too small, or a layer isn't run.
         ValueError: If there is no config, there are no batches, or the inputs of several processes are to be gathered.
 
-    Example:
+    Examples:
         >>> model, batches = nn.Sequential(nn.Linear(8, 4)), [torch.randn(32, 8) for _ in range(4)]
         >>> directions = get_eva_state_dict(
         ...     model,
@@ -165,7 +165,7 @@ def initialize_lora_eva_weights(
             is as it was.
         ValueError: If the model or the adapter isn't of this kind, or neither batches nor directions are given.
 
-    Example:
+    Examples:
         >>> config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="eva")
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 4)), config)
         >>> initialize_lora_eva_weights(

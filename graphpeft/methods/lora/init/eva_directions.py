@@ -47,7 +47,7 @@ class EvaConfig:
     Raises:
         ValueError: For a value that an option can't have.
 
-    Example:
+    Examples:
         >>> config = LoraConfig(init_lora_weights="eva", eva_config=EvaConfig(rho=1.5))
     """
 

@@ -128,7 +128,7 @@ class LoftQConfig:
     Raises:
         ValueError: For other values.
 
-    Example:
+    Examples:
         >>> config = LoraConfig(init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_bits=8))
     """
 

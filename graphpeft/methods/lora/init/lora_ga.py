@@ -50,7 +50,7 @@ class LoraGAConfig:
     Raises:
         ValueError: For a value that an option can't have.
 
-    Example:
+    Examples:
         >>> config = LoraConfig(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(direction="ArBr"))
     """
 
@@ -77,7 +77,7 @@ def preprocess_loraga(
     Raises:
         AdaptError: If no linear layer is targeted, or one of them gets no gradient.
 
-    Example:
+    Examples:
         >>> model, sample = nn.Sequential(nn.Linear(16, 8)), torch.randn(64, 16)
         >>> config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="lora_ga")
         >>> preprocess_loraga(model, config, lambda: model(sample).square().mean().backward())

@@ -53,7 +53,7 @@ def replace_lora_weights_loftq(
         FileNotFoundError: If there is no such file.
         ValueError: If `model_path` is needed and not given. After any error, the values are what they were.
 
-    Example:
+    Examples:
         >>> from bitsandbytes.nn import LinearNF4
         >>> from safetensors.torch import save_file
         >>> plain = nn.Sequential(nn.Linear(64, 64))

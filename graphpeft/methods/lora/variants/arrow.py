@@ -46,7 +46,7 @@ class ArrowConfig:
     Raises:
         ValueError: For a value that an option can't have.
 
-    Example:
+    Examples:
         >>> ArrowConfig(top_k=2).router_temperature
         1.0
     """

@@ -55,7 +55,7 @@ def create_arrow_model(
         CheckpointError: If a file doesn't fit the model, or is damaged.
         AdaptError: If an adapter can't be on the model.
 
-    Example:
+    Examples:
         >>> for name in ("one", "other"):
         ...     expert = get_peft_model(nn.Sequential(nn.Linear(4, 6)), LoraConfig(r=2, target_modules=["0"]))
         ...     expert.save_pretrained(name)

@@ -42,7 +42,7 @@ class BdLoraConfig:
     Raises:
         ValueError: For a value that an option can't have.
 
-    Example:
+    Examples:
         >>> blocks = BdLoraConfig(target_modules_bd_a=["0"], nblocks=2)
         >>> config = LoraConfig(r=4, target_modules=["0"], use_bdlora=blocks)
         >>> get_peft_model(nn.Sequential(nn.Linear(8, 16)), config)[0].default.lora_A.shape

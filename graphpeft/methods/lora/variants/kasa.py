@@ -41,7 +41,7 @@ class KasaConfig:
     Raises:
         ValueError: For a value that an option can't have.
 
-    Example:
+    Examples:
         >>> config = LoraConfig(r=2, target_modules=["0"], kasa_config=KasaConfig(beta=0.01))
         >>> get_peft_model(nn.Sequential(nn.Linear(8, 16)), config)[0].default.lora_diag.shape
         torch.Size([2])
@@ -117,7 +117,7 @@ def kasa_loss(model: nn.Module, adapter_names: str | Sequence[str] | None = None
     Raises:
         AdaptError: If the model isn't adapted.
 
-    Example:
+    Examples:
         >>> config = LoraConfig(r=2, target_modules=["0"], kasa_config=KasaConfig())
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), config)
         >>> bool(kasa_loss(model) > 0)

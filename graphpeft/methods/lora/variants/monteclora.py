@@ -52,7 +52,7 @@ class MontecloraConfig:
     Raises:
         ValueError: For a value that an option can't have.
 
-    Example:
+    Examples:
         >>> config = LoraConfig(r=2, target_modules=["0"], monteclora_config=MontecloraConfig(num_samples=4))
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), config)
         >>> model[0].default.lora_monteclora_weights_prior.shape
@@ -152,7 +152,7 @@ def monteclora_loss(model: nn.Module, adapter_names: str | Sequence[str] | None 
     Raises:
         AdaptError: If the model isn't adapted.
 
-    Example:
+    Examples:
         >>> config = LoraConfig(r=2, target_modules=["0"], monteclora_config=MontecloraConfig())
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), config).train()
         >>> loss = model(torch.ones(1, 8)).sum() + monteclora_loss(model)

@@ -42,7 +42,7 @@ class VeloraConfig:
     Raises:
         ValueError: For a value that an option can't have.
 
-    Example:
+    Examples:
         >>> config = LoraConfig(r=2, target_modules=["0"], velora_config=VeloraConfig(num_groups=4))
         >>> get_peft_model(nn.Sequential(nn.Linear(8, 16)), config)[0].default.lora_velora_embed.shape
         torch.Size([2])

@@ -25,7 +25,7 @@ class Shown:
     Attributes:
         path: The file.
 
-    Example:
+    Examples:
         >>> show(nn.Sequential(nn.Linear(4, 4)), "model.html").path.name
         'model.html'
     """
@@ -61,7 +61,7 @@ def show(shown: nn.Module | Report, path: str | os.PathLike[str] | None = None) 
         ValueError: If it is a report of an adapter that a model has; show the model then.
         OSError: If the file can't be written.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
         >>> show(model, "picture.html")
         a picture in picture.html

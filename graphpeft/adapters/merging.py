@@ -290,8 +290,7 @@ def refuse_infinite(modules: Modules, adapters: Adapters, names: Iterable[str]) 
             for path, change in changes.items():
                 if change is not None and not torch.isfinite(change).all():
                     raise AdaptError(
-                        f"NaNs detected in the merged weights. The adapter {name} seems to be broken: the change of "
-                        f"{path} by adapter {name!r} isn't finite"
+                        f"the change of {path} by adapter {name!r} isn't finite, but has NaNs or infinities"
                     )
         for path in adapters.by_name[name].rows:
             if not torch.isfinite(tensor_at(modules[path], overrides.rows(name))).all():

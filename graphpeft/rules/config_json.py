@@ -16,7 +16,7 @@ from graphpeft.files.hub import CONFIG_NAME, adapter_file
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.plain_values import default_of, plain
 from graphpeft.rules.registry import nearest, options, registered
-from graphpeft.wording import shown
+from graphpeft.wording import joined, shown
 
 ConfigT = TypeVar("ConfigT", bound="ConfigJson")
 
@@ -59,8 +59,8 @@ class ConfigJson:
         if unknown:
             near = [hint.removeprefix("; did") for hint in (nearest(name, known) for name in unknown) if hint]
             warnings.warn(
-                f"Unexpected keyword arguments {shown(sorted(unknown))} for class {config_class.__name__}, these are "
-                f"ignored.{''.join(f' Did{hint}' for hint in dict.fromkeys(near))}",
+                f"{CONFIG_NAME} has keys that {config_class.__name__} doesn't know, and which are left out: "
+                f"{joined(sorted(map(shown, unknown)))}.{''.join(f' Did{hint}' for hint in dict.fromkeys(near))}",
                 PeftWarning,
                 stacklevel=3,
             )

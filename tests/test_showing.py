@@ -282,3 +282,20 @@ def test_a_report_in_a_notebook_is_its_table():
 
 def test_a_printed_model_tells_of_its_adapters():
     assert "(default): lora(r=2, α=5; lora_A(2, 6), lora_B(6, 2))" in str(adapted())
+
+
+@pytest.mark.parametrize(("value", "told"), [(float("nan"), "NaN"), (float("inf"), "Infinity")])
+def test_numbers_that_json_lacks_are_told_by_name(value: float, told: str):
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 6)), LoraConfig(r=2, lora_alpha=5, target_modules=["0"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(value)
+            parameter.grad = torch.full_like(parameter, value)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"JSON has no {constant}")
+
+    content = json.loads(picture_of(model).to_json(), parse_constant=refuse)
+    site = content["model"]["inside"][0]["sites"][0]
+    assert [tensor.get("gradient") for tensor in site["tensors"]] == [None, told]
+    assert site["change"] in ("NaN", told)

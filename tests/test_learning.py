@@ -396,3 +396,49 @@ def test_explain_says_why_it_cannot_tell_what_learns():
 
     report = graphpeft.explain(Refuses(), LoraConfig(target_modules=["layer"]), example_inputs=(torch.randn(3, SIZE),))
     assert "which sites learn can't be told: ValueError: not today" in str(report)
+
+
+class Overwrites(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: Tensor, fresh: Tensor) -> Tensor:
+        if not bool(fresh):
+            return x
+        fresh.zero_()
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_batch_is_as_before_in_each_run_and_afterwards(fails: bool):
+    model = get_peft_model(Overwrites(), LoraConfig(r=2, target_modules=["layer"]))
+    x, fresh = torch.randn(3, SIZE, requires_grad=True), torch.tensor(True)
+    x.grad = gradient = torch.ones(3, SIZE)
+
+    def loss(output: Tensor) -> Tensor:
+        if fails:
+            raise KeyboardInterrupt
+        return output.sum()
+
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            check_learning(model, (x, fresh), loss)
+    else:
+        assert check_learning(model, (x, fresh), loss).dead == ()
+    assert bool(fresh)
+    assert x.grad is gradient
+    assert torch.equal(gradient, torch.ones(3, SIZE))
+
+
+def test_a_batch_whose_tensors_cannot_be_written_is_run():
+    model = get_peft_model(nn.Sequential(nn.Linear(SIZE, SIZE)), LoraConfig(r=2, target_modules=["0"]))
+    assert check_learning(model, (torch.randn(1, SIZE).expand(3, SIZE),)).dead == ()
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_it_is_told_where_gradients_are_off_what_learns_where_they_are_on(without: Any):
+    model, x = adapted(Plain, Detached), torch.randn(3, SIZE)
+    with without():
+        report = check_learning(model, (x,))
+    assert [site.label for site in report.dead] == ["1.layer"]

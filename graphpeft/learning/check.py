@@ -78,7 +78,8 @@ def check_learning(model: nn.Module, batch: ExampleInputs, loss: Loss | None = N
         )
     watch = Watch()
     paths = {place.region for place in places}
-    with _put_back(model, places):
+    # in inference mode nothing has a gradient, whatever the model is
+    with torch.inference_mode(False), _put_back(model, places):
         now = _gradients(model, batch, loss, places)
         _move(places)
         with watch.of(modules, paths):
@@ -107,6 +108,26 @@ def _put_back(model: nn.Module, places: list[Place]) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _batch_kept(model: nn.Module, batch: ExampleInputs) -> Iterator[None]:
+    """Puts back what a run changes of its batch: gradients of inputs, and values that the model overwrites."""
+    with trial(model):
+        for given in pytree.tree_leaves(batch):
+            if not isinstance(given, Tensor) or given.is_inference():
+                continue
+            if given.is_leaf:
+                undone_by(setattr, given, "grad", given.grad)
+                given.grad = None
+            undone_by(_overwrite_if_changed, given, given._version, given.detach().clone())
+        yield
+
+
+def _overwrite_if_changed(tensor: Tensor, version: int, values: Tensor) -> None:
+    # others, such as an expanded one, can't be written
+    if tensor._version != version:
+        tensor.copy_(values)
+
+
 def _move(places: list[Place]) -> None:
     with torch.no_grad():
         for place in places:
@@ -121,13 +142,14 @@ def _gradients(
     args, kwargs = split_inputs(batch)
     for parameter in model.parameters():
         parameter.grad = None
-    with torch.enable_grad():
-        output = model(*args or (), **kwargs)
-        number = _number(output) if loss is None else loss(output)
-    if not isinstance(number, Tensor) or number.numel() != 1:
-        raise ValueError(f"the loss is to be one number, and is {_shown(number)}")
-    if number.requires_grad:
-        number.backward()
+    with _batch_kept(model, batch):
+        with torch.enable_grad():
+            output = model(*args or (), **kwargs)
+            number = _number(output) if loss is None else loss(output)
+        if not isinstance(number, Tensor) or number.numel() != 1:
+            raise ValueError(f"the loss is to be one number, and is {_shown(number)}")
+        if number.requires_grad:
+            number.backward()
     return [{name: tensor.grad for name, tensor in place.tensors.items()} for place in places]
 
 

@@ -442,3 +442,49 @@ def test_it_is_told_where_gradients_are_off_what_learns_where_they_are_on(withou
     with without():
         report = check_learning(model, (x,))
     assert [site.label for site in report.dead] == ["1.layer"]
+
+
+def test_a_line_that_calls_the_check_is_no_line_of_the_model():
+    model = get_peft_model(nn.Sequential(nn.Linear(SIZE, SIZE)), LoraConfig(r=2, target_modules=["0"]))
+    (site,) = check_learning(model, (torch.randn(3, SIZE),), lambda output: output.sum() * 0).dead
+    assert site.line == ""
+    (site,) = check_learning(model, (torch.randn(3, SIZE),), lambda output: output.detach().sum()).dead
+    assert "output.detach().sum()" in site.line
+
+
+def test_the_line_of_a_decorated_method_is_in_the_file_of_the_method():
+    config = transformers.BertConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=50,
+        is_decoder=True,
+        add_cross_attention=True,
+    )
+    model = get_peft_model(
+        transformers.BertModel(config), LoraConfig(r=2, target_modules=["crossattention.self.query"])
+    )
+    (site,) = check_learning(model, {"input_ids": torch.randint(0, 50, (2, 5))}).dead
+    assert "mentions query" in site.reason
+    assert "(modeling_bert.py:" in site.line
+
+
+def test_explain_tells_of_a_config_that_trains_tensors_of_the_model_alone():
+    model = nn.Sequential(nn.Embedding(8, SIZE), Zero(), nn.LayerNorm(SIZE))
+    report = graphpeft.explain(
+        model, graphpeft.LNTuningConfig(target_modules=["norm", "2"]), example_inputs=(torch.tensor([[1]]),)
+    )
+    assert [(site.label, site.state) for site in report.learning.sites] == [("1.norm", "dead")] * 2 + [
+        ("2", "learns")
+    ] * 2
+    told = str(report).split("never learns")[1]
+    assert "1.norm.weight  " in told
+    assert "2.weight" not in told
+
+
+def test_explain_in_inference_mode_tells_what_learns():
+    model, x = nn.Sequential(Plain(), Detached()), torch.randn(3, SIZE)
+    with torch.inference_mode():
+        report = graphpeft.explain(model, LoraConfig(r=2, target_modules=["layer"]), example_inputs=(x,))
+    assert [site.label for site in report.learning.dead] == ["1.layer"]

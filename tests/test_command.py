@@ -131,6 +131,47 @@ def test_a_method_that_peft_lacks_is_told(tmp_path: Path, capsys: pytest.Capture
     assert json.loads(capsys.readouterr().out)["peft_reads_it"].startswith("no: it has no method")
 
 
+class Kernel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(4, 2, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv1d(x, self.kernel)
+
+
+class Matrix(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.matrix
+
+
+@pytest.mark.parametrize(
+    ("build", "target", "reads"),
+    [
+        (lambda: nn.Sequential(Kernel()), "kernel", False),
+        (Kernel, "kernel", False),
+        (Matrix, "matrix", False),
+        (lambda: nn.Sequential(Matrix()), "matrix", True),
+        (lambda: nn.Sequential(nn.Conv1d(2, 4, 3)), "0", True),
+    ],
+)
+def test_whether_peft_reads_it_is_what_peft_does(
+    build: Any, target: str, reads: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    get_peft_model(build(), LoraConfig(r=2, lora_alpha=3, target_modules=[target])).save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path), "--json"]) == 0
+    assert (json.loads(capsys.readouterr().out)["peft_reads_it"] == "yes") is reads
+    if reads:
+        peft.PeftModel.from_pretrained(build(), tmp_path)
+    else:
+        with pytest.raises((ValueError, RuntimeError)):
+            peft.PeftModel.from_pretrained(build(), tmp_path)
+
+
 def truncated(folder: Path) -> None:
     file = folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-7])

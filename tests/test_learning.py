@@ -488,3 +488,34 @@ def test_explain_in_inference_mode_tells_what_learns():
     with torch.inference_mode():
         report = graphpeft.explain(model, LoraConfig(r=2, target_modules=["layer"]), example_inputs=(x,))
     assert [site.label for site in report.learning.dead] == ["1.layer"]
+
+
+class Headed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, 2)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "seen" not in self._buffers:
+            self.register_buffer("seen", x.detach())
+        return self.head(self.layer(x))
+
+
+def test_what_waits_for_a_head_that_is_trained_without_an_adapter_is_no_dead_site():
+    model = get_peft_model(Headed(), LoraConfig(r=2, target_modules=["layer"]))
+    assert [site.label for site in check_learning(model, (torch.randn(3, SIZE),)).dead] == ["layer"]
+    model.head.requires_grad_(True)
+    (site,) = check_learning(model, (torch.randn(3, SIZE),)).sites
+    assert site.state == "waits"
+    assert not model.head.weight.any()
+    assert "seen" not in model._buffers
+
+
+def test_within_autocast_each_run_has_its_own_values_and_later_ones_the_model_s():
+    model = get_peft_model(Headed(), LoraConfig(r=2, target_modules=["layer"], modules_to_save=["head"]))
+    x = torch.randn(3, SIZE)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x).detach()
+        assert check_learning(model, (x,)).dead == ()
+        assert torch.equal(model(x), expected)

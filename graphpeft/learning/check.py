@@ -38,7 +38,7 @@ def check_learning(model: nn.Module, batch: ExampleInputs, loss: Loss | None = N
     """Tells which tensors of the active adapters get gradients from a batch, and of those that never will, why.
 
     The batch runs twice forward and backward, in the mode in which the model is: with the present values, and with
-    others in what adapters train. All values, gradients, buffers and random states are put back.
+    others in what is trained. All values, gradients, buffers and random states are put back.
 
     Args:
         model: An adapted model.
@@ -81,7 +81,7 @@ def check_learning(model: nn.Module, batch: ExampleInputs, loss: Loss | None = N
     # in inference mode nothing has a gradient, whatever the model is
     with torch.inference_mode(False), _put_back(model, places):
         now = _gradients(model, batch, loss, places)
-        _move(places)
+        _move(_trained(model, places))
         with watch.of(modules, paths):
             # the loss is made inside, too: it may be what drops a value
             moved = _gradients(model, batch, loss, places)
@@ -98,14 +98,25 @@ def _put_back(model: nn.Module, places: list[Place]) -> Iterator[None]:
         for parameter in model.parameters():
             undone_by(setattr, parameter, "grad", parameter.grad)
         for module in model.modules():
-            undone_by(module._buffers.update, dict(module._buffers))
+            undone_by(_refill, module._buffers, dict(module._buffers))
             for buffer in module._buffers.values():
                 if buffer is not None:
                     remember(buffer)
-        for place in places:
-            for tensor in place.tensors.values():
-                remember(tensor)
+        for tensor in _trained(model, places):
+            remember(tensor)
         yield
+
+
+def _refill(buffers: dict[str, Tensor | None], kept: dict[str, Tensor | None]) -> None:
+    buffers.clear()  # of those, too, that a forward has registered
+    buffers.update(kept)
+
+
+def _trained(model: nn.Module, places: list[Place]) -> list[Tensor]:
+    """Returns all that is trained, also beside the adapters: before a head that is zero at first, nothing learns."""
+    found = [tensor for place in places for tensor in place.tensors.values()]
+    found += [each for each in model.parameters() if each.requires_grad and each.is_floating_point()]
+    return list({id(tensor): tensor for tensor in found}.values())
 
 
 @contextlib.contextmanager
@@ -122,17 +133,26 @@ def _batch_kept(model: nn.Module, batch: ExampleInputs) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _weights_cast_anew() -> Iterator[None]:
+    """Lets autocast forget the casts of weights, whose values differ in each run and afterwards."""
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+
+
 def _overwrite_if_changed(tensor: Tensor, version: int, values: Tensor) -> None:
     # others, such as an expanded one, can't be written
     if tensor._version != version:
         tensor.copy_(values)
 
 
-def _move(places: list[Place]) -> None:
+def _move(tensors: list[Tensor]) -> None:
     with torch.no_grad():
-        for place in places:
-            for tensor in place.tensors.values():
-                tensor.add_(torch.randn_like(tensor), alpha=_SPREAD)
+        for tensor in tensors:
+            tensor.add_(torch.randn_like(tensor), alpha=_SPREAD)
 
 
 def _gradients(
@@ -142,7 +162,7 @@ def _gradients(
     args, kwargs = split_inputs(batch)
     for parameter in model.parameters():
         parameter.grad = None
-    with _batch_kept(model, batch):
+    with _batch_kept(model, batch), _weights_cast_anew():
         with torch.enable_grad():
             output = model(*args or (), **kwargs)
             number = _number(output) if loss is None else loss(output)

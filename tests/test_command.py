@@ -54,6 +54,21 @@ def made():
 
 def half():
     return 1
+
+def raises():
+    return {}["head"]
+
+def asserts():
+    assert False
+
+class Talks(torch.nn.Linear):
+    def forward(self, x):
+        print("forward")
+        return super().forward(x) * 0
+
+def talks():
+    print("made")
+    return torch.nn.Sequential(Talks(4, 4)), (torch.randn(3, 4),)
 """
 
 
@@ -114,6 +129,47 @@ def test_a_method_that_peft_lacks_is_told(tmp_path: Path, capsys: pytest.Capture
     saved(tmp_path, graphpeft.WeightDecomposedConfig(direction=LoHaConfig(r=2, target_modules=["0"])))
     assert main(["info", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["peft_reads_it"].startswith("no: it has no method")
+
+
+class Kernel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(4, 2, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv1d(x, self.kernel)
+
+
+class Matrix(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.matrix
+
+
+@pytest.mark.parametrize(
+    ("build", "target", "reads"),
+    [
+        (lambda: nn.Sequential(Kernel()), "kernel", False),
+        (Kernel, "kernel", False),
+        (Matrix, "matrix", False),
+        (lambda: nn.Sequential(Matrix()), "matrix", True),
+        (lambda: nn.Sequential(nn.Conv1d(2, 4, 3)), "0", True),
+    ],
+)
+def test_whether_peft_reads_it_is_what_peft_does(
+    build: Any, target: str, reads: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    get_peft_model(build(), LoraConfig(r=2, lora_alpha=3, target_modules=[target])).save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path), "--json"]) == 0
+    assert (json.loads(capsys.readouterr().out)["peft_reads_it"] == "yes") is reads
+    if reads:
+        peft.PeftModel.from_pretrained(build(), tmp_path)
+    else:
+        with pytest.raises((ValueError, RuntimeError)):
+            peft.PeftModel.from_pretrained(build(), tmp_path)
 
 
 def truncated(folder: Path) -> None:
@@ -289,13 +345,19 @@ def test_a_saved_adapter_of_a_transformers_model_is_exported(here: Path, capsys:
         (["export", "models_of_mine:half", "m.pt2"], 2, "returned int"),
         (["export", "models_of_mine:none", "m.pt2"], 1, "no attribute 'none'"),
         (["export", "nothing_here:made", "m.pt2"], 1, "No module named 'nothing_here'"),
-        (["export", "no-such-folder", "m.pt2"], 1, "no-such-folder"),
+        (["export", "no-such-folder", "m.pt2"], 2, "no-such-folder"),
         (["export", "models_of_mine:alone", "m.pt2"], 2, "tells of no inputs"),
         (["export", "models_of_mine:made", "m.pt2", "--format", "zip"], 2, "'zip' is not one of"),
         (["explain", "no such: model"], 2, "is no model: write timm:NAME"),
         (["explain", "models_of_mine:base", "--method", "NONE"], 2, "there is no method 'NONE'"),
         (["explain", "models_of_mine:base", "--set", "q=1"], 2, "has no option 'q'"),
         (["explain", "models_of_mine:base", "--set", "r"], 2, "write NAME=VALUE"),
+        (["explain", "models_of_mine:base", "--set", "r=two"], 2, "r must be int"),
+        (["explain", "models_of_mine:base", "--config", "no-such-folder"], 2, "no-such-folder"),
+        (["explain", "models_of_mine:base", "--config", "models_of_mine.py"], 2, "models_of_mine.py isn't JSON"),
+        (["merge", "no-such-folder", "m.safetensors"], 2, "no-such-folder"),
+        (["explain", "models_of_mine:raises"], 1, "KeyError: 'head'"),
+        (["trace", "models_of_mine:asserts"], 1, "AssertionError"),
         (["nothing"], 2, "No such command 'nothing'"),
     ],
 )
@@ -308,7 +370,22 @@ def test_an_error_is_one_line_and_a_code(
     assert reason in error
 
 
+@pytest.mark.quick("command")
+def test_what_a_model_prints_is_not_among_the_json(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["explain", "models_of_mine:talks", "--set", 'target_modules=["0"]', "--json"]) == 0
+    printed = capsys.readouterr()
+    (dead,) = json.loads(printed.out)["learning"]["dead"]
+    assert (dead["site"], dead["tensors"]) == ("0", ["lora_A", "lora_B"])
+    assert "zero whatever the adapters hold" in dead["reason"]
+    assert {"made", "forward"} <= {*printed.err.split()}
+
+
 # help
+
+
+def test_without_arguments_the_help_is_shown(capsys: pytest.CaptureFixture[str]):
+    assert main([]) == 2
+    assert capsys.readouterr().err.splitlines()[0].startswith("Usage: graphpeft [OPTIONS] COMMAND")
 
 
 @pytest.mark.parametrize("name", sorted(command.commands))

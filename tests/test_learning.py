@@ -396,3 +396,126 @@ def test_explain_says_why_it_cannot_tell_what_learns():
 
     report = graphpeft.explain(Refuses(), LoraConfig(target_modules=["layer"]), example_inputs=(torch.randn(3, SIZE),))
     assert "which sites learn can't be told: ValueError: not today" in str(report)
+
+
+class Overwrites(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: Tensor, fresh: Tensor) -> Tensor:
+        if not bool(fresh):
+            return x
+        fresh.zero_()
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_batch_is_as_before_in_each_run_and_afterwards(fails: bool):
+    model = get_peft_model(Overwrites(), LoraConfig(r=2, target_modules=["layer"]))
+    x, fresh = torch.randn(3, SIZE, requires_grad=True), torch.tensor(True)
+    x.grad = gradient = torch.ones(3, SIZE)
+
+    def loss(output: Tensor) -> Tensor:
+        if fails:
+            raise KeyboardInterrupt
+        return output.sum()
+
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            check_learning(model, (x, fresh), loss)
+    else:
+        assert check_learning(model, (x, fresh), loss).dead == ()
+    assert bool(fresh)
+    assert x.grad is gradient
+    assert torch.equal(gradient, torch.ones(3, SIZE))
+
+
+def test_a_batch_whose_tensors_cannot_be_written_is_run():
+    model = get_peft_model(nn.Sequential(nn.Linear(SIZE, SIZE)), LoraConfig(r=2, target_modules=["0"]))
+    assert check_learning(model, (torch.randn(1, SIZE).expand(3, SIZE),)).dead == ()
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_it_is_told_where_gradients_are_off_what_learns_where_they_are_on(without: Any):
+    model, x = adapted(Plain, Detached), torch.randn(3, SIZE)
+    with without():
+        report = check_learning(model, (x,))
+    assert [site.label for site in report.dead] == ["1.layer"]
+
+
+def test_a_line_that_calls_the_check_is_no_line_of_the_model():
+    model = get_peft_model(nn.Sequential(nn.Linear(SIZE, SIZE)), LoraConfig(r=2, target_modules=["0"]))
+    (site,) = check_learning(model, (torch.randn(3, SIZE),), lambda output: output.sum() * 0).dead
+    assert site.line == ""
+    (site,) = check_learning(model, (torch.randn(3, SIZE),), lambda output: output.detach().sum()).dead
+    assert "output.detach().sum()" in site.line
+
+
+def test_the_line_of_a_decorated_method_is_in_the_file_of_the_method():
+    config = transformers.BertConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=50,
+        is_decoder=True,
+        add_cross_attention=True,
+    )
+    model = get_peft_model(
+        transformers.BertModel(config), LoraConfig(r=2, target_modules=["crossattention.self.query"])
+    )
+    (site,) = check_learning(model, {"input_ids": torch.randint(0, 50, (2, 5))}).dead
+    assert "mentions query" in site.reason
+    assert "(modeling_bert.py:" in site.line
+
+
+def test_explain_tells_of_a_config_that_trains_tensors_of_the_model_alone():
+    model = nn.Sequential(nn.Embedding(8, SIZE), Zero(), nn.LayerNorm(SIZE))
+    report = graphpeft.explain(
+        model, graphpeft.LNTuningConfig(target_modules=["norm", "2"]), example_inputs=(torch.tensor([[1]]),)
+    )
+    assert [(site.label, site.state) for site in report.learning.sites] == [("1.norm", "dead")] * 2 + [
+        ("2", "learns")
+    ] * 2
+    told = str(report).split("never learns")[1]
+    assert "1.norm.weight  " in told
+    assert "2.weight" not in told
+
+
+def test_explain_in_inference_mode_tells_what_learns():
+    model, x = nn.Sequential(Plain(), Detached()), torch.randn(3, SIZE)
+    with torch.inference_mode():
+        report = graphpeft.explain(model, LoraConfig(r=2, target_modules=["layer"]), example_inputs=(x,))
+    assert [site.label for site in report.learning.dead] == ["1.layer"]
+
+
+class Headed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, 2)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "seen" not in self._buffers:
+            self.register_buffer("seen", x.detach())
+        return self.head(self.layer(x))
+
+
+def test_what_waits_for_a_head_that_is_trained_without_an_adapter_is_no_dead_site():
+    model = get_peft_model(Headed(), LoraConfig(r=2, target_modules=["layer"]))
+    assert [site.label for site in check_learning(model, (torch.randn(3, SIZE),)).dead] == ["layer"]
+    model.head.requires_grad_(True)
+    (site,) = check_learning(model, (torch.randn(3, SIZE),)).sites
+    assert site.state == "waits"
+    assert not model.head.weight.any()
+    assert "seen" not in model._buffers
+
+
+def test_within_autocast_each_run_has_its_own_values_and_later_ones_the_model_s():
+    model = get_peft_model(Headed(), LoraConfig(r=2, target_modules=["layer"], modules_to_save=["head"]))
+    x = torch.randn(3, SIZE)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x).detach()
+        assert check_learning(model, (x,)).dead == ()
+        assert torch.equal(model(x), expected)

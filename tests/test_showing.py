@@ -282,3 +282,51 @@ def test_a_report_in_a_notebook_is_its_table():
 
 def test_a_printed_model_tells_of_its_adapters():
     assert "(default): lora(r=2, α=5; lora_A(2, 6), lora_B(6, 2))" in str(adapted())
+
+
+@pytest.mark.parametrize(("value", "told"), [(float("nan"), "NaN"), (float("inf"), "Infinity")])
+def test_numbers_that_json_lacks_are_told_by_name(value: float, told: str):
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 6)), LoraConfig(r=2, lora_alpha=5, target_modules=["0"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(value)
+            parameter.grad = torch.full_like(parameter, value)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"JSON has no {constant}")
+
+    content = json.loads(picture_of(model).to_json(), parse_constant=refuse)
+    site = content["model"]["inside"][0]["sites"][0]
+    assert [tensor.get("gradient") for tensor in site["tensors"]] == [None, told]
+    assert site["change"] in ("NaN", told)
+
+
+class Holding(nn.Module):
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.mix, self.act = nn.Parameter(torch.randn(6, 6)), act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(x @ self.mix)
+
+
+def sized() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(6, 4), nn.Linear(4, 6), nn.Linear(6, 6).bfloat16(), Holding(nn.ReLU()), Holding(nn.GELU())
+    )
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_modules_of_one_class_are_drawn_with_their_own_shapes(adapted: bool):
+    model, config = sized(), LoraConfig(r=2, lora_alpha=5, target_modules=["0", "1", "2", "mix"])
+    picture = picture_of(get_peft_model(model, config) if adapted else explain(model, config))
+    for module in all_modules(picture.model):
+        for graph in [] if module.graphs is None else picture.graphs[module.graphs]:
+            for node in [*graph.before, *graph.after]:
+                own = dict(modules_of(model))[module.path]
+                if node.op == "call_module":
+                    assert node.label == type(own.get_submodule(node.module)).__name__
+                if node.op == "get_attr" and node.slot is None:
+                    tensor = own.get_parameter(node.module)
+                    sizes = " × ".join(map(str, tensor.shape))
+                    assert node.value == f"{sizes}, {str(tensor.dtype).removeprefix('torch.')}"

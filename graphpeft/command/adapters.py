@@ -19,6 +19,9 @@ from graphpeft.model.peft_model import PeftModel
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.short_options import short_options
 
+_TENSORS = "base_model.model."
+"""With this the names of tensors in a file begin."""
+
 base_option = click.option("--base", metavar="MODEL", help="The base model; the one that the config names if left out.")
 
 
@@ -66,6 +69,13 @@ def _for_peft(saved: SavedAdapter) -> str:
     """Returns whether PEFT reads an adapter, and why not."""
     if saved.config.method not in [each.value for each in PeftType]:
         return f"no: it has no method {saved.config.method}"
+    for entry in getattr(saved.config.target_options, "target_parameters", None) or ():
+        path, _, name = entry.rpartition(".")
+        if not path and f"{_TENSORS}lora_A.weight" in saved.tensors:
+            return f"no: it has no adapters for parameters of the model itself, such as {name}"
+        factor = saved.tensors.get(f"{_TENSORS}{path}.lora_A.weight")
+        if factor is not None and factor.ndim > 2:
+            return f"no: it has no adapters for the kernels of convolutions without a layer, such as {entry}"
     return "yes"
 
 

@@ -47,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code; an error is written to stderr as one line.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given:
+        context = click.Context(graphpeft, info_name="graphpeft", **graphpeft.context_settings)
+        click.echo(graphpeft.get_help(context), err=True)
+        return UNREADABLE
     try:
         return graphpeft.main(given, prog_name="graphpeft", standalone_mode=False) or 0
     except click.exceptions.Abort:
@@ -55,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _told(given, error.format_message(), UNREADABLE)
     except (ValueError, RuntimeError, TypeError, OSError, ImportError, AttributeError) as error:
         return _told(given, str(error) or type(error).__name__, UNDONE)
+    except Exception as error:  # of code that the command was given: the text of a KeyError is the key alone
+        return _told(given, f"{type(error).__name__}: {error}".removesuffix(": "), UNDONE)
 
 
 def _told(given: Sequence[str], reason: str, code: int) -> int:

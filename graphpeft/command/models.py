@@ -52,11 +52,25 @@ def explain(source: str, config: str | None, method: str, options: tuple[str, ..
         ],
         "fully_trained": report.fully_trained,
         "refused": [refusal._asdict() for refusal in report.refused],
+        "excluded": report.excluded,
         "nothing_matched": report.nothing_matched or None,
+        "learning": _learning(report.learning),
     }
     tell(told, as_json, report)
     if report.refused or report.nothing_matched:
         raise click.exceptions.Exit(1)
+
+
+def _learning(learning: Any) -> Any:
+    """Returns what a report says of learning: None, why that can't be told, or what doesn't learn."""
+    if learning is None or isinstance(learning, str):
+        return learning
+    return {
+        "dead": [
+            {"site": site.label, "tensors": list(site.tensors), "reason": site.reason, "line": site.line or None}
+            for site in learning.dead
+        ]
+    }
 
 
 @click.command()
@@ -110,7 +124,7 @@ def verify(source: str, config: str | None, method: str, options: tuple[str, ...
     """Checks on a MODEL that adapting, merging, saving and loading keep their laws; exit code 1 if one fails.
 
     \b
-      graphpeft verify my.models:build --set r=4 --set target_modules=qkv
+      graphpeft verify my.models:build --set r=4 --set target_modules='["qkv"]'
     """
     from graphpeft.testing import verify as verify_model  # the extra "testing" has what it needs
 

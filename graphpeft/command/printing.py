@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
-from collections.abc import Mapping
-from typing import Any
+import sys
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from typing import Any, TextIO
 
 import click
 
 from graphpeft.wording import text_table
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-"""The option of each subcommand that tells something."""
+_ANSWER: ContextVar[TextIO | None] = ContextVar("answer", default=None)
+"""Where `tell` prints; None for the standard output."""
+
+
+def as_json(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a subcommand the option ``--json``; all that is printed but by `tell` goes to stderr.
+
+    A model's code may print, too, and no program could read that among JSON.
+    """
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        token = _ANSWER.set(sys.stdout)
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                return command(*args, **kwargs)
+        finally:
+            _ANSWER.reset(token)
+
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(run)
 
 
 def tell(told: Mapping[str, Any], as_json: bool, text: object = None) -> None:
@@ -23,12 +45,13 @@ def tell(told: Mapping[str, Any], as_json: bool, text: object = None) -> None:
         text: What to print for people; None prints a line for each name.
     """
     if as_json:
-        click.echo(json.dumps(told, indent=2, ensure_ascii=False, default=str))
+        shown = json.dumps(told, indent=2, ensure_ascii=False, default=str)
     elif text is not None:
-        click.echo(text)
+        shown = str(text)
     else:
         rows = [(name.replace("_", " "), _shown(value)) for name, value in told.items()]
-        click.echo("\n".join(line for line in text_table(("", ""), rows)[2:]))
+        shown = "\n".join(line for line in text_table(("", ""), rows)[2:])
+    click.echo(shown, file=_ANSWER.get())
 
 
 def _shown(value: Any) -> str:

@@ -36,7 +36,7 @@ def model_from(source: str) -> Given:
     """Returns the model that a name on the command line means.
 
     Raises:
-        click.UsageError: If it means none.
+        click.ClickException: If it means none.
     """
     kind, _, name = source.partition(":")
     if kind in _KINDS and name:
@@ -46,7 +46,7 @@ def model_from(source: str) -> Given:
         return _made(named["module"], named["function"])
     if ":" in source:
         raise click.UsageError(f"{source} is no model: write timm:NAME, hf:PATH, package.module:function, or a folder")
-    config = PeftConfig.from_pretrained(source)
+    config = _config_in(source)
     return _with_inputs(class_for(config).from_pretrained(source))
 
 
@@ -100,12 +100,11 @@ def config_from(config: str | None, method: str, options: Sequence[str]) -> Peft
         options: Further options as NAME=VALUE; a value is JSON, or text.
 
     Raises:
-        click.UsageError: If there is no such method or option.
+        click.ClickException: If there is no such method, option or value, or the config can't be read.
     """
     given = dict(map(_option, options))
     if config is not None:
-        place = Path(config)
-        read = PeftConfig.from_file(place) if place.is_file() else PeftConfig.from_pretrained(config)
+        read = _config_in(config)
         return _with(functools.partial(dataclasses.replace, read), read.method, given)
     classes = registered()
     if method.upper() not in classes:
@@ -113,10 +112,18 @@ def config_from(config: str | None, method: str, options: Sequence[str]) -> Peft
     return _with(classes[method.upper()], method, given)
 
 
+def _config_in(source: str) -> PeftConfig:
+    place = Path(source)
+    try:
+        return PeftConfig.from_file(place) if place.is_file() else PeftConfig.from_pretrained(source)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+
+
 def _with(build: Callable[..., PeftConfig], method: str, options: dict[str, Any]) -> PeftConfig:
     try:
         return build(**options)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise click.UsageError(f"{method}: {error}") from error
 
 

@@ -38,7 +38,7 @@ def check_learning(model: nn.Module, batch: ExampleInputs, loss: Loss | None = N
     """Tells which tensors of the active adapters get gradients from a batch, and of those that never will, why.
 
     The batch runs twice forward and backward, in the mode in which the model is: with the present values, and with
-    others in what adapters train. All values, gradients, buffers and random states are put back.
+    others in what is trained. All values, gradients, buffers and random states are put back.
 
     Args:
         model: An adapted model.
@@ -78,9 +78,10 @@ def check_learning(model: nn.Module, batch: ExampleInputs, loss: Loss | None = N
         )
     watch = Watch()
     paths = {place.region for place in places}
-    with _put_back(model, places):
+    # in inference mode nothing has a gradient, whatever the model is
+    with torch.inference_mode(False), _put_back(model, places):
         now = _gradients(model, batch, loss, places)
-        _move(places)
+        _move(_trained(model, places))
         with watch.of(modules, paths):
             # the loss is made inside, too: it may be what drops a value
             moved = _gradients(model, batch, loss, places)
@@ -97,21 +98,61 @@ def _put_back(model: nn.Module, places: list[Place]) -> Iterator[None]:
         for parameter in model.parameters():
             undone_by(setattr, parameter, "grad", parameter.grad)
         for module in model.modules():
-            undone_by(module._buffers.update, dict(module._buffers))
+            undone_by(_refill, module._buffers, dict(module._buffers))
             for buffer in module._buffers.values():
                 if buffer is not None:
                     remember(buffer)
-        for place in places:
-            for tensor in place.tensors.values():
-                remember(tensor)
+        for tensor in _trained(model, places):
+            remember(tensor)
         yield
 
 
-def _move(places: list[Place]) -> None:
+def _refill(buffers: dict[str, Tensor | None], kept: dict[str, Tensor | None]) -> None:
+    buffers.clear()  # of those, too, that a forward has registered
+    buffers.update(kept)
+
+
+def _trained(model: nn.Module, places: list[Place]) -> list[Tensor]:
+    """Returns all that is trained, also beside the adapters: before a head that is zero at first, nothing learns."""
+    found = [tensor for place in places for tensor in place.tensors.values()]
+    found += [each for each in model.parameters() if each.requires_grad and each.is_floating_point()]
+    return list({id(tensor): tensor for tensor in found}.values())
+
+
+@contextlib.contextmanager
+def _batch_kept(model: nn.Module, batch: ExampleInputs) -> Iterator[None]:
+    """Puts back what a run changes of its batch: gradients of inputs, and values that the model overwrites."""
+    with trial(model):
+        for given in pytree.tree_leaves(batch):
+            if not isinstance(given, Tensor) or given.is_inference():
+                continue
+            if given.is_leaf:
+                undone_by(setattr, given, "grad", given.grad)
+                given.grad = None
+            undone_by(_overwrite_if_changed, given, given._version, given.detach().clone())
+        yield
+
+
+@contextlib.contextmanager
+def _weights_cast_anew() -> Iterator[None]:
+    """Lets autocast forget the casts of weights, whose values differ in each run and afterwards."""
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+def _overwrite_if_changed(tensor: Tensor, version: int, values: Tensor) -> None:
+    # others, such as an expanded one, can't be written
+    if tensor._version != version:
+        tensor.copy_(values)
+
+
+def _move(tensors: list[Tensor]) -> None:
     with torch.no_grad():
-        for place in places:
-            for tensor in place.tensors.values():
-                tensor.add_(torch.randn_like(tensor), alpha=_SPREAD)
+        for tensor in tensors:
+            tensor.add_(torch.randn_like(tensor), alpha=_SPREAD)
 
 
 def _gradients(
@@ -121,13 +162,14 @@ def _gradients(
     args, kwargs = split_inputs(batch)
     for parameter in model.parameters():
         parameter.grad = None
-    with torch.enable_grad():
-        output = model(*args or (), **kwargs)
-        number = _number(output) if loss is None else loss(output)
-    if not isinstance(number, Tensor) or number.numel() != 1:
-        raise ValueError(f"the loss is to be one number, and is {_shown(number)}")
-    if number.requires_grad:
-        number.backward()
+    with _batch_kept(model, batch), _weights_cast_anew():
+        with torch.enable_grad():
+            output = model(*args or (), **kwargs)
+            number = _number(output) if loss is None else loss(output)
+        if not isinstance(number, Tensor) or number.numel() != 1:
+            raise ValueError(f"the loss is to be one number, and is {_shown(number)}")
+        if number.requires_grad:
+            number.backward()
     return [{name: tensor.grad for name, tensor in place.tensors.items()} for place in places]
 
 

@@ -6,7 +6,7 @@ import ast
 import inspect
 import os
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
@@ -71,14 +71,15 @@ def _mention(cls: type, name: str) -> str | None:
     return None
 
 
-def _line_that_reads(method: object, name: str) -> str | None:
+def _line_that_reads(method: Callable[..., object], name: str) -> str | None:
+    method = inspect.unwrap(method)  # of a decorated one, the file would be that of its decorator
     try:
-        lines, first = inspect.getsourcelines(method)  # type: ignore[arg-type]
+        lines, first = inspect.getsourcelines(method)
         tree = ast.parse(textwrap.dedent("".join(lines)))
     except (OSError, SyntaxError):
         return None
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr == name:
-            file = os.path.basename(inspect.getsourcefile(method) or "")  # type: ignore[arg-type]
+            file = os.path.basename(inspect.getsourcefile(method) or "")
             return f"`{lines[node.lineno - 1].strip()}` ({file}:{first + node.lineno - 1})"
     return None

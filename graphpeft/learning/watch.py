@@ -20,6 +20,7 @@ from graphpeft.graph.template import LINE, template_of
 
 _TORCH = os.path.dirname(torch.__file__)
 _GENERATED = "<eval_with_key>"
+_CHECK = os.path.join(os.path.dirname(__file__), "check.py")
 
 
 class Cut(NamedTuple):
@@ -100,11 +101,14 @@ def leaves_above(tensor: Tensor) -> set[Tensor]:
 
 
 def line_of(frame: FrameType | None) -> str:
-    """Returns the innermost line of the model's code that runs in a frame or around it; "" if there is none.
+    """Returns the innermost line of the model's code that runs in a frame or around it.
+
+    It is "" if there is none, as in a `Sequential` of PyTorch's own layers.
 
     Of a graph's code it is the line from which the node was recorded.
     """
-    while frame is not None:
+    # what is around the check is no code of the model
+    while frame is not None and frame.f_code.co_filename != _CHECK:
         file, number = frame.f_code.co_filename, frame.f_lineno
         if file.startswith(_GENERATED):
             recorded = _recorded_line(frame)

@@ -75,7 +75,8 @@ def explain(
         if replication is not None:
             replication.undo()
     plan.report.plan = plan
-    if example_inputs is not None and plan.sites and not plan.report.refused:
+    trains = plan.sites or plan.report.fully_trained
+    if example_inputs is not None and trains and not plan.report.refused:
         plan.report.learning = _learning(model, ours, adapter_name, example_inputs, where)
     return plan.report
 
@@ -86,7 +87,7 @@ def _learning(
     """Returns how the adapter would learn, or why that can't be told; the model stays as it is."""
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         return "the model has no values"
-    with trial(model), torch.random.fork_rng(), warnings.catch_warnings():
+    with torch.inference_mode(False), trial(model), torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", PeftWarning)  # each was given once
         add_new(model, config, adapter_name, example_inputs, True, where, activates=True, methods=give_methods)
         try:

@@ -59,6 +59,8 @@ class Report:
             lines += ["", *text_table(("runs its own code on changed weights", "because"), self._own_code())]
         if self.fully_trained:
             lines += ["", f"fully trained: {', '.join(self.fully_trained)}"]
+        if self._dead_beside():
+            lines += ["", *text_table(("never learns", "because"), self._dead_beside())]
         if self.excluded:
             lines += ["", f"excluded: {', '.join(self.excluded)}"]
         if self.nothing_matched:
@@ -83,6 +85,12 @@ class Report:
         sites = [adapted.site for adapted in self.adapted]
         rows = [(site.region or "the model", site.own_code) for site in sites if site.own_code is not None]
         return list(dict.fromkeys(rows))
+
+    def _dead_beside(self) -> list[tuple[str, str]]:
+        """Returns the tensors beside the sites that no gradient reaches, with the reasons."""
+        labels = {adapted.site.label for adapted in self.adapted}
+        dead = [site for site in getattr(self.learning, "dead", ()) if site.label not in labels]
+        return [(f"{site.label}.{name}", site.line or site.reason) for site in dead for name in site.tensors]
 
     def _table(self) -> list[str]:
         header = ["site", "op", "size", "graph of", "parameters", "share"]

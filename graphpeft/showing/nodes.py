@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -49,6 +50,12 @@ def drawn_nodes(graph: fx.Graph, module: nn.Module) -> list[DrawnNode]:
         for source in _sources(check, asked):
             checked.setdefault(source, []).append(str(check.args[-1]))
     return [_drawn(node, module, checked.get(node, [])) for node in graph.nodes if node not in left_out]
+
+
+def told_of(module: nn.Module, graphs: Iterable[fx.Graph]) -> tuple[str, ...]:
+    """Returns what nodes tell of a module itself: the classes of what they call, and the shapes of what they read."""
+    nodes = [node for graph in graphs for node in graph.nodes if node.op in ("call_module", "get_attr")]
+    return tuple(label_of(node, module) if node.op == "call_module" else _value(node, module) for node in nodes)
 
 
 def _sources(check: fx.Node, asked: set[fx.Node]) -> list[fx.Node]:

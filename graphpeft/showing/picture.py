@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -206,8 +207,16 @@ class Picture:
 
     def to_json(self) -> str:
         """Returns the picture as JSON, without what is empty."""
-        return json.dumps(dataclasses.asdict(self, dict_factory=_filled), ensure_ascii=False, separators=(",", ":"))
+        content = dataclasses.asdict(self, dict_factory=_filled)
+        return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def _filled(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: value for name, value in items if value not in (None, "", [], {}, ())}
+    return {name: _writable(value) for name, value in items if value not in (None, "", [], {}, ())}
+
+
+def _writable(value: Any) -> Any:
+    """Returns a value as JSON can hold it: of the numbers that JSON lacks, the names that JavaScript reads."""
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

@@ -16,7 +16,7 @@ from graphpeft.graph.traced_model import TracedModel, stands_for
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.report import Report
 from graphpeft.rules.short_options import short_options
-from graphpeft.showing.nodes import drawn_graphs
+from graphpeft.showing.nodes import drawn_graphs, told_of
 from graphpeft.showing.picture import DrawnAdapter, DrawnGraph, DrawnRefusal, DrawnTraining, Picture
 from graphpeft.showing.sites import drawn_site, with_change
 from graphpeft.showing.tree import Drawn, tree
@@ -111,18 +111,20 @@ class _Gallery:
 
     def __init__(self) -> None:
         self.graphs: list[list[DrawnGraph]] = []
-        self._places: dict[tuple[Template, Template], int] = {}
+        self._places: dict[tuple[Template, Template, tuple[str, ...]], int] = {}
         self._by_content: dict[str, int] = {}
 
     def place_of(self, before: Template, after: Template, module: nn.Module) -> int:
         """Returns the place of the graphs of `module` without and with adapters."""
-        if (before, after) not in self._places:
+        # modules of other sizes may share a template
+        key = (before, after, told_of(module, (*before.graphs, *after.graphs)))
+        if key not in self._places:
             drawn = drawn_graphs(before.graphs, after.graphs, module)
             place = self._by_content.setdefault(repr(drawn), len(self.graphs))
             if place == len(self.graphs):
                 self.graphs.append(drawn)
-            self._places[before, after] = place
-        return self._places[before, after]
+            self._places[key] = place
+        return self._places[key]
 
 
 def _sites_by_region(state: Adapters, modules: Mapping[str, nn.Module]) -> dict[str, list[tuple[str, AdaptedSite]]]:

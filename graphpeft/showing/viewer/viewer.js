@@ -10,7 +10,7 @@ const SMALLEST_SCALE = 0.6; // of a graph that is wider than its place
 
 const colour = (place) => `--own: var(--a${place % COLOURS})`;
 const number = (value) => value.toLocaleString("en");
-const rounded = (value) => Number(value.toPrecision(3)).toString();
+const rounded = (value) => Number(Number(value).toPrecision(3)).toString(); // NaN and Infinity come as text
 
 function element(name, attributes = {}, ...inside) {
   const made = document.createElement(name);

@@ -48,6 +48,13 @@ def fresh(config: Any, layer: nn.Module) -> tuple[nn.Module, Any]:
     return base, get_peft_model(copy.deepcopy(base), config)
 
 
+def turned(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator) / 3)
+
+
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -58,6 +65,21 @@ def test_a_fresh_rotation_changes_no_bit(layout: str, name: str, bias: bool) -> 
         for enabled in (False, True):
             with torch.set_grad_enabled(enabled):
                 assert torch.equal(model(x), base(x))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_feature_that_is_repeated_is_rotated_as_if_it_were_written_out(name: str) -> None:
+    _, model = fresh(CONFIGS[name], nn.Linear(8, 3))
+    turned(model)
+    for x in (numbers(5, 1).expand(-1, 8), numbers(5, 1, 1).expand(-1, 7, 8), numbers(1).expand(5, 8)):
+        torch.testing.assert_close(model(x), model(x.contiguous()))
+
+
+def test_so_is_a_gray_picture_as_one_of_several_colours() -> None:
+    _, model = fresh(CONFIGS["oft"], nn.Conv2d(4, 3, 1))
+    turned(model)
+    for x in (numbers(2, 1, 5, 6).expand(-1, 4, -1, -1), numbers(1, 5, 6).expand(4, -1, -1)):
+        torch.testing.assert_close(model(x), model(x.contiguous()))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)

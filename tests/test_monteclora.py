@@ -124,6 +124,25 @@ def test_the_loss_is_of_the_active_adapters_and_of_training():
     assert monteclora_loss(model.eval(), "default") == 0
 
 
+def test_the_loss_of_a_forward_stays_what_it_is_when_another_one_draws():
+    x, options = torch.ones(3, 8), MontecloraConfig(num_samples=4, use_entropy=True)
+    found = []
+    for at_once in (True, False):
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, target_modules=["0"], monteclora_config=options)
+        model: Any = get_peft_model(nn.Sequential(nn.Linear(8, 16)), config).train()
+        losses = []
+        for _ in range(2):
+            losses.append(model(x).square().sum() + monteclora_loss(model))
+            if not at_once:
+                losses.pop().backward()
+        if at_once:
+            torch.stack(losses).sum().backward()
+        found.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+    for own, expected in zip(*found, strict=True):
+        torch.testing.assert_close(own, expected)
+
+
 def test_a_training_goes_on_as_it_was_with_the_generators_state(tmp_path: Path):
     def step(model: Any) -> float:
         return model(input_ids=ids()).logits.square().mean().item()

@@ -496,3 +496,13 @@ def test_models_and_calls_that_cannot_be_are_refused() -> None:
         logits(model, xlora_scalings=torch.ones(2, 5, 9, 2))
     with pytest.raises(ValueError, match="hidden_size is 17"):
         logits(ours(hidden_size=17))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_model_in_half_precision_is_converted_with_its_experts(dtype: torch.dtype) -> None:
+    model = moved(get_peft_model(without_cache().bfloat16(), config(LLAMA)))
+    expected = logits(model).float()
+    found = logits(copy.deepcopy(model).to(dtype))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-2)
+    assert (expected - logits(without_cache())).abs().max() > 0.1

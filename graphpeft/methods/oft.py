@@ -115,7 +115,7 @@ class InputRotation(Rotation, InputRule):
         """Returns Rᵀ x, for rows x R."""
         blocks = self._blocks(oft_R, training)
         rotated = rotations.in_blocks(x.to(oft_R.dtype), blocks, self.size, self.positions)
-        return laid_out_as(rotated.to(x.dtype), x)
+        return laid_out_as(rotated.to(x.dtype), x, -1 - self.positions)
 
     def delta(self, weight: Any, oft_R: Any) -> Any:
         """Returns W Rᵀ − W; a group's kernels have the blocks of its own features."""

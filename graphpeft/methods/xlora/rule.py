@@ -112,7 +112,7 @@ class XLora(OperationRule):
             # A is no leaf here, and only leaves can have sparse gradients
             down = operation.apply(x, xlora_A.T, sparse=False)
         else:
-            h = x.to(self.dtype) if self.lora.casts else x
+            h = x.to(xlora_A.dtype) if self.lora.casts else x
             drops = any(self.dropouts)
             down = (
                 as_node(down_by_expert, h, xlora_A, self.ranks, self.dropouts, training)

@@ -227,7 +227,8 @@ def _weights(weights_prior: Tensor, shifts: Tensor) -> Tensor:
 def _loss(tensors: Mapping[str, Tensor], options: Any) -> Tensor:
     """Returns a layer's loss, with gradients through what its last forward has drawn, if there was one."""
     std_prior, weights_prior = tensors["lora_monteclora_std_prior"], tensors["lora_monteclora_weights_prior"]
-    drawn, rank = tensors["lora_monteclora_drawn"], len(std_prior)
+    # the next forward draws in place, maybe before this one's backward
+    drawn, rank = tensors["lora_monteclora_drawn"].clone(), len(std_prior)
     squares, shifts = drawn[:rank], drawn[rank:]
     variances = torch.where(drawn.any(), _variances(std_prior, squares), tensors["lora_monteclora_variances"].diag())
     weights = torch.where(drawn.any(), _weights(weights_prior, shifts), tensors["lora_monteclora_weights"])

@@ -79,6 +79,28 @@ def test_a_prompt_goes_into_a_forward_that_leaves_out_the_one_it_replaced(name: 
         torch.testing.assert_close(gradient, of_theirs)
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_prompt_goes_into_a_forward_that_was_set_before_adapting(name: str) -> None:
+    outputs = []
+    for library in (graphpeft, peft):
+        model = base()
+        replaced = model.forward
+        model.forward = lambda *args, replaced=replaced, **kwargs: replaced(*args, **kwargs).logits * 0.7
+        known, expected = model.forward, model(**GIVEN)
+        torch.manual_seed(1)
+        config = getattr(library, name)(task_type="CAUSAL_LM", num_virtual_tokens=3, **PROMPTS[name])
+        adapted = library.get_peft_model(model, config).eval()
+        outputs.append(adapted(input_ids=TOKENS))
+        if library is graphpeft:
+            with adapted.disable_adapter():
+                assert torch.equal(adapted(**GIVEN), expected)
+            unloaded = adapted.unload()
+            assert unloaded.forward is known
+            assert torch.equal(unloaded(**GIVEN), expected)
+    torch.testing.assert_close(*outputs)
+
+
 @pytest.mark.parametrize("name", PROMPTS)
 def test_a_prompt_goes_in_once_where_the_replaced_forward_is_called(name: str) -> None:
     model = prompted(graphpeft, name)

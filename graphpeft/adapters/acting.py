@@ -39,7 +39,9 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
             in_place.exchange(modules[path], of_module)
     seated = {slot: name for name, slot in seats.items()}
     for region, template in templates.items():
-        refuse_foreign_forward(modules[region], region)
+        # a graph around the whole model runs around what was set on that, see model/set_forwards.py
+        if region or template is None or not template.calls_own_forward:
+            refuse_foreign_forward(modules[region], region)
         graph = None if template is None else _graph_layer(modules[region], adapters, template, seated)
         layers.setdefault(region, {})["graph"] = graph
     for path, of_module in layers.items():

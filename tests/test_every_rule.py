@@ -256,6 +256,8 @@ def speaks_of(law: Any, case: Case) -> bool:
         return False  # both have another weight in the place of the module's own
     if law is laws.assert_only_the_adapter_is_trained and isinstance(case.config, ShadowConfig):
         return False  # as in PEFT, nothing reads the state behind the last layer
+    if law is assert_two_adapters_act_together and isinstance(case.config, PrefixTuningConfig | CartridgeConfig):
+        return False  # the second one could not tell where a sequence begins, and is refused
     # a prompt in front of a Transformers model isn't for its graph
     return law is not laws.assert_traced_is_adapted_alike or isinstance(case.inputs, tuple)
 

@@ -548,7 +548,7 @@ def test_an_unknown_model_type_is_an_error_that_offers_names():
 
 
 def test_a_model_without_a_type_goes_by_its_class():
-    with pytest.raises(ValueError, match=r"known for class Tied\. Set target_modules"):
+    with pytest.raises(ValueError, match=r"known for class Tied\. Please specify `target_modules`"):
         default_target_modules(Tied(), DEFAULT_TARGET_MODULES)
     with pytest.raises(ValueError, match=r"for class ReLU.* has no linear modules"):
         default_target_modules(nn.ReLU(), DEFAULT_TARGET_MODULES)

@@ -90,7 +90,9 @@ def test_a_fault_of_an_adapter_without_sites_is_told_with_what_it_trains(monkeyp
 def test_a_prompt_of_a_transformers_model_keeps_the_laws_that_speak_of_it(config_class: Any):
     found = verify(LLAMA.build(), config_class(**FRONT), TEXT, progress=False, quiet=True)
     assert found.holds, found
-    assert {law for law, outcome in outcomes(found).items() if outcome != "holds"} == {"1", "5"}
+    # a prefix fills the cache, by which another one would know where a sequence begins
+    refused = {"9"} if config_class is PrefixTuningConfig else set()
+    assert {law for law, outcome in outcomes(found).items() if outcome != "holds"} == {"1", "5", *refused}
     assert found.verdicts[4].why.startswith("it is refused: can't adapt the model: a TracedModel has no get_input_emb")
 
 

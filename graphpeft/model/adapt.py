@@ -77,7 +77,11 @@ def explain(
     plan.report.plan = plan
     trains = plan.sites or plan.report.fully_trained
     if example_inputs is not None and trains and not plan.report.refused:
-        plan.report.learning = _learning(model, ours, adapter_name, example_inputs, where)
+        if any(getattr(adapted.site, "quantised", None) is not None for adapted in plan.sites):
+            # such as those of bitsandbytes, for which the first call packs the weight anew
+            plan.report.learning = "a call may change quantised layers; adapt the model, and call check_learning"
+        else:
+            plan.report.learning = _learning(model, ours, adapter_name, example_inputs, where)
     return plan.report
 
 

@@ -164,7 +164,6 @@ class LoraConfig(TargetedConfig):
         give_classes(self)
         super().__post_init__()
         self._check_values()
-        in_files.warn_of_no_conversion(self)
 
     def check(self) -> None:
         """Raises ValueError for options of PEFT's that aren't supported: nothing is ignored in silence."""

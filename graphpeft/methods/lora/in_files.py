@@ -18,18 +18,6 @@ from graphpeft.sites.site import Site
 from graphpeft.targeting import pattern_values
 
 
-def warn_of_no_conversion(config: Any) -> None:
-    """Warns of a config whose adapter takes a product from the weights, and can't be saved as plain LoRA."""
-    if config.takes_product and config.use_rslora and (config.rank_pattern or config.alpha_pattern):
-        warnings.warn(
-            f"init_lora_weights={config.init_lora_weights!r} changes the weights, and with use_rslora=True beside "
-            "rank_pattern or alpha_pattern, the adapter can't be saved for others by "
-            "path_initial_model_for_weight_conversion; leave use_rslora False if you mean to",
-            PeftWarning,
-            stacklevel=5,
-        )
-
-
 def written(own: Any, sites: Sequence[Any]) -> Any:
     """Returns the config as PEFT reads it: weights that are no layer's are its `target_parameters`.
 

@@ -25,14 +25,23 @@ from kinds import KINDS, Kind
 from oracle import Case, outputs, perturb
 
 import graphpeft
-from graphpeft import PromptLearningConfig
+from graphpeft import (
+    AdaptionPromptConfig,
+    CartridgeConfig,
+    CPTConfig,
+    MultitaskPromptTuningConfig,
+    PolyConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptLearningConfig,
+    PromptTuningConfig,
+    ShadowConfig,
+    TaskType,
+)
 from graphpeft.rules.registry import registered
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "methods.md"
-
-REFUSED: dict[str, str] = {}
-"""The methods that can't be had, and why."""
 
 NOT_MERGED: dict[str, str] = {
     "ADAPTION_PROMPT": "attentions read learned tokens",
@@ -44,6 +53,29 @@ NOT_MERGED: dict[str, str] = {
 
 BY_ROW: frozenset[str] = frozenset({"XLORA"})
 """The methods without a contract of which rows of a batch can have adapters of their own."""
+
+ADAPTS: dict[str, str] = {
+    "ADAPTION_PROMPT": "attentions of the last layers",
+    "POLY": "linear layers",
+    "SHADOW": "what the layers of a decoder are given",
+    "XLORA": "linear layers and embeddings, where the experts do",
+}
+"""The places of the methods without a contract, but for those that add virtual tokens."""
+
+_FRONT: dict[str, Any] = {"task_type": TaskType.CAUSAL_LM, "num_virtual_tokens": 20}
+
+SIZED: dict[str, Any] = {
+    "ADAPTION_PROMPT": AdaptionPromptConfig(adapter_len=10, adapter_layers=4, task_type=TaskType.CAUSAL_LM),
+    "CARTRIDGE": CartridgeConfig(**_FRONT),
+    "CPT": CPTConfig(task_type=TaskType.CAUSAL_LM, cpt_token_ids=[*range(20)], cpt_tokens_type_mask=[1] * 20),
+    "MULTITASK_PROMPT_TUNING": MultitaskPromptTuningConfig(**_FRONT, num_tasks=3),
+    "POLY": PolyConfig(target_modules=["q_proj", "v_proj"], n_tasks=3, task_type=TaskType.CAUSAL_LM),
+    "PREFIX_TUNING": PrefixTuningConfig(**_FRONT),
+    "PROMPT_TUNING": PromptTuningConfig(**_FRONT),
+    "P_TUNING": PromptEncoderConfig(**_FRONT, encoder_hidden_size=64),
+    "SHADOW": ShadowConfig(task_type=TaskType.CAUSAL_LM),
+}
+"""Configs of the methods without a contract, for their sizes: 20 tokens, 3 tasks; X-LoRA's depends on its experts."""
 
 GUIDE = """\
 | you want | take |
@@ -85,33 +117,38 @@ def table(head: str, lines: Iterator[str] | list[str]) -> str:
 # what there is
 
 
+def methods() -> list[str]:
+    """Returns the names of PEFT's methods."""
+    return sorted(method.value for method in peft.PeftType)
+
+
+def contract_of(method: str) -> Contract | None:
+    """Returns the contract of a method that changes weights."""
+    return next((each for each in FIRST if each.method == method), None)
+
+
 def overview() -> str:
     """Returns the table of all methods."""
     ours = registered()
-    known = [*peft.PeftType]
-    lines = [overview_line(method.value, ours) for method in sorted(known, key=lambda each: each.value)]
-    there = sum(method.value in ours for method in known)
+    lines = [overview_line(method, ours[method]) for method in methods()]
     return f"""## All of them
 
-{there} of PEFT's {len(known)} methods exist here. Files are PEFT's, in both directions, unless a row says otherwise.
+All of PEFT's {len(lines)} methods exist here. Files are PEFT's, in both directions, unless a row says otherwise.
 
-""" + table("| method | config | merges | rows of a batch | exports |", lines)
+""" + table("| method | config | adapts | merges | rows of a batch | exports |", lines)
 
 
-def overview_line(method: str, ours: dict[str, type[Any]]) -> str:
+def overview_line(method: str, config: type[Any]) -> str:
     """Returns a method's row."""
-    if method not in ours:
-        return f"| {method} | refused: {REFUSED.get(method, 'not written yet')} | | | |"
-    contract = next((each for each in FIRST if each.method == method), None)
+    contract, name = contract_of(method), f"`{config.__name__}`"
     if contract is None:
-        why = "it adds virtual tokens" if issubclass(ours[method], PromptLearningConfig) else NOT_MERGED[method]
-        rows = "yes" if method in BY_ROW else "no"
-        return f"| {method} | `{ours[method].__name__}` | no: {why} | {rows} | pt2, ONNX |"
+        prompts = issubclass(config, PromptLearningConfig)
+        adapts = "what the model is given" if prompts else ADAPTS[method]
+        why = "it adds virtual tokens" if prompts else NOT_MERGED[method]
+        return f"| {method} | {name} | {adapts} | no: {why} | {'yes' if method in BY_ROW else 'no'} | pt2, ONNX |"
     exports = ", ".join(name for key, name in (("pt2", "pt2"), ("onnx", "ONNX")) if key not in contract.refuses)
-    return (
-        f"| {method} | `{ours[method].__name__}` | {'no' if 'merge' in contract.refuses else 'yes'} "
-        f"| {'no' if 'rows' in contract.refuses else 'yes'} | {exports or 'merged alone'} |"
-    )
+    merges, rows = ("no" if each in contract.refuses else "yes" for each in ("merge", "rows"))
+    return f"| {method} | {name} | [weights](#weights) | {merges} | {rows} | {exports or 'merged alone'} |"
 
 
 # layers
@@ -184,21 +221,31 @@ def works(
 
 def sizes() -> str:
     """Returns the table of the parameters that each method trains."""
-    lines = [f"| {contract.method.value} | " + " | ".join(sizes_of(contract)) + " |" for contract in FIRST]
+    configs = {method: config_of_size(method) for method in methods()}
+    lines = [
+        f"| {method} | {' | '.join(sizes_of(config))} |" for method, config in configs.items() if config is not None
+    ]
     return (
         "## Sizes\n\n"
         "A Llama of 4 layers and 256 features. Options are each method's defaults, but for the targets (`q_proj` and\n"
-        "`v_proj`, or the method's own) and for sizes that have to fit.\n\n"
+        "`v_proj`, or the method's own), for sizes that have to fit, and for 20 tokens and 3 tasks. X-LoRA's are those\n"
+        "of its experts and of a classifier.\n\n"
     ) + table("| method | trained | file, kB |", lines)
 
 
-def sizes_of(contract: Contract) -> tuple[str, str]:
+def config_of_size(method: str) -> Any:
+    """Returns a method's config for its size; None if that depends on other adapters."""
+    contract = contract_of(method)
+    return SIZED.get(method) if contract is None else contract.of_size()
+
+
+def sizes_of(config_of_method: Any) -> tuple[str, str]:
     """Returns the number of parameters and the size of a file, as text."""
     config = transformers.LlamaConfig(
         vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8
     )
     torch.manual_seed(0)
-    model: Any = graphpeft.get_peft_model(transformers.LlamaForCausalLM(config), contract.of_size())
+    model: Any = graphpeft.get_peft_model(transformers.LlamaForCausalLM(config), config_of_method)
     trained, _ = model.get_nb_trainable_parameters()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -211,17 +258,17 @@ def sizes_of(contract: Contract) -> tuple[str, str]:
 
 def equations() -> str:
     """Returns the section of each method: what its module's docstring says, and how it differs from PEFT's."""
-    return "\n\n".join(["## Equations", *(section(contract) for contract in FIRST)])
+    ours = registered()
+    return "\n\n".join(["## Equations", *(section(method, ours[method]) for method in methods())])
 
 
-def section(contract: Contract) -> str:
+def section(method: str, config: type[Any]) -> str:
     """Returns a method's section."""
-    module = inspect.getmodule(contract.ours)
-    first, _, rest = inspect.cleandoc(inspect.getdoc(module) or "").partition("\n\n")
+    first, _, rest = inspect.cleandoc(inspect.getdoc(inspect.getmodule(config)) or "").partition("\n\n")
     paragraphs = rest.split("\n\n")
     shown = [f"```text\n{textwrap.dedent(each)}\n```" if each.startswith(" ") else each for each in paragraphs]
-    told = [each for each in inspect.cleandoc(contract.ours.__doc__ or "").split("\n\n") if each.startswith("Differs")]
-    return "\n\n".join([f"### {contract.method.value}", first, *shown, *told])
+    told = [each for each in inspect.cleandoc(config.__doc__ or "").split("\n\n") if each.startswith("Differs")]
+    return "\n\n".join([f"### {method}", first, *shown, *told])
 
 
 if __name__ == "__main__":

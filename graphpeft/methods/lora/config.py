@@ -1,4 +1,11 @@
-"""LoRA's options, by PEFT's names, and which of its rules adapts which site."""
+"""LoRA: the change of a weight is a product of low rank; its options, and which of its rules adapts which site.
+
+    y = W x + s B (A dropout(x))        s = α / r, or α / √r with `use_rslora`; A (r, in), B (out, r), B = 0 at first
+
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685; Kalajdzievski, "A Rank
+Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv 2312.03732; the same numbers as PEFT's
+``tuners/lora/layer.py``.
+"""
 
 from __future__ import annotations
 

@@ -228,8 +228,8 @@ def sizes() -> str:
     return (
         "## Sizes\n\n"
         "A Llama of 4 layers and 256 features. Options are each method's defaults, but for the targets (`q_proj` and\n"
-        "`v_proj`, or the method's own), for sizes that have to fit, and for 20 tokens and 3 tasks. X-LoRA's are those\n"
-        "of its experts and of a classifier.\n\n"
+        "`v_proj`, or the method's own), for sizes that have to fit, and for 20 tokens and 3 tasks. X-LoRA's are\n"
+        "those of its experts and of a classifier.\n\n"
     ) + table("| method | trained | file, kB |", lines)
 
 

@@ -183,6 +183,9 @@ class OutputFactors(Factors, OperationRule):
 class IA3Config(TargetedConfig):
     """The options of (IA)³ beside the ones that name targets; the names, defaults and meanings are PEFT's.
 
+    The matrices of a stack are (out, in), and (in, out) where its module has the attribute ``is_transposed`` with the
+    value True, as those of experts in Transformers: how it is multiplied doesn't tell its outputs from its inputs.
+
     Source: Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", arXiv
     2205.05638.
 

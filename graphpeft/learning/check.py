@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphpeft._torch import pytree
+from graphpeft._torch import pytree, version
 from graphpeft.adapters.adapting import known_adapters, modules_of
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapters
@@ -129,7 +129,7 @@ def _batch_kept(model: nn.Module, batch: ExampleInputs) -> Iterator[None]:
             if given.is_leaf:
                 undone_by(setattr, given, "grad", given.grad)
                 given.grad = None
-            undone_by(_overwrite_if_changed, given, given._version, given.detach().clone())
+            undone_by(_overwrite_if_changed, given, version(given), given.detach().clone())
         yield
 
 
@@ -143,9 +143,9 @@ def _weights_cast_anew() -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
-def _overwrite_if_changed(tensor: Tensor, version: int, values: Tensor) -> None:
+def _overwrite_if_changed(tensor: Tensor, before: int, values: Tensor) -> None:
     # others, such as an expanded one, can't be written
-    if tensor._version != version:
+    if version(tensor) != before:
         tensor.copy_(values)
 
 

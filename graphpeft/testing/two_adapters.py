@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from graphpeft.adapters.plan import AdaptError
@@ -12,7 +12,7 @@ from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.model.adapt import get_peft_model
 from graphpeft.rules.config import PeftConfig
 from graphpeft.testing.blame import Build, blames_a_site
-from graphpeft.testing.comparing import require_close, require_equal
+from graphpeft.testing.comparing import LawError, require_close, require_equal
 from graphpeft.testing.runs import perturbed, run
 from graphpeft.testing.snapshots import require_unloaded, with_saved
 from graphpeft.testing.unmerging import require_unmerged_exactly
@@ -30,7 +30,8 @@ def assert_two_adapters_act_together(
     """Law 9: two active adapters have the same outputs when merged; without them, the model is restored.
 
     The law is checked in both orders, in evaluation: the later adapter acts on the weight that the earlier one changed.
-    If the second adapter is deactivated or deleted, the first has its former outputs, bit for bit.
+    Each has an effect beside the other, if it has one alone. If the second adapter is deactivated or deleted,
+    the first has its former outputs, bit for bit.
 
     Args:
         build: Builds the model.
@@ -55,6 +56,7 @@ def assert_two_adapters_act_together(
 def _require_together(
     build: Build, config: PeftConfig, other: PeftConfig, inputs: ExampleInputs, tolerance: float
 ) -> Sequence[Adapter]:
+    base = run(build().eval(), inputs)
     model = perturbed(get_peft_model(build().eval(), config, example_inputs=inputs))
     alone = run(model, inputs)
     model.add_adapter("second", other, example_inputs=inputs)
@@ -66,6 +68,7 @@ def _require_together(
     for order in (("default", "second"), ("second", "default")):
         try:
             model.set_adapter(order)
+            _require_both(model, inputs, base, {"default": alone, "second": second_alone}, tolerance)
             _require_merged_alike(model, order, inputs, tolerance)
         except AdaptError as error:
             refusals.append(error)
@@ -79,6 +82,25 @@ def _require_together(
     for refusal in refusals:
         raise refusal
     return adapters
+
+
+def _require_both(model: Any, inputs: ExampleInputs, base: Any, alone: Mapping[str, Any], tolerance: float) -> None:
+    """Requires that two active adapters don't compute what one of them does alone, if each has an effect alone."""
+    # an effect within rounding may be rounded off beside another one
+    if any(_are_close(base, output, tolerance) for output in alone.values()):
+        return
+    together = run(model, inputs)
+    for name, output in alone.items():
+        if _are_close(together, output, 0.0):
+            raise LawError(f"beside {name!r} the other adapter has no effect, and alone it has one")
+
+
+def _are_close(found: Any, expected: Any, tolerance: float) -> bool:
+    try:
+        require_close(found, expected, tolerance, "")
+    except LawError:
+        return False
+    return True
 
 
 def _require_merged_alike(model: Any, order: Sequence[str], inputs: ExampleInputs, tolerance: float) -> None:

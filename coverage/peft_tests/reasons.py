@@ -57,6 +57,7 @@ AUTOMATIC = (
     ),
     Reason(WRAPPERS, "finds PEFT's classes in a model", error="^AssertionError", asked="Layer|Wrapper|Linear"),
     Reason(WORDING, "another text of an error", error="AssertionError: Regex pattern did not match"),
+    Reason(WORDING, "another text of a warning", error=r"built-in method startswith of str .*Unexpected keyword arg"),
     Reason(WORDING, "another text of a warning", error="Regex pattern did not match any of the"),
     Reason(WORDING, "another text of an error", error="^AssertionError: assert '[^']+' in (str\\(|'<ExceptionInfo|\")"),
     Reason(WORDING, "another class or text of a warning", error="DID NOT WARN.*Emitted warnings: \\[ ?\\w"),

@@ -15,7 +15,7 @@ from graphpeft.adapters.merging import with_originals
 from graphpeft.adapters.plan import AdaptError, NoMatchingPeftModuleError, Plan, make_plan
 from graphpeft.adapters.replication import Replication, replicate
 from graphpeft.adapters.state import STATE, Adapter, Adapters, Tensors, adapters_of
-from graphpeft.adapters.tensors import freeze, set_trainable
+from graphpeft.adapters.trainable import freeze, set_trainable
 from graphpeft.adapters.training import has_penalty
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.paths import modules_by_path

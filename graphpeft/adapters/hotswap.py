@@ -27,7 +27,8 @@ from graphpeft.adapters.swappable import (
     set_number,
     without_effect,
 )
-from graphpeft.adapters.tensors import refuse_missing, set_trainable
+from graphpeft.adapters.tensors import refuse_missing
+from graphpeft.adapters.trainable import set_trainable
 from graphpeft.graph.holders import place_of, tensor_at
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.paths import join, unwrapped

@@ -19,7 +19,8 @@ from graphpeft.adapters.graphs import without_any
 from graphpeft.adapters.merging import unmerge, with_originals
 from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.state import STATE, Adapter, Adapters, Modules, Tensors, adapters_of
-from graphpeft.adapters.tensors import new_tensors, overwrite, refuse_exchanged, thaw
+from graphpeft.adapters.tensors import new_tensors, overwrite, refuse_exchanged
+from graphpeft.adapters.trainable import thaw
 from graphpeft.graph import in_place, overrides, slots
 from graphpeft.graph.forward_classes import holds_own_tensor
 from graphpeft.graph.hidden_holders import hide_holders, stop_hiding

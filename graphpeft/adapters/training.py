@@ -9,7 +9,7 @@ import torch
 
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules
-from graphpeft.adapters.tensors import set_trainable
+from graphpeft.adapters.trainable import set_trainable
 from graphpeft.graph.holders import value_at
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.trained import SiteParameters

@@ -7,7 +7,6 @@ to inspect or edit it.
 
 from __future__ import annotations
 
-import copy
 import functools
 import threading
 import weakref
@@ -17,13 +16,13 @@ from typing import Any, ClassVar, NoReturn, cast
 import torch
 import torch.fx as fx
 from torch import nn
-from torch.fx.node import map_arg
 
-from graphpeft._torch import OpOverload, compiler_asks, empty_graph_like, lines_of_nodes
+from graphpeft._torch import compiler_asks, lines_of_nodes
 from graphpeft.graph import in_place, slots
 from graphpeft.graph.around_set_forwards import own_forward
 from graphpeft.graph.compiling import compiled
 from graphpeft.graph.contexts import closing_regions
+from graphpeft.graph.copied_graphs import as_named, by_name, copy_graph
 from graphpeft.graph.errors import GuardError
 from graphpeft.graph.no_wrappers import NoWrapper
 from graphpeft.graph.paths import modules_by_path
@@ -196,7 +195,7 @@ class Template:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        graphs = tuple(copy_graph(graph, _as_named) for graph in self.graphs)
+        graphs = tuple(copy_graph(graph, as_named) for graph in self.graphs)
         for graph in graphs:
             for node in graph.nodes:
                 # example values are fake tensors, which can't be pickled; files have other paths elsewhere
@@ -240,31 +239,11 @@ def _by_mode(evaluation: Callable[..., Any], training: Callable[..., Any]) -> Ca
     return forward
 
 
-class _NamedOperator:
-    """Replaces an operator of ``torch.ops`` in a pickle, since the operator itself can't be pickled."""
-
-    def __init__(self, name: str) -> None:
-        self.name = self.__name__ = name
-
-    def __call__(self) -> Any:
-        raise TypeError(f"{self.name} is a name in a pickle")
-
-
-def _as_named(target: Any) -> Any:
-    return _NamedOperator(str(target)) if isinstance(target, OpOverload) else target
-
-
-def _by_name(target: Any) -> Any:
-    if isinstance(target, _NamedOperator):
-        return functools.reduce(getattr, target.name.split("."), torch.ops)
-    return target
-
-
 def _unpickled(graphs: Graphs, types: list[list[Any]], shared: bool, plain: Template | None) -> Template:
     for graph, of_nodes in zip(graphs, types, strict=True):
         for node, of_node in zip(graph.nodes, of_nodes, strict=True):
             node.type = of_node
-    return Template(tuple(copy_graph(graph, _by_name) for graph in graphs), shared, plain)
+    return Template(tuple(copy_graph(graph, by_name) for graph in graphs), shared, plain)
 
 
 def _fixed(name: str, fixed: Any) -> property:
@@ -439,22 +418,6 @@ def template_of(module: nn.Module) -> Template | None:
     """Returns the template that `module` wears as it was before optimisation passes, or None."""
     worn = worn_template(module)
     return None if worn is None else worn.plain
-
-
-def copy_graph(graph: fx.Graph, target: Callable[[Any], Any] = lambda target: target) -> fx.Graph:
-    """Copies a graph with its code generator and shallow copies of its nodes' metadata.
-
-    Args:
-        graph: The graph.
-        target: Maps the target of each node to the target of its copy.
-    """
-    copied = empty_graph_like(graph)
-    nodes: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        args, kwargs = map_arg((node.args, node.kwargs), nodes.__getitem__)  # type: ignore[misc]
-        nodes[node] = copied.create_node(node.op, target(node.target), args, kwargs, node.name, node.type)
-        nodes[node].meta = copy.copy(node.meta)
-    return copied
 
 
 def runs_graph(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from torch import nn
 
 from graphpeft.adapters import lifecycle
 from graphpeft.adapters.adapting import known_adapter, modules_of
-from graphpeft.adapters.tensors import set_trainable_now
+from graphpeft.adapters.trainable import set_trainable_now
 from graphpeft.graph import in_place
 from graphpeft.model.adapter_info import AdapterInfo
 from graphpeft.model.base_model import base_model

@@ -20,7 +20,7 @@ from graphpeft.adapters.dispatching import OPTIONS, dispatch_again
 from graphpeft.adapters.given_inputs import given_in_call
 from graphpeft.adapters.loading import has_adapter, load, load_again, load_over
 from graphpeft.adapters.plan import AdaptError
-from graphpeft.adapters.tensors import set_trainable_now
+from graphpeft.adapters.trainable import set_trainable_now
 from graphpeft.graph import call_inputs, in_place
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.sharding import is_asked_by

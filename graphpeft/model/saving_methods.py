@@ -14,7 +14,8 @@ from graphpeft.adapters import checkpoint, file_names, merging, trainer
 from graphpeft.adapters.adapting import known_adapter, modules_of
 from graphpeft.adapters.empty_tensors import refuse_empty
 from graphpeft.adapters.state import Adapter
-from graphpeft.adapters.tensors import refuse_missing, trained_besides
+from graphpeft.adapters.tensors import refuse_missing
+from graphpeft.adapters.trainable import trained_besides
 from graphpeft.files.atomic_files import Staging
 from graphpeft.graph.sharding import is_sharded
 from graphpeft.model.adapter_info import AdapterInfo

@@ -10,7 +10,8 @@ from typing import Any
 from graphpeft.adapters import lifecycle
 from graphpeft.adapters.adapting import known_adapter, modules_of
 from graphpeft.adapters.plan import AdaptError
-from graphpeft.adapters.tensors import refuse_exchanged, set_trainable
+from graphpeft.adapters.tensors import refuse_exchanged
+from graphpeft.adapters.trainable import set_trainable
 from graphpeft.model.adapter_info import AdapterInfo
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.transaction import set_attribute, transaction

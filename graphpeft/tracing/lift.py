@@ -20,6 +20,7 @@ from graphpeft.code.identity_checks import compares_objects
 from graphpeft.code.source import cached_by_class, functions_in_forward
 from graphpeft.graph import in_place
 from graphpeft.graph.computed_weights import read_as_attributes
+from graphpeft.graph.copied_graphs import copy_graph
 from graphpeft.graph.errors import NeedsInputsError, TraceError
 from graphpeft.graph.forward_classes import class_of_forward
 from graphpeft.graph.holders import has_own_modules
@@ -28,7 +29,7 @@ from graphpeft.graph.kept_forwards import set_forward
 from graphpeft.graph.offloading import unhooked
 from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
 from graphpeft.graph.settings import add_check
-from graphpeft.graph.template import SIMPLE, Template, copy_graph, template_of
+from graphpeft.graph.template import SIMPLE, Template, template_of
 from graphpeft.tracing.attributes import INTERNALS
 from graphpeft.tracing.constant_attributes import make_settings
 from graphpeft.tracing.globals_read import plain_globals

@@ -52,7 +52,7 @@ NOT_MERGED: dict[str, str] = {
 """Why methods can't be merged that have no contract, but for those that add virtual tokens."""
 
 BY_ROW: frozenset[str] = frozenset({"XLORA"})
-"""The methods without a contract of which rows of a batch can have adapters of their own."""
+"""Methods without a contract whose adapters can act on single rows of a batch."""
 
 ADAPTS: dict[str, str] = {
     "ADAPTION_PROMPT": "attentions of the last layers",

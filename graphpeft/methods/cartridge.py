@@ -1,6 +1,6 @@
 """Cartridges: the keys and values of a text, kept in place of the text and trained.
 
-    cache[layer] = (P[2 · layer], P[2 · layer + 1])        P = [F; T]: the tokens of F are fixed, those of T are trained
+    cache[layer] = (P[2 · layer], P[2 · layer + 1])        P = [F; T]: F is fixed, T is trained
 
 P is drawn, or begins as what the model itself keeps for the first tokens of a text. Cartridges of several texts are
 composed by putting one behind the other. Source: Eyuboglu et al., "Cartridges: Lightweight and general-purpose long

@@ -166,7 +166,7 @@ class PolyConfig(TargetedConfig):
     ``generate``.
 
     Differs from PEFT: `task_ids` reach the layers of any model, where PEFT has them of its classes for tasks alone; an
-    input may have any number of dimensions, the first of which are the rows.
+    input of any number of dimensions is taken; the first one counts the rows.
 
     Source: Ponti et al., "Combining Modular Skills in Multitask Learning", arXiv 2202.13914; Caccia et al., "Multi-Head
     Adapter Routing for Cross-Task Generalization", arXiv 2211.03831.

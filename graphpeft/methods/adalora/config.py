@@ -111,6 +111,7 @@ class AdaLoraConfig(LoraConfig):
         "total_step",
     }
 
+    # a wider type than LoRA's, since PEFT takes its own name of the option here, too
     bias: Literal["none", "all", "lora_only", "adalora_only"] = "none"  # type: ignore[assignment]
     r: Index = 8  # no size, since it has no effect
     target_r: Size = 8

@@ -21,10 +21,11 @@ from torch import Tensor, fx, nn
 
 from graphpeft._torch import fake_tensor, pytree
 from graphpeft.graph.calls import Call, calls_of
+from graphpeft.graph.copied_graphs import copy_graph
 from graphpeft.graph.errors import OUT_OF_MEMORY, TraceError
 from graphpeft.graph.inputs import ExampleInputs, split_inputs
 from graphpeft.graph.ops.boundaries import boundary_of
-from graphpeft.graph.template import VALUE, copy_graph, template_of
+from graphpeft.graph.template import VALUE, template_of
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.methods.prompts.scopes import InScope
 from graphpeft.rules import rewrite

@@ -34,6 +34,7 @@ from graphpeft.graph.paths import unwrapped
 from graphpeft.methods.lora.combination import as_factors, padded
 from graphpeft.methods.lora.config import LoraConfig
 from graphpeft.peft_errors import PeftWarning
+from graphpeft.progress import SECONDS
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.rule import Combines, changes_bias
@@ -136,7 +137,7 @@ def approximated(
         TypeError: If a change is no product of two matrices.
     """
     by_weight = _by_weight(_planned(model, config, name).sites)
-    steps = tqdm(by_weight.items(), desc="converting to LoRA", unit="weight", disable=not progressbar)
+    steps = tqdm(by_weight.items(), desc="converting to LoRA", unit="weight", delay=SECONDS, disable=not progressbar)
     products = {weight: _approximated(target, change_of(target), rank) for weight, target in steps}
     ranks: dict[str, int] = {}
     for weight, target in by_weight.items():

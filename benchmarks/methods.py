@@ -43,8 +43,8 @@ def methods_kept(rounds: int) -> list[Row]:
 
 
 def methods_injection(rounds: int) -> list[Row]:
-    """Times `get_peft_model` with each method, on a Llama whose layers are small."""
-    base = llama(64, 12)
+    """Times `get_peft_model` with each method, on a Llama of few and small layers."""
+    base = llama(256, 4)
     return [_injection_row(method, base, rounds) for method in methods()]
 
 

@@ -27,9 +27,15 @@ def mixed(diagonal: Tensor, values: Tensor, places: Tensor) -> Tensor:
         places: Their rows and columns, (2, number).
     """
     size = diagonal.shape[-1]
-    flat = (places[0] * size + places[1]).expand(values.shape)
-    zeros = values.new_zeros((*values.shape[:-1], size * size))
-    return zeros.scatter_add(-1, flat, values).unflatten(-1, (size, size)) + torch.diag_embed(diagonal)
+    ends = torch.arange(size, device=diagonal.device) * (size + 1)
+    elements = torch.cat([values, diagonal], -1)
+    flat = torch.cat([places[0] * size + places[1], ends]).expand_as(elements)
+    # in place, since a result of its own would copy all zeros
+    return (
+        elements.new_zeros(*elements.shape[:-1], size * size)
+        .scatter_add_(-1, flat, elements)
+        .unflatten(-1, (size, size))
+    )
 
 
 @recorded

@@ -35,8 +35,13 @@ def plus_product(weight: Tensor, first: Tensor, second: Tensor, scale: Any) -> T
     # a compiler decides itself what it adds up, and it knows no such tensor
     if is_captured() or is_transformed() or isinstance(scale, Tensor):
         return weight + (first @ second * scale).to(weight.dtype)
-    made: Any = _PlusProduct.apply(weight, first, second, scale)
+    made: Any = _PlusProduct.apply(weight, _in_rows(first), _in_rows(second), scale)
     return made
+
+
+def _in_rows(factor: Tensor) -> Tensor:
+    """Returns a stack of matrices whose rows or columns are in one piece; batched products copy others one by one."""
+    return factor if factor.ndim < 3 or 1 in factor.stride()[-2:] else factor.contiguous()
 
 
 class _PlusProduct(torch.autograd.Function):
@@ -98,8 +103,8 @@ class LowRankSum(Tensor):
         return add_scaled(y, branch.to(y.dtype), self.scale)
 
     def beside_product(self, y: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """Returns the same for a branch that is a product, in one step where PyTorch has one."""
-        one_step = {(2, 2): torch.addmm, (3, 3): torch.baddbmm}.get((left.ndim, right.ndim))
+        """Returns the same for a branch that is a product, in y itself where PyTorch does that in one step."""
+        one_step = {(2, 2): Tensor.addmm_, (3, 3): Tensor.baddbmm_}.get((left.ndim, right.ndim))
         if one_step is None or y.dtype != left.dtype or torch.is_autocast_enabled(y.device.type):
             return self.beside(y, left @ right)
         return one_step(y, left, right, alpha=self.scale)

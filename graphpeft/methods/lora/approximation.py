@@ -21,6 +21,7 @@ from graphpeft.adapters.plan import Plan
 from graphpeft.adapters.state import Adapter, Modules
 from graphpeft.methods.lora.combination import as_factors, padded
 from graphpeft.methods.lora.config import LoraConfig
+from graphpeft.progress import SECONDS
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.rule import Combines
 from graphpeft.targeting import pattern_values
@@ -68,7 +69,7 @@ def approximated(
         TypeError: If a change is no product of two matrices.
     """
     by_weight = by_weight_of(plan_of(model, config, name).sites)
-    steps = tqdm(by_weight.items(), desc="converting to LoRA", unit="weight", disable=not progressbar)
+    steps = tqdm(by_weight.items(), desc="converting to LoRA", unit="weight", delay=SECONDS, disable=not progressbar)
     products = {weight: _approximated(target, change_of(target), rank) for weight, target in steps}
     ranks: dict[str, int] = {}
     for weight, target in by_weight.items():

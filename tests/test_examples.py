@@ -13,7 +13,7 @@ import pytest
 import torch
 
 PROJECT = Path(__file__).parent.parent
-PAGES = [PROJECT / "README.md", *sorted(PROJECT.glob("docs/*.md"))]
+PAGES = [PROJECT / "README.md", *sorted(PROJECT.glob("docs/**/*.md"))]
 
 # a block of Python and, if a block of text comes right behind it, what the Python prints
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```$(?:\n\n^```text\n(?P<output>.*?)^```$)?", re.MULTILINE | re.DOTALL)
@@ -41,10 +41,19 @@ def examples(page: Path) -> list[Example]:
 
 EXAMPLES = [example for page in PAGES for example in examples(page)]
 
+# what only the extra `integrations` brings
+OF_INTEGRATIONS = re.compile(r"^(?:import|from) (?:datasets|diffusers|trl)\b", re.MULTILINE)
+
+
+def as_parameter(example: Example) -> Any:
+    of_integrations = OF_INTEGRATIONS.search(example.code)
+    marks = [pytest.mark.integrations, pytest.mark.filterwarnings("ignore")] if of_integrations else []
+    return pytest.param(example, id=example.place, marks=marks)
+
 
 # a Trainer asks for pinned memory wherever it runs
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
-@pytest.mark.parametrize("example", EXAMPLES, ids=[example.place for example in EXAMPLES])
+@pytest.mark.parametrize("example", [as_parameter(example) for example in EXAMPLES])
 def test_an_example_runs_by_itself_and_prints_what_the_page_says(example, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

@@ -78,6 +78,8 @@ pictures: .venv/.browser  ## draw the pictures of docs/ by headless Chromium
 	$(BIN)/python coverage/pictures.py
 	$(BIN)/python benchmarks/picture.py
 
+docs: export EDIT_URI := $(if $(REPOSITORY_URL),edit/main/docs/)
+
 docs: .venv/.docs  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 

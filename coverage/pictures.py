@@ -48,6 +48,7 @@ class Layer(nn.Module):
         self.weight = nn.Parameter(torch.randn(32, 16))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns x Wᵀ."""
         return F.linear(x, self.weight)
 
 

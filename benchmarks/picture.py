@@ -57,10 +57,11 @@ def picture(found: list[Bar], scheme: str) -> str:
     for place, bar in enumerate(found):
         y, length = TOP + ROW * place, min(bar.ratio * SCALE, WIDTH - LEFT - 60)
         colour = colours["bar" if bar.ratio <= 1 else "slow"]
+        end = LEFT + length if length < SCALE - 40 else max(LEFT + length, at_one)
         parts += [
             f'<text x="{LEFT}" y="{y + 12}" fill="{colours["ink"]}">{escape(bar.what)}</text>',
             f'<rect x="{LEFT}" y="{y + 17}" width="{length:.1f}" height="9" rx="2" fill="{colour}"/>',
-            f'<text x="{LEFT + length + 6:.1f}" y="{y + 26}" fill="{colours["quiet"]}">{bar.ratio:.2f}</text>',
+            f'<text x="{end + 6:.1f}" y="{y + 26}" fill="{colours["quiet"]}">{bar.ratio:.2f}</text>',
         ]
     return "\n".join([*parts, "</svg>\n"])
 

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 PROJECT = Path(__file__).parent.parent
 PAGES = [PROJECT / "README.md", *sorted(PROJECT.glob("docs/**/*.md"))]
@@ -66,6 +68,21 @@ def test_an_example_runs_by_itself_and_prints_what_the_page_says(example, tmp_pa
         exec(code, script.__dict__)
     if example.output is not None:
         assert printed.getvalue() == example.output
+
+
+@pytest.mark.integrations
+def test_the_script_of_the_page_on_processes_trains_in_two_as_in_one(tmp_path):
+    [example] = examples(PROJECT / "docs" / "howto" / "processes.md")
+    script = tmp_path / "train.py"
+    script.write_text(example.code, encoding="utf-8")
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), str(script)]
+        subprocess.run(command, check=True, cwd=folder, timeout=120)
+        found.append(load_file(folder / "by-fsdp" / "adapter_model.safetensors"))
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_every_example_of_the_readme_fits_on_a_screen():

@@ -86,7 +86,7 @@
 
   const groups = new Map();
   for (const table of article?.querySelectorAll("table:not([class])") ?? []) {
-    if (!table.tHead || !table.tBodies[0]) continue;
+    if (!table.tHead || !table.tBodies[0] || table.closest(".doc")) continue; // arguments, in docstrings, have an order
     groups.set(table.tHead.textContent, [...(groups.get(table.tHead.textContent) ?? []), table]);
   }
   for (const tables of groups.values()) {

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from graphpeft.adapters.acting import let_act, override_readers
+from graphpeft.adapters.exchanged import refuse_exchanged
 from graphpeft.adapters.graphs import without_any
 from graphpeft.adapters.merging import unmerge, with_originals
 from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.state import STATE, Adapter, Adapters, Modules, Tensors, adapters_of
-from graphpeft.adapters.tensors import new_tensors, overwrite, refuse_exchanged
+from graphpeft.adapters.tensors import new_tensors, overwrite
 from graphpeft.adapters.trainable import thaw
 from graphpeft.graph import in_place, overrides, slots
 from graphpeft.graph.forward_classes import holds_own_tensor

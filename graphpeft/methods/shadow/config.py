@@ -84,6 +84,7 @@ class ShadowConfig(PeftConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.SHADOW
     prefix: ClassVar[str | None] = "shadow_"
+    is_by_token: ClassVar[bool] = True
     goes_on_from_caches: ClassVar[bool] = False
     not_of_tensors: ClassVar[frozenset[str]] = PeftConfig.not_of_tensors | {
         "auxiliary_loss_weight",

@@ -164,8 +164,8 @@ def with_cache_read(output: Any, cache: Any, tokens: int) -> Any:
     """
     if cache.get_seq_length() <= tokens:
         raise ValueError(
-            "no attention has read the prefix: the forward that was given it as its past_key_values or cache has to hand "
-            "that on to the layers; mend that, or adapt the model inside"
+            "no attention has read the prefix: the forward that was given it as its past_key_values or cache has to "
+            "hand that on to the layers; mend that, or adapt the model inside"
         )
     return output
 

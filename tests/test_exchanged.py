@@ -118,6 +118,16 @@ def test_other_modules_are_exchanged() -> None:
     assert model(IDS).logits.shape[-1] == 7
 
 
+def test_a_class_that_changes_itself_when_it_is_looked_through_is_left_alone() -> None:
+    class Restoring(nn.Linear):
+        def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+            raise AssertionError
+
+    adapted()
+    model = nn.Sequential(Restoring(2, 2))
+    model[0] = Restoring(2, 2)
+
+
 # what goes past an assignment
 
 

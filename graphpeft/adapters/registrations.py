@@ -6,6 +6,7 @@ module around adapters has to change for that.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.graph import in_place
 from graphpeft.graph.holders import Holder
-from graphpeft.graph.paths import join
+from graphpeft.graph.paths import join, modules_by_path, unwrapped
 from graphpeft.graph.template import names_in_slots
 
 _HOOKS: list[Any] = []
@@ -33,11 +34,14 @@ def _registered(parent: nn.Module, name: str, new: Any) -> None:
         return  # a list that code has made of a part of another one
     modules = vars(parent).get("_modules")
     old = modules.get(name) if isinstance(modules, dict) else None
-    # a new module around the old one leaves the adapters where they act
-    if old is None or old is new or (new is not None and any(module is old for module in new.modules())):
+    if old is None or old is new:
         return
-    left = {} if new is None else _adapters_in(new)
-    lost = next((place for place in _adapters_in(old) if place not in left), None)
+    # not by named_modules, which a class may override
+    inside = {} if new is None else modules_by_path(new)
+    if any(module is old or module is unwrapped(old) for module in inside.values()):
+        return  # a new module around the old one leaves the adapters where they act
+    left = _adapters_in(inside)
+    lost = next((place for place in _adapters_in(modules_by_path(old)) if place not in left), None)
     if lost is not None:
         raise AdaptError(
             f"adapter {lost[1]!r} is on {join(name, lost[0])} in a {in_place.original_class(parent).__name__}, which "
@@ -46,12 +50,12 @@ def _registered(parent: nn.Module, name: str, new: Any) -> None:
         )
 
 
-def _adapters_in(module: nn.Module) -> dict[tuple[str, str], None]:
-    """Returns the path and the adapter's name of each place of one inside a module, but for adapted models there."""
+def _adapters_in(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], None]:
+    """Returns the path and the adapter's name of each place of one among modules, but for adapted models there."""
     found: dict[tuple[str, str], None] = {}
-    whole = [path for path, each in module.named_modules() if _is_adapted_model(each)]
-    for path, each in module.named_modules():
-        if isinstance(each, Holder) or any(path == one or not one or path.startswith(f"{one}.") for one in whole):
+    whole = [path for path, each in modules.items() if _is_adapted_model(each)]
+    for path, each in modules.items():
+        if any(path == one or not one or path.startswith(f"{one}.") for one in whole):
             continue
         held = [name for name, child in each._modules.items() if isinstance(child, Holder)]
         found.update(dict.fromkeys((path, name) for name in (*held, *names_in_slots(each).values())))

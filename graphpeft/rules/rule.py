@@ -68,6 +68,12 @@ class Rule(ABC):
     It's a tensor, a list, or a mapping to such.
     """
 
+    held_in: ClassVar[str] = ""
+    """The name of a module in which the site's owner has the tensors of all adapters with such rules.
+
+    So they are at ``<held_in>.<adapter>.<name>``; by default, at ``<adapter>.<name>``.
+    """
+
     scales: ClassVar[tuple[str, ...]] = ()
     """Those of the constants by which the rule only multiplies, so that they may be tensors instead of numbers."""
 

@@ -3,16 +3,18 @@
 import contextlib
 import io
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 PROJECT = Path(__file__).parent.parent
-PAGES = [PROJECT / "README.md", *sorted(PROJECT.glob("docs/*.md"))]
+PAGES = [PROJECT / "README.md", *sorted(PROJECT.glob("docs/**/*.md"))]
 
 # a block of Python and, if a block of text comes right behind it, what the Python prints
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```$(?:\n\n^```text\n(?P<output>.*?)^```$)?", re.MULTILINE | re.DOTALL)
@@ -40,10 +42,19 @@ def examples(page: Path) -> list[Example]:
 
 EXAMPLES = [example for page in PAGES for example in examples(page)]
 
+# what only the extra `integrations` brings
+OF_INTEGRATIONS = re.compile(r"^(?:import|from) (?:datasets|diffusers|trl)\b", re.MULTILINE)
+
+
+def as_parameter(example: Example) -> Any:
+    of_integrations = OF_INTEGRATIONS.search(example.code)
+    marks = [pytest.mark.integrations, pytest.mark.filterwarnings("ignore")] if of_integrations else []
+    return pytest.param(example, id=example.place, marks=marks)
+
 
 # a Trainer asks for pinned memory wherever it runs
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
-@pytest.mark.parametrize("example", EXAMPLES, ids=[example.place for example in EXAMPLES])
+@pytest.mark.parametrize("example", [as_parameter(example) for example in EXAMPLES])
 def test_an_example_runs_by_itself_and_prints_what_the_page_says(example, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -56,6 +67,21 @@ def test_an_example_runs_by_itself_and_prints_what_the_page_says(example, tmp_pa
         exec(code, script.__dict__)
     if example.output is not None:
         assert printed.getvalue() == example.output
+
+
+@pytest.mark.integrations
+def test_the_script_of_the_page_on_processes_trains_in_two_as_in_one(tmp_path):
+    [example] = examples(PROJECT / "docs" / "howto" / "processes.md")
+    script = tmp_path / "train.py"
+    script.write_text(example.code, encoding="utf-8")
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), str(script)]
+        subprocess.run(command, check=True, cwd=folder, timeout=120)
+        found.append(load_file(folder / "by-fsdp" / "adapter_model.safetensors"))
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_every_example_of_the_readme_fits_on_a_screen():

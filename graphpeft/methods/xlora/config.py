@@ -89,6 +89,7 @@ class XLoraConfig(PeftConfig):
     not_of_tensors: ClassVar[frozenset[str]] = PeftConfig.not_of_tensors | {"adapters"}
     runs_model: ClassVar[bool] = True
     goes_on_from_caches: ClassVar[bool] = False
+    is_by_token: ClassVar[bool] = True
     offered: ClassVar[tuple[str, ...]] = (
         "clear_scalings_log",
         "disable_scalings_logging",
@@ -211,6 +212,12 @@ class XLoraConfig(PeftConfig):
         return classifier.parameters(self, len(self._experts.every), len(self._layers), self._dtype)
 
     # a call
+
+    def apart_from(self, others: Mapping[str, Any]) -> str | None:
+        """Returns why the adapter can't act together with others: they give layers other tokens than the call's."""
+        name = next((name for name, other in others.items() if other.is_adaption_prompt), None)
+        reason = f"{name!r} gives projections of an attention its own tokens" if name is not None else None
+        return super().apart_from(others) or reason
 
     def call_inputs_from(self, call: PresentCall) -> Mapping[str, Any]:
         """Returns the scalings of a call, which a first run of the model tells."""

@@ -267,6 +267,17 @@ def holders_of(module: nn.Module) -> list[nn.Module]:
     return [each for child in module._modules.values() if isinstance(child, Holder) for each in child.modules()]
 
 
+def adapters_at(module: nn.Module) -> list[str]:
+    """Returns the names of the adapters that have tensors at `module`."""
+    found: list[str] = []
+    for name, child in module._modules.items():
+        if isinstance(child, HolderGroup):
+            found += [*adapters_at(child), *child._parameters, *child._buffers]
+        elif isinstance(child, Holder):
+            found.append(name)
+    return found
+
+
 def without_holders(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
     """Leaves out holders among modules and their paths."""
     return ((path, module) for path, module in modules if not isinstance(module, Holder))

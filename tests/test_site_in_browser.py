@@ -29,7 +29,7 @@ READABLE = 4.5  # the contrast that WCAG asks for
 class Quiet(SimpleHTTPRequestHandler):
     """Serves files without a line for each."""
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
         pass
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 from torch import fx, nn
 from torch.fx.proxy import TraceError as ProxyError
 
+from graphpeft.adapters.exchanged import refuse_exchanged
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapters, Modules
-from graphpeft.adapters.tensors import refuse_exchanged
 from graphpeft.graph import ops, slots
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.ops.boundaries import Boundary, Leaf, boundary_of, leaf_of

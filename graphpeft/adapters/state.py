@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphpeft.adapters import registrations
 from graphpeft.adapters.plan import Plan
 from graphpeft.adapters.replication import Replication
 from graphpeft.graph import overrides
-from graphpeft.graph.holders import all_parameters, tensor_at
+from graphpeft.graph.holders import all_parameters, name_at, tensor_at
 from graphpeft.graph.template import Template
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
@@ -155,6 +156,12 @@ class Adapter:
             (path, overrides.override_name(name, adapter)) for path, names in self.replaced.items() for name in names
         }
 
+    def roots(self, adapter: str) -> list[tuple[str, str]]:
+        """Returns the places of the adapter's holders, and of tensors that are in none: a module's path, and a name."""
+        found = [(adapted.site.owner, name_at(adapter, "", adapted.rule.held_in)) for adapted in self.sites]
+        found += [(path, name_at(adapter, "")) for path in self.overrides]
+        return list(dict.fromkeys([*found, *((path, overrides.rows(adapter)) for path in self.rows)]))
+
     def tensor_names(self, adapter: str) -> Iterator[tuple[str, str]]:
         """Yields the module's path and the name of every tensor of this adapter."""
         for adapted in self.sites:
@@ -204,6 +211,7 @@ class Adapters:
             their name.
         has_penalties: Whether an adapter has come whose method adds something to the loss.
         replication: How the model's layers were exchanged for an adapter.
+        places: Where each module with an adapter that acts was last seen.
     """
 
     trained_before: list[tuple[str, str]]
@@ -225,6 +233,10 @@ class Adapters:
     passes: Callable[[Template, nn.Module], Template] | None = None
     call_inputs: Mapping[str, bool] = field(default_factory=dict)
     positional: tuple[str, ...] = ()
+    places: Cache = field(default_factory=Cache)
+
+    def __post_init__(self) -> None:
+        registrations.watch()
 
     def note_call_inputs(self, model: nn.Module) -> None:
         """Finds out what `call_inputs` and `positional` are for the adapters that there are now."""
@@ -257,6 +269,10 @@ class Adapters:
     def __getstate__(self) -> dict[str, Any]:
         # a copy is never left by the contexts in which it was made
         return {**self.__dict__, "is_disabled": self.are_off, "pauses": frozenset()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        registrations.watch()
+        vars(self).update(state)
 
 
 STATE = "_peft_adapters"

@@ -27,12 +27,12 @@ from graphpeft.exporting.export_report import ExportReport
 from graphpeft.exporting.formats import FORMATS
 from graphpeft.exporting.formats.format import Export, Format
 from graphpeft.exporting.program import Dynamic, Input
-from graphpeft.exporting.steps import shown
 from graphpeft.graph.errors import GuardError, TraceError
 from graphpeft.graph.paths import unwrapped
 from graphpeft.model.peft_model import PeftModel
 from graphpeft.passes.optimization import optimize
 from graphpeft.peft_errors import PeftWarning
+from graphpeft.progress import steps
 
 __all__ = ["CARRIERS", "FORMATS", "ExportError", "ExportReport", "export", "export_adapter"]
 
@@ -86,7 +86,7 @@ def export(
     target = Path(os.path.abspath(path))  # the folder "." has a name, too
     _refuse_path(form, format, target)
     model, given = unwrapped(model), Example.of(example_inputs)
-    with shown(3) as step, _generators_kept(model), staged_beside(target) as folder:
+    with steps(3) as step, _generators_kept(model), staged_beside(target) as folder:
         step("copying the model")
         source, probe = copies.sharing_weights(model), copies.sharing_weights(model)
         _refuse_example(probe, given)

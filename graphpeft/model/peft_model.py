@@ -17,13 +17,13 @@ from graphpeft._torch import IncompatibleKeys
 from graphpeft.adapters import combining, mixing, training
 from graphpeft.adapters.adapting import Where, add_new, carry_out, modules_of, plan_for, refuse
 from graphpeft.adapters.dispatching import OPTIONS, dispatch_again
+from graphpeft.adapters.exchanged import refuse_lost
 from graphpeft.adapters.given_inputs import given_in_call
 from graphpeft.adapters.loading import has_adapter, load, load_again, load_over
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.trainable import set_trainable_now
 from graphpeft.graph import call_inputs, in_place
 from graphpeft.graph.inputs import ExampleInputs
-from graphpeft.graph.sharding import is_asked_by
 from graphpeft.model.adapted_class import layers_with
 from graphpeft.model.diffusers_methods import DiffusersMethods, is_of_diffusers
 from graphpeft.model.earlier_optimizers import watch
@@ -32,7 +32,6 @@ from graphpeft.model.given_model import check_model
 from graphpeft.model.merging_methods import MergingMethods
 from graphpeft.model.offered_methods import offered_names
 from graphpeft.model.other_names import free_names
-from graphpeft.model.reference_copies import copy_at_the_model
 from graphpeft.model.saving_methods import SavingMethods
 from graphpeft.model.set_forwards import with_set_forward
 from graphpeft.model.status import StatusMethods
@@ -210,7 +209,8 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
             What the model's forward returns.
 
         Raises:
-            AdaptError: If the model has no adapter of a name, or the adapters can't be mixed in a batch.
+            AdaptError: If the model has no adapter of a name, the adapters can't be mixed in a batch, or a module that
+                an active one adapts was replaced or resized.
             ValueError: If the number of names isn't the number of rows.
         """
         if not isinstance(self, PeftModel):
@@ -219,6 +219,8 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
             return self(*args, **kwargs, **names)
         read, call = self._peft_adapters.call_inputs, with_set_forward(self, super().__call__)
         state = self._peft_adapters
+        if not torch.compiler.is_compiling():
+            refuse_lost(self, state)
         if adapter_names is not None:
             if getattr(self, "_is_replica", False):
                 raise AdaptError("DataParallel's copies of a model can't have adapter_names; call the model itself")
@@ -291,8 +293,6 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
             is_empty=low_cpu_mem_usage,
             methods=give_methods,
         )
-        if is_asked_by("trl"):
-            copy_at_the_model(self, adapter_name)
 
     def load_adapter(
         self,

@@ -181,7 +181,8 @@ def _over_weight(graph: fx.Graph, op: Weight, rule: Any, attributes: Sources) ->
         nodes = {"weight": current, "base": op.node}
         given = _given(rule.delta, graph, nodes, attributes, {})
         emitted_before = set(graph.nodes)
-        result = rule.changed_weight(fx.Proxy(current, RuleTracer(graph)), given).node
+        called = _given(rule.changed_weight, graph, nodes, attributes, {"given": given})
+        result = rule.changed_weight(**called).node
         _erase_unread([node for node in graph.nodes if node not in emitted_before and node is not result])
     _replace(current, result, before.__contains__)
     return {result: current}

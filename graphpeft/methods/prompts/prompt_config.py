@@ -57,6 +57,7 @@ class PromptLearningConfig(PeftConfig):
     """
 
     file_prefix: ClassVar[str] = "base_model."
+    adds_tokens: ClassVar[bool] = True
     not_of_tensors: ClassVar[frozenset[str]] = PeftConfig.not_of_tensors | {
         "tokenizer_kwargs",
         "tokenizer_name_or_path",
@@ -193,7 +194,7 @@ class PromptLearningConfig(PeftConfig):
         """Returns the config for a file that may have lost the prompt encoder, as PEFT's do."""
         config = copy.copy(self)
         config._encoder_is_lost = not any(_is_of_encoder(key) for key in keys)
-        if config._encoder_is_lost and not config.inference_mode and self.has_encoder:
+        if config.holds_table and not config.inference_mode and self.has_encoder:
             warnings.warn(
                 "the file holds the virtual tokens alone, and not the encoder that computed them, which PEFT doesn't "
                 "save: the tokens themselves are trained",

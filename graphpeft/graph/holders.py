@@ -59,10 +59,10 @@ class Holder(nn.Module):
         self._keep_shared(*before)
         return self
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Loads a state dict; one that is assigned gives its tensors' data to those here, which others may have."""
         before = dict(self._parameters), dict(self._buffers)
-        super()._load_from_state_dict(*args)
+        super()._load_from_state_dict(*args, **kwargs)
         self._keep_shared(*before)
 
     def _keep_shared(self, parameters: Mapping[str, Any], buffers: Mapping[str, Any]) -> None:
@@ -72,6 +72,7 @@ class Holder(nn.Module):
             parameters: The parameters that were here before.
             buffers: The buffers that were here before.
         """
+        held: Any
         for held, before in ((self._parameters, parameters), (self._buffers, buffers)):
             for name, tensor in before.items():
                 new: Any = held.get(name)

@@ -11,7 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from graphpeft import AdaptError, FrodConfig, LoraConfig, VeraConfig, get_peft_model
+from graphpeft import (
+    AdaptError,
+    FrodConfig,
+    LoraConfig,
+    PveraConfig,
+    RandLoraConfig,
+    UniLoraConfig,
+    VBLoRAConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from graphpeft.graph.holders import tensor_at
 
 pytestmark = pytest.mark.quick("graph", "adapters")
 
@@ -130,6 +141,66 @@ def test_a_tensor_that_sites_share_is_no_parameter_and_stays_one_tensor(moves: A
     shared = [moved[n].default.vera_A for n in (0, 1)]
     assert shared[0] is shared[1]
     assert shared[0].dtype == moved[0].weight.dtype
+
+
+SHARING: dict[str, Any] = {
+    "VeRA": VeraConfig(r=3, target_modules=["0", "1"]),
+    "PVeRA": PveraConfig(r=3, target_modules=["0", "1"]),
+    "RandLoRA": RandLoraConfig(r=3, target_modules=["0", "1"]),
+    "VB-LoRA": VBLoRAConfig(r=3, num_vectors=8, vector_length=2, target_modules=["0", "1"]),
+    "UniLoRA": UniLoraConfig(r=3, target_modules=["0", "1"]),
+}
+
+
+def sharing(config: Any) -> tuple[Any, list[list[tuple[str, str]]]]:
+    """Returns an adapted model, and the places of each tensor that several holders have."""
+    torch.manual_seed(0)
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), copy.deepcopy(config))
+    places: dict[int, list[tuple[str, str]]] = {}
+    for path in ("0", "1"):
+        holder = model.get_submodule(path).default
+        for name, tensor in (*holder._parameters.items(), *holder._buffers.items()):
+            places.setdefault(id(tensor), []).append((path, name))
+    return model, [each for each in places.values() if len(each) > 1]
+
+
+@pytest.mark.parametrize("part", ["the model", "a layer"])
+@pytest.mark.parametrize("config", SHARING.values(), ids=SHARING)
+def test_tensors_that_are_assigned_are_shared_as_those_before(config: Any, part: str) -> None:
+    model, places = sharing(config)
+    assert places
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    values = {name: tensor * 2 if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
+    other, _ = sharing(config)
+    other.load_state_dict(values)
+    if part == "the model":
+        model.load_state_dict(values, assign=True)
+    else:
+        for path in ("0", "1"):
+            own = {name.removeprefix(f"{path}."): value for name, value in values.items() if name.startswith(path)}
+            model.get_submodule(path).load_state_dict(own, assign=True)
+    for each in places:
+        assert len({id(tensor_at(model.get_submodule(path).default, name)) for path, name in each}) == 1
+    assert torch.equal(model(torch.ones(2, 6)), other(torch.ones(2, 6)))
+    before = model(torch.ones(2, 6))
+    model(torch.ones(2, 6)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model(torch.ones(2, 6)), before)
+
+
+@pytest.mark.parametrize("config", SHARING.values(), ids=SHARING)
+def test_tensors_without_values_are_shared_when_they_get_some(config: Any) -> None:
+    model, places = sharing(config)
+    expected, values = model(torch.ones(2, 6)), copy.deepcopy(model.state_dict())
+    for load in (
+        lambda: model.to_empty(device="cpu").load_state_dict(values),
+        lambda: model.load_state_dict(values, assign=True),
+    ):
+        model.to("meta")
+        load()
+        for each in places:
+            assert len({id(tensor_at(model.get_submodule(path).default, name)) for path, name in each}) == 1
+        assert torch.equal(model(torch.ones(2, 6)), expected)
 
 
 def test_a_model_with_places_that_sites_share_has_parameters_of_floating_point_alone() -> None:

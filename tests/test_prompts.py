@@ -615,6 +615,46 @@ def test_a_prefix_must_leave_room_for_the_input() -> None:
         get_peft_model(base.build(), graphpeft.PrefixTuningConfig(task_type=CAUSAL_LM, num_virtual_tokens=70))
 
 
+class Around(nn.Module):
+    """A model of a user's around one of Transformers, which hands on the cache, or forgets it."""
+
+    def __init__(self, hands_on: bool, **options: Any) -> None:
+        super().__init__()
+        self.inner: Any = LLAMA.build()
+        self.config, self.hands_on = self.inner.config, hands_on
+
+    def get_input_embeddings(self) -> Any:
+        return self.inner.get_input_embeddings()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None) -> Any:
+        given = {"past_key_values": past_key_values} if self.hands_on else {}
+        return self.inner(input_ids, attention_mask=attention_mask, **given)
+
+
+# PyTorch's, of a tensor that goes from one graph to another
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("config", [graphpeft.PrefixTuningConfig, graphpeft.CartridgeConfig])
+def test_a_prefix_that_no_attention_reads_is_an_error(config: Any, compiles: bool) -> None:
+    ids = torch.tensor([[3, 4, 5]])
+    for hands_on in (True, False):
+        base = Around(hands_on)
+        expected = base(ids).logits
+        model: Any = get_peft_model(base, config(task_type=CAUSAL_LM, num_virtual_tokens=2))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(parameter.requires_grad)
+        call = torch.compile(model, backend="eager") if compiles else model
+        if hands_on:
+            assert not torch.allclose(call(ids).logits, expected)
+            continue
+        # a compiler tells an error of the code that it records in words of its own
+        with pytest.raises(Exception, match="no attention has read the prefix"):
+            call(ids)
+        with model.disable_adapter():
+            assert torch.equal(model(ids).logits, expected)
+
+
 def test_two_prompts_may_ask_for_the_same_argument() -> None:
     base = BASES[0]
     model: Any = adapted(graphpeft, base, "multitask")

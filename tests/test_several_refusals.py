@@ -141,7 +141,7 @@ def test_how_adapters_are_combined_is_checked(options: dict[str, Any], error: ty
 def test_what_is_gone_from_the_model_is_neither_combined_nor_mixed_nor_merged() -> None:
     base = MLP.build()
     model = with_plain(lora(target_modules=["up"]), base, target_modules=["up"])
-    model.first.up = nn.Linear(8, 16)
+    model.first._modules["up"] = nn.Linear(8, 16)
     for use in (
         lambda: model.add_weighted_adapter(["plain", "odd"], [1, 1], "new", "cat"),
         lambda: model(*MLP.inputs(), adapter_names=["plain", "odd", "odd"]),

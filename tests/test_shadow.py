@@ -11,10 +11,15 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models import GPT2, LLAMA, Example
+import torch.distributed as dist
+import transformers
+from models import GPT2, LLAMA, Example, llama_config
 from oracle import assert_close
+from processes import run_in_two_processes
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import DynamicCache
 
 import graphpeft
 from graphpeft import (
@@ -92,6 +97,13 @@ def ours(tmp_path: Path) -> Any:
     return loaded(graphpeft, saved(tmp_path / "saved"))
 
 
+def frozen(model: Any) -> int:
+    """Returns the number of elements of the networks behind the last layer, and of a table that nothing reads."""
+    parts = ("shadow_transform_", "shadow_gate_", "backbone_wte")
+    named = [(n, p) for n, p in model.named_parameters() if any(part in n for part in parts)]
+    return sum(parameter.numel() for _, parameter in named if not parameter.requires_grad)
+
+
 # PEFT's numbers and files
 
 
@@ -108,9 +120,9 @@ def test_outputs_losses_gradients_and_files_are_pefts(
     assert_close(*losses)
     for loss in losses:
         loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     sums = [
-        sorted(0.0 if p.grad is None else float(p.grad.abs().sum()) for p in each.parameters() if p.requires_grad)
-        for each in (model, other)
+        sorted(float(p.grad.abs().sum()) for p in each.parameters() if p.grad is not None) for each in (model, other)
     ]
     torch.testing.assert_close(torch.tensor(sums[0]), torch.tensor(sums[1]))
     model.save_pretrained(tmp_path / "ours")
@@ -127,7 +139,8 @@ def test_equal_seeds_give_pefts_values_and_then_equal_numbers(
     found = []
     for library in (peft, graphpeft):
         model = fresh(library, example, **options)
-        found.append((torch.rand(2), torch.tensor(model.get_nb_trainable_parameters())))
+        trained, every = model.get_nb_trainable_parameters()
+        found.append((torch.rand(2), torch.tensor([trained + frozen(model), every])))
         model.save_pretrained(str(tmp_path / library.__name__))
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
     theirs, own = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "graphpeft"))
@@ -168,6 +181,110 @@ def test_generated_tokens_are_those_of_whole_sequences_which_pefts_with_a_cache_
     for _ in range(6):
         by_hand = torch.cat([by_hand, logits(ours, by_hand)[:, -1].argmax(-1, keepdim=True)], dim=1)
     assert torch.equal(found, by_hand)
+
+
+# with a cache
+
+
+@pytest.mark.parametrize("example", [LLAMA, GPT2], ids=str)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}, {"prompt_lookup_num_tokens": 2}])
+def test_a_cache_gives_the_tokens_of_whole_sequences(example: Example, options: dict[str, Any], tmp_path: Path) -> None:
+    model = loaded(graphpeft, saved(tmp_path / "one", example), example)
+    model.load_adapter(saved(tmp_path / "two", example, shadow_num_hidden_layers=2), "second")
+    ids, mask = (IDS[:1], MASK[1:]) if "prompt_lookup_num_tokens" in options else (IDS, MASK)
+    for names in ("default", "second", ["default", "second"]):
+        model.set_adapter(names)
+        given = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **options}
+        whole = {name: value for name, value in given.items() if name != "prompt_lookup_num_tokens"}
+        assert torch.equal(model.generate(ids, **given), model.generate(ids, use_cache=False, **whole))
+
+
+@pytest.mark.parametrize("config", ["of the model", None])
+def test_calls_go_on_from_a_cache(config: Any, ours: Any) -> None:
+    whole = logits(ours)
+    cache = DynamicCache(config=ours.config) if config else DynamicCache()
+    parts = [ours(input_ids=IDS[:, a:b], past_key_values=cache).logits for a, b in ((0, 3), (3, 4), (4, 6))]
+    assert_close(torch.cat(parts, dim=1), whole, 1e-5)
+    assert cache.get_seq_length() == 6
+    with ours.disable_adapter():
+        ours(input_ids=IDS[:, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match="a cache that it hasn't seen; give an empty DynamicCache"):
+        ours(input_ids=IDS[:, :1], past_key_values=cache)
+
+
+# classification
+
+
+CLASSIFIED: dict[str, tuple[int, Tensor]] = {
+    "classes": (3, torch.tensor([2, 0])),
+    "a number": (1, torch.tensor([0.3, -1.0])),
+    "several": (4, torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0]])),
+}
+
+
+def classifying(count: int) -> Any:
+    torch.manual_seed(0)
+    return transformers.LlamaForSequenceClassification(llama_config(num_labels=count, pad_token_id=0)).eval()
+
+
+@pytest.mark.parametrize(("count", "labels"), CLASSIFIED.values(), ids=CLASSIFIED)
+def test_a_classifier_has_pefts_values_losses_gradients_and_files(count: int, labels: Tensor, tmp_path: Path) -> None:
+    folders = {}
+    for library in (peft, graphpeft):
+        torch.manual_seed(3)
+        model = library.get_peft_model(classifying(count), library.ShadowConfig(task_type="SEQ_CLS", r=3))
+        folders[library] = tmp_path / library.__name__
+        model.save_pretrained(str(folders[library]))
+    theirs, own = (load_file(folder / "adapter_model.safetensors") for folder in folders.values())
+    assert theirs.keys() == own.keys()
+    assert all(torch.equal(theirs[key], own[key]) for key in theirs)
+    file = folders[peft] / "adapter_model.safetensors"
+    generator = torch.Generator().manual_seed(1)
+    save_file({key: torch.randn(tensor.shape, generator=generator) * 0.4 for key, tensor in theirs.items()}, file)
+    found = []
+    for library in (peft, graphpeft):
+        model = library.PeftModel.from_pretrained(classifying(count), str(folders[peft]), is_trainable=True).eval()
+        for mask in (MASK, MASK.flip(1), None):
+            output = model(input_ids=IDS, attention_mask=mask, labels=labels)
+            output.loss.backward()
+            sums = sorted(float(p.grad.abs().sum()) for p in model.parameters() if p.grad is not None)
+            found.append((output.loss, output.logits, torch.tensor(sums)))
+    for ours, other in zip(found[3:], found[:3], strict=True):
+        for one, expected in zip(ours, other, strict=True):
+            torch.testing.assert_close(one, expected)
+    model.save_pretrained(str(tmp_path / "again"))
+    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert {key: tensor.shape for key, tensor in again.items()} == {key: t.shape for key, t in theirs.items()}
+
+
+def test_a_classifier_of_several_layers_is_refused() -> None:
+    model = classifying(2)
+    model.score = nn.Sequential(nn.Linear(32, 4), nn.Linear(4, 2))
+    with pytest.raises(AdaptError, match="the classifier of LlamaForSequenceClassification is a Sequential"):
+        get_peft_model(model, ShadowConfig(task_type=TaskType.SEQ_CLS))
+
+
+# in two processes
+
+
+def trained_in_parts() -> None:
+    """Trains on a half of the rows in each process, and compares with a training on all."""
+    alone = fresh(graphpeft, init_weights=False, shadow_dropout=0.0).train()
+    model = fresh(graphpeft, init_weights=False, shadow_dropout=0.0).train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    for wrapper, rows in ((DistributedDataParallel(model), IDS.chunk(2)[dist.get_rank()]), (alone, IDS)):
+        optimizer = torch.optim.AdamW([p for p in wrapper.parameters() if p.requires_grad], lr=0.01)
+        for _ in range(3):
+            wrapper(input_ids=rows, labels=rows).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for one, other in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="there is no gloo")
+def test_two_processes_train_without_a_search_for_unused_parameters() -> None:
+    run_in_two_processes({"DistributedDataParallel": trained_in_parts})
 
 
 # calls
@@ -252,8 +369,8 @@ def test_other_adapters_act_beside_it(ours: Any) -> None:
 @pytest.mark.parametrize("example", [LLAMA, GPT2], ids=str)
 def test_the_laws_hold(example: Example, dtype: torch.dtype) -> None:
     for law in (
-        # not that all is trained: nothing reads the state behind the last layer, as in PEFT
         laws.assert_fresh_adapter_changes_no_output,
+        laws.assert_only_the_adapter_is_trained,
         laws.assert_adapted_is_base_with_delta,
         laws.assert_saved_is_loaded,
         laws.assert_dry_runs_change_nothing,
@@ -275,7 +392,7 @@ def test_a_file_of_the_model_has_the_small_one_in_it(format: str, ours: Any, tmp
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a checkpoint": ({"shadow_model": "some/model"}, "a model from a checkpoint, which isn't supported"),
-    "classification": ({"task_type": "SEQ_CLS"}, "for CAUSAL_LM here"),
+    "another task": ({"task_type": "SEQ_2_SEQ_LM"}, "for CAUSAL_LM and SEQ_CLS"),
     "other modules": ({"target_modules": ["q_proj"]}, r"none of the layers in model\.layers"),
     "a pattern with indices": (
         {"target_modules": r".*layers\.\d", "layers_to_transform": [0]},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,17 @@ from torch import Tensor, nn
 import graphpeft
 from graphpeft import (
     AdaptError,
+    AdaptionPromptConfig,
     CheckpointError,
     IA3Config,
     LoraConfig,
+    PeftConfig,
     PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    ShadowConfig,
+    TaskType,
     XLoraConfig,
     export,
     get_peft_model,
@@ -506,3 +514,54 @@ def test_a_model_in_half_precision_is_converted_with_its_experts(dtype: torch.dt
     assert found.dtype == dtype
     torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-2)
     assert (expected - logits(without_cache())).abs().max() > 0.1
+
+
+# beside prompts
+
+
+PROMPTS: dict[str, PeftConfig] = {
+    "prompt tuning": PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2),
+    "P-tuning": PromptEncoderConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2, encoder_hidden_size=8),
+    "a scope": PromptTuningConfig(num_virtual_tokens=2, prompt_scope=["model.layers.1"]),
+}
+BY_TOKEN: dict[str, Callable[[], PeftConfig]] = {
+    "X-LoRA": lambda: config(LLAMA),
+    "Shadow": lambda: ShadowConfig(task_type=TaskType.CAUSAL_LM, r=3, init_weights=False),
+}
+
+
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
+@pytest.mark.parametrize("method", BY_TOKEN)
+def test_what_is_for_each_token_does_not_act_beside_a_prompt(method: str, prompt: PeftConfig) -> None:
+    model = get_peft_model(LLAMA.build(), BY_TOKEN[method](), "own")
+    model.add_adapter("prompt", copy.deepcopy(prompt))
+    expected = logits(model, use_cache=False)
+    before = laws.snapshot(model)
+    for names in (["own", "prompt"], ["prompt", "own"]):
+        with pytest.raises(
+            AdaptError, match=r"'own', of .*, can't act beside another adapter: 'prompt' gives layers more"
+        ):
+            model.base_model.set_adapter(names)
+        laws.require_unchanged(model, before, "what is refused")
+    assert torch.equal(logits(model, use_cache=False), expected)
+
+
+def test_experts_do_not_act_beside_tokens_in_their_attention() -> None:
+    model = get_peft_model(LLAMA.build(), config(LLAMA), "own")
+    model.add_adapter("prompt", AdaptionPromptConfig(adapter_len=3, adapter_layers=1))
+    with pytest.raises(AdaptError, match="'prompt' gives projections of an attention its own tokens"):
+        model.set_adapter(["own", "prompt"])
+
+
+@pytest.mark.parametrize("method", BY_TOKEN)
+def test_a_prefix_acts_beside_what_is_for_each_token(method: str) -> None:
+    model = get_peft_model(LLAMA.build(), BY_TOKEN[method](), "own")
+    model.add_adapter("kept", PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2))
+    alone = logits(model, use_cache=False)
+    model.base_model.set_adapter(["own", "kept"])
+    assert (logits(model, use_cache=False) - alone).abs().max() > 1e-3
+    found = model.generate(IDS[:1], max_new_tokens=3, do_sample=False)
+    by_hand = IDS[:1]
+    for _ in range(3):
+        by_hand = torch.cat([by_hand, model(input_ids=by_hand, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(found, by_hand)

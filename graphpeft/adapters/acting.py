@@ -58,6 +58,7 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
             overrides.read(modules[path], others, tuple(row_readers.get(path, ())))
         else:
             overrides.read_own(modules[path])
+    adapters.places.clear()
     set_attribute(adapters, "slots", seats)
     set_attribute(adapters, "read", wanted)
 

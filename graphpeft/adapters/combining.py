@@ -11,10 +11,11 @@ import torch
 
 from graphpeft.adapters import adapter_names, changes
 from graphpeft.adapters.empty_tensors import refuse_empty
+from graphpeft.adapters.exchanged import refuse_missing
 from graphpeft.adapters.merging import with_originals
 from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
-from graphpeft.adapters.tensors import first_values, refuse_missing
+from graphpeft.adapters.tensors import first_values
 from graphpeft.graph import overrides
 from graphpeft.graph.holders import as_number, tensor_at, value_at
 from graphpeft.graph.overrides import own_parameter

@@ -16,6 +16,7 @@ from torch import nn
 from graphpeft.adapters import checkpoint, file_names, lifecycle, saved_adapter
 from graphpeft.adapters.adapting import Where, known_adapter, known_adapters, planned, refuse, refuse_conflict
 from graphpeft.adapters.base_names import other_base, warn_of_other_base
+from graphpeft.adapters.exchanged import refuse_missing
 from graphpeft.adapters.plan import HALVES, AdaptError, Plan
 from graphpeft.adapters.replication import replicate
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
@@ -27,7 +28,6 @@ from graphpeft.adapters.swappable import (
     set_number,
     without_effect,
 )
-from graphpeft.adapters.tensors import refuse_missing
 from graphpeft.adapters.trainable import set_trainable
 from graphpeft.graph.holders import place_of, tensor_at
 from graphpeft.graph.inputs import ExampleInputs

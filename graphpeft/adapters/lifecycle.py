@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from graphpeft.adapters.acting import let_act, override_readers
+from graphpeft.adapters.exchanged import refuse_exchanged
 from graphpeft.adapters.graphs import without_any
 from graphpeft.adapters.merging import unmerge, with_originals
 from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.state import STATE, Adapter, Adapters, Modules, Tensors, adapters_of
-from graphpeft.adapters.tensors import new_tensors, overwrite, refuse_exchanged
+from graphpeft.adapters.tensors import new_tensors, overwrite
 from graphpeft.adapters.trainable import thaw
 from graphpeft.graph import in_place, overrides, slots
 from graphpeft.graph.forward_classes import holds_own_tensor
@@ -174,14 +175,26 @@ def activate(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None
     """Makes exactly the adapters `names` act, now or when they are no longer disabled.
 
     Raises:
-        AdaptError: If two of them have overrides of the same tensor.
+        AdaptError: If two of them have overrides of the same tensor, or one can't act beside another.
     """
     wanted = list(dict.fromkeys(names))
     override_readers(adapters, wanted)
+    _refuse_apart(adapters, wanted)
     if wanted != adapters.active:
         _unmerge_first(modules, adapters)
     let_act(modules, adapters, [] if adapters.are_off else wanted)
     set_attribute(adapters, "active", wanted)
+
+
+def _refuse_apart(adapters: Adapters, names: list[str]) -> None:
+    """Raises AdaptError if one of some adapters can't act together with the others."""
+    for name in names:
+        config = adapters.by_name[name].config
+        reason = config.apart_from({other: adapters.by_name[other].config for other in names if other != name})
+        if reason is not None:
+            raise AdaptError(
+                f"{name!r}, of {config.method}, can't act beside another adapter: {reason}; activate one of them alone"
+            )
 
 
 def disable(modules: Modules, adapters: Adapters, is_disabled: bool) -> None:

@@ -23,12 +23,13 @@ from graphpeft.adapters.adapting import (
     replicate_layers,
 )
 from graphpeft.adapters.base_names import other_base, warn_of_other_base
+from graphpeft.adapters.exchanged import refuse_missing
 from graphpeft.adapters.hotswap import is_the_same
 from graphpeft.adapters.merging import with_originals
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.saved_adapter import SavedAdapter
 from graphpeft.adapters.state import Adapter, Tensors, adapters_of
-from graphpeft.adapters.tensors import complete, is_completed, overwrite, refuse_missing
+from graphpeft.adapters.tensors import complete, is_completed, overwrite
 from graphpeft.files.foreign_files import CheckpointError
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.peft_errors import PeftWarning

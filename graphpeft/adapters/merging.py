@@ -27,9 +27,9 @@ from graphpeft.adapters.changes import (
     there_to_write,
 )
 from graphpeft.adapters.empty_tensors import refuse_empty
+from graphpeft.adapters.exchanged import refuse_missing, resized
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
-from graphpeft.adapters.tensors import refuse_missing, resized
 from graphpeft.graph import overrides
 from graphpeft.graph.holders import tensor_at
 from graphpeft.graph.overrides import own_parameter

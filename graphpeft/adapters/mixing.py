@@ -22,13 +22,13 @@ from graphpeft.adapters import adapter_names
 from graphpeft.adapters.acting import refuse_foreign_forward
 from graphpeft.adapters.adapter_names import BASE
 from graphpeft.adapters.at_once import ITSELF, at_once, itself, regions_of_weights
+from graphpeft.adapters.exchanged import refuse_missing
 from graphpeft.adapters.graphs import bare, names_of_others
 from graphpeft.adapters.in_turn import in_turn
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.present_rows import ROWS
 from graphpeft.adapters.rows import RowAdapters, Rows, Runner, place_of
 from graphpeft.adapters.state import Adapter, Adapters, Modules
-from graphpeft.adapters.tensors import refuse_missing
 from graphpeft.graph import in_place
 from graphpeft.graph.around_set_forwards import own_forward
 from graphpeft.graph.recomputing import taken_along

@@ -1,14 +1,9 @@
-"""Refuses another vocabulary, or another table for it, where an adapter is on a layer with a row for each token."""
+"""Refuses another size of the vocabulary where an adapter is on a layer with a row for each token."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
-
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapters, Modules
-from graphpeft.graph.paths import modules_by_path
 from graphpeft.graph.traced_model import module_told
 from graphpeft.targeting.embedding_layers import embedding_layers
 
@@ -33,22 +28,3 @@ def refuse_resizing(modules: Modules, adapters: Adapters, size: int | None, mult
                 f"adapter {name!r} is on {path}, which resize_token_embeddings exchanges or gives another size: resize "
                 "the model before you adapt it, or take the adapters off first with unload() or merge_and_unload()"
             )
-
-
-def refuse_exchange(model: nn.Module, adapters: Adapters, getter: str, new: Any) -> None:
-    """Raises AdaptError if another layer is to come in the place of one of a model's that an adapter is on.
-
-    Args:
-        model: The model.
-        adapters: Its adapters.
-        getter: The name of the model's method that tells the layer.
-        new: What is to come.
-    """
-    layer, setter = module_told(model, getter), f"s{getter[1:]}"
-    path = next((path for path, module in modules_by_path(model).items() if module is layer), None)
-    on_it = [name for name, each in adapters.by_name.items() if path in {at for at, _ in each.tensor_names(name)}]
-    if on_it and new is not layer:
-        raise AdaptError(
-            f"adapter {on_it[0]!r} is on {path}, which {setter} would exchange without it: exchange it before you "
-            "adapt the model, or take the adapters off first with unload() or merge_and_unload()"
-        )

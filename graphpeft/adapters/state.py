@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphpeft.adapters import registrations
 from graphpeft.adapters.plan import Plan
 from graphpeft.adapters.replication import Replication
 from graphpeft.graph import overrides
@@ -210,6 +211,7 @@ class Adapters:
             their name.
         has_penalties: Whether an adapter has come whose method adds something to the loss.
         replication: How the model's layers were exchanged for an adapter.
+        places: Where each module with an adapter that acts was last seen.
     """
 
     trained_before: list[tuple[str, str]]
@@ -231,6 +233,10 @@ class Adapters:
     passes: Callable[[Template, nn.Module], Template] | None = None
     call_inputs: Mapping[str, bool] = field(default_factory=dict)
     positional: tuple[str, ...] = ()
+    places: Cache = field(default_factory=Cache)
+
+    def __post_init__(self) -> None:
+        registrations.watch()
 
     def note_call_inputs(self, model: nn.Module) -> None:
         """Finds out what `call_inputs` and `positional` are for the adapters that there are now."""
@@ -263,6 +269,10 @@ class Adapters:
     def __getstate__(self) -> dict[str, Any]:
         # a copy is never left by the contexts in which it was made
         return {**self.__dict__, "is_disabled": self.are_off, "pauses": frozenset()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        registrations.watch()
+        vars(self).update(state)
 
 
 STATE = "_peft_adapters"

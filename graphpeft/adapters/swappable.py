@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from graphpeft.adapters.adapting import known_adapters, modules_of
+from graphpeft.adapters.exchanged import refuse_missing
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Modules
-from graphpeft.adapters.tensors import refuse_missing
 from graphpeft.graph.holders import place_of
 from graphpeft.graph.paths import unwrapped
 from graphpeft.peft_errors import PeftWarning

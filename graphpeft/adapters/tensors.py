@@ -12,11 +12,10 @@ from graphpeft.adapters.empty_tensors import fill
 from graphpeft.adapters.plan import AdaptError, Plan, dtype_of_adapter
 from graphpeft.adapters.state import Adapter, Modules, Tensors
 from graphpeft.files.foreign_files import CheckpointError
-from graphpeft.graph import in_place, overrides
-from graphpeft.graph.holders import has_tensor, place_of, tensor_at
+from graphpeft.graph import overrides
+from graphpeft.graph.holders import place_of, tensor_at
 from graphpeft.graph.overrides import own_parameter
-from graphpeft.graph.paths import join
-from graphpeft.graph.sharding import distributed_as, equal_in_all, is_tensor_parallel, lacking_values, reshard
+from graphpeft.graph.sharding import distributed_as, equal_in_all, is_tensor_parallel, reshard
 from graphpeft.graph.values import loaded, value_of, written
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
@@ -305,61 +304,3 @@ def count_of_numbers(tensor: torch.Tensor) -> int:
     """Returns how many numbers a tensor stands for: two for each byte of weights that bitsandbytes has packed."""
     is_packed = type(tensor).__name__ == "Params4bit"
     return tensor.numel() * tensor.element_size() * 2 if is_packed else tensor.numel()
-
-
-def refuse_missing(modules: Modules, adapter: Adapter, name: str, reads: bool = True) -> None:
-    """Raises AdaptError if a tensor of an adapter is no longer on the model, or its weight has another size.
-
-    Args:
-        modules: The model's modules by path.
-        adapter: The adapter.
-        name: Its name.
-        reads: Whether the tensors are to be read here, all of which this process must have then.
-    """
-    for path, attribute in adapter.tensor_names(name):
-        if path not in modules:
-            raise AdaptError(_gone(path, attribute, name))
-        in_place.layers_of(modules[path])
-    refuse_exchanged(modules, adapter, name)
-    if not reads:
-        return
-    sizes: dict[str, dict[str, Any]] = {path: {} for path, _ in adapter.tensor_names(name)}
-    for adapted in adapter.weight_sites:
-        sizes[adapted.site.owner][adapted.site.attribute] = adapted.site.shape
-    for path, known in sizes.items():
-        reason = lacking_values(modules[path], known)
-        if reason is not None:
-            raise AdaptError(f"the tensors of {path or 'the model'} can't be read or written: {reason}")
-    for adapted in adapter.weight_sites:
-        weight = modules[adapted.site.owner]._parameters.get(adapted.site.attribute)
-        # what was distributed or quantised since has another form, and the size that it had
-        if weight is None or weight.numel() == 0 or not weight.is_floating_point():
-            continue
-        reason = resized(adapted, weight, name)
-        if reason is not None:
-            raise AdaptError(reason)
-
-
-def resized(adapted: AdaptedSite, weight: nn.Parameter, name: str) -> str | None:
-    """Returns that a site's weight, which is `weight` now, had another shape when the adapter came, or None."""
-    site: Any = adapted.site
-    if tuple(weight.shape) == tuple(site.shape):
-        return None
-    return (
-        f"{site.weight} has the shape {tuple(weight.shape)} now, and had {tuple(site.shape)} when {name!r} was adapted "
-        "to it; resize a model before you adapt it"
-    )
-
-
-def refuse_exchanged(modules: Modules, adapter: Adapter, name: str) -> None:
-    """Raises AdaptError if another module is in the place of one on which an adapter has a tensor."""
-    for path, attribute in adapter.tensor_names(name):
-        if path in modules and not has_tensor(modules[path], attribute):
-            raise AdaptError(_gone(path, attribute, name))
-
-
-def _gone(path: str, attribute: str, name: str) -> str:
-    return (
-        f"{join(path, attribute)} of adapter {name!r} is gone, since its module was replaced; put it back, or delete "
-        "the adapter, and replace a module before you adapt the model"
-    )

@@ -9,7 +9,7 @@ and parts are holders, too. Code that goes through a model's own modules leaves 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,14 +54,30 @@ class Holder(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Holder:
         """Moves or converts the tensors; a buffer stays the object that it is, as PyTorch lets parameters stay."""
-        before = dict(self._buffers)
+        before = dict(self._parameters), dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, tensor in before.items():
-            moved = self._buffers[name]
-            if tensor is not None and moved is not None and moved is not tensor and can_take_data(tensor, moved):
-                tensor.data = moved
-                self._buffers[name] = tensor
+        self._keep_shared(*before)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Loads a state dict; one that is assigned gives its tensors' data to those here, which others may have."""
+        before = dict(self._parameters), dict(self._buffers)
+        super()._load_from_state_dict(*args, **kwargs)
+        self._keep_shared(*before)
+
+    def _keep_shared(self, parameters: Mapping[str, Any], buffers: Mapping[str, Any]) -> None:
+        """Lets tensors that have come in the places of others be one tensor wherever holders shared one.
+
+        Args:
+            parameters: The parameters that were here before.
+            buffers: The buffers that were here before.
+        """
+        held: Any
+        for held, before in ((self._parameters, parameters), (self._buffers, buffers)):
+            for name, tensor in before.items():
+                new: Any = held.get(name)
+                if new is not None and tensor is not None and new is not tensor:
+                    held[name] = _in_place_of(tensor, new)
 
     def forward(self, *_: Any, **__: Any) -> Any:
         """Raises RuntimeError: only code that calls all submodules of an adapted module calls a holder."""
@@ -246,6 +262,15 @@ def all_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 yield f"{outer}.{name}", parameter
 
 
+def adapters_at(module: nn.Module) -> Iterator[str]:
+    """Yields the names of the adapters that have a holder at `module`, or in a group there."""
+    for name, child in module._modules.items():
+        if isinstance(child, HolderGroup):
+            yield from (*child._parameters, *child._buffers, *adapters_at(child))
+        elif isinstance(child, Holder):
+            yield name
+
+
 def holders_of(module: nn.Module) -> list[nn.Module]:
     """Returns the holders at `module`, with their groups and parts."""
     return [each for child in module._modules.values() if isinstance(child, Holder) for each in child.modules()]
@@ -263,9 +288,24 @@ def distribute_adapters(module: nn.Module, weight: Any) -> None:
         for held in held_there:
             for name, tensor in held.items():
                 if tensor is not None and not is_sharded(tensor):
-                    known = _DISTRIBUTED.get(tensor)
-                    held[name] = _DISTRIBUTED[tensor] = distributed_as(tensor, weight) if known is None else known
+                    known = _BECOME.get(tensor)
+                    held[name] = _BECOME[tensor] = distributed_as(tensor, weight) if known is None else known
 
 
-_DISTRIBUTED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_BECOME: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """What tensors have become that other holders may have, too."""
+
+
+@torch.no_grad()
+def _in_place_of(tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Returns what holders of a tensor are to have where another one was to come in its place: the same in all."""
+    if not any(hasattr(each, "__tensor_flatten__") for each in (tensor, new)) and can_take_data(tensor, new):
+        tensor.data = new
+        return tensor
+    known: Any = _BECOME.get(tensor)
+    if known is None or (known.shape, known.dtype, known.device) != (new.shape, new.dtype, new.device):
+        _BECOME[tensor] = new
+        return new
+    if known is not new and not known.is_meta:
+        known.copy_(new)
+    return known

@@ -41,7 +41,10 @@ class GeneratingMethods(AdapterInfo):
         own = call_inputs.left(read, kwargs)
         acting = self.active_adapters if adapter_names is None else adapter_names
         configs = self.peft_config
-        if any(name in configs and not configs[name].goes_on_from_caches for name in acting):
+        those = [configs[name] for name in acting if name in configs]
+        # a prefix is in the cache for the model alone
+        is_behind_prefix = any(each.is_by_token for each in those) and any(each.is_prompt_learning for each in those)
+        if is_behind_prefix or not all(each.goes_on_from_caches for each in those):
             own["use_cache"] = False
         possible = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if read else ()
         prompt = next((tokens for tokens in possible if isinstance(tokens, torch.Tensor)), None)

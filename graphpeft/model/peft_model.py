@@ -17,6 +17,7 @@ from graphpeft._torch import IncompatibleKeys
 from graphpeft.adapters import combining, mixing, training
 from graphpeft.adapters.adapting import Where, add_new, carry_out, modules_of, plan_for, refuse
 from graphpeft.adapters.dispatching import OPTIONS, dispatch_again
+from graphpeft.adapters.exchanged import refuse_lost
 from graphpeft.adapters.given_inputs import given_in_call
 from graphpeft.adapters.loading import has_adapter, load, load_again, load_over
 from graphpeft.adapters.plan import AdaptError
@@ -208,7 +209,8 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
             What the model's forward returns.
 
         Raises:
-            AdaptError: If the model has no adapter of a name, or the adapters can't be mixed in a batch.
+            AdaptError: If the model has no adapter of a name, the adapters can't be mixed in a batch, or a module that
+                an active one adapts was replaced or resized.
             ValueError: If the number of names isn't the number of rows.
         """
         if not isinstance(self, PeftModel):
@@ -217,6 +219,8 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
             return self(*args, **kwargs, **names)
         read, call = self._peft_adapters.call_inputs, with_set_forward(self, super().__call__)
         state = self._peft_adapters
+        if not torch.compiler.is_compiling():
+            refuse_lost(self, state)
         if adapter_names is not None:
             if getattr(self, "_is_replica", False):
                 raise AdaptError("DataParallel's copies of a model can't have adapter_names; call the model itself")

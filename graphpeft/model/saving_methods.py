@@ -13,8 +13,8 @@ from typing import Any
 from graphpeft.adapters import checkpoint, file_names, merging, trainer
 from graphpeft.adapters.adapting import known_adapter, modules_of
 from graphpeft.adapters.empty_tensors import refuse_empty
+from graphpeft.adapters.exchanged import refuse_missing
 from graphpeft.adapters.state import Adapter
-from graphpeft.adapters.tensors import refuse_missing
 from graphpeft.adapters.trainable import trained_besides
 from graphpeft.files.atomic_files import Staging
 from graphpeft.graph.sharding import is_sharded

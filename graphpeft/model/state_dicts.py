@@ -11,8 +11,8 @@ import torch
 from graphpeft._torch import IncompatibleKeys
 from graphpeft.adapters import checkpoint, file_names, saved_adapter
 from graphpeft.adapters.adapting import known_adapter, modules_of
+from graphpeft.adapters.exchanged import refuse_missing
 from graphpeft.adapters.loading import set_values
-from graphpeft.adapters.tensors import refuse_missing
 from graphpeft.graph.paths import unwrapped
 from graphpeft.graph.sharding import gathered_by_fsdp
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from graphpeft.adapters import lifecycle
 from graphpeft.adapters.adapting import known_adapter, modules_of
+from graphpeft.adapters.exchanged import refuse_missing, refuse_resized
 from graphpeft.adapters.plan import AdaptError
-from graphpeft.adapters.tensors import refuse_exchanged
 from graphpeft.adapters.trainable import set_trainable
 from graphpeft.model.adapter_info import AdapterInfo
 from graphpeft.peft_errors import PeftWarning
@@ -31,8 +31,8 @@ class SwitchingMethods(AdapterInfo):
 
         Raises:
             AdaptError: If the model has no adapter of a name, two of them fully train the same tensor, one that was
-                loaded for inference can't be trained, or a module that one adapts was replaced. The model is unchanged
-                then.
+                loaded for inference can't be trained, or a module that one adapts was replaced or resized. The model is
+                unchanged then.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         configs = [known_adapter(self, name).config for name in names]
@@ -42,7 +42,8 @@ class SwitchingMethods(AdapterInfo):
         with transaction(self):
             lifecycle.activate(modules, self._peft_adapters, names)
             for name in names:
-                refuse_exchanged(modules, known_adapter(self, name), name)
+                refuse_missing(modules, known_adapter(self, name), name, reads=False)
+                refuse_resized(modules, known_adapter(self, name), name)
             for config in configs:
                 set_attribute(config, "inference_mode", inference_mode)
             set_trainable(modules, self._peft_adapters, [*before, *names])

@@ -1,18 +1,16 @@
-"""The methods of an adapted model that exchange what has a row for each token."""
+"""The method of an adapted model that gives another size to what has a row for each token."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from graphpeft.adapters.adapting import modules_of
-from graphpeft.adapters.resizing import refuse_exchange, refuse_resizing
+from graphpeft.adapters.resizing import refuse_resizing
 from graphpeft.model.adapter_info import AdapterInfo
 
 
 class VocabularyMethods(AdapterInfo):
-    """The methods of an adapted model that can have a vocabulary of another size, or other layers for it."""
+    """The methods of an adapted model that can have a vocabulary of another size."""
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **options: Any
@@ -35,29 +33,3 @@ class VocabularyMethods(AdapterInfo):
         if pad_to_multiple_of is not None:
             options["pad_to_multiple_of"] = pad_to_multiple_of
         return base.resize_token_embeddings(new_num_tokens, **options)
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Gives the model another embedding of its input by its own ``set_input_embeddings``.
-
-        Args:
-            value: The embedding.
-
-        Raises:
-            AdaptError: If an adapter is on the present one; the model is unchanged then.
-        """
-        base: Any = super()
-        refuse_exchange(self, self._peft_adapters, "get_input_embeddings", value)
-        base.set_input_embeddings(value)
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        """Gives the model another head by its own ``set_output_embeddings``.
-
-        Args:
-            value: The head.
-
-        Raises:
-            AdaptError: If an adapter is on the present one; the model is unchanged then.
-        """
-        base: Any = super()
-        refuse_exchange(self, self._peft_adapters, "get_output_embeddings", value)
-        base.set_output_embeddings(value)

@@ -18,6 +18,12 @@ class ConfigInCalls:
     goes_on_from_caches: ClassVar[bool] = True
     """Whether a call may go on from keys and values that earlier calls have kept; if not, `generate` keeps none."""
 
+    is_by_token: ClassVar[bool] = False
+    """Whether what `call_inputs_from` returns is for each token of the call, so that layers may be given no others."""
+
+    adds_tokens: ClassVar[bool] = False
+    """Whether layers of the model are given more tokens than the call has."""
+
     offered: ClassVar[tuple[str, ...]] = ()
     """The names of the config's methods that an adapted model has, too, while such an adapter is active."""
 
@@ -28,6 +34,15 @@ class ConfigInCalls:
             name: The name.
         """
         return getattr(self, name) if name in self.offered else None
+
+    def apart_from(self, others: Mapping[str, Any]) -> str | None:
+        """Returns why the adapter can't act together with others, or None.
+
+        Args:
+            others: The configs of the others, by name.
+        """
+        name = next((name for name, other in others.items() if self.is_by_token and other.adds_tokens), None)
+        return None if name is None else f"{name!r} gives layers more tokens than the call has"
 
     def call_inputs_from(self, call: PresentCall) -> Mapping[str, Any]:
         """Returns those of its rules' `call_inputs` that follow from the other arguments of a call.

@@ -259,6 +259,8 @@ class Mergeable(Rule):
     def changed_weight(self, weight: Any, given: Mapping[str, Any]) -> Any:
         """Returns a weight as such with its change; what multiplies by a stack takes ``P @ Q * s`` factor by factor.
 
+        Its arguments can also be ``training`` and the rule's own constants.
+
         Args:
             weight: The weight, with the changes of earlier adapters; a proxy.
             given: The arguments of `delta` by name, as in `change`; proxies.

@@ -78,7 +78,8 @@ class InCache(Placement):
         return changed
 
     def leave(self, output: Any, inputs: Mapping[str, Any], entered: Mapping[str, Any]) -> Any:
-        """Takes the cache out of the output where none was asked for."""
+        """Takes the cache out of the output where none was asked for; refuses a forward that doesn't read it."""
+        output = with_cache_read(output, cache_of(entered), self.tokens)
         return without_cache(output, cache_of(inputs), inputs["use_cache"]) if "use_cache" in inputs else output
 
 
@@ -147,6 +148,26 @@ def filled(
                 key, value = (part[:, : size.heads, :, : size.of_head] for part in (key, value))
         own.update(key, value, layer)
     return cache
+
+
+@recorded
+def with_cache_read(output: Any, cache: Any, tokens: int) -> Any:
+    """Returns a module's output.
+
+    Args:
+        output: The output.
+        cache: The cache with a prefix that the module was given.
+        tokens: The number of the prefix's tokens.
+
+    Raises:
+        ValueError: If nothing has put keys behind the prefix, so that nothing has read it.
+    """
+    if cache.get_seq_length() <= tokens:
+        raise ValueError(
+            "no attention has read the prefix: the forward that was given it as its past_key_values or cache has to "
+            "hand that on to the layers; mend that, or adapt the model inside"
+        )
+    return output
 
 
 @recorded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ from graphpeft.sites.site import CallSite
 @dataclass(kw_only=True)
 class PrefixConfig(PromptLearningConfig):
     """The options of a method whose virtual tokens are keys and values; a size of None is read from the model."""
+
+    adds_tokens: ClassVar[bool] = False
 
     def check(self) -> None:
         """Raises ValueError for options that a prefix doesn't have."""

@@ -11,8 +11,9 @@ the same.
 from __future__ import annotations
 
 import copy
+import functools
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.graph.errors import TraceError
-from graphpeft.methods.prompts.caches import CACHES, has_tokens
+from graphpeft.methods.prompts.caches import CACHES
+from graphpeft.methods.shadow.in_cache import first_layer_in
+from graphpeft.methods.shadow.losses import at_last_token, classifier_of, loss_of_sequences, loss_of_tokens
 from graphpeft.methods.shadow.mirror import Mirror, config_of_mirror, size_in, stack_of
 from graphpeft.methods.shadow.rule import INPUT, Shadow, States
 from graphpeft.rules.config import PeftConfig
@@ -46,10 +49,10 @@ _MODEL = "shadow_backbone"
 class ShadowConfig(PeftConfig):
     """The options of Shadow; the names, defaults and meanings are PEFT's.
 
-    Differs from PEFT 0.21.2: a call is given all tokens, and none in a cache, and ``generate`` keeps no cache, where
-    PEFT has a cache of two parts; the loss of an adapter for inference has no part of the small model; several such
-    adapters can be active. A small model from a checkpoint, sequence classification, diffusion models and
-    `unload_shadow` don't exist here.
+    Differs from PEFT 0.21.2: a cache remains Transformers' own, in which the small model has layers behind the large
+    one's; what nothing reads is frozen, as the networks behind the last layer; the loss of an adapter for inference has
+    no part of the small model; several such adapters can be active. A small model from a checkpoint, diffusion models
+    and `unload_shadow` don't exist here.
 
     Attributes:
         target_modules: The layers of the decoder, as a list of paths or their ends, or as a regular expression; None
@@ -84,7 +87,7 @@ class ShadowConfig(PeftConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.SHADOW
     prefix: ClassVar[str | None] = "shadow_"
-    goes_on_from_caches: ClassVar[bool] = False
+    is_by_token: ClassVar[bool] = True
     not_of_tensors: ClassVar[frozenset[str]] = PeftConfig.not_of_tensors | {
         "auxiliary_loss_weight",
         "init_weights",
@@ -110,9 +113,10 @@ class ShadowConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._key, self._numbers, self._width, self._is_fed = 0, dict[str, int](), 0, False
+        self._key, self._numbers, self._width, self._layers, self._is_fed = 0, dict[str, int](), 0, 0, False
         self._dtype, self._last = torch.float32, Last()
         self._mirror: Mirror | None = None
+        self._classifier: Mapping[str, Tensor] = {}
 
     def check(self) -> None:
         """Raises ValueError for what isn't supported, and for options that contradict each other, as in PEFT."""
@@ -122,8 +126,8 @@ class ShadowConfig(PeftConfig):
                 f"shadow_model={self.shadow_model!r} would be a model from a checkpoint, which isn't supported; leave "
                 "it 'mirror'"
             )
-        if self.task_type not in (None, TaskType.CAUSAL_LM):
-            raise ValueError(f"Shadow is for CAUSAL_LM here, and task_type is {self.task_type}")
+        if self.task_type not in (None, TaskType.CAUSAL_LM, TaskType.SEQ_CLS):
+            raise ValueError(f"Shadow is for CAUSAL_LM and SEQ_CLS, and task_type is {self.task_type}")
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -166,10 +170,11 @@ class ShadowConfig(PeftConfig):
             "shadow_num_hidden_layers": self.shadow_num_hidden_layers or 1
         }
         made = config_of_mirror(around.config, sizes)
-        config._width, config._key = size_in(own), uuid.uuid4().int >> 80
+        config._width, config._key, config._layers = size_in(own), uuid.uuid4().int >> 80, count
         config._is_fed = self.share_embeddings and size_in(made) == config._width
         config._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         config._mirror = Mirror(around, made, config._dtype, config._is_fed)
+        config._classifier = classifier_of(model) if self.task_type is TaskType.SEQ_CLS else {}
         return config
 
     def find_sites(self, finder: SiteFinder, report: Report) -> Sequence[Any]:
@@ -227,10 +232,21 @@ class ShadowConfig(PeftConfig):
     def of_model(self) -> dict[str, ParameterSpec]:
         """The parameters of the small model, and of the projection of its hidden states, if they have another size."""
         found = {_local(name): (f"{_MODEL}.default.{name}", shape) for name, shape in self.mirror.shapes.items()}
+        unread = {_local(name) for name in self.mirror.unread}
         if self.mirror.size != self._width:
             found[_PROJECTION] = ("shadow_projection.default.weight", (self._width, self.mirror.size))
+        for name, value in self._classifier.items():
+            found[f"{_HEAD}_{name}"] = (f"{_HEAD}.default.{name}", tuple(value.shape))
         return {
-            local: ParameterSpec(shape, key, scope=key, written_once=True, dtype=self._dtype)
+            local: ParameterSpec(
+                shape,
+                key,
+                scope=key,
+                written_once=True,
+                dtype=self._dtype,
+                is_trained=local not in unread,
+                is_counted=True,
+            )
             for local, (key, shape) in found.items()
         }
 
@@ -244,6 +260,8 @@ class ShadowConfig(PeftConfig):
             parameters[_local(name)].copy_(drawn)
         if _PROJECTION in parameters:
             parameters[_PROJECTION].copy_(nn.Linear(self.mirror.size, self._width, bias=False).weight)
+        for name, value in self._classifier.items():
+            parameters[f"{_HEAD}_{name}"].copy_(value)
 
     # a call
 
@@ -251,14 +269,11 @@ class ShadowConfig(PeftConfig):
         """Returns the shadow states of a call: the first one, by a run of the small model.
 
         Raises:
-            ValueError: If the call goes on from tokens in a cache.
+            ValueError: If the call goes on from tokens in a cache that the small model hasn't seen.
         """
         given, model = call.arguments, call.model
-        if any(has_tokens(given.get(name)) for name in CACHES):
-            raise ValueError(
-                "Shadow's small model needs all tokens, and this call goes on from those in a cache; pass the whole "
-                "sequence, and use_cache=False"
-            )
+        cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
+        kept = first_layer_in(cache, self._key, self._layers, self.mirror.config)
         inputs = {name: given[name] for name in _INPUTS if given.get(name) is not None}
         if not {"input_ids", "inputs_embeds"} & inputs.keys():
             raise ValueError("Shadow's small model reads input_ids or inputs_embeds; pass one of them")
@@ -269,27 +284,36 @@ class ShadowConfig(PeftConfig):
         own = call.parameters_at(0)
         values = {name: own[_local(name)] for name in self.mirror.shapes}
         mirror: Any = self.mirror
-        first = mirror.run(values, call.is_training, {"use_cache": False, **inputs})
+        first = mirror.run(values, call.is_training, inputs, cache, kept)
         first = F.linear(first, own[_PROJECTION]) if _PROJECTION in own else first
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        self._last.call = None if given.get("labels") is None or head is None else (first, given["labels"], head)
+        self._last.call = None
+        if given.get("labels") is not None:
+            self._last.call = functools.partial(self._loss, model, own, first, given["labels"], inputs)
         return {INPUT: {self._key: States(first, len(self._numbers))}}
 
     def penalty(self, sites: Sequence[SiteParameters]) -> Tensor | None:
         """Returns the weighted loss of the small model's own prediction of the labels; None without these."""
         last, self._last.call = self._last.call, None
-        if last is None or self.task_type is not TaskType.CAUSAL_LM or self.auxiliary_loss_weight <= 0:
+        loss = None if last is None or self.auxiliary_loss_weight <= 0 else last()
+        return None if loss is None else self.auxiliary_loss_weight * loss
+
+    def _loss(
+        self, model: Any, own: Mapping[str, Tensor], first: Tensor, labels: Tensor, inputs: Mapping[str, Any]
+    ) -> Tensor | None:
+        if self.task_type is TaskType.CAUSAL_LM:
+            head = model.get_output_embeddings()
+            return None if head is None else loss_of_tokens(head(first), labels)
+        if not self._classifier:
             return None
-        first, labels, head = last
-        logits = head(first)[..., :-1, :].flatten(0, -2)
-        return self.auxiliary_loss_weight * F.cross_entropy(logits, labels[..., 1:].flatten(), ignore_index=-100)
+        pooled = at_last_token(first, inputs.get("attention_mask"))
+        return loss_of_sequences(F.linear(pooled, *(own[f"{_HEAD}_{name}"] for name in self._classifier)), labels)
 
 
 class Last:
     """What the last call leaves for its loss; a copy of a model begins without."""
 
     def __init__(self) -> None:
-        self.call: tuple[Tensor, Tensor, Any] | None = None
+        self.call: Callable[[], Tensor | None] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Last:
         return Last()
@@ -306,6 +330,7 @@ _SIZES = (
 )
 _INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 _PROJECTION = "shadow_projection"
+_HEAD = "shadow_head"
 
 
 def _local(name: str) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from graphpeft.graph import in_place
+from graphpeft.methods.prompts.caches import CACHES
 
 _AROUND = ("model", "transformer", "decoder")
 _STACKS = ("layers", "h")
@@ -97,6 +100,13 @@ def config_of_mirror(config: Any, options: Mapping[str, int | None]) -> Any:
     return made
 
 
+def _embedding_of(module: Any) -> nn.Module | None:
+    try:
+        return module.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None  # it was taken out
+
+
 class Mirror:
     """The small model without its values, which copies of a config share.
 
@@ -104,7 +114,11 @@ class Mirror:
         like: The module that runs the layers of the large model.
         config: The small model's config.
         dtype: Its dtype.
-        is_fed: Whether it is given the large model's embeddings, so that it has none of its own.
+        is_fed: Whether it is given the large model's embeddings, so that it needs none of its own.
+
+    Attributes:
+        shapes: The shapes of its parameters by name.
+        unread: The names of those that it doesn't read.
     """
 
     def __init__(self, like: nn.Module, config: Any, dtype: torch.dtype, is_fed: bool) -> None:
@@ -112,6 +126,9 @@ class Mirror:
         with torch.random.fork_rng(devices=[]):
             module = self.drawn().to(dtype)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        embedding = _embedding_of(module) if is_fed else None
+        unread = {id(parameter) for parameter in embedding.parameters()} if embedding is not None else set[int]()
+        self.unread = frozenset(name for name, parameter in module.named_parameters() if id(parameter) in unread)
         for name, parameter in list(module.named_parameters()):
             owner, _, own = name.rpartition(".")
             module.get_submodule(owner)._parameters[own] = nn.Parameter(parameter.detach().to("meta"), False)
@@ -139,19 +156,50 @@ class Mirror:
         return made
 
     @torch.compiler.disable
-    def run(self, values: Mapping[str, Tensor], training: bool, inputs: Mapping[str, Any]) -> Tensor:
+    def run(
+        self, values: Mapping[str, Tensor], training: bool, inputs: Mapping[str, Any], cache: Any, first: int | None
+    ) -> Tensor:
         """Returns its last hidden states, (rows, positions, features).
 
         Args:
             values: Its parameters by name.
             training: Whether it is in training mode.
             inputs: The arguments of its forward.
+            cache: The cache of the call, or None.
+            first: The number of its first layer in the cache; None if it keeps nothing there.
         """
         device = next(iter(values.values())).device
+        kept = {"use_cache": False} if first is None else {"use_cache": True, self._cache_name: cache}
         # the values are on the one module while it runs, whoever calls
         with self._lock:
             if self._module.training != training:
                 self._module.train(training)
             buffers = {name: buffer.to(device) for name, buffer in self._module.named_buffers()}
-            found = functional_call(self._module, {**buffers, **values}, (), {**inputs, "return_dict": True})
+            with self._numbered_from(first or 0):
+                given = {**inputs, **kept, "return_dict": True}
+                found = functional_call(self._module, {**buffers, **values}, (), given)
         return found.last_hidden_state
+
+    @property
+    def config(self) -> Any:
+        """Its config."""
+        return self._config
+
+    @property
+    def _cache_name(self) -> str:
+        arguments = inspect.signature(self._class.forward).parameters
+        return next((name for name in CACHES if name in arguments), CACHES[-1])
+
+    @contextlib.contextmanager
+    def _numbered_from(self, first: int) -> Iterator[None]:
+        """Lets its layers have numbers from this one on, under which a cache has what they keep."""
+        numbered: list[Any] = [
+            module for module in self._module.modules() if isinstance(getattr(module, "layer_idx", None), int)
+        ]
+        try:
+            for module in numbered:
+                module.layer_idx += first
+            yield
+        finally:
+            for module in numbered:
+                module.layer_idx -= first

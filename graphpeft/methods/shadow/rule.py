@@ -57,6 +57,12 @@ class Shadow(BoundaryRule):
                 key = f"shadow_update_{name}.default.{layer}"
                 found[f"shadow_{name}_{layer}_weight"] = ParameterSpec(shape, f"{key}.weight")
                 found[f"shadow_{name}_{layer}_bias"] = ParameterSpec(shape[:1], f"{key}.bias")
+        if config.numbers[site.owner] == len(config.numbers) - 1:
+            # nothing reads the state behind the last layer, so these would never get a gradient
+            networks = {
+                name: spec for name, spec in found.items() if name.startswith(("shadow_transform", "shadow_gate"))
+            }
+            found |= {name: spec._replace(is_trained=False, is_counted=True) for name, spec in networks.items()}
         found = {name: spec._replace(dtype=self.dtype) for name, spec in found.items()}
         return found if config.numbers[site.owner] else {**found, **config.of_model}
 

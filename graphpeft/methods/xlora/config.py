@@ -24,6 +24,7 @@ from graphpeft.methods.xlora import classifier, first_run, in_files
 from graphpeft.methods.xlora.experts import Experts, read_expert
 from graphpeft.methods.xlora.rule import XLora
 from graphpeft.methods.xlora.scalings import INPUT, Log, used
+from graphpeft.progress import over
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.options import Layers, Number, Probability, Size, Within
 from graphpeft.rules.parameter_spec import ParameterSpec
@@ -88,6 +89,7 @@ class XLoraConfig(PeftConfig):
     not_of_tensors: ClassVar[frozenset[str]] = PeftConfig.not_of_tensors | {"adapters"}
     runs_model: ClassVar[bool] = True
     goes_on_from_caches: ClassVar[bool] = False
+    is_by_token: ClassVar[bool] = True
     offered: ClassVar[tuple[str, ...]] = (
         "clear_scalings_log",
         "disable_scalings_logging",
@@ -163,7 +165,8 @@ class XLoraConfig(PeftConfig):
         """Reads the experts, and returns the sites that any of them adapts, in the order of the model's modules."""
         paths, found = self.adapters or {}, {}
         model, inputs = finder.modules[""], finder.regions.example_inputs
-        self._experts = Experts([read_expert(model, paths[name], name, inputs) for name in sorted(paths, key=int)])
+        names = over(sorted(paths, key=int), "reading experts", "adapters")
+        self._experts = Experts([read_expert(model, paths[name], name, inputs) for name in names])
         for expert in self._experts.every:
             found |= {site.label: site for site in expert.config.find_sites(finder, report)}
         order = {path: number for number, path in enumerate(finder.modules)}
@@ -209,6 +212,12 @@ class XLoraConfig(PeftConfig):
         return classifier.parameters(self, len(self._experts.every), len(self._layers), self._dtype)
 
     # a call
+
+    def apart_from(self, others: Mapping[str, Any]) -> str | None:
+        """Returns why the adapter can't act together with others: they give layers other tokens than the call's."""
+        name = next((name for name, other in others.items() if other.is_adaption_prompt), None)
+        reason = f"{name!r} gives projections of an attention its own tokens" if name is not None else None
+        return super().apart_from(others) or reason
 
     def call_inputs_from(self, call: PresentCall) -> Mapping[str, Any]:
         """Returns the scalings of a call, which a first run of the model tells."""

@@ -1,0 +1,194 @@
+"""Refuses adapters whose modules were exchanged since they came, or got weights of another size."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from graphpeft.adapters.plan import AdaptError
+from graphpeft.adapters.state import Adapter, Adapters, Modules
+from graphpeft.graph import in_place, overrides
+from graphpeft.graph.holders import adapters_at, has_tensor, tensor_at
+from graphpeft.graph.ops import Embedding
+from graphpeft.graph.paths import join, modules_by_path
+from graphpeft.graph.sharding import lacking_values
+from graphpeft.graph.template import names_in_slots
+from graphpeft.rules.adapted_site import AdaptedSite
+
+
+class _Places(NamedTuple):
+    """Where the modules with the adapters that act were.
+
+    Attributes:
+        steps: The steps to them from the model: the modules of a module, and the name and the module among these.
+        tables: Those whose size can change such that calls still run, by path.
+    """
+
+    steps: Sequence[tuple[Mapping[str, nn.Module | None], str, nn.Module]]
+    tables: Modules
+
+
+def refuse_lost(model: nn.Module, adapters: Adapters) -> None:
+    """Raises AdaptError in a call of a model in which an active adapter no longer has its places.
+
+    If nothing was exchanged, that takes 40 nanoseconds for each module.
+    """
+    # a replica of DataParallel has no parameters, and is of a model that was looked at
+    if adapters.are_off or getattr(model, "_is_replica", False):
+        return
+    known: _Places | None = adapters.places.get(_ACTIVE)
+    if known is None or any(modules.get(name) is not child for modules, name, child in known.steps):
+        known = adapters.places[_ACTIVE] = _places(modules_by_path(model), adapters)
+    for name in adapters.active if known.tables else ():
+        refuse_resized(known.tables, adapters.by_name[name], name)
+
+
+_ACTIVE = "active"
+
+
+def _places(modules: Modules, adapters: Adapters) -> _Places:
+    """Returns the places of the active adapters.
+
+    Raises:
+        AdaptError: If there is another module in one of them.
+    """
+    paths: dict[str, None] = {}
+    tables: dict[str, None] = {}
+    for name in adapters.active:
+        adapter = adapters.by_name[name]
+        _refuse_elsewhere(modules, adapters, name)
+        paths |= dict.fromkeys(path for path, _ in adapter.tensor_names(name))
+        tables |= dict.fromkeys(adapted.site.owner for adapted in adapter.weight_sites if adapted.site.op is Embedding)
+        tables |= dict.fromkeys((*adapter.fully_trained, *adapter.rows))
+    steps: dict[str, Any] = {}
+    for path in paths:
+        while path and path in modules and path not in steps:
+            outer, _, own = path.rpartition(".")
+            inside = modules[outer]._modules if outer in modules else {}
+            steps[path] = inside, own, inside.get(own)
+            path = outer
+    present = {path: modules[path] for path in tables if path in modules}
+    return _Places([step for step in steps.values() if step[2] is not None], present)
+
+
+def _refuse_elsewhere(modules: Modules, adapters: Adapters, name: str) -> None:
+    """Raises AdaptError if an adapter's tensors, or the modules in whose graphs it acts, are no longer in the model."""
+    adapter = adapters.by_name[name]
+    held = [path for path, module in modules.items() if name in adapters_at(module)]
+    places = dict(adapter.tensor_names(name))
+    lost = _lost(places, held)
+    if lost is not None:
+        raise AdaptError(_gone(lost, places[lost], name))
+    regions = {adapted.site.region: None for adapted in adapter.sites if name in adapters.slots}
+    acting = [path for path, module in modules.items() if name in names_in_slots(module).values()]
+    lost = _lost(regions, acting)
+    if lost is not None:
+        raise AdaptError(
+            f"adapter {name!r} no longer acts in {lost or 'the model'}, since that module was replaced; put it back, "
+            "or delete the adapter, and replace a module before you adapt the model"
+        )
+
+
+def _lost(expected: Collection[str], found: Collection[str]) -> str | None:
+    """Returns the first of an adapter's places that is no longer there, unless it was only moved."""
+    return None if len(found) >= len(expected) else next(path for path in expected if path not in found)
+
+
+def refuse_missing(modules: Modules, adapter: Adapter, name: str, reads: bool = True) -> None:
+    """Raises AdaptError if a tensor of an adapter is no longer on the model, or its weight has another size.
+
+    Args:
+        modules: The model's modules by path.
+        adapter: The adapter.
+        name: Its name.
+        reads: Whether the tensors are to be read here, all of which this process must have then.
+    """
+    for path, attribute in adapter.tensor_names(name):
+        if path not in modules:
+            raise AdaptError(_gone(path, attribute, name))
+        in_place.layers_of(modules[path])
+    refuse_exchanged(modules, adapter, name)
+    if not reads:
+        return
+    sizes: dict[str, dict[str, Any]] = {path: {} for path, _ in adapter.tensor_names(name)}
+    for adapted in adapter.weight_sites:
+        sizes[adapted.site.owner][adapted.site.attribute] = adapted.site.shape
+    for path, known in sizes.items():
+        reason = lacking_values(modules[path], known)
+        if reason is not None:
+            raise AdaptError(f"the tensors of {path or 'the model'} can't be read or written: {reason}")
+    refuse_resized(modules, adapter, name)
+
+
+def refuse_exchanged(modules: Modules, adapter: Adapter, name: str) -> None:
+    """Raises AdaptError if another module is in the place of one on which an adapter has a tensor."""
+    for path, attribute in adapter.tensor_names(name):
+        if path in modules and not has_tensor(modules[path], attribute):
+            raise AdaptError(_gone(path, attribute, name))
+
+
+def _gone(path: str, attribute: str, name: str) -> str:
+    return (
+        f"{join(path, attribute)} of adapter {name!r} is gone, since its module was replaced; put it back, or delete "
+        "the adapter, and replace a module before you adapt the model"
+    )
+
+
+def refuse_resized(modules: Modules, adapter: Adapter, name: str) -> None:
+    """Raises AdaptError if a tensor that an adapter changes or replaces has another size than when the adapter came."""
+    for adapted in adapter.weight_sites:
+        weight = _own(modules, adapted.site.owner, adapted.site.attribute)
+        # what was quantised since has another form, and the size that it had
+        if weight is not None and weight.is_floating_point():
+            reason = resized(adapted, weight, name)
+            if reason is not None:
+                raise AdaptError(reason)
+    for label, now, before in _other_sizes(modules, adapter, name):
+        if now != before:
+            raise AdaptError(_has_another(label, now, before, name))
+
+
+def _other_sizes(
+    modules: Modules, adapter: Adapter, name: str
+) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Yields tensors that an adapter replaces, with the sizes that their modules have now and had."""
+    for path, names in adapter.fully_trained.items():
+        for own in names:
+            tensor = _own(modules, path, own)
+            if tensor is not None:
+                trained = tensor_at(modules[path], overrides.override_name(own, name))
+                yield join(path, own), tuple(trained.shape), tuple(tensor.shape)
+    for path in adapter.rows:
+        table = _own(modules, path, "weight")
+        if table is not None:
+            # whoever resizes a table reads it with the rows in it, and so has put the new size on what was read
+            told = getattr(modules[path], "num_embeddings", table.shape[0])
+            yield join(path, "weight"), (told, *table.shape[1:]), tuple(table.shape)
+
+
+def _own(modules: Modules, path: str, name: str) -> torch.Tensor | None:
+    """Returns a module's own tensor where that is whole."""
+    if path not in modules:
+        return None
+    tensor = {**modules[path]._buffers, **modules[path]._parameters}.get(name)
+    # where processes have parts of it, one may have none, or a flat one
+    is_part = tensor is None or tensor.numel() == 0 or hasattr(tensor, "_fsdp_flattened")
+    return None if is_part else tensor
+
+
+def resized(adapted: AdaptedSite, weight: nn.Parameter | torch.Tensor, name: str) -> str | None:
+    """Returns that a site's weight, which is `weight` now, had another shape when the adapter came, or None."""
+    site: Any = adapted.site
+    if tuple(weight.shape) == tuple(site.shape):
+        return None
+    return _has_another(site.weight, tuple(weight.shape), tuple(site.shape), name)
+
+
+def _has_another(label: str, now: tuple[int, ...], before: tuple[int, ...], name: str) -> str:
+    return (
+        f"{label} has the shape {now} now, and had {before} when {name!r} was adapted to it; resize a model before you "
+        "adapt it"
+    )

@@ -1,0 +1,254 @@
+"""A module with adapters is not exchanged, or given another size, without a word."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import LLAMA, VOCABULARY
+from test_misuse import refused
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from graphpeft import AdaptError, LoraConfig, PromptTuningConfig, TaskType, TrainableTokensConfig, get_peft_model
+from graphpeft.graph.paths import modules_by_path
+
+ON_THE_TABLE: dict[str, Any] = {
+    "LoRA": LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False),
+    "rows": LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2]),
+    "rows alone": TrainableTokensConfig(token_indices=[1, 2], target_modules=["embed_tokens"]),
+    "a trained copy": LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+}
+each_config = pytest.mark.parametrize("config", ON_THE_TABLE.values(), ids=ON_THE_TABLE)
+
+IDS = torch.tensor([[1, 5, 2]])
+
+
+def adapted(config: Any = None) -> Any:
+    return get_peft_model(LLAMA.build(), copy.deepcopy(config or ON_THE_TABLE["LoRA"]))
+
+
+def another() -> nn.Embedding:
+    return nn.Embedding(VOCABULARY, 32)
+
+
+# assignments
+
+
+ASSIGNMENTS: dict[str, Callable[[Any], Any]] = {
+    "an attribute": lambda model: setattr(model.model, "embed_tokens", another()),
+    "the setter of a part": lambda model: model.model.set_input_embeddings(another()),
+    "the setter of the model": lambda model: model.set_input_embeddings(another()),
+    "add_module": lambda model: model.model.add_module("embed_tokens", another()),
+    "nothing": lambda model: setattr(model.model, "embed_tokens", None),
+    "what is around it": lambda model: setattr(model, "model", LLAMA.build().model),
+}
+
+
+@pytest.mark.parametrize("assign", ASSIGNMENTS.values(), ids=ASSIGNMENTS)
+@each_config
+def test_a_table_with_an_adapter_is_not_exchanged(config: Any, assign: Callable[[Any], Any]) -> None:
+    model = adapted(config)
+    before = model(IDS).logits
+    with refused(model, AdaptError, "'default' is on ", "embed_tokens", "would be exchanged without it", "unload()"):
+        assign(model)
+    assert torch.equal(model(IDS).logits, before)
+    assign(model.unload())
+
+
+def test_a_member_of_a_container_is_not_exchanged() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), LoraConfig(target_modules=["0"]))
+    with refused(model, AdaptError, "'default' is on 0 in a Sequential, which would be exchanged"):
+        model[0] = nn.Linear(4, 4)
+    model[1] = nn.GELU()
+
+
+def test_a_module_in_whose_graph_an_adapter_acts_is_not_exchanged_for_one_that_has_its_layers() -> None:
+    class Scaled(nn.Module):
+        def __init__(self, up: nn.Linear) -> None:
+            super().__init__()
+            self.up = up
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, 2 * self.up.weight)
+
+    model: Any = nn.Sequential(Scaled(nn.Linear(4, 4, bias=False)))
+    get_peft_model(model, LoraConfig(target_modules=["up"], init_lora_weights=False))
+    with refused(model, AdaptError, "'default' is on 0 in a Sequential"):
+        model[0] = Scaled(model[0].up)
+
+
+def test_copies_and_pickles_are_not_exchanged_either() -> None:
+    for other in (copy.deepcopy(adapted()), pickle.loads(pickle.dumps(adapted()))):
+        with pytest.raises(AdaptError, match="'default' is on embed_tokens in a LlamaModel"):
+            other.model.embed_tokens = another()
+
+
+def test_modules_around_the_adapted_one_and_copies_of_it_take_its_place() -> None:
+    model = adapted()
+    expected = model(IDS).logits
+    model.model.embed_tokens = checkpoint_wrapper(model.model.embed_tokens)
+    assert torch.equal(model(IDS).logits, expected)
+    model = adapted()
+    model.model.embed_tokens = copy.deepcopy(model.model.embed_tokens)
+    assert torch.equal(model(IDS).logits, expected)
+    layers = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"], init_lora_weights=False))
+    x = torch.randn(2, 4)
+    expected = layers(x)
+    layers[0] = nn.Sequential(layers[0])  # it acts, though no file could name it
+    assert torch.equal(layers(x), expected)
+
+
+def test_an_adapted_model_is_exchanged_as_a_whole() -> None:
+    holder = nn.Module()
+    for _ in range(2):
+        holder.model = adapted()
+    holder.inner = nn.ModuleList([adapted()])
+    holder.inner = nn.ModuleList()
+
+
+def test_other_modules_are_exchanged() -> None:
+    model = adapted()
+    model.lm_head = nn.Linear(32, 7, bias=False)
+    assert model(IDS).logits.shape[-1] == 7
+
+
+def test_a_class_that_changes_itself_when_it_is_looked_through_is_left_alone() -> None:
+    class Restoring(nn.Linear):
+        def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+            raise AssertionError
+
+    adapted()
+    model = nn.Sequential(Restoring(2, 2))
+    model[0] = Restoring(2, 2)
+
+
+# what goes past an assignment
+
+
+def past(model: Any) -> None:
+    del model.model.embed_tokens
+    model.model.embed_tokens = another()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: model(IDS),
+        lambda model: model.train()(IDS),
+        lambda model: model.generate(IDS, max_new_tokens=1),
+        lambda model: model.set_adapter("default"),
+        lambda model: model.merge_adapter(),
+        lambda model: model.save_pretrained("unwritten"),
+    ],
+)
+@each_config
+def test_a_model_without_its_adapters_table_is_not_used(config: Any, use: Callable[[Any], Any]) -> None:
+    model = adapted(config)
+    model(IDS)
+    table = model.model.embed_tokens
+    past(model)
+    with pytest.raises(
+        AdaptError,
+        match=r"model\.embed_tokens\.(default\.\w+|token_adapter\.\w+\.default) of adapter 'default' is gone",
+    ):
+        use(model)
+    model.model.embed_tokens = table
+    model(IDS)
+
+
+def test_only_active_adapters_are_looked_for() -> None:
+    model = adapted()
+    expected = model(IDS).logits
+    model.add_adapter("head", LoraConfig(target_modules=["lm_head"]))
+    model.set_adapter("head")
+    past(model)
+    model(IDS)
+    with model.disable_adapter():
+        model(IDS)
+    with pytest.raises(AdaptError, match="of adapter 'default' is gone"):
+        model.set_adapter("default")
+    model.delete_adapter("default")
+    assert not torch.equal(model(IDS).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: model(IDS),
+        lambda model: model.set_adapter("default"),
+        lambda model: model.merge_adapter(),
+        lambda model: model.save_pretrained("unwritten"),
+    ],
+)
+@each_config
+def test_a_table_that_a_part_of_the_model_has_resized_is_not_used(config: Any, use: Callable[[Any], Any]) -> None:
+    model = adapted(config)
+    model(IDS)
+    model.model.resize_token_embeddings(VOCABULARY + 3, mean_resizing=False)
+    with pytest.raises(AdaptError, match=rf"embed_tokens\.weight has the shape \({VOCABULARY + 3}, 32\) now, and had"):
+        use(model)
+
+
+def test_a_part_of_a_multimodal_model_resizes_nothing_unnoticed() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4, "projection_dim": 16, **sizes}
+    text = {"model_type": "llama", "vocab_size": 30, **sizes}
+    base = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=29, vision_feature_layer=-1)
+    )
+    model: Any = get_peft_model(base, LoraConfig(target_modules=["embed_tokens"]))
+    inner = model.model.language_model
+    with refused(model, AdaptError, "'default' is on embed_tokens in a LlamaModel"):
+        inner.set_input_embeddings(nn.Embedding(30, 16))
+    inner.resize_token_embeddings(33, mean_resizing=False)
+    with pytest.raises(AdaptError, match=r"embed_tokens\.weight has the shape \(33, 16\) now, and had \(30, 16\)"):
+        model(IDS)
+
+
+# what it costs
+
+
+def test_a_call_looks_again_only_after_something_was_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+    model(IDS)
+    looked: list[Any] = []
+
+    def looks(module: Any) -> Any:
+        looked.append(module)
+        return modules_by_path(module)
+
+    monkeypatch.setattr("graphpeft.adapters.exchanged.modules_by_path", looks)
+    model(IDS)
+    model.lm_head = copy.deepcopy(model.lm_head)
+    model(IDS)
+    assert not looked
+    model.model.embed_tokens = copy.deepcopy(model.model.embed_tokens)
+    model(IDS)
+    model(IDS)
+    assert looked == [model]
+
+
+def test_compiled_code_is_not_compiled_anew_for_other_modules() -> None:
+    model, compiled = adapted(), []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    call = torch.compile(model, backend=backend)
+    expected = model(IDS).logits
+    for _ in range(3):
+        assert torch.equal(call(IDS).logits, expected)
+        nn.Sequential(nn.Linear(2, 2))
+    assert len(compiled) == 1
+
+
+def test_a_prompt_has_its_place_at_the_model_itself() -> None:
+    model = get_peft_model(LLAMA.build(), PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2))
+    assert model(IDS).logits.shape[1] == model(IDS).logits.shape[1] == 5

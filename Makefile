@@ -7,13 +7,16 @@ export HF_HUB_OFFLINE := 1
 # Two processes, each with files of its own until one has no more: the tests of a file share imports, models and graphs.
 TWO := -n 2 --dist worksteal
 
-.PHONY: help demo quick test integrations browser newest floors check format bench coverage methods third-party peft-tests docs clean
+.PHONY: help demo notebooks quick test integrations browser newest floors check format bench coverage methods third-party peft-tests pictures docs clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 10
 
 demo: .venv/.installed  ## run examples/demo.py
 	$(BIN)/python examples/demo.py
+
+notebooks: .venv/.installed  ## write examples/notebooks/ from the scripts beside it
+	$(BIN)/python examples/write_notebooks.py
 
 quick test: export OMP_NUM_THREADS := 1
 
@@ -73,6 +76,12 @@ third-party: .venv/.third-party  ## adapt models of many packages with both libr
 
 peft-tests: .venv/.peft-tests  ## run PEFT's own tests with this library in its place, and write docs/peft_tests.md
 	$(BIN)/python coverage/peft_tests/run.py $(ARGS)
+
+pictures: .venv/.browser  ## draw the pictures of docs/ by headless Chromium
+	$(BIN)/python coverage/pictures.py
+	$(BIN)/python benchmarks/picture.py
+
+docs: export EDIT_URI := $(if $(REPOSITORY_URL),edit/main/docs/)
 
 docs: .venv/.docs  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

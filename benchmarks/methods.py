@@ -1,4 +1,4 @@
-"""Each method's forward and training step on a Llama, beside PEFT's with the same values."""
+"""Each method's forward, training step, kept bytes and adapting on a Llama, beside PEFT's with the same values."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from llama import training_step
+from llama import loss_of, training_step
 from models import LIBRARIES, TARGETS, assert_close, copy_sharing_weights, llama
-from timing import Ratio, Row, Samples, Target, calls, measure
+from timing import Ratio, Row, Samples, Target, calls, measure, once, size
 from torch import nn
 
 import graphpeft
+from graphpeft.testing.memory import kept_bytes
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "ADALORA": {"total_step": 1000},
@@ -34,6 +35,19 @@ def methods_time(rounds: int) -> list[Row]:
     return [row for method in methods() for row in _rows(method, base, tokens, rounds)]
 
 
+def methods_kept(rounds: int) -> list[Row]:
+    """Counts the bytes that a forward of each method keeps for the backward, which no round changes."""
+    base = llama(512, 8)
+    tokens = torch.randint(0, 256, (2, 64))
+    return [_kept_row(method, base, tokens) for method in methods()]
+
+
+def methods_injection(rounds: int) -> list[Row]:
+    """Times `get_peft_model` with each method, on a Llama of few and small layers."""
+    base = llama(256, 4)
+    return [_injection_row(method, base, rounds) for method in methods()]
+
+
 def methods() -> Iterator[str]:
     """Yields the methods that PEFT has and that adapt named layers; Poly also needs tasks in each call."""
     for name, config in graphpeft.PEFT_TYPE_TO_CONFIG_MAPPING.items():
@@ -43,12 +57,7 @@ def methods() -> Iterator[str]:
 
 def adapted_alike(method: str, base: nn.Module) -> dict[str, Any]:
     """Returns a copy of `base` by each library, with the same adapter, whose values aren't the first ones."""
-    name = graphpeft.PEFT_TYPE_TO_CONFIG_MAPPING[method].__name__
-    models: dict[str, Any] = {}
-    for library, package in LIBRARIES.items():
-        config = getattr(package, name)(**{"target_modules": TARGETS} | OPTIONS.get(method, {}))
-        torch.manual_seed(0)
-        models[library] = package.get_peft_model(copy_sharing_weights(base), config)
+    models = {library: _adapt(method, library, copy_sharing_weights(base)) for library in LIBRARIES}
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in models["PEFT"].parameters():
@@ -57,6 +66,27 @@ def adapted_alike(method: str, base: nn.Module) -> dict[str, Any]:
     state = LIBRARIES["PEFT"].get_peft_model_state_dict(models["PEFT"])
     graphpeft.set_peft_model_state_dict(models["graphpeft"], state)
     return models
+
+
+def _adapt(method: str, library: str, model: nn.Module) -> Any:
+    package, name = LIBRARIES[library], graphpeft.PEFT_TYPE_TO_CONFIG_MAPPING[method].__name__
+    config = getattr(package, name)(**{"target_modules": TARGETS} | OPTIONS.get(method, {}))
+    torch.manual_seed(0)
+    return package.get_peft_model(model, config)
+
+
+def _kept_row(method: str, base: nn.Module, tokens: torch.Tensor) -> Row:
+    models = adapted_alike(method, base)
+    kept = {name: kept_bytes(functools.partial(loss_of, model.train(), tokens)) for name, model in models.items()}
+    ours, theirs = kept["graphpeft"], kept["PEFT"]
+    ratio = Ratio(ours / theirs, ours / theirs, ours / theirs)
+    return Row(f"{method}: kept for the backward", None, theirs, ours, "PEFT", ratio, Target.at_most(1.0), size)
+
+
+def _injection_row(method: str, base: nn.Module, rounds: int) -> Row:
+    make = functools.partial(copy_sharing_weights, base)
+    candidates = {name: once(make, functools.partial(_adapt, method, name)) for name in LIBRARIES}
+    return _row(f"{method}: get_peft_model", measure(f"{method}: get_peft_model", candidates, rounds), 0.15)
 
 
 def _rows(method: str, base: nn.Module, tokens: torch.Tensor, rounds: int) -> Iterator[Row]:
@@ -71,6 +101,6 @@ def _rows(method: str, base: nn.Module, tokens: torch.Tensor, rounds: int) -> It
     yield _row(f"{method}: training step", measure(f"{method}: training step", steps, rounds))
 
 
-def _row(what: str, samples: Samples) -> Row:
+def _row(what: str, samples: Samples, most: float = 1.05) -> Row:
     ratio = Ratio.of(samples["graphpeft"], samples["PEFT"])
-    return Row(what, None, median(samples["PEFT"]), median(samples["graphpeft"]), "PEFT", ratio, Target.at_most(1.05))
+    return Row(what, None, median(samples["PEFT"]), median(samples["graphpeft"]), "PEFT", ratio, Target.at_most(most))

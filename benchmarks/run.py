@@ -26,7 +26,7 @@ from export import export_time
 from injection import injection_time
 from llama import forward_time, training_time
 from loading import loading_time
-from methods import methods_time
+from methods import methods_injection, methods_kept, methods_time
 from mixed import mixed_time
 from passes import compiled_time, kept_for_backward, passes_time
 from processes import first_model, import_time
@@ -39,6 +39,8 @@ BENCHMARKS: dict[str, tuple[Callable[[int], list[Row]], int]] = {
     "forward": (forward_time, 100),
     "training": (training_time, 50),
     "methods": (methods_time, 10),
+    "methods-kept": (methods_kept, 1),
+    "methods-injection": (methods_injection, 10),
     "experts": (experts_time, 30),
     "loading": (loading_time, 20),
     "mixed": (mixed_time, 50),

@@ -72,6 +72,7 @@ from graphpeft.rules.trained import FullyTrainedModule, SiteParameters, TableRow
 from graphpeft.showing import Shown, show
 from graphpeft.sites.feeding import feeding
 from graphpeft.sites.site import CallSite, LeafSite, Site
+from graphpeft.targeting.condition_numbers import KappaTuneSelector, find_kappa_target_modules
 from graphpeft.targeting.target_config import TargetedConfig
 from graphpeft.tracing.trace import trace
 
@@ -101,6 +102,7 @@ __all__ = [
     "FullyTrainedModule",
     "GuardError",
     "InputRule",
+    "KappaTuneSelector",
     "LeafSite",
     "LearningReport",
     "Mergeable",
@@ -148,6 +150,7 @@ __all__ = [
     "export",
     "export_adapter",
     "feeding",
+    "find_kappa_target_modules",
     "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",

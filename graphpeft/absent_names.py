@@ -11,7 +11,7 @@ _TUNERS = (
 """The methods for which PEFT has a wrapper class."""
 
 _TUNER = "a model isn't wrapped: get_peft_model(model, config) adapts it, and it stays of its own class"
-_TOKENS = "virtual tokens are parameters of the model, and no modules; get_peft_model_state_dict(model) returns them"
+_TOKENS = "graphs make them of the tensors in model.prompt_encoder; get_peft_model_state_dict(model) returns them"
 _CACHES = "prefix tuning reads where a model keeps keys and values from its code, without a table of models"
 
 ABSENT: dict[str, str] = {
@@ -21,7 +21,6 @@ ABSENT: dict[str, str] = {
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": "a model takes adapters of any methods, without a class for it",
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": _CACHES,
     "bloom_model_postprocess_past_key_value": _CACHES,
-    "find_kappa_target_modules": "choose targets by a predicate, get_peft_model(…, where=lambda site: …)",
     "shift_tokens_right": "models of Transformers shift their labels themselves, prompts or not",
 }
 """The names of ``peft.__all__``."""
@@ -49,10 +48,8 @@ ABSENT_MEMBERS: dict[str, dict[str, str]] = {
     },
     "helpers": {
         "DoraCaching": "each call computes DoRA's norm",
-        "KappaTuneSelector": "choose targets by a predicate, get_peft_model(…, where=lambda site: …)",
         "MontecloraTrainerMixin": "add monteclora_loss(model) to the loss in a compute_loss of your own",
         "disable_input_dtype_casting": "casts are nodes of a graph, which is the same in all calls",
-        "find_kappa_target_modules": "choose targets by a predicate, get_peft_model(…, where=lambda site: …)",
         "update_forward_signature": _SIGNATURES,
         "update_generate_signature": _SIGNATURES,
         "update_signature": _SIGNATURES,

@@ -185,6 +185,31 @@ def test_a_click_on_a_node_tells_its_rule_and_its_parameters(page: Opened):
     assert "call_function" in told
 
 
+@pytest.mark.parametrize("make", [vit, traced])
+def test_a_batch_s_costs_are_on_nodes_and_modules(browser: Any, tmp_path: Path, make: Any):
+    shown = graphpeft.show(make(), tmp_path / "model.html", example_inputs=(torch.randn(2, 3, 32, 32),))
+    opened = Opened(browser, shown.path)
+    opened.open_all()
+    opened.shoot(f"costs-{make.__name__}")
+    assert opened.errors == []
+    assert "keeps" in opened.tab.inner_text("details.module > summary")
+    labels = opened.tab.locator(".after .node.adapter").all_text_contents()
+    assert any("keeps" in label and "B" in label for label in labels)
+    opened.tab.locator(".after .node.adapter", has_text="keeps").first.click(force=True)
+    assert "kept for the backward" in opened.tab.inner_text("#details")
+
+
+def test_closed_calls_have_the_sum_of_what_their_nodes_keep(browser: Any, tmp_path: Path):
+    shown = graphpeft.show(traced(), tmp_path / "model.html", example_inputs=(torch.randn(2, 3, 32, 32),))
+    opened = Opened(browser, shown.path)
+    assert any("keeps" in label for label in opened.tab.locator(".after .node.call").all_text_contents())
+
+
+def test_without_a_batch_no_costs_are_told(page: Opened):
+    page.open_all()
+    assert "keeps" not in page.tab.inner_text("#model")
+
+
 def test_a_search_finds_a_module_and_opens_it(browser: Any, tmp_path: Path):
     opened = Opened(browser, graphpeft.show(vit(), tmp_path / "vit.html").path)
     opened.tab.fill("#search", "blocks.7.attn.proj")

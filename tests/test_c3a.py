@@ -10,6 +10,7 @@ from oracle import LINEAR
 from torch import nn
 
 from graphpeft import AdaptError, C3AConfig, get_peft_model
+from graphpeft.methods.c3a import circulant, convolved
 
 
 def test_each_block_is_made_of_one_row():
@@ -21,6 +22,24 @@ def test_each_block_is_made_of_one_row():
             a, b = kernel[i, j]
             expected = torch.stack([torch.stack([a, b]), torch.stack([b, a])])
             torch.testing.assert_close(change[2 * i : 2 * i + 2, 2 * j : 2 * j + 2], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_the_backward_keeps_the_input_and_the_rows_alone(size: int):
+    x = torch.randn(2, 5, 3 * size, dtype=torch.float64, requires_grad=True)
+    kernel = torch.randn(2, 3, size, dtype=torch.float64, requires_grad=True)
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        made = convolved(x, kernel)
+    assert [tensor.shape for tensor in kept] == [x.shape, kernel.shape]
+    torch.testing.assert_close(made, x @ circulant(kernel).mT)
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(convolved, (x, kernel))
 
 
 def test_two_active_adapters_add_up():

@@ -119,7 +119,7 @@ def test_a_cartridge_of_pefts_is_trained_on_in_its_parts(tmp_path: Path) -> None
     adapted(peft).save_pretrained(str(tmp_path))
     model = PeftModel.from_pretrained(LLAMA.build(), tmp_path, is_trainable=True)
     trained = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {"default.prompt_trained": (4, 64)}
+    assert trained == {"prompt_encoder.default.trainable_embedding": (4, 64)}
 
 
 # first values
@@ -195,7 +195,7 @@ def test_half_precision_values_become_single_ones() -> None:
     model: Any = get_peft_model(LLAMA.build().bfloat16(), CartridgeConfig(**OPTIONS))
     found = graphpeft.initialize_kv_prefix_from_text(model, Letters(), text=TEXT)
     assert found.dtype == torch.bfloat16
-    assert torch.equal(model.default.prompt_trained, found[2:].float())
+    assert torch.equal(model.prompt_encoder["default"].trainable_embedding, found[2:].float())
 
 
 # refusals

@@ -75,6 +75,7 @@ def talks():
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "models_of_mine.py").write_text(MODULE)
+    (tmp_path / "imports_another.py").write_text("import another_one")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
@@ -343,8 +344,14 @@ def test_a_saved_adapter_of_a_transformers_model_is_exported(here: Path, capsys:
     [
         (["export", "models_of_mine:made", "m.onnx"], 1, "m.onnx is to end with .pt2"),
         (["export", "models_of_mine:half", "m.pt2"], 2, "returned int"),
-        (["export", "models_of_mine:none", "m.pt2"], 1, "no attribute 'none'"),
-        (["export", "nothing_here:made", "m.pt2"], 1, "No module named 'nothing_here'"),
+        (["export", "models_of_mine:none", "m.pt2"], 2, "no attribute 'none'"),
+        (["export", "nothing_here:made", "m.pt2"], 2, "No module named 'nothing_here'"),
+        (["export", "nothing_here.inside:made", "m.pt2"], 2, "No module named 'nothing_here'"),
+        (["export", "imports_another:made", "m.pt2"], 1, "No module named 'another_one'"),
+        (["explain", "timm:nosuch"], 2, "timm has no model 'nosuch'"),
+        (["explain", "timm:resnet18x.a1_in1k"], 2, "timm has no model 'resnet18x.a1_in1k'"),
+        (["explain", "hf:no-such-folder"], 2, "no-such-folder"),
+        (["explain", "models_of_mine:base", "--set", "r=true"], 2, "r must be int, not True"),
         (["export", "no-such-folder", "m.pt2"], 2, "no-such-folder"),
         (["export", "models_of_mine:alone", "m.pt2"], 2, "tells of no inputs"),
         (["export", "models_of_mine:made", "m.pt2", "--format", "zip"], 2, "'zip' is not one of"),
@@ -368,6 +375,22 @@ def test_an_error_is_one_line_and_a_code(
     error = capsys.readouterr().err
     assert (found, len(error.splitlines())) == (code, 1), error
     assert reason in error
+
+
+@pytest.mark.quick("command")
+@pytest.mark.parametrize(("given", "sites"), [("0", ["0"]), ("0,1", ["0", "1"]), ('["1"]', ["1"])])
+def test_a_name_that_is_a_number_is_a_name(
+    given: str, sites: list[str], here: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["explain", "models_of_mine:base", "--set", f"target_modules={given}", "--json"]) == 0
+    assert [each["site"] for each in json.loads(capsys.readouterr().out)["adapted"]] == sites
+
+
+@pytest.mark.quick("command")
+@pytest.mark.parametrize("measure", [False, True])
+def test_show_measures_where_it_is_asked_to(measure: bool, here: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["show", "models_of_mine:made", "model.json", *(["--measure"] if measure else [])]) == 0
+    assert ("kept for the backward" in (here / "model.json").read_text(encoding="utf-8")) == measure
 
 
 @pytest.mark.quick("command")

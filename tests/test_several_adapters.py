@@ -326,10 +326,10 @@ def test_trained_rows_are_combined_by_the_weighted_sum_of_their_changes(kind: st
     model = with_adapters(graphpeft, untouched, *options)
     base = untouched.table.weight.detach()
     with torch.no_grad():
-        model.table.u.weight_rows.copy_(base[[1, 3]] + torch.tensor([[1.0], [2.0]]))
-        model.table.v.weight_rows.copy_(base[[3, 4]] + torch.tensor([[4.0], [8.0]]))
+        model.table.token_adapter.trainable_tokens_delta["u"].copy_(base[[1, 3]] + torch.tensor([[1.0], [2.0]]))
+        model.table.token_adapter.trainable_tokens_delta["v"].copy_(base[[3, 4]] + torch.tensor([[4.0], [8.0]]))
     model.add_weighted_adapter(["u", "v"], [0.5, -2.0], "new", kind)
-    changes = model.table.new.weight_rows - base[[1, 3, 4]]
+    changes = model.table.token_adapter.trainable_tokens_delta["new"] - base[[1, 3, 4]]
     expected = torch.tensor([[0.5], [0.5 * 2 - 2 * 4], [-2 * 8.0]])
     torch.testing.assert_close(changes, expected.expand_as(changes))
     model.set_adapter("new")
@@ -827,7 +827,7 @@ def test_rows_have_the_tensors_that_override_the_models_own(own: dict[str, Any],
     model.set_adapter("w")
     model(**text(), adapter_names=["w", "w", "u", "w", "__base__"]).logits.square().mean().backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert any("weight_w" in name or "weight_rows_w" in name or "lora_" in name for name in found)
+    assert any("weight_w" in name or "trainable_tokens_delta.w" in name or "lora_" in name for name in found)
     for name, gradient in found.items():
         assert gradient is not None, name
         assert gradient.abs().max() > 0, name

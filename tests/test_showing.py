@@ -17,13 +17,22 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphpeft
-from graphpeft import LoHaConfig, LoraConfig, PrefixTuningConfig, TaskType, explain, get_peft_model
+from graphpeft import (
+    LoHaConfig,
+    LoraConfig,
+    PrefixTuningConfig,
+    TaskType,
+    TrainableTokensConfig,
+    explain,
+    get_peft_model,
+)
 from graphpeft.adapters.adapting import modules_of
 from graphpeft.graph.tags import TAG
 from graphpeft.graph.template import template_of
 from graphpeft.showing.page import page
 from graphpeft.showing.picture import DrawnModule, DrawnSite, Picture
 from graphpeft.showing.reading import picture_of
+from graphpeft.testing.memory import kept_bytes
 
 pytestmark = pytest.mark.quick("showing")
 
@@ -155,10 +164,160 @@ def test_numbers_are_those_of_the_model():
     assert [tensor.gradient for tensor in site(model, "0.layer").tensors] == pytest.approx(norms)
 
 
+def test_a_change_is_relative_to_the_weight_of_the_base_while_another_adapter_is_merged():
+    model: Any = adapted()
+    before = site(model, "0.layer").change
+    model.add_adapter("large", LoraConfig(r=2, lora_alpha=40, target_modules=["0.layer"], init_lora_weights=False))
+    model.base_model.set_adapter(["large", "default"])
+    weight = model[0].layer.weight.detach().clone()
+    model.merge_adapter(["large"])
+    assert float(model[0].layer.weight.norm()) > 2 * float(weight.norm())
+    assert site(model, "0.layer").change == before
+
+
 def test_numbers_of_a_model_without_values_are_left_out():
     with torch.device("meta"):
         model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
     assert site(model, "0").change is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]),
+        LoraConfig(r=2, target_modules=["0"], bias="all"),
+        LoraConfig(r=2, target_modules=["0"], trainable_token_indices={"2": [0, 3]}),
+    ],
+    ids=["modules_to_save", "biases", "rows"],
+)
+def test_parameters_of_an_adapter_are_all_that_it_trains(config: LoraConfig):
+    model = nn.ModuleList([nn.Linear(3, 3), nn.LayerNorm(3), nn.Embedding(5, 3)])
+    (planned,) = picture_of(explain(model, config)).adapters
+    adapted: Any = get_peft_model(model, config)
+    (there,) = picture_of(adapted).adapters
+    assert planned.parameters == there.parameters == adapted.get_nb_trainable_parameters()[0]
+
+
+class TiedHead(nn.Module):
+    """Embeds and reads tokens by one table, as language models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embedding(tokens))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+def test_rows_of_tied_tables_are_counted_once():
+    config = TrainableTokensConfig(token_indices=[1, 2], target_modules=["embedding"])
+    model: Any = get_peft_model(TiedHead(), config)
+    (drawn_adapter,) = picture_of(model).adapters
+    assert drawn_adapter.parameters == model.get_nb_trainable_parameters()[0] == 8
+
+
+# costs
+
+
+def kept(picture: Picture) -> dict[str, int]:
+    """Returns the bytes that each node keeps, by the path of its graph's module and its name."""
+    return {
+        f"{module.path}:{name}": size for module in all_modules(picture.model) for name, size in module.kept_by.items()
+    }
+
+
+def test_kept_bytes_are_those_that_autograd_keeps_by_node():
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5), nn.GELU()), LoraConfig(r=2, target_modules=["0"]))
+    x = torch.randn(7, 6)
+    picture = picture_of(model, (x,))
+    layer = drawn(picture, "0")
+    assert layer.graphs is not None
+    of_adapter = {node.name for node in picture.graphs[layer.graphs][0].after if node.slot is not None}
+    # x is there anyway; x A^T, which B is multiplied with, is what the adapter keeps
+    assert layer.kept_by.keys() <= of_adapter
+    assert sum(layer.kept_by.values()) == layer.kept == 7 * 2 * 4
+    # GELU keeps its input, and has no graph
+    assert drawn(picture, "1").kept == 7 * 5 * 4
+    assert picture.model.kept == 7 * 2 * 4 + 7 * 5 * 4
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_kept_bytes_of_all_modules_are_those_that_a_profiler_counts(traced: bool):
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(*(Block() for _ in range(3)))
+    x = torch.randn(4, 6)
+    if traced:
+        model = graphpeft.trace(model, (x,))
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["layer"]), example_inputs=(x,))
+    picture = picture_of(model, (x,))
+    by_profiler = kept_bytes(lambda: model(x))
+    assert picture.model.kept == by_profiler > 0
+    assert sum(kept(picture).values()) <= by_profiler
+
+
+def test_the_model_the_batch_and_the_generators_are_as_before_they_were_measured():
+    torch.manual_seed(0)
+    layers = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.5)
+    model: Any = get_peft_model(nn.Sequential(*layers), LoraConfig(r=2, target_modules=["0"])).train()
+    x = torch.randn(4, 6)
+    model(x).sum().backward()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    gradients = {name: each.grad for name, each in model.named_parameters()}
+    generator = torch.get_rng_state()
+    picture_of(model, (x,))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(each.grad is gradients[name] for name, each in model.named_parameters())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_hooks_are_taken_off_if_a_batch_fails():
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 6)), LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(RuntimeError):
+        picture_of(model, (torch.randn(4, 5),))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_time_of_a_module_is_that_of_what_is_inside_and_more():
+    picture = picture_of(adapted(), (torch.randn(3, 6),))
+    for module in all_modules(picture.model):
+        assert module.seconds is not None
+        assert module.seconds >= sum(part.seconds or 0 for part in module.inside) > -1
+        assert module.kept is not None
+
+
+def test_what_is_not_called_has_no_costs():
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    picture = picture_of(get_peft_model(Sometimes(), LoraConfig(r=2, target_modules=["used"])), (torch.ones(1, 6),))
+    assert (drawn(picture, "unused").kept, drawn(picture, "unused").seconds) == (None, None)
+    assert drawn(picture, "used").seconds is not None
+
+
+def test_without_a_batch_nothing_is_measured():
+    picture = picture_of(adapted())
+    assert all(module.kept is module.seconds is None for module in all_modules(picture.model))
+    assert kept(picture) == {}
+
+
+def test_a_plan_takes_no_batch():
+    report = explain(nn.Sequential(nn.Linear(3, 3)), LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match="adapt the model, and show that with the batch"):
+        picture_of(report, (torch.ones(1, 3),))
 
 
 def test_equal_layers_are_of_one_kind_and_share_their_graphs():
@@ -237,7 +396,7 @@ def test_names_of_others_are_no_code_of_the_page():
 def test_show_writes_the_page(tmp_path: Path):
     shown = graphpeft.show(adapted(), tmp_path / "new" / "model.html")
     assert shown.path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
-    assert shown._repr_html_().startswith('<iframe srcdoc="&lt;!DOCTYPE html&gt;')
+    assert str(shown._repr_html_()).startswith('<iframe srcdoc="&lt;!DOCTYPE html&gt;')
 
 
 def test_show_opens_the_browser_without_a_path(monkeypatch: pytest.MonkeyPatch):

@@ -430,7 +430,7 @@ def test_the_laws_hold() -> None:
 
 def test_rows_follow_as_before() -> None:
     model = by(graphpeft, llama, {"target_modules": ["q_proj"], "trainable_token_indices": [3]})
-    assert sum("weight_rows" in name for name, _ in model.named_parameters()) == 1
+    assert sum("trainable_tokens_delta" in name for name, _ in model.named_parameters()) == 1
 
 
 @pytest.mark.parametrize(
@@ -504,6 +504,6 @@ def test_one_name_of_two_tied_embeddings_trains_the_rows_that_both_share() -> No
     model: Any = get_peft_model(transformers.BartModel(config), graphpeft.LoraConfig(**options))
     tokens = torch.tensor([[3, 5, 7]])
     model(input_ids=tokens, decoder_input_ids=tokens).last_hidden_state.square().sum().backward()
-    (rows,) = [parameter for name, parameter in model.named_parameters() if "rows" in name]
+    (rows,) = [parameter for name, parameter in model.named_parameters() if "trainable_tokens" in name]
     assert rows.shape == (2, 8)
     assert rows.grad is not None

@@ -104,6 +104,33 @@ def perturbed(model: Any) -> Any:
     return model.eval()
 
 
+def test_rows_have_pefts_names_and_go_with_their_adapter() -> None:
+    found = []
+    for library in (peft, graphpeft):
+        config = library.LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 5]})
+        model: Any = library.get_peft_model(built(LLAMA.build), config)
+        model.add_adapter("other", config)
+        rows = model.get_input_embeddings().token_adapter.trainable_tokens_delta
+        assert rows["default"].shape == rows["other"].shape == (2, 32)
+        assert set(rows.keys()) == {"default", "other"}
+        found.append({name: tuple(p.shape) for name, p in model.named_parameters() if "trainable_tokens" in name})
+    assert {f"base_model.model.{name}": shape for name, shape in found[1].items()} == found[0]
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    assert list(rows.keys()) == ["other"]
+    model.unload()
+    assert not hasattr(model.get_input_embeddings(), "token_adapter")
+
+
+def test_a_table_that_has_the_name_already_is_refused() -> None:
+    model: Any = built(LLAMA.build)
+    model.get_input_embeddings().token_adapter = nn.Identity()
+    before = list(model.state_dict())
+    with pytest.raises(AdaptError, match="embed_tokens has an attribute 'token_adapter' already"):
+        get_peft_model(model, TrainableTokensConfig(token_indices=[1]))
+    assert list(model.state_dict()) == before
+
+
 class Words(nn.Module):
     """An embedding and a head with a bias, in any order."""
 
@@ -170,7 +197,7 @@ def test_a_linear_layer_keeps_its_bias_which_it_loses_in_peft() -> None:
     ours: Any = get_peft_model(built(Words), TrainableTokensConfig(**options))
     assert torch.equal(ours(IDS), built(Words)(IDS))
     perturb(ours)
-    graphpeft_rows, base = ours.head.default.weight_rows, built(Words)
+    graphpeft_rows, base = ours.head.token_adapter.trainable_tokens_delta["default"], built(Words)
     weight = base.get_parameter("head.weight").detach().clone()
     weight[[3, 1]] = graphpeft_rows.detach()
     peft.set_peft_model_state_dict(theirs, graphpeft.get_peft_model_state_dict(ours))

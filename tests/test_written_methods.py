@@ -658,12 +658,80 @@ def test_a_rule_that_would_do_nothing_is_refused(rule: Any, reason: str, monkeyp
             {"w": ParameterSpec((6, 6), "w"), "v": ParameterSpec((6, 6), "w")},
             "w is the name of two parameters in files",
         ),
+        (
+            {"w": ParameterSpec((6, 6), "w", path="part"), "v": ParameterSpec((6, 6), "v", path="part.w")},
+            "part is the path of a parameter, and there is another one at it or inside",
+        ),
+        (
+            {"w": ParameterSpec((6, 6), "w"), "v": ParameterSpec((6, 6), "v", path="w")},
+            "w is the path of a parameter, and there is another one at it or inside",
+        ),
     ],
 )
 def test_names_with_two_meanings_are_refused(specs: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OwnTensor, "parameters", lambda self, site, config: specs)
     with pytest.raises(AdaptError, match=reason):
         get_peft_model(two_layers(), OwnTensorConfig(target_modules=["0"]))
+
+
+@dataclass(frozen=True)
+class Shift(DeltaRule):
+    def parameters(self, site: Any, config: Any) -> dict[str, ParameterSpec]:
+        return {"shift": ParameterSpec(site.matrix_shape, key="shift")}
+
+    def initialise(self, parameters: Any, site: Any, config: Any, module: nn.Module) -> None:
+        parameters["shift"].normal_()
+
+    def delta(self, shift: Any) -> Any:
+        return shift
+
+
+@dataclass(frozen=True)
+class GroupedShift(Shift):
+    held_in = "held"
+
+    def parameters(self, site: Any, config: Any) -> dict[str, ParameterSpec]:
+        return {"shift": ParameterSpec(site.matrix_shape, key="shift", path="part.shift")}
+
+
+@dataclass(kw_only=True)
+class ShiftConfig(TargetedConfig):
+    peft_type = "SHIFT"
+
+    def rule_for(self, site: Any, dtype: torch.dtype) -> Any:
+        return Shift()
+
+
+def test_tensors_are_in_the_group_and_the_parts_that_a_rule_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphpeft.register(ShiftConfig)
+
+    def build() -> Any:
+        torch.manual_seed(2)
+        model: Any = get_peft_model(two_layers(), ShiftConfig(target_modules=["0", "2"]))
+        model.add_adapter("other", ShiftConfig(target_modules=["0"]))
+        return model
+
+    plain, rows = build(), ["default", "other", "__base__"]
+    monkeypatch.setattr(ShiftConfig, "rule_for", lambda self, site, dtype: GroupedShift())
+    model = build()
+    assert {name for name, _ in model.named_parameters() if "shift" in name} == {
+        *("0.held.default.part.shift", "0.held.other.part.shift", "2.held.default.part.shift"),
+    }
+    assert torch.equal(model(X), plain(X))
+    assert torch.equal(copy.deepcopy(model)(X), plain(X))
+    assert torch.equal(torch.fx.Interpreter(model[0]).run(X), plain[0](X))
+    torch.testing.assert_close(model(X[:3], adapter_names=rows), plain(X[:3], adapter_names=rows))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(two_layers(), tmp_path)(X), plain(X))
+    merged = copy.deepcopy(model).merge_and_unload()
+    torch.testing.assert_close(merged(X), plain(X))
+    model.delete_adapter("other")
+    assert [name for name, _ in model.named_modules() if name.endswith("held")] == ["0.held", "2.held"]
+    model.delete_adapter("default")
+    assert set(model.state_dict()) == set(two_layers().state_dict())
+    assert torch.equal(model(X), two_layers()(X))
 
 
 def test_a_rule_with_constants_of_its_own_keeps_its_dropout_when_it_is_trained_again(

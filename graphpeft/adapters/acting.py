@@ -14,6 +14,7 @@ from graphpeft.adapters.padded_inputs import keep_padded
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.graph import in_place, overrides, slots
+from graphpeft.graph.holders import HolderGroup
 from graphpeft.graph.kept_forwards import foreign_forward
 from graphpeft.graph.paths import join
 from graphpeft.graph.template import Template, refuse_other_options
@@ -33,6 +34,7 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
     layers: dict[str, dict[str, in_place.Layer | None]] = {
         path: {"slots": layer} for path, layer in _slot_layers(modules, adapters, seats)
     }
+    _put_into_slots_of_groups(modules, adapters, seats)
     if adapters.passes is not None:
         # they read what is in slots
         for path, of_module in layers.items():
@@ -100,6 +102,20 @@ def _slot_layers(
         if path in modules:
             there = slots.read_in(modules[path])
             yield path, slots.layer_for({slot: name for slot, name in there.items() if slot not in before} | own)
+
+
+def _put_into_slots_of_groups(modules: Modules, adapters: Adapters, seats: Mapping[str, int]) -> None:
+    """Lets groups have their holders under the names of slots."""
+    names: dict[tuple[str, str], dict[int, str]] = {}
+    for name in {*adapters.slots, *seats}:
+        for adapted in adapters.by_name[name].sites:
+            if adapted.rule.held_in:
+                of_group = names.setdefault((adapted.site.owner, adapted.rule.held_in), {})
+                of_group |= {seats[name]: name} if name in seats else {}
+    for (path, group), own in names.items():
+        holders = modules[path]._modules.get(group) if path in modules else None
+        if isinstance(holders, HolderGroup):
+            slots.read_in_group(holders, own, adapters.slots.values())
 
 
 def override_readers(adapters: Adapters, wanted: list[str]) -> dict[str, dict[str, str]]:

@@ -77,6 +77,8 @@ def _joined(sites: Sequence[AdaptedSite]) -> Any:
         not isinstance(first, RunsByRow)
         or not first.zeros_change_nothing
         or any(place_of(adapted) != place_of(sites[0]) for adapted in sites)
+        # which are found by their names in holders at the module itself
+        or any(adapted.rule.held_in or any(spec.path for spec in adapted.specs.values()) for adapted in sites)
     ):
         return None
     rule = first.joined([adapted.rule for adapted in sites])

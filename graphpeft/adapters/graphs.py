@@ -19,6 +19,7 @@ from graphpeft.graph.paths import join, within
 from graphpeft.graph.template import Graphs, Template, names_in_slots, template_of
 from graphpeft.rules import rewrite
 from graphpeft.rules.adapted_site import AdaptedSite
+from graphpeft.rules.code_in_graphs import RuleError
 from graphpeft.rules.rule import Mergeable, changes_bias
 from graphpeft.wording import joined
 
@@ -184,7 +185,7 @@ def with_adapter(
                     op = op_in(graph, named, node, kind, module, region)
                     try:
                         rewrite.insert(graph, op, rule, dict(attributes), slot, method, is_change)
-                    except (rewrite.RuleError, ProxyError) as error:
+                    except (RuleError, ProxyError) as error:
                         raise AdaptError(f"{type(rule).__name__} of {method} can't adapt {region}: {error}") from error
 
     return worn.derive(("with", slot, method, edits), edit, back=("without", slot))

@@ -25,10 +25,19 @@ from graphpeft.adapters.trainable import thaw
 from graphpeft.graph import in_place, overrides, slots
 from graphpeft.graph.forward_classes import holds_own_tensor
 from graphpeft.graph.hidden_holders import hide_holders, stop_hiding
-from graphpeft.graph.holders import has_tensor, holder_for, place_of, tensor_at
+from graphpeft.graph.holders import (
+    HolderGroup,
+    has_tensor,
+    holder_for,
+    new_place,
+    place_of,
+    put_on,
+    take_off,
+    tensor_at,
+)
 from graphpeft.graph.kept_forwards import forget, know
 from graphpeft.graph.overrides import own_parameter
-from graphpeft.graph.paths import modules_by_path
+from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.graph.sharding import is_managed
 from graphpeft.graph.template import GraphForward, names_in_slots, template_of
 from graphpeft.graph.tensor_parallel_forwards import refusal
@@ -67,9 +76,12 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
         for adapted in plan.sites
         for constant, value in adapted.constants.items()
     }
+    adapter = Adapter.of(plan)
     owners = dict.fromkeys([path for path, _ in (*made, *constants)])
+    roots = [(path, root) for path, root in adapter.roots(name) if path in owners]
+    for path, root in roots:
+        _refuse_taken(modules[path], path, root)
     for path in owners:
-        _refuse_taken(modules[path], path, name)
         reason = refusal(modules[path])
         if reason is not None:
             raise AdaptError(f"{path or 'the model'} can't be adapted: {reason}; leave it out of the config")
@@ -82,15 +94,17 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
                 f"see that of adapter {name!r} in its place; let it read the tensor from the module in each call"
             )
     method, options = plan.config.method.lower(), short_options(plan.config)
-    for path in owners:
-        set_item(modules[path]._modules, name, holder_for(modules[path], method, options))
+    for path, root in roots:
+        # what is a tensor itself is in groups alone
+        holder = None if (path, root) in made else holder_for(modules[path], method, options)
+        put_on(modules[path], root, holder)
         hide_holders(modules[path])
     for (path, attribute), tensor in made.items():
-        holder, own = place_of(modules[path], attribute)
+        holder, own = new_place(modules[path], attribute)
         held: dict[str, Any] = holder._parameters if isinstance(tensor, nn.Parameter) else holder._buffers
-        held[own] = tensor
+        set_item(held, own, tensor)
     for (path, attribute), value in constants.items():
-        holder, own = place_of(modules[path], attribute)
+        holder, own = new_place(modules[path], attribute)
         vars(holder)[own] = value
     lifted = {
         region: without_any(template)
@@ -101,20 +115,40 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
     for region in lifted:
         if region:  # that of the model itself asks in each call which adapters act, see `set_forwards.py`
             know(modules[region])
-    set_item(adapters.by_name, name, Adapter.of(plan))
+    set_item(adapters.by_name, name, adapter)
     adapters.note_call_inputs(modules[""])
     own = {place: value for place, value in (values or {}).items() if place not in made}
-    overwrite(modules, adapters.by_name[name], name, own)
+    overwrite(modules, adapter, name, own)
 
 
-def _refuse_taken(module: nn.Module, path: str, name: str) -> None:
+def _refuse_taken(module: nn.Module, path: str, root: str) -> None:
     where = path or "the model"
-    held = (module.__dict__, module._parameters, module._buffers, module._modules)
-    # hasattr of the module itself takes its time where there is none
-    if any(name in names for names in held) or hasattr(type(module), name) or name in _OF_GRAPHS:
-        raise AdaptError(f"{where} has an attribute {name!r} already; choose another adapter name")
     for attribute in slots.names_like_slots(module):
         raise AdaptError(f"{where} has an attribute {attribute!r}, which graphs read for adapters; rename it")
+    *groups, name = root.split(".")
+    around: nn.Module | None = module
+    for group in groups:
+        assert around is not None
+        inner = around._modules.get(group)
+        if not isinstance(inner, HolderGroup):
+            # what an adapted model has under PEFT's name isn't its own
+            if _has(around, in_place.original_class(around), group):
+                raise AdaptError(
+                    f"{where} has an attribute {group!r} already, where the adapter's tensors are to be; rename it"
+                )
+            around = None
+            break
+        around = inner
+    is_taken = hasattr(HolderGroup, name) if around is None else _has(around, type(around), name)
+    if is_taken or name in _OF_GRAPHS:
+        where = join(path, ".".join(groups)) or where
+        raise AdaptError(f"{where} has an attribute {name!r} already; choose another adapter name")
+
+
+def _has(module: nn.Module, cls: type, name: str) -> bool:
+    # hasattr of the module itself takes its time where there is none
+    held = (module.__dict__, module._parameters, module._buffers, module._modules)
+    return any(name in names for names in held) or hasattr(cls, name)
 
 
 def _refuse_unmanaged(module: nn.Module, path: str, name: str) -> None:
@@ -242,11 +276,11 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
     delete_item(adapters.by_name, name)
     adapters.note_call_inputs(modules[""])
     forget_mixing(adapters)
-    places = (*adapter.tensor_names(name), *((adapted.site.owner, "") for adapted in adapter.sites))
-    # tolerant of what is no longer there: somebody may have put another module in the place of an adapted one
-    for path in dict.fromkeys(path for path, _ in places if path in modules):
-        delete_item(modules[path]._modules, name)
-        stop_hiding(modules[path])
+    for path, root in adapter.roots(name):
+        # somebody may have put another module in the place of an adapted one
+        if path in modules:
+            take_off(modules[path], root)
+            stop_hiding(modules[path])
     for (path, attribute), tensor in adapter.overwritten.items():
         if path in modules and modules[path]._parameters.get(attribute) is not None:
             with written(modules[path]):

@@ -23,7 +23,7 @@ from graphpeft.graph.paths import join
 from graphpeft.graph.sharding import is_partitioned
 from graphpeft.graph.template import Template
 from graphpeft.peft_errors import PeftError
-from graphpeft.rules.adapted_site import AdaptedSite
+from graphpeft.rules.adapted_site import AdaptedSite, NamesInHolder, names_in_holder
 from graphpeft.rules.arguments import unknown_argument
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.contradictions import contradiction, lacking_base, unfit_bases
@@ -293,7 +293,7 @@ def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template) 
     if reason is not None:
         raise AdaptError(f"{config.method}: {reason}")
     _refuse_unknown_arguments(rule, site, (*specs, *constants), config)
-    names = _names((*specs, *constants), site.prefix, plan.report.adapter)
+    names = _names(names_in_holder(specs, constants, site.prefix), rule.held_in, plan.report.adapter)
     shared = _shared(plan, site, specs, names, dtype)
     plan.sites.append(AdaptedSite(site, rule, specs, constants, names, dtype, replaced, shared))
     plan.templates[site.region] = template
@@ -371,8 +371,8 @@ def _refuse_replaced_twice(plan: Plan) -> None:
 
 # equal sites share one
 @functools.lru_cache(maxsize=1024)
-def _names(of_rule: tuple[str, ...], prefix: str, adapter: str) -> Mapping[str, str]:
-    return {name: name_at(adapter, f"{prefix}{name}") for name in of_rule}
+def _names(names: NamesInHolder, group: str, adapter: str) -> Mapping[str, str]:
+    return {name: name_at(adapter, path, group) for name, path in names}
 
 
 def dtype_of_adapter(dtype: torch.dtype, autocast: bool) -> torch.dtype:

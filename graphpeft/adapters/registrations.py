@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.graph import in_place
-from graphpeft.graph.holders import Holder
+from graphpeft.graph.holders import adapters_at
 from graphpeft.graph.paths import join, modules_by_path, unwrapped
 from graphpeft.graph.template import names_in_slots
 
@@ -57,8 +57,8 @@ def _adapters_in(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], None
     for path, each in modules.items():
         if any(path == one or not one or path.startswith(f"{one}.") for one in whole):
             continue
-        held = [name for name, child in each._modules.items() if isinstance(child, Holder)]
-        found.update(dict.fromkeys((path, name) for name in (*held, *names_in_slots(each).values())))
+        names = (*adapters_at(each), *names_in_slots(each).values())
+        found.update(dict.fromkeys((path, name) for name in names))
     return found
 
 

@@ -16,7 +16,7 @@ from graphpeft.adapters import registrations
 from graphpeft.adapters.plan import Plan
 from graphpeft.adapters.replication import Replication
 from graphpeft.graph import overrides
-from graphpeft.graph.holders import all_parameters, tensor_at
+from graphpeft.graph.holders import all_parameters, name_at, tensor_at
 from graphpeft.graph.template import Template
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
@@ -155,6 +155,12 @@ class Adapter:
         return {
             (path, overrides.override_name(name, adapter)) for path, names in self.replaced.items() for name in names
         }
+
+    def roots(self, adapter: str) -> list[tuple[str, str]]:
+        """Returns the places of the adapter's holders, and of tensors that are in none: a module's path, and a name."""
+        found = [(adapted.site.owner, name_at(adapter, "", adapted.rule.held_in)) for adapted in self.sites]
+        found += [(path, name_at(adapter, "")) for path in self.overrides]
+        return list(dict.fromkeys([*found, *((path, overrides.rows(adapter)) for path in self.rows)]))
 
     def tensor_names(self, adapter: str) -> Iterator[tuple[str, str]]:
         """Yields the module's path and the name of every tensor of this adapter."""

@@ -56,9 +56,9 @@ def _distributed(plan: Plan, modules: Modules, made: Tensors) -> Tensors:
     }
     found: dict[int, torch.Tensor] = {}
     for place, tensor in made.items():
-        path, own = beside.get(place, (place[0], place[1].rpartition(".")[2]))
-        held = {**modules[path]._parameters, **modules[path]._buffers}
-        weight = held.get("weight" if own == "weight_rows" else own)
+        is_rows = place[1] == overrides.rows(plan.report.adapter)
+        path, own = beside.get(place, (place[0], "weight" if is_rows else place[1].rpartition(".")[2]))
+        weight = {**modules[path]._parameters, **modules[path]._buffers}.get(own)
         if is_tensor_parallel(modules[path], weight) and id(tensor) not in found:
             # a module is given whole tensors, which are to be equal in all processes
             like = equal_in_all if place in at_boundaries else distributed_as

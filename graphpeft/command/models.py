@@ -77,23 +77,33 @@ def _learning(learning: Any) -> Any:
 @source
 @click.argument("path", metavar="[PATH]", required=False)
 @with_config
+@click.option(
+    "--measure", is_flag=True, help="Run the example inputs, and show what is kept for the backward, and time."
+)
 @as_json
 def show(
-    source: str, path: str | None, config: str | None, method: str, options: tuple[str, ...], as_json: bool
+    source: str,
+    path: str | None,
+    config: str | None,
+    method: str,
+    options: tuple[str, ...],
+    measure: bool,
+    as_json: bool,
 ) -> None:
     """Draws a MODEL as a page of HTML, with what a config would do to it; without PATH, in the browser.
 
-    An adapted MODEL is drawn as it is.
+    An adapted MODEL is drawn as it is. A PATH that ends with .json is for Google's Model Explorer.
 
     \b
-      graphpeft show runs/checkpoint-100 picture.html
+      graphpeft show runs/checkpoint-100 picture.html --measure
       graphpeft show timm:resnet18 --set r=4 --set target_modules=conv1,conv2
+      graphpeft show timm:resnet18 resnet18.json --set target_modules=conv1
     """
     given = model_from(source)
     shown: Any = given.model
     if adapters_of(given.model) is None and (options or config is not None):
         shown = explain_model(given.model, config_from(config, method, options), example_inputs=given.example_inputs)
-    picture = show_model(shown, path)
+    picture = show_model(shown, path, example_inputs=needed_inputs(given, source) if measure else None)
     tell({"picture": str(picture.path)}, as_json, picture)
 
 

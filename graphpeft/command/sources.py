@@ -20,7 +20,9 @@ from torch import nn
 from graphpeft.auto import class_for
 from graphpeft.files.hub import CONFIG_NAME
 from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.options import admits
 from graphpeft.rules.registry import registered
+from graphpeft.wording import joined
 
 _FUNCTION = re.compile(r"(?P<module>\w+(\.\w+)*):(?P<function>\w+)")
 
@@ -52,6 +54,9 @@ def model_from(source: str) -> Given:
 
 def _timm(name: str) -> Given:
     timm = importlib.import_module("timm")
+    if not timm.is_model(name):
+        similar = timm.list_models(f"*{name.partition('.')[0]}*")
+        raise click.UsageError(f"timm has no model {name!r}" + (f"; it has {joined(similar)}" if similar else ""))
     torch.manual_seed(0)
     model = timm.create_model(name)
     sizes = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
@@ -60,7 +65,11 @@ def _timm(name: str) -> Given:
 
 def _transformers(path: str) -> Given:
     transformers = importlib.import_module("transformers")
-    class_name = (transformers.AutoConfig.from_pretrained(path).architectures or ["AutoModel"])[0]
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise click.UsageError(f"hf:{path}: {error}") from error
+    class_name = (config.architectures or ["AutoModel"])[0]
     return _with_inputs(getattr(transformers, class_name, transformers.AutoModel).from_pretrained(path))
 
 
@@ -78,7 +87,15 @@ def _made(module: str, function: str) -> Given:
     if here not in sys.path:
         sys.path.insert(0, here)  # as for python -m
     torch.manual_seed(0)
-    made = getattr(importlib.import_module(module), function)()
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and imports another one that isn't
+        raise click.UsageError(str(error)) from error
+    if not hasattr(found, function):
+        raise click.UsageError(f"module {module!r} has no attribute {function!r}")
+    made = getattr(found, function)()
     if isinstance(made, nn.Module):
         return Given(made, None)
     if not isinstance(made, tuple) or len(made) != 2:
@@ -97,19 +114,20 @@ def config_from(config: str | None, method: str, options: Sequence[str]) -> Peft
     Args:
         config: A folder or a file with an `adapter_config.json`; None without one.
         method: The method, if there is no config.
-        options: Further options as NAME=VALUE; a value is JSON, or text.
+        options: Further options as NAME=VALUE; a value is JSON, or text where the option takes that alone.
 
     Raises:
         click.ClickException: If there is no such method, option or value, or the config can't be read.
     """
-    given = dict(map(_option, options))
     if config is not None:
         read = _config_in(config)
+        given = dict(_option(type(read), option) for option in options)
         return _with(functools.partial(dataclasses.replace, read), read.method, given)
     classes = registered()
     if method.upper() not in classes:
         raise click.UsageError(f"there is no method {method!r}; there are {', '.join(sorted(classes))}")
-    return _with(classes[method.upper()], method, given)
+    cls = classes[method.upper()]
+    return _with(cls, method, dict(_option(cls, option) for option in options))
 
 
 def _config_in(source: str) -> PeftConfig:
@@ -127,14 +145,16 @@ def _with(build: Callable[..., PeftConfig], method: str, options: dict[str, Any]
         raise click.UsageError(f"{method}: {error}") from error
 
 
-def _option(text: str) -> tuple[str, Any]:
+def _option(cls: type, text: str) -> tuple[str, Any]:
     name, is_given, value = text.partition("=")
     if not is_given:
         raise click.UsageError(f"--set {text}: write NAME=VALUE, such as r=16 or target_modules='[\"qkv\"]'")
     try:
-        return name, json.loads(value)
+        read = json.loads(value)
     except ValueError:
-        return name, value.split(",") if "," in value else value
+        read = value.split(",") if "," in value else value
+    # a module may be called 0, as in target_modules=0
+    return name, value if not admits(cls, name, read) and admits(cls, name, value) else read
 
 
 def needed_inputs(given: Given, source: str) -> Any:

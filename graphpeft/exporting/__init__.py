@@ -27,12 +27,12 @@ from graphpeft.exporting.export_report import ExportReport
 from graphpeft.exporting.formats import FORMATS
 from graphpeft.exporting.formats.format import Export, Format
 from graphpeft.exporting.program import Dynamic, Input
-from graphpeft.exporting.steps import shown
 from graphpeft.graph.errors import GuardError, TraceError
 from graphpeft.graph.paths import unwrapped
 from graphpeft.model.peft_model import PeftModel
 from graphpeft.passes.optimization import optimize
 from graphpeft.peft_errors import PeftWarning
+from graphpeft.progress import steps
 
 __all__ = ["CARRIERS", "FORMATS", "ExportError", "ExportReport", "export", "export_adapter"]
 
@@ -58,7 +58,8 @@ def export(
         example_inputs: A tuple of positional or a dict of keyword arguments of the model.
         path: The file to write. For weights, a path without a suffix is a folder.
         format: ``"pt2"``: a program of ``torch.export``. ``"aoti"``: a package of AOTInductor. ``"onnx"``: an ONNX
-            graph. ``"safetensors"`` and ``"state_dict"``: the weights alone.
+            graph. ``"openvino"``: OpenVINO's graph. ``"executorch"``: a program of ExecuTorch. ``"safetensors"`` and
+            ``"state_dict"``: the weights alone.
         adapters: ``"merged"``: added to the weights. ``"baked"``: branches in the graph. ``"inputs"``: the tensors of
             one adapter are an argument, for any adapter of the same shapes. ``"rows"``: the tensors of several adapters
             are an argument, and each row of the batch chooses one. For the last two, each adapter of the model is also
@@ -86,7 +87,7 @@ def export(
     target = Path(os.path.abspath(path))  # the folder "." has a name, too
     _refuse_path(form, format, target)
     model, given = unwrapped(model), Example.of(example_inputs)
-    with shown(3) as step, _generators_kept(model), staged_beside(target) as folder:
+    with steps(3) as step, _generators_kept(model), staged_beside(target) as folder:
         step("copying the model")
         source, probe = copies.sharing_weights(model), copies.sharing_weights(model)
         _refuse_example(probe, given)

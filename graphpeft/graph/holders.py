@@ -2,7 +2,8 @@
 
 ``q_proj.default.lora_A`` is the tensor `lora_A` of the adapter ``default`` at `q_proj`. So names of tensors have the
 adapter's name as a component of their path, as in PEFT, and all of an adapter at a module comes and goes as one object.
-Code that goes through a model's own modules leaves holders out.
+A holder may be in a group, and may have parts, which have tensors: ``prompt_encoder.default.embedding.weight``. Groups
+and parts are holders, too. Code that goes through a model's own modules leaves holders out.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from graphpeft._torch import can_take_data
 from graphpeft.graph.sharding import distributed_as, is_sharded
+from graphpeft.transaction import delete_item, set_item
 
 
 class Holder(nn.Module):
     """The tensors of one adapter at a module, as its parameters and buffers; its numbers are plain attributes.
 
-    Holders may have tensors in common, as several modules may have a tied parameter.
+    Holders may have tensors in common, as several modules may have a tied parameter. A holder holds holders alone.
     """
 
     _graphpeft_method = "adapter"
@@ -57,10 +59,10 @@ class Holder(nn.Module):
         self._keep_shared(*before)
         return self
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Loads a state dict; one that is assigned gives its tensors' data to those here, which others may have."""
         before = dict(self._parameters), dict(self._buffers)
-        super()._load_from_state_dict(*args)
+        super()._load_from_state_dict(*args, **kwargs)
         self._keep_shared(*before)
 
     def _keep_shared(self, parameters: Mapping[str, Any], buffers: Mapping[str, Any]) -> None:
@@ -70,6 +72,7 @@ class Holder(nn.Module):
             parameters: The parameters that were here before.
             buffers: The buffers that were here before.
         """
+        held: Any
         for held, before in ((self._parameters, parameters), (self._buffers, buffers)):
             for name, tensor in before.items():
                 new: Any = held.get(name)
@@ -96,6 +99,41 @@ class Holder(nn.Module):
 _BEFORE_HOOK = "_graphpeft_before_hook"
 
 
+class HolderGroup(Holder):
+    """What several adapters have at a module, their holders or a tensor of each, by the adapters' names.
+
+    Attributes:
+        in_slots: The adapters whose holders graphs read, by the names of their slots.
+    """
+
+    _graphpeft_method = "adapters"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_slots: dict[str, str] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(vars(self).get("in_slots", {}).get(name, name))
+
+    def keys(self) -> list[str]:
+        """Returns the names of the adapters."""
+        return [*self._modules, *self._parameters, *self._buffers]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def __contains__(self, adapter: object) -> bool:
+        return adapter in self.keys()
+
+    def __getitem__(self, adapter: str) -> Any:
+        if adapter not in self:
+            raise KeyError(adapter)
+        return getattr(self, adapter)
+
+
 def holder_for(module: nn.Module, method: str, options: str) -> Holder:
     """Returns an empty holder for an adapter at `module`.
 
@@ -113,9 +151,43 @@ def holder_for(module: nn.Module, method: str, options: str) -> Holder:
     return holder
 
 
-def name_at(adapter: str, name: str) -> str:
-    """Returns the name, at the module that is adapted, of what the adapter's holder has as `name`."""
-    return f"{adapter}.{name}"
+def put_on(module: nn.Module, path: str, holder: Holder | None) -> None:
+    """Gives `module` a holder at a path, and the groups around it that aren't there; None makes these alone."""
+    *groups, own = path.split(".")
+    for group in groups:
+        if group not in module._modules:
+            set_item(module._modules, group, HolderGroup())
+        module = _inside(module, group)
+    if holder is not None:
+        set_item(module._modules, own, holder)
+
+
+def take_off(module: nn.Module, path: str) -> None:
+    """Takes the holder or the tensor at a path off `module`, and groups that are empty then; all may be gone."""
+    *groups, own = path.split(".")
+    around = [module]
+    for group in groups:
+        inner = around[-1]._modules.get(group)
+        if inner is None:
+            return
+        around.append(inner)
+    for held in (around[-1]._modules, around[-1]._parameters, around[-1]._buffers):
+        delete_item(held, own)
+    for outer, group in reversed(list(zip(around, groups, strict=False))):
+        inner = _inside(outer, group)
+        if not (inner._modules or inner._parameters or inner._buffers):
+            delete_item(outer._modules, group)
+
+
+def _inside(module: nn.Module, name: str) -> nn.Module:
+    inner = module._modules[name]
+    assert inner is not None
+    return inner
+
+
+def name_at(adapter: str, name: str, group: str = "") -> str:
+    """Returns the name, at the module that is adapted, of what an adapter's holder has as `name`; "" is the holder."""
+    return ".".join(filter(None, (group, adapter, name)))
 
 
 def place_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -128,12 +200,20 @@ def place_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     Raises:
         KeyError: If the module has no holder of that adapter.
     """
-    adapter, dot, own = name.rpartition(".")
-    if not dot:
-        return module, name
-    holder = module._modules[adapter]
-    assert holder is not None
-    return holder, own
+    *path, own = name.split(".")
+    for inner in path:
+        module = _inside(module, inner)
+    return module, own
+
+
+def new_place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Returns the same as `place_of` for an adapter's attribute, whose holder gets the parts that it lacks."""
+    *path, own = name.split(".")
+    for inner in path:
+        if inner not in module._modules:
+            module._modules[inner] = holder_for(module, "part", "")
+        module = _inside(module, inner)
+    return module, own
 
 
 def value_at(module: nn.Module, name: str) -> Any:
@@ -157,10 +237,13 @@ def tensor_at(module: nn.Module, name: str) -> torch.Tensor:
 
 def has_tensor(module: nn.Module, name: str) -> bool:
     """Returns whether `module` has the parameter or buffer `name`, which may be an adapter's."""
-    adapter, dot, own = name.rpartition(".")
-    holder = module._modules.get(adapter) if dot else module
-    held = () if holder is None else (holder._parameters, holder._buffers)
-    return any(tensors.get(own) is not None for tensors in held)
+    *path, own = name.split(".")
+    for inner in path:
+        found = module._modules.get(inner)
+        if found is None:
+            return False
+        module = found
+    return any(tensors.get(own) is not None for tensors in (module._parameters, module._buffers))
 
 
 def has_own_modules(module: nn.Module) -> bool:
@@ -170,11 +253,27 @@ def has_own_modules(module: nn.Module) -> bool:
 
 def all_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yields the parameters that `module` has itself and those that adapters have there, with their names."""
-    held = [(f"{name}.", child) for name, child in module._modules.items() if isinstance(child, Holder)]
-    for prefix, owner in (("", module), *held):
-        for name, parameter in owner._parameters.items():
-            if parameter is not None:
-                yield prefix + name, parameter
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield name, parameter
+    for outer, child in module._modules.items():
+        if isinstance(child, Holder):
+            for name, parameter in all_parameters(child):
+                yield f"{outer}.{name}", parameter
+
+
+def adapters_at(module: nn.Module) -> Iterator[str]:
+    """Yields the names of the adapters that have a holder at `module`, or in a group there."""
+    for name, child in module._modules.items():
+        if isinstance(child, HolderGroup):
+            yield from (*child._parameters, *child._buffers, *adapters_at(child))
+        elif isinstance(child, Holder):
+            yield name
+
+
+def holders_of(module: nn.Module) -> list[nn.Module]:
+    """Returns the holders at `module`, with their groups and parts."""
+    return [each for child in module._modules.values() if isinstance(child, Holder) for each in child.modules()]
 
 
 def without_holders(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
@@ -184,9 +283,9 @@ def without_holders(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[
 
 def distribute_adapters(module: nn.Module, weight: Any) -> None:
     """Distributes the tensors of adapters at `module` as its weight is; those that several adapters share stay one."""
-    for holder in module._modules.values():
-        tensors: tuple[Any, ...] = (holder._parameters, holder._buffers) if isinstance(holder, Holder) else ()
-        for held in tensors:
+    for holder in holders_of(module):
+        held_there: tuple[Any, ...] = (holder._parameters, holder._buffers)
+        for held in held_there:
             for name, tensor in held.items():
                 if tensor is not None and not is_sharded(tensor):
                     known = _BECOME.get(tensor)

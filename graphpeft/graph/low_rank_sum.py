@@ -1,10 +1,11 @@
 """A weight with a change of low rank that isn't added to it: W + s · P Q, as a tensor that knows its parts.
 
-    x (W + s · P Q)  =  x W + s · (x P) Q
+    x (W + s · P Q)  =  x W + s · (dropout(x) P) Q
 
 Code that multiplies by the weight, in whatever spelling, so computes a branch beside the product, and no tensor of the
 weight's size is made. Experts' weights are large stacks of matrices, of which a forward uses few, or one at a time:
-indexing a stack, and transposing its matrices, keep the parts apart. Any other function is given the sum itself.
+indexing a stack, and transposing its matrices, keep the parts apart. Any other function is given the sum itself, or
+refused where dropout is to act on what is multiplied.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from graphpeft.graph.scaled_sum import add_scaled, is_captured
 
 
 @recorded
-def plus_product(weight: Tensor, first: Tensor, second: Tensor, scale: Any) -> Tensor:
+def plus_product(
+    weight: Tensor, first: Tensor, second: Tensor, scale: Any, dropout: float = 0.0, training: bool = False
+) -> Tensor:
     """Returns W + s · P Q, not added up where the computation runs as it is written.
 
     Args:
@@ -31,30 +34,55 @@ def plus_product(weight: Tensor, first: Tensor, second: Tensor, scale: Any) -> T
         first: P, of shape (…, m, r), in its own dtype.
         second: Q, of shape (…, r, n).
         scale: s, a number, or a tensor where an exported model takes it as an input.
+        dropout: The probability of dropping an element of the branch's input.
+        training: Whether elements are dropped.
+
+    Raises:
+        RuntimeError: If elements are dropped in a computation that is compiled, exported or transformed.
     """
+    dropped = dropout if training else 0.0
     # a compiler decides itself what it adds up, and it knows no such tensor
     if is_captured() or is_transformed() or isinstance(scale, Tensor):
+        if dropped:
+            _refuse_dropout()
         return weight + (first @ second * scale).to(weight.dtype)
-    made: Any = _PlusProduct.apply(weight, first, second, scale)
+    made: Any = _PlusProduct.apply(weight, _in_rows(first), _in_rows(second), scale, dropped)
     return made
+
+
+_NO_DROPOUT = (
+    "dropout beside a stack of matrices isn't compiled, exported or transformed: set lora_dropout=0, or call the model "
+    "as it is"
+)
+
+
+# an error that a compiler sees lets it run the function as it is, and compile what that calls
+@torch.compiler.disable(reason=_NO_DROPOUT)
+def _refuse_dropout() -> None:
+    raise RuntimeError(_NO_DROPOUT)
+
+
+def _in_rows(factor: Tensor) -> Tensor:
+    """Returns a stack of matrices whose rows or columns are in one piece; batched products copy others one by one."""
+    return factor if factor.ndim < 3 or 1 in factor.stride()[-2:] else factor.contiguous()
 
 
 class _PlusProduct(torch.autograd.Function):
     """Makes the sum, with the gradients of its parts for code that takes it as one tensor."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, first: Tensor, second: Tensor, scale: float) -> LowRankSum:
+    def forward(ctx: Any, weight: Tensor, first: Tensor, second: Tensor, scale: float, dropped: float) -> LowRankSum:
         """Returns the sum."""
         ctx.save_for_backward(first, second)
         ctx.scale = scale
-        return LowRankSum(weight, first, second, scale)
+        return LowRankSum(weight, first, second, scale, dropped)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Returns the gradients of W, P and Q."""
         first, second = ctx.saved_tensors
         of_product = gradients[0].to(first.dtype) * ctx.scale
-        return gradients[0], of_product @ second.mT, first.mT @ of_product, None
+        return gradients[0], of_product @ second.mT, first.mT @ of_product, None, None
 
 
 class LowRankSum(Tensor):
@@ -65,41 +93,55 @@ class LowRankSum(Tensor):
         first: P.
         second: Q.
         scale: s.
+        dropped: The probability with which elements of the branch's input are dropped; 0 in evaluation.
     """
 
     weight: Tensor
     first: Tensor
     second: Tensor
     scale: float
+    dropped: float
 
     @staticmethod
-    def __new__(cls, weight: Tensor, first: Tensor, second: Tensor, scale: float) -> LowRankSum:
+    def __new__(cls, weight: Tensor, first: Tensor, second: Tensor, scale: float, dropped: float) -> LowRankSum:
         """Makes a tensor without numbers of its own."""
         made = make_wrapper(cls, weight.shape, strides=weight.stride(), dtype=weight.dtype, device=weight.device)
-        made.weight, made.first, made.second, made.scale = weight, first, second, scale
+        made.weight, made.first, made.second, made.scale, made.dropped = weight, first, second, scale, dropped
         return made
 
     @functools.cached_property
     def total(self) -> Tensor:
-        """The sum."""
+        """The sum; raises RuntimeError where elements of what it would be multiplied with are to be dropped."""
+        if self.dropped:
+            raise RuntimeError(
+                "lora_dropout drops elements of what a stack of matrices is multiplied with, and the model's code uses "
+                "an adapted stack in another way: set lora_dropout=0, or leave this weight out of the targets"
+            )
         weight = whole(self.weight)
         return add_scaled(weight, (self.first @ self.second).to(weight.dtype), self.scale)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Tensor:
         """Returns the sum of the tensors that a function makes of the three."""
-        return plus_product(change(self.weight), change(self.first), change(self.second), self.scale)
+        return plus_product(
+            change(self.weight), change(self.first), change(self.second), self.scale, self.dropped, True
+        )
 
     def transposed(self) -> Tensor:
         """Returns the sum with its last two dimensions exchanged."""
-        return plus_product(self.weight.mT, self.second.mT, self.first.mT, self.scale)
+        return plus_product(self.weight.mT, self.second.mT, self.first.mT, self.scale, self.dropped, True)
+
+    def entering(self, x: Tensor) -> Tensor:
+        """Returns what the branch is given of what is multiplied with the sum."""
+        h = x.to(self.first.dtype)
+        return F.dropout(h, self.dropped) if self.dropped else h
 
     def beside(self, y: Tensor, branch: Tensor) -> Tensor:
         """Returns a product with W plus s times the one with P Q."""
         return add_scaled(y, branch.to(y.dtype), self.scale)
 
     def beside_product(self, y: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """Returns the same for a branch that is a product, in one step where PyTorch has one."""
-        one_step = {(2, 2): torch.addmm, (3, 3): torch.baddbmm}.get((left.ndim, right.ndim))
+        """Returns the same for a branch that is a product, in y itself where PyTorch does that in one step."""
+        one_step = {(2, 2): Tensor.addmm_, (3, 3): Tensor.baddbmm_}.get((left.ndim, right.ndim))
         if one_step is None or y.dtype != left.dtype or torch.is_autocast_enabled(y.device.type):
             return self.beside(y, left @ right)
         return one_step(y, left, right, alpha=self.scale)
@@ -217,7 +259,7 @@ def _transpose_matrix(matrix: LowRankSum) -> Any:
 def _linear(x: Any, weight: Any, bias: Any) -> Any:
     if not _is_sum(weight) or _is_sum(x, bias):
         return NotImplemented
-    h = F.linear(x.to(weight.first.dtype), weight.second)
+    h = F.linear(weight.entering(x), weight.second)
     return weight.beside_product(F.linear(x, weight.weight, bias), h, weight.first.mT)
 
 
@@ -225,8 +267,8 @@ def _matmul(left: Any, right: Any) -> Any:
     if left.ndim < 2 or right.ndim < 2 or _is_sum(left) == _is_sum(right):
         return NotImplemented
     if _is_sum(right):
-        return right.beside_product(left @ right.weight, left.to(right.first.dtype) @ right.first, right.second)
-    return left.beside_product(left.weight @ right, left.first, left.second @ right.to(left.first.dtype))
+        return right.beside_product(left @ right.weight, right.entering(left) @ right.first, right.second)
+    return left.beside_product(left.weight @ right, left.first, left.second @ left.entering(right))
 
 
 def _reflected_matmul(right: Any, left: Any) -> Any:
@@ -244,7 +286,7 @@ def _grouped_mm(function: Any, x: Any, weight: Any, offs: Any, bias: Any, out_dt
     # a row of x P is to begin at a multiple of 16 bytes
     if weight.first.shape[-1] * weight.first.element_size() % 16:
         return NotImplemented
-    h = function(x.to(weight.first.dtype), weight.first.contiguous(), offs=offs)
+    h = function(weight.entering(x), weight.first.contiguous(), offs=offs)
     branch = function(h, weight.second.contiguous(), offs=offs)
     return weight.beside(function(x, weight.weight, offs=offs), branch)
 
@@ -267,7 +309,7 @@ def _einsum(equation: Any, first: Any, second: Any) -> Any:
     steps = [("".join([*batch, row, rank]), stack.first), ("".join([*batch, rank, column]), stack.second)]
     (of_near, near), (of_far, far) = steps if summed == [row] else steps[::-1]
     between = "".join(dict.fromkeys(letter for letter in (*of_x, *batch, rank) if letter not in summed))
-    h = torch.einsum(f"{of_x},{of_near}->{between}", x.to(near.dtype), near)
+    h = torch.einsum(f"{of_x},{of_near}->{between}", stack.entering(x), near)
     y = torch.einsum(equation, *(each.weight if each is stack else each for each in (first, second)))
     return stack.beside(y, torch.einsum(f"{between},{of_far}->{output}", h, far))
 

@@ -4,7 +4,7 @@ An override is an adapter's copy of a bias or of a fully trained module's tensor
 weight minus the part that an adapter trains. The module's own tensors stay under their own names. While an adapter is
 active, ``module.weight`` returns its override ``module.<adapter>.weight`` to every reader: the module's own code,
 another module, or a graph. An adapter may override only some rows of a table: then ``module.weight`` returns the table
-with ``module.<adapter>.weight_rows`` in place of these rows.
+with ``module.token_adapter.trainable_tokens_delta.<adapter>``, PEFT's name, in place of these rows.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def override_name(name: str, adapter: str) -> str:
 
 def rows(adapter: str) -> str:
     """Returns the name of the tensor that holds an adapter's rows of a weight."""
-    return name_at(adapter, "weight_rows")
+    return name_at("trainable_tokens_delta", adapter, "token_adapter")
 
 
 def put_rows(table: torch.Tensor, indices: tuple[int, ...], values: torch.Tensor) -> torch.Tensor:

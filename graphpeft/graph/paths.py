@@ -52,7 +52,7 @@ def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
         path, module = waiting.pop()
         if path:
             module = unwrapped(module)
-        if module not in seen and type(module) is not Holder:
+        if module not in seen and not isinstance(module, Holder):
             seen.add(module)
             found[path] = module
             waiting += _inside(path, module)
@@ -66,7 +66,7 @@ def all_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         path, module = waiting.pop()
         if path:
             module = unwrapped(module)
-        if type(module) is not Holder:
+        if not isinstance(module, Holder):
             yield path, module
             waiting += _inside(path, module)
 
@@ -81,5 +81,5 @@ def _inside(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
     return [
         (prefix + name, child)
         for name, child in reversed(inner.items())
-        if type(child) is not Holder and child is not None
+        if child is not None and not isinstance(child, Holder)
     ]

@@ -4,7 +4,7 @@ Each active adapter has a slot of the model, 0, 1, …, in the order of activati
 slot's number and not the adapter's name, so adapters of any names share graphs. A forward is compiled once with slot
 names; replacing the names in its code object gives the forward for an adapter, which reads ``module.default.lora_A``
 directly. Everything else that runs a graph, such as ``fx.Interpreter``, reads ``module.slot0``, a property of the
-module's class that returns the adapter's holder.
+module's class that returns the adapter's holder. In a group of holders, ``prompts.slot0`` is the holder in the slot.
 """
 
 from __future__ import annotations
@@ -12,26 +12,35 @@ from __future__ import annotations
 import functools
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import nn
 
 from graphpeft.graph import in_place
+from graphpeft.graph.holders import HolderGroup, name_at
+from graphpeft.transaction import delete_item, set_item
 
 Names = tuple[tuple[int, str], ...]
 """Slots, each with the name of the adapter in it."""
 
-_SLOT = re.compile(r"slot(?P<number>[0-9]+)")
+_SLOT = re.compile(r"slot[0-9]+")
+_IN_SLOT = re.compile(r"(^|\.)slot[0-9]+\.")
 
 
-def in_slot(name: str, slot: int) -> str:
+def in_slot(name: str, slot: int, group: str = "") -> str:
     """Returns the name under which graphs read the attribute `name` of the holder of the adapter in a slot."""
-    return f"{_holder(slot)}.{name}"
+    return name_at(_holder(slot), name, group)
 
 
 def _holder(slot: int) -> str:
     return f"slot{slot}"
+
+
+def without_slot(path: str) -> str:
+    """Returns the name in its holder of what graphs read at a path; of anything else, the last part of the path."""
+    found = _IN_SLOT.search(path)
+    return path.rpartition(".")[2] if found is None else path[found.end() :]
 
 
 def named(function: Callable[..., Any], names: Names) -> Callable[..., Any]:
@@ -61,6 +70,20 @@ def layer_for(names: Mapping[int, str]) -> in_place.Layer | None:
 def read_in(module: nn.Module) -> Mapping[int, str]:
     """Returns the adapters whose holders a module has by slot names, by slot."""
     return getattr(type(module), "_graphpeft_in_slots", {})
+
+
+def read_in_group(group: HolderGroup, names: Mapping[int, str], left: Collection[int]) -> None:
+    """Lets graphs read the holders in a group by slot names.
+
+    Args:
+        group: The group.
+        names: The adapters that have a holder there, by their slots.
+        left: The slots in which these adapters were before; in others are adapters of another model.
+    """
+    for slot in left:
+        delete_item(group.in_slots, _holder(slot))
+    for slot, adapter in names.items():
+        set_item(group.in_slots, _holder(slot), adapter)
 
 
 def names_like_slots(module: nn.Module) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graphpeft.graph import offloading, sharding
-from graphpeft.graph.holders import Holder, tensor_at
+from graphpeft.graph.holders import holders_of, tensor_at
 from graphpeft.transaction import set_item
 
 
@@ -38,7 +38,7 @@ def value_of(module: nn.Module, name: str) -> torch.Tensor:
 
 
 def _with_holders(module: nn.Module) -> list[nn.Module]:
-    return [module, *(child for child in module._modules.values() if isinstance(child, Holder))]
+    return [module, *holders_of(module)]
 
 
 def replace(module: nn.Module, name: str, tensor: torch.Tensor) -> None:

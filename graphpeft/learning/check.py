@@ -7,14 +7,13 @@ dead, and the lines of code are sought that go past it.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from graphpeft._torch import pytree, version
+from graphpeft._torch import pytree
 from graphpeft.adapters.adapting import known_adapters, modules_of
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapters
@@ -23,9 +22,9 @@ from graphpeft.graph.paths import unwrapped
 from graphpeft.learning.learning_report import LearningReport, SiteLearning, TensorLearning
 from graphpeft.learning.past import reason_and_line
 from graphpeft.learning.places import Place, trained_places
+from graphpeft.learning.undone_runs import batch_kept, undone, weights_cast_anew
 from graphpeft.learning.watch import Watch
-from graphpeft.tracing.random_numbers import random_python_states_kept
-from graphpeft.transaction import remember, trial, undone_by
+from graphpeft.progress import steps
 
 Loss = Callable[[Any], Tensor]
 """Makes one number of what the model returns."""
@@ -79,9 +78,11 @@ def check_learning(model: nn.Module, batch: ExampleInputs, loss: Loss | None = N
     watch = Watch()
     paths = {place.region for place in places}
     # in inference mode nothing has a gradient, whatever the model is
-    with torch.inference_mode(False), _put_back(model, places):
+    with torch.inference_mode(False), undone(model, _trained(model, places)), steps(2) as step:
+        step("checking what learns: a first run")
         now = _gradients(model, batch, loss, places)
         _move(_trained(model, places))
+        step("checking what learns: a run with other values")
         with watch.of(modules, paths):
             # the loss is made inside, too: it may be what drops a value
             moved = _gradients(model, batch, loss, places)
@@ -91,62 +92,11 @@ def check_learning(model: nn.Module, batch: ExampleInputs, loss: Loss | None = N
     return LearningReport(sites, _named(state))
 
 
-@contextlib.contextmanager
-def _put_back(model: nn.Module, places: list[Place]) -> Iterator[None]:
-    """Puts back what two runs change: values, gradients, buffers, and the states of random numbers."""
-    with trial(model), torch.random.fork_rng(), random_python_states_kept():
-        for parameter in model.parameters():
-            undone_by(setattr, parameter, "grad", parameter.grad)
-        for module in model.modules():
-            undone_by(_refill, module._buffers, dict(module._buffers))
-            for buffer in module._buffers.values():
-                if buffer is not None:
-                    remember(buffer)
-        for tensor in _trained(model, places):
-            remember(tensor)
-        yield
-
-
-def _refill(buffers: dict[str, Tensor | None], kept: dict[str, Tensor | None]) -> None:
-    buffers.clear()  # of those, too, that a forward has registered
-    buffers.update(kept)
-
-
 def _trained(model: nn.Module, places: list[Place]) -> list[Tensor]:
     """Returns all that is trained, also beside the adapters: before a head that is zero at first, nothing learns."""
     found = [tensor for place in places for tensor in place.tensors.values()]
     found += [each for each in model.parameters() if each.requires_grad and each.is_floating_point()]
     return list({id(tensor): tensor for tensor in found}.values())
-
-
-@contextlib.contextmanager
-def _batch_kept(model: nn.Module, batch: ExampleInputs) -> Iterator[None]:
-    """Puts back what a run changes of its batch: gradients of inputs, and values that the model overwrites."""
-    with trial(model):
-        for given in pytree.tree_leaves(batch):
-            if not isinstance(given, Tensor) or given.is_inference():
-                continue
-            if given.is_leaf:
-                undone_by(setattr, given, "grad", given.grad)
-                given.grad = None
-            undone_by(_overwrite_if_changed, given, version(given), given.detach().clone())
-        yield
-
-
-@contextlib.contextmanager
-def _weights_cast_anew() -> Iterator[None]:
-    """Lets autocast forget the casts of weights, whose values differ in each run and afterwards."""
-    torch.clear_autocast_cache()
-    try:
-        yield
-    finally:
-        torch.clear_autocast_cache()
-
-
-def _overwrite_if_changed(tensor: Tensor, before: int, values: Tensor) -> None:
-    # others, such as an expanded one, can't be written
-    if version(tensor) != before:
-        tensor.copy_(values)
 
 
 def _move(tensors: list[Tensor]) -> None:
@@ -162,7 +112,7 @@ def _gradients(
     args, kwargs = split_inputs(batch)
     for parameter in model.parameters():
         parameter.grad = None
-    with _batch_kept(model, batch), _weights_cast_anew():
+    with batch_kept(model, batch), weights_cast_anew():
         with torch.enable_grad():
             output = model(*args or (), **kwargs)
             number = _number(output) if loss is None else loss(output)

@@ -40,19 +40,23 @@ def _of_adapter(name: str, adapter: Adapter, modules: Mapping[str, nn.Module]) -
     for adapted in adapter.sites:
         site = adapted.site
         named = {local: attribute for local, attribute in adapted.names.items() if local in adapted.specs}
-        # tensors that several sites share are told at the first
+        # tensors that several places share, as tied ones do, are told at the first
         found = _trained(modules, site.owner, named)
-        tensors = {local: tensor for local, tensor in found.items() if id(tensor) not in seen}
-        seen |= {id(tensor) for tensor in tensors.values()}
-        if tensors:
+        if tensors := _new(found, seen):
             yield Place(name, site.label, site.region, tensors)
     trained = [(path, own) for path, names in adapter.fully_trained.items() for own in names]
     whole = [(path, own, overrides.override_name(own, name)) for path, own in trained]
     rows = [(path, "rows of weight", overrides.rows(name)) for path in adapter.rows]
     for path, told, attribute in (*whole, *rows):
-        tensors = _trained(modules, path, {told: attribute})
-        if tensors:
+        if tensors := _new(_trained(modules, path, {told: attribute}), seen):
             yield Place(name, path or "the model", path, tensors)
+
+
+def _new(found: Mapping[str, Tensor], seen: set[int]) -> dict[str, Tensor]:
+    """Returns the tensors that aren't among those seen, and adds them to these."""
+    tensors = {local: tensor for local, tensor in found.items() if id(tensor) not in seen}
+    seen |= {id(tensor) for tensor in tensors.values()}
+    return tensors
 
 
 def _trained(modules: Mapping[str, nn.Module], path: str, names: Mapping[str, str]) -> dict[str, Tensor]:

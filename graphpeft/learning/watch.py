@@ -16,10 +16,10 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from graphpeft._torch import pytree
 from graphpeft.graph.guards import is_machinery
-from graphpeft.graph.template import LINE, template_of
+from graphpeft.graph.running_nodes import GENERATED, running_node
+from graphpeft.graph.template import LINE
 
 _TORCH = os.path.dirname(torch.__file__)
-_GENERATED = "<eval_with_key>"
 _CHECK = os.path.join(os.path.dirname(__file__), "check.py")
 
 
@@ -110,7 +110,7 @@ def line_of(frame: FrameType | None) -> str:
     # what is around the check is no code of the model
     while frame is not None and frame.f_code.co_filename != _CHECK:
         file, number = frame.f_code.co_filename, frame.f_lineno
-        if file.startswith(_GENERATED):
+        if file.startswith(GENERATED):
             recorded = _recorded_line(frame)
             if recorded is not None:
                 return _shown(*recorded)
@@ -121,13 +121,8 @@ def line_of(frame: FrameType | None) -> str:
 
 
 def _recorded_line(frame: FrameType) -> tuple[str, int] | None:
-    module: Any = frame.f_locals.get("self")
-    template = template_of(module) if isinstance(module, nn.Module) else None
-    if template is None:
-        return None
-    lines: dict[int, int | None] = getattr(module, "_lineno_map", None) or {}
-    place = lines.get(frame.f_lineno - frame.f_code.co_firstlineno)
-    return None if place is None else list(template.graphs[template.index(module)].nodes)[place].meta.get(LINE)
+    running = running_node(frame)
+    return None if running is None else running[1].meta.get(LINE)
 
 
 def _shown(file: str, number: int) -> str:

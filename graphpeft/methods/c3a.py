@@ -17,7 +17,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from graphpeft._torch import is_transformed
 from graphpeft.graph.recorded import recorded
+from graphpeft.graph.scaled_sum import is_captured
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.matrices import matrices_of, no_matrix
 from graphpeft.rules.delta_rule import BranchRule
@@ -91,12 +93,45 @@ def convolved(x: Tensor, kernel: Tensor) -> Tensor:
     if torch.compiler.is_exporting():
         # formats for other runtimes have no complex numbers
         return nn.functional.linear(x, circulant(kernel))
-    size = kernel.shape[-1]
-    # there is no transform in half precision
-    inputs = torch.fft.rfft(x.float().unflatten(-1, (-1, size)))
-    blocks = torch.fft.rfft(kernel.float() / x.shape[-1]).conj()
-    made = torch.fft.irfft(torch.einsum("...jf,ijf->...if", inputs, blocks), n=size)
+    # compilers choose themselves what to save; torch.func has no rule for a Function
+    if is_captured() or is_transformed():
+        return _convolved(x, kernel)
+    made: Any = _Convolution.apply(x, kernel)
+    return made
+
+
+def _convolved(x: Tensor, kernel: Tensor) -> Tensor:
+    inputs, blocks, size = *_transforms(x, kernel), kernel.shape[-1]
+    made = torch.fft.irfft(torch.einsum("...jf,ijf->...if", inputs, blocks.conj()), n=size)
     return made.flatten(-2).to(x.dtype)
+
+
+def _transforms(x: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the transforms of an input's blocks, (…, in / b, b / 2 + 1), and of the rows by the inputs' number."""
+    # there is no transform in half precision
+    dtype = torch.promote_types(torch.promote_types(x.dtype, kernel.dtype), torch.float32)
+    inputs = torch.fft.rfft(x.to(dtype).unflatten(-1, (-1, kernel.shape[-1])))
+    return inputs, torch.fft.rfft(kernel.to(dtype) / x.shape[-1])
+
+
+class _Convolution(torch.autograd.Function):
+    """Saves the input and the rows alone for the backward, as PEFT does; that can be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: Tensor) -> Tensor:
+        """Returns the product."""
+        ctx.save_for_backward(x, kernel)
+        return _convolved(x, kernel)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the gradients of the input and of the rows."""
+        x, kernel = ctx.saved_tensors
+        inputs, blocks, size = *_transforms(x, kernel), kernel.shape[-1]
+        outputs = torch.fft.rfft(gradients[0].to(inputs.real.dtype).unflatten(-1, (-1, size)))
+        of_inputs = torch.fft.irfft(torch.einsum("...if,ijf->...jf", outputs, blocks), n=size)
+        of_rows = torch.einsum("...if,...jf->ijf", outputs.conj(), inputs) / x.shape[-1]
+        return of_inputs.flatten(-2).to(x.dtype), torch.fft.irfft(of_rows, n=size).to(kernel.dtype)
 
 
 @recorded

@@ -125,8 +125,12 @@ class Cartridge(Encoder):
         """Returns the tokens that aren't trained, and those that are; a part without tokens is left out."""
         frozen = config.num_frozen_tokens
         specs = {
-            "prompt_frozen": ParameterSpec((frozen, config.width), _FROZEN, is_trained=False, is_counted=True),
-            "prompt_trained": ParameterSpec((config.num_virtual_tokens - frozen, config.width), _TRAINED),
+            "prompt_frozen": ParameterSpec(
+                (frozen, config.width), _FROZEN, is_trained=False, is_counted=True, path="frozen_embedding"
+            ),
+            "prompt_trained": ParameterSpec(
+                (config.num_virtual_tokens - frozen, config.width), _TRAINED, path="trainable_embedding"
+            ),
         }
         return {name: spec for name, spec in specs.items() if spec.shape[0]}
 

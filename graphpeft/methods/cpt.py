@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.traced_model import module_told
-from graphpeft.methods.prompts.encoders import ENCODER_PREFIX, Encoder, Table
+from graphpeft.methods.prompts.encoders import EMBEDDINGS_KEY, ENCODER_PREFIX, Encoder, Table
 from graphpeft.methods.prompts.placements import Placement, Prepended, PromptRule
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.rules.options import Index, Kind, NotNegative, Number
@@ -33,6 +33,8 @@ from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import Rule
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite
+
+_EMBEDDING, _DELTA = f"{ENCODER_PREFIX}embedding.weight", f"{ENCODER_PREFIX}delta_embedding.weight"
 
 _SMALLEST = 1e-10
 """The bound of tokens that aren't moved."""
@@ -94,6 +96,22 @@ class CPTConfig(PromptLearningConfig):
     def has_encoder(self) -> bool:
         """Whether something computes the virtual tokens in training."""
         return True
+
+    @property
+    def holds_table(self) -> bool:
+        """Never: the change of the context's embeddings is beside them, so that it can be trained further."""
+        return False
+
+    def unpacked(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Returns the adapter's tensors; where a file has the moved embeddings alone, as PEFT's do, without a change.
+
+        Args:
+            tensors: The tensors of a file, by their names.
+        """
+        tokens = tensors.get(EMBEDDINGS_KEY)
+        if tokens is None or not {_EMBEDDING, _DELTA}.isdisjoint(tensors):
+            return tensors
+        return {**tensors, _EMBEDDING: tokens, _DELTA: torch.zeros_like(tokens)}
 
     def check(self) -> None:
         """Raises ValueError for options that can't be."""
@@ -185,10 +203,8 @@ class Context(Encoder):
         """Returns the embeddings, which aren't trained, and their change, which is."""
         table = Table().parameters(config)["prompt_embeddings"]
         return {
-            "prompt_embedding": table._replace(
-                key=f"{ENCODER_PREFIX}embedding.weight", is_trained=False, is_counted=True
-            ),
-            "prompt_delta": table._replace(key=f"{ENCODER_PREFIX}delta_embedding.weight"),
+            "prompt_embedding": table._replace(key=_EMBEDDING, is_trained=False, is_counted=True),
+            "prompt_delta": table._replace(key=_DELTA, path="delta_embedding.weight"),
         }
 
     @torch.no_grad()

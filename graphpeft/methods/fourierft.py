@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.matrices import Matrices, are_turned, matrices_of, no_matrix
+from graphpeft.methods.placed import placed
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Number, Seed, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
@@ -107,19 +108,8 @@ def transformed(spectrum: Tensor, places: Tensor, rows: int, columns: int) -> Te
         columns: The number of columns.
     """
     # there is no transform in half precision
-    dense = with_values(spectrum.float(), places, rows * columns).unflatten(-1, (rows, columns))
+    dense = placed(spectrum.float(), places, rows * columns).unflatten(-1, (rows, columns))
     return torch.fft.ifft2(dense).real.to(spectrum.dtype)
-
-
-def with_values(values: Tensor, places: Tensor, size: int) -> Tensor:
-    """Returns zeros, but for values at some places of the last dimension.
-
-    Args:
-        values: The values, (…, n).
-        places: Their places, (n,).
-        size: The size of the last dimension.
-    """
-    return values.new_zeros(*values.shape[:-1], size).scatter(-1, places.expand_as(values), values)
 
 
 @register

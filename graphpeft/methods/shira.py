@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.adapters.plan import AdaptError
-from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.matrices import Matrices, are_turned, matrices_of, no_matrix
+from graphpeft.methods.placed import placed
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Seed, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
@@ -65,7 +65,8 @@ class Shira(DeltaRule):
 
     def delta(self, shira_weight: Any, shira_indices: Any) -> Any:
         """Returns ΔW."""
-        return with_elements(shira_weight, shira_indices, self.shape, self.columns)
+        places = shira_indices.long()  # a place in a large weight is over what its row and its column are
+        return placed(shira_weight, places[0] * self.columns + places[1], math.prod(self.shape)).reshape(self.shape)
 
 
 def _count(matrices: Matrices, rank: int) -> int:
@@ -96,21 +97,6 @@ def _places(rule: Shira, site: Any, config: Any, module: nn.Module) -> Tensor:
             )
         chosen = torch.where(rule.layout.turned(mask.cpu()).flatten() == 1)[0]
     return torch.stack((chosen // matrices.columns, chosen % matrices.columns))
-
-
-@recorded
-def with_elements(elements: Tensor, places: Tensor, shape: tuple[int, ...], columns: int) -> Tensor:
-    """Returns a tensor of zeros but for some elements.
-
-    Args:
-        elements: The elements, (n,).
-        places: Their rows and columns, (2, n), in the tensor as one matrix.
-        shape: The tensor's shape.
-        columns: The number of columns of the matrix.
-    """
-    places = places.long()
-    zeros = elements.new_zeros(math.prod(shape))
-    return zeros.index_put((places[0] * columns + places[1],), elements).view(shape)
 
 
 @register

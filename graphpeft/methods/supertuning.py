@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.graph.computed_weights import read_weight
-from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import draw, kernel_of
 from graphpeft.methods.matrices import matrices_of, no_matrix
+from graphpeft.methods.placed import placed
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Number, Size, Within
@@ -120,7 +120,7 @@ class Supertuning(DeltaRule):
         if not self.has_product:
             return super().rewrite(x, y, operation, training, change, bias_change, dropout)
         h = self.entering(x, supertuning_values, training, None)
-        elements = elements_at(supertuning_values, supertuning_indices, self.shape)
+        elements = self._elements(supertuning_values, supertuning_indices)
         result = y + operation.apply(h, self.layout.turned(elements))
         h = h if dropout is None else F.dropout(h, dropout, training)
         if self.multiplies(operation):
@@ -139,10 +139,13 @@ class Supertuning(DeltaRule):
         scale: Any = None,
     ) -> Any:
         """Returns ΔW."""
-        elements = elements_at(supertuning_values, supertuning_indices, self.shape)
+        elements = self._elements(supertuning_values, supertuning_indices)
         if not self.has_product:
             return elements
         return elements + self._product(supertuning_lora_A, supertuning_lora_B, scale)
+
+    def _elements(self, values: Any, places: Any) -> Any:
+        return placed(values, places, math.prod(self.shape)).reshape(self.shape)
 
     def _product(self, A: Any, B: Any, scale: Any) -> Any:
         product = B @ A * scale
@@ -152,18 +155,6 @@ class Supertuning(DeltaRule):
 def _count(size: int, config: Any) -> int:
     """Returns how many elements of a weight are trained, as PEFT rounds it."""
     return int(size * (1 - config.sparsity))
-
-
-@recorded
-def elements_at(values: Tensor, places: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Returns zeros, but for values at some places.
-
-    Args:
-        values: The values, (n,).
-        places: Their places, counted in the order of the elements, (n,).
-        shape: The shape of the result.
-    """
-    return values.new_zeros(math.prod(shape)).scatter(0, places.long(), values).view(shape)
 
 
 @register

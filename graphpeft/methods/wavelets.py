@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from graphpeft.graph.recorded import recorded
-from graphpeft.methods.fourierft import with_values
+from graphpeft.methods.placed import placed
 
 
 def band(size: int, length: int) -> int:
@@ -51,10 +51,10 @@ def synthesised(spectrum: Tensor, places: Tensor, filters: Tensor | None, rows: 
         columns: The number of their columns.
     """
     if filters is None:
-        return with_values(spectrum, places, rows * columns)
+        return placed(spectrum, places, rows * columns)
     length = filters.shape[1]
     high, wide = band(rows, length), band(columns, length)
-    bands = with_values(spectrum.reshape(-1, spectrum.shape[-1]), places, 4 * high * wide).view(-1, 2, high, wide)
+    bands = placed(spectrum.reshape(-1, spectrum.shape[-1]), places, 4 * high * wide).view(-1, 2, high, wide)
     # as PEFT has it: two bands beside each other are averages and differences of rows, two below each other of columns
     kernel = filters.view(2, length // 2, 2).flip(1)
     made = torch.einsum("nbqwj,bjp->nqpw", bands.unfold(2, length // 2, 1), kernel).flatten(1, 2)[:, :rows]

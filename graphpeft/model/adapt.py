@@ -25,6 +25,7 @@ from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.given_config import ConfigLike, as_config
 from graphpeft.rules.report import Report
+from graphpeft.sites.copied_codes import compute_on_copied_codes
 from graphpeft.transaction import transaction, trial
 from graphpeft.wording import shortened
 
@@ -77,11 +78,7 @@ def explain(
     plan.report.plan = plan
     trains = plan.sites or plan.report.fully_trained
     if example_inputs is not None and trains and not plan.report.refused:
-        if any(getattr(adapted.site, "quantised", None) is not None for adapted in plan.sites):
-            # such as those of bitsandbytes, for which the first call packs the weight anew
-            plan.report.learning = "a call may change quantised layers; adapt the model, and call check_learning"
-        else:
-            plan.report.learning = _learning(model, ours, adapter_name, example_inputs, where)
+        plan.report.learning = _learning(model, ours, adapter_name, example_inputs, where)
     return plan.report
 
 
@@ -93,6 +90,7 @@ def _learning(
         return "the model has no values"
     with torch.inference_mode(False), trial(model), torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", PeftWarning)  # each was given once
+        compute_on_copied_codes(model)
         add_new(model, config, adapter_name, example_inputs, True, where, activates=True, methods=give_methods)
         try:
             return check_learning(model, example_inputs)

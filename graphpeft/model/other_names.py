@@ -11,6 +11,7 @@ from graphpeft.adapters import lifecycle
 from graphpeft.adapters.adapting import known_adapter, modules_of
 from graphpeft.adapters.trainable import set_trainable_now
 from graphpeft.graph import in_place
+from graphpeft.graph.holders import HolderGroup
 from graphpeft.model.adapter_info import AdapterInfo
 from graphpeft.model.base_model import base_model
 from graphpeft.transaction import transaction
@@ -42,7 +43,7 @@ class OtherNames(AdapterInfo):
         return found
 
     @property
-    def prompt_encoder(self) -> nn.ModuleDict:
+    def prompt_encoder(self) -> Any:
         """The virtual tokens of each adapter with a prompt, or what computes them: modules with its tensors, by name.
 
         Where several modules have a prompt, an adapter has a list of them.
@@ -50,10 +51,15 @@ class OtherNames(AdapterInfo):
         Raises:
             AttributeError: If no adapter has a prompt.
         """
+        own = self._modules.get("prompt_encoder")
+        if own is not None:
+            # as graphs read it
+            return own
         modules, found = modules_of(self), {}
         for name, adapter in self._peft_adapters.by_name.items():
-            paths = dict.fromkeys(path for path, _ in adapter.tensor_names(name) if path in modules)
-            holders = [holder for path in paths if (holder := modules[path]._modules.get(name)) is not None]
+            places = dict.fromkeys((adapted.site.owner, adapted.rule.held_in) for adapted in adapter.sites)
+            groups = [modules[path]._modules.get(group) for path, group in places if path in modules]
+            holders = [group[name] for group in groups if isinstance(group, HolderGroup) and name in group]
             if adapter.config.is_prompt_learning and holders:
                 found[name] = holders[0] if len(holders) == 1 else nn.ModuleList(holders)
         if not found:

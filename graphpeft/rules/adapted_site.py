@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -41,7 +41,7 @@ class AdaptedSite(NamedTuple):
 
     def in_slot(self, slot: int) -> Mapping[str, str]:
         """Returns the attributes' slot names, under which graphs read them, by the rule's names."""
-        return _in_slot(tuple(self.names), self.site.prefix, slot)
+        return _in_slot(names_in_holder(self.specs, self.constants, self.site.prefix), self.rule.held_in, slot)
 
     @property
     def unmergeable(self) -> str | None:
@@ -57,7 +57,23 @@ class AdaptedSite(NamedTuple):
         return sum(prod(spec.shape) for name, spec in self.specs.items() if name not in self.shared)
 
 
+NamesInHolder = tuple[tuple[str, str], ...]
+"""The rule's names of its parameters and constants, each with its path in an adapter's holder."""
+
+
+def names_in_holder(specs: Mapping[str, ParameterSpec], constants: Iterable[str], prefix: str) -> NamesInHolder:
+    """Returns the names of what a rule has at a site, and where an adapter's holder has it.
+
+    Args:
+        specs: The rule's parameters by name.
+        constants: The names of its constants.
+        prefix: The prefix of all names at the site.
+    """
+    paths = [(name, spec.path or prefix + name) for name, spec in specs.items()]
+    return (*paths, *((name, prefix + name) for name in constants))
+
+
 # cached, so that equal sites share one dict
 @functools.lru_cache(maxsize=1024)
-def _in_slot(of_rule: tuple[str, ...], prefix: str, slot: int) -> Mapping[str, str]:
-    return {name: slots.in_slot(f"{prefix}{name}", slot) for name in of_rule}
+def _in_slot(names: NamesInHolder, group: str, slot: int) -> Mapping[str, str]:
+    return {name: slots.in_slot(path, slot, group) for name, path in names}

@@ -54,6 +54,10 @@ def contradiction(specs: Mapping[str, ParameterSpec], constants: Iterable[str]) 
     keys = [spec.key for spec in specs.values() if spec.is_saved]
     if len(set(keys)) < len(keys):
         return f"{max(keys, key=keys.count)} is the name of two parameters in files"
+    paths = [spec.path or name for name, spec in specs.items()]
+    for path in paths:
+        if paths.count(path) > 1 or any(other.startswith(f"{path}.") for other in paths):
+            return f"{path} is the path of a parameter, and there is another one at it or inside"
     return next((reason for name, spec in specs.items() if (reason := _in_spec(name, spec)) is not None), None)
 
 

@@ -91,6 +91,18 @@ def check_options(options: Any) -> None:
             raise ValueError(f"{field.name}{place} must be {wanted}, not {shown(number)}")
 
 
+def admits(cls: type, name: str, value: Any) -> bool:
+    """Returns whether an option of a dataclass is of the type of a value, whatever its bounds.
+
+    Args:
+        cls: The dataclass.
+        name: The option's name; any value will do for one that it hasn't.
+        value: The value.
+    """
+    hints = _type_hints(cls)
+    return name not in hints or _fits(value, hints[name])
+
+
 def sizes_of(options: Any) -> dict[str, int]:
     """Returns the options annotated as `Size` that have a value, by name.
 

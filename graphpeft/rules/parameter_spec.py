@@ -95,6 +95,8 @@ class ParameterSpec(NamedTuple):
             with zeros in them, would change nothing.
         is_counted: Whether it is counted among the model's parameters though it isn't trained, as PEFT counts it; a
             frozen factor with a `rank` always is.
+        path: Its path in the module that holds the adapter's tensors there, as ``embedding.weight``; the rule's name
+            for it if None.
 
     Examples:
         >>> ParameterSpec((8, 64), "lora_A.weight").is_trained
@@ -112,6 +114,7 @@ class ParameterSpec(NamedTuple):
     dtype: torch.dtype | None = None
     rank: RankAxis | None = None
     is_counted: bool = False
+    path: str | None = None
 
     @property
     def is_parameter(self) -> bool:

@@ -10,44 +10,21 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import torch.fx as fx
 from torch.fx.node import map_arg
-from torch.fx.proxy import GraphAppendingTracer
 
-from graphpeft.graph.call_inputs import CallInput, call_input
+from graphpeft.graph.call_inputs import CallInput
 from graphpeft.graph.calls import CALLS, calls_of
 from graphpeft.graph.ops import Computation, Operation, Weight
 from graphpeft.graph.ops.boundaries import Boundary, Leaf
 from graphpeft.graph.tags import TAG, Tag, changes_at, own_input, top
 from graphpeft.rules.arguments import CHANGES, Asked, asked_by
+from graphpeft.rules.code_in_graphs import RuleError, RuleTracer, given_to
 from graphpeft.rules.rule import BoundaryRule, InputRule, OperationRule, changes_bias
 
 Op = Operation | Boundary
 Operand = Computation | Leaf
 """An operation with an input."""
-
-
-class RuleTracer(GraphAppendingTracer):
-    """Appends the operations of a rule's code on proxies to a graph."""
-
-    def create_arg(self, a: Any) -> Any:
-        """Returns an argument of a node.
-
-        Raises:
-            RuleError: If the argument is a tensor, which has no path in the graph's module.
-        """
-        if isinstance(a, torch.Tensor):
-            raise RuleError(
-                f"it computes with a tensor of shape {tuple(a.shape)} of its own, which a graph can't hold; make it "
-                "from an argument, as x.new_ones(3) does, or in a function that is `recorded`, or declare it as a "
-                "parameter that isn't trained"
-            )
-        return super().create_arg(a)
-
-
-class RuleError(Exception):
-    """The code of a rule can't be put into a graph."""
 
 
 class NoChangeError(Exception):
@@ -179,9 +156,10 @@ def _over_weight(graph: fx.Graph, op: Weight, rule: Any, attributes: Sources) ->
     before = set(graph.nodes)
     with graph.inserting_before(current.next):
         nodes = {"weight": current, "base": op.node}
-        given = _given(rule.delta, graph, nodes, attributes, {})
+        given = given_to(rule.delta, graph, nodes, attributes, {})
         emitted_before = set(graph.nodes)
-        result = rule.changed_weight(fx.Proxy(current, RuleTracer(graph)), given).node
+        called = given_to(rule.changed_weight, graph, nodes, attributes, {"given": given})
+        result = rule.changed_weight(**called).node
         _erase_unread([node for node in graph.nodes if node not in emitted_before and node is not result])
     _replace(current, result, before.__contains__)
     return {result: current}
@@ -228,7 +206,7 @@ def _plain(graph: fx.Graph, op: Computation, x: fx.Node) -> fx.Node:
 
 def _change(graph: fx.Graph, rule: Any, weights: Mapping[str, fx.Node], attributes: Sources) -> fx.Proxy:
     """Emits the rule's change of a weight, from the present weight and the module's own."""
-    return rule.change(_given(rule.delta, graph, weights, attributes, {}))
+    return rule.change(given_to(rule.delta, graph, weights, attributes, {}))
 
 
 def _sum(weight: fx.Node, change: fx.Proxy) -> fx.Node:
@@ -294,7 +272,7 @@ def _bias_change(graph: fx.Graph, rule: Any, operands: Mapping[str, fx.Node], at
     if any(name not in operands for name in {"bias", "base_bias"} & {*asked_by(rule.bias_delta).needed}):
         return None  # without a bias, there is nothing to change
     absent = {"bias": None, "base_bias": None}
-    return rule.bias_change(_given(rule.bias_delta, graph, operands, {**absent, **attributes}, {}))
+    return rule.bias_change(given_to(rule.bias_delta, graph, operands, {**absent, **attributes}, {}))
 
 
 def _around_leaf(graph: fx.Graph, op: Leaf, rule: Any, x: fx.Node, attributes: Sources) -> Replaced:
@@ -412,39 +390,5 @@ def _call(
     paths: Mapping[str, str | CallInput | None],
     values: Mapping[str, Any],
 ) -> Any:
-    """Calls a rule's function with the values that its argument names ask for, see `_given`."""
-    return function(**_given(function, graph, nodes, paths, values))
-
-
-def _given(
-    function: Callable[..., Any],
-    graph: fx.Graph,
-    nodes: Mapping[str, fx.Node],
-    paths: Mapping[str, str | CallInput | None],
-    values: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Returns the values that the names of a function's arguments ask for, with nodes as proxies.
-
-    Args:
-        function: The function. With ``**others``, it gets all available values but those that are computed.
-        graph: The graph that gets new nodes.
-        nodes: The available nodes.
-        paths: The available attributes of the module that owns the graph, and arguments of the call; None for a value
-            that is absent.
-        values: Other available values.
-    """
-    tracer = RuleTracer(graph)
-    paths = {"training": "training", **paths}
-
-    def value_of(name: str) -> Any:
-        if name in values:
-            return values[name]
-        if name in nodes:
-            return fx.Proxy(nodes[name], tracer)
-        path = paths[name]
-        if isinstance(path, CallInput):
-            return fx.Proxy(graph.call_function(call_input, (path.name,)), tracer)
-        return fx.Proxy(graph.create_node("get_attr", path), tracer) if path is not None else None
-
-    asked = asked_by(function).among((*values, *nodes, *paths))
-    return {name: value_of(name) for name in asked}
+    """Calls a rule's function with the values that its argument names ask for, see `given_to`."""
+    return function(**given_to(function, graph, nodes, paths, values))

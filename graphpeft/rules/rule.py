@@ -68,6 +68,12 @@ class Rule(ABC):
     It's a tensor, a list, or a mapping to such.
     """
 
+    held_in: ClassVar[str] = ""
+    """The name of a module in which the site's owner has the tensors of all adapters with such rules.
+
+    So they are at ``<held_in>.<adapter>.<name>``; by default, at ``<adapter>.<name>``.
+    """
+
     scales: ClassVar[tuple[str, ...]] = ()
     """Those of the constants by which the rule only multiplies, so that they may be tensors instead of numbers."""
 
@@ -252,6 +258,8 @@ class Mergeable(Rule):
 
     def changed_weight(self, weight: Any, given: Mapping[str, Any]) -> Any:
         """Returns a weight as such with its change; what multiplies by a stack takes ``P @ Q * s`` factor by factor.
+
+        Its arguments can also be ``training`` and the rule's own constants.
 
         Args:
             weight: The weight, with the changes of earlier adapters; a proxy.

@@ -14,6 +14,7 @@ from torch.fx.node import map_arg
 from graphpeft.graph import guards
 from graphpeft.graph.calls import calls_of
 from graphpeft.graph.settings import expect_settings
+from graphpeft.graph.slots import without_slot
 from graphpeft.graph.tags import TAG, Tag
 from graphpeft.graph.template import LINE, VALUE
 from graphpeft.showing.picture import DrawnGraph, DrawnNode
@@ -115,7 +116,7 @@ def label_of(node: fx.Node, module: nn.Module) -> str:
         return getattr(target, "__name__", str(target))
     if node.op == "get_attr":
         # what an adapter has is at the path of its slot
-        return target.rpartition(".")[2] if TAG in node.meta else target
+        return without_slot(target) if TAG in node.meta else target
     return str(target)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,6 +140,9 @@ class DrawnModule:
         sites: The sites in its graphs.
         trained: What adapters train of its own tensors.
         inside: The modules inside.
+        kept: The bytes that a call keeps for the backward, with what is inside; None if that wasn't measured.
+        kept_by: Those that the nodes of its graphs keep, by their names.
+        seconds: The time of a forward, with what is inside; None if that wasn't measured.
     """
 
     name: str
@@ -153,6 +156,9 @@ class DrawnModule:
     sites: list[DrawnSite]
     trained: list[DrawnTraining]
     inside: list[DrawnModule]
+    kept: int | None = None
+    kept_by: Mapping[str, int] = field(default_factory=dict)
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -165,7 +171,7 @@ class DrawnAdapter:
         options: Those of its config that aren't the defaults, as text.
         state: Whether it acts, rests or is merged.
         sites: The number of its sites.
-        parameters: The number of its parameters.
+        parameters: The number of its parameters, with what it trains of the model's own tensors.
     """
 
     name: str

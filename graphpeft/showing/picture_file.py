@@ -1,4 +1,4 @@
-"""`show`: a picture of a model, its graphs and its adapters, as one HTML file."""
+"""`show`: a picture of a model, its graphs and its adapters, as one HTML file, or as JSON for Model Explorer."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from pathlib import Path
 from torch import nn
 
 from graphpeft.files.atomic_files import Staging
+from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.rules.report import Report
+from graphpeft.showing.model_explorer import model_explorer
 from graphpeft.showing.page import page
 from graphpeft.showing.reading import picture_of
 
 _HEIGHT = 640
 """The height of a picture in a notebook, in pixels."""
+
+_EXPLORED = ".json"
+"""The suffix of a file for Model Explorer."""
 
 
 class Shown:
@@ -36,38 +41,50 @@ class Shown:
     def __repr__(self) -> str:
         return f"a picture in {self.path}"
 
-    def _repr_html_(self) -> str:
+    def _repr_html_(self) -> str | None:
+        if self.path.suffix == _EXPLORED:
+            return None
         content = html.escape(self.path.read_text(encoding="utf-8"))
         return f'<iframe srcdoc="{content}" style="width: 100%; height: {_HEIGHT}px; border: 0"></iframe>'
 
 
-def show(shown: nn.Module | Report, path: str | os.PathLike[str] | None = None) -> Shown:
+def show(
+    shown: nn.Module | Report,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    example_inputs: ExampleInputs | None = None,
+) -> Shown:
     """Draws a model: its modules, and the graphs of those that adapters act on, before and after.
 
     The file loads nothing from elsewhere. Each adapter's nodes have a colour. A click on a node tells of its operation,
-    its source line, its rule and the adapter's parameters. Numbers are those of now: ‖ΔW‖ / ‖W‖, and the norms of
-    gradients where there are any.
+    its source line, its rule and the adapter's parameters. Numbers are those of now: ‖ΔW‖ / ‖W‖, the norms of
+    gradients where there are any, and with a batch what the forward costs.
 
     Args:
         shown: A model, adapted or not; a graph that `trace` returned; or a report of `explain`, which shows what would
             be adapted, and what is refused and why.
-        path: The HTML file; None for a temporary one that is opened in the browser.
+        path: The HTML file, or a `.json` file for Google's Model Explorer; None for a temporary page that is opened in
+            the browser.
+        example_inputs: A batch: a tuple of positional or a dict of keyword arguments of the model. It runs forward
+            twice, and the picture tells how many bytes each node keeps for the backward, and how long each module
+            takes. All that the runs change is put back. None measures nothing.
 
     Returns:
         The picture, which shows itself in a notebook.
 
     Raises:
         TypeError: If `shown` is something else.
-        ValueError: If it is a report of an adapter that a model has; show the model then.
+        ValueError: If it is a report of an adapter that a model has, or a report with a batch; show the model then.
         OSError: If the file can't be written.
 
     Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
-        >>> show(model, "picture.html")
+        >>> show(model, "picture.html", example_inputs=(torch.ones(2, 8),))
         a picture in picture.html
     """
-    content = page(picture_of(shown))
+    picture = picture_of(shown, example_inputs)
     place = Path(tempfile.mkdtemp(prefix="graphpeft-")) / "picture.html" if path is None else Path(path)
+    content = model_explorer(picture) if place.suffix == _EXPLORED else page(picture)
     with Staging(place.parent) as staging:
         (staging.folder / place.name).write_text(content, encoding="utf-8")
         staging.put()

@@ -3,56 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
-from tqdm import tqdm
 
 from graphpeft.adapters.adapting import modules_of
 from graphpeft.adapters.graphs import by_region, with_adapter, without_any
 from graphpeft.adapters.plan import Plan
 from graphpeft.adapters.state import Adapter, Adapters, adapters_of
+from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.template import Template, names_in_slots, template_of
 from graphpeft.graph.traced_model import TracedModel, stands_for
+from graphpeft.progress import over
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.report import Report
 from graphpeft.rules.short_options import short_options
+from graphpeft.showing.measuring import measured
 from graphpeft.showing.nodes import drawn_graphs, told_of
 from graphpeft.showing.picture import DrawnAdapter, DrawnGraph, DrawnRefusal, DrawnTraining, Picture
 from graphpeft.showing.sites import drawn_site, with_change
 from graphpeft.showing.tree import Drawn, tree
 
 
-def picture_of(shown: nn.Module | Report) -> Picture:
+def picture_of(shown: nn.Module | Report, example_inputs: ExampleInputs | None = None) -> Picture:
     """Returns the picture of a model, adapted or traced, or of a report of `explain`.
+
+    Args:
+        shown: What is shown.
+        example_inputs: A batch with which a model's costs are measured; None measures nothing.
 
     Raises:
         TypeError: If it is something else.
+        ValueError: If a batch is given for a report.
     """
     if isinstance(shown, Report):
+        if example_inputs is not None:
+            raise ValueError("a plan has nothing to run a batch with; adapt the model, and show that with the batch")
         return _of_report(shown)
     if isinstance(shown, nn.Module):
-        return _of_model(shown)
+        return _of_model(shown, example_inputs)
     raise TypeError(f"show draws a model, a trace or a report of explain, and was given a {type(shown).__name__}")
 
 
-def _of_model(model: nn.Module) -> Picture:
+def _of_model(model: nn.Module, example_inputs: ExampleInputs | None) -> Picture:
     modules = modules_of(model)
+    costs = None if example_inputs is None else measured(model, modules, example_inputs)
     state = adapters_of(model) or Adapters.before_any({})
     names = list(state.by_name)
     gallery = _Gallery()
     drawn: dict[str, Drawn] = {}
     sites = _sites_by_region(state, modules)
     regions = {path: template for path, module in modules.items() if (template := template_of(module)) is not None}
-    for path, template in tqdm(regions.items(), desc="drawing", delay=2, leave=False):
+    for path, template in over(regions.items(), "drawing", "modules"):
         module = modules[path]
         slots = {slot: names.index(name) for slot, name in names_in_slots(module).items() if name in names}
         here = []
         for name, adapted in sites.get(path, []):
             one = drawn_site(adapted, names.index(name), state.slots[name], modules)
-            here.append(one if name in state.merged else with_change(one, adapted, modules))
+            here.append(one if name in state.merged else with_change(one, adapted, modules, state.originals))
         drawn[path] = Drawn(gallery.place_of(without_any(template.plain), template.plain, module), slots, here)
-    adapters = [_drawn_adapter(name, adapter, _state_of(name, state)) for name, adapter in state.by_name.items()]
-    return Picture(_title(model), tree(modules, drawn, _trained(state.by_name.values())), gallery.graphs, adapters)
+    adapters = [
+        _drawn_adapter(name, adapter, _state_of(name, state), modules) for name, adapter in state.by_name.items()
+    ]
+    tree_of_all = tree(modules, drawn, _trained(state.by_name.values()), costs)
+    return Picture(_title(model), tree_of_all, gallery.graphs, adapters)
 
 
 def _of_report(report: Report) -> Picture:
@@ -71,14 +85,7 @@ def _of_report(report: Report) -> Picture:
         here = [drawn_site(each, 0, slot, plan.modules) for each in adapted]
         drawn[region] = Drawn(gallery.place_of(before, after, module), {slot: 0}, here)
     refused = [DrawnRefusal(*refusal) for refusal in report.refused]
-    adapter = DrawnAdapter(
-        report.adapter,
-        report.method,
-        short_options(plan.config),
-        "planned",
-        len(plan.sites),
-        sum(adapted.parameter_count for adapted in plan.sites),
-    )
+    adapter = _drawn_adapter(report.adapter, plan, "planned", plan.modules)
     model = plan.modules[""]
     return Picture(
         f"{_title(model)}: the plan of {report.adapter!r}",
@@ -136,11 +143,26 @@ def _sites_by_region(state: Adapters, modules: Mapping[str, nn.Module]) -> dict[
     return found
 
 
-def _drawn_adapter(name: str, adapter: Adapter, state: str) -> DrawnAdapter:
-    parameters = sum(adapted.parameter_count for adapted in adapter.sites)
+def _drawn_adapter(name: str, adapter: Adapter | Plan, state: str, modules: Mapping[str, nn.Module]) -> DrawnAdapter:
+    parameters = sum(adapted.parameter_count for adapted in adapter.sites) + _count_beside(adapter, modules)
     return DrawnAdapter(
         name, adapter.config.method, short_options(adapter.config), state, len(adapter.sites), parameters
     )
+
+
+def _count_beside(adapter: Adapter | Plan, modules: Mapping[str, nn.Module]) -> int:
+    """Returns the number of parameters that an adapter trains of the model's own tensors."""
+    counts: dict[Any, int] = {}
+    for path, names in adapter.fully_trained.items():
+        for name in names:
+            own = modules[path]._parameters.get(name) if path in modules else None
+            if own is not None:
+                counts[id(own) if adapter.config.keeps_tied else (path, name)] = own.numel()
+    for path, rows in adapter.rows.items():
+        table = modules[path]._parameters.get("weight") if path in modules else None
+        if table is not None:
+            counts[rows.leader] = len(rows.indices) * table[0].numel()
+    return sum(counts.values())
 
 
 def _state_of(name: str, state: Adapters) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from graphpeft.adapters.changes import delta
+from graphpeft.adapters.state import Tensors
 from graphpeft.graph.holders import has_tensor, tensor_at
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join, within
@@ -45,14 +46,26 @@ def drawn_site(adapted: AdaptedSite, adapter: int, slot: int, modules: Mapping[s
     )
 
 
-def with_change(drawn: DrawnSite, adapted: AdaptedSite, modules: Mapping[str, nn.Module]) -> DrawnSite:
-    """Returns a drawn site with ‖ΔW‖ / ‖W‖, if its adapter changes a weight whose numbers are here."""
+def with_change(
+    drawn: DrawnSite, adapted: AdaptedSite, modules: Mapping[str, nn.Module], originals: Tensors
+) -> DrawnSite:
+    """Returns a drawn site with ‖ΔW‖ / ‖W‖, if its adapter changes a weight whose numbers are here.
+
+    Args:
+        drawn: The site as it is drawn.
+        adapted: The site.
+        modules: The model's modules by path.
+        originals: The base's weights where other adapters are merged into them.
+    """
     if not isinstance(adapted.site, Site) or adapted.unmergeable is not None or not _is_here(adapted, modules):
         return drawn
     with torch.no_grad():
-        weight = own_parameter(modules[adapted.site.owner], adapted.site.attribute)
+        place = (adapted.site.owner, adapted.site.attribute)
+        weight = originals.get(place, own_parameter(modules[adapted.site.owner], adapted.site.attribute))
+        # one that has taken a part of the weight reads what is left of it
+        own = None if adapted.replaced else originals.get(place)
         base = torch.linalg.vector_norm(weight.detach(), dtype=torch.float32)
-        changed = torch.linalg.vector_norm(delta(adapted, modules), dtype=torch.float32)
+        changed = torch.linalg.vector_norm(delta(adapted, modules, base=own), dtype=torch.float32)
     return drawn if base == 0 else dataclasses.replace(drawn, change=float(changed / base))
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from graphpeft.graph.holders import all_parameters
 from graphpeft.graph.traced_model import stands_for
+from graphpeft.showing.measuring import Costs
 from graphpeft.showing.picture import DrawnModule, DrawnSite, DrawnTraining
 
 
@@ -30,13 +31,16 @@ Trained = Mapping[str, list[DrawnTraining]]
 """What adapters train of modules' own tensors, by the path of the module."""
 
 
-def tree(modules: Mapping[str, nn.Module], drawn: Mapping[str, Drawn], trained: Trained) -> DrawnModule:
+def tree(
+    modules: Mapping[str, nn.Module], drawn: Mapping[str, Drawn], trained: Trained, costs: Costs | None = None
+) -> DrawnModule:
     """Returns the module at the root, with all that are inside.
 
     Args:
         modules: The modules by path; the model itself is at "".
         drawn: What there is of their forwards, by path.
         trained: What adapters train of their own tensors.
+        costs: What a forward costs; None if that wasn't measured.
     """
     inside: dict[str, list[str]] = {path: [] for path in modules}
     for path in modules:
@@ -67,6 +71,9 @@ def tree(modules: Mapping[str, nn.Module], drawn: Mapping[str, Drawn], trained: 
             sites=sites,
             trained=training,
             inside=parts,
+            kept=None if costs is None or path not in costs.seconds else costs.kept.get(path, 0),
+            kept_by={} if costs is None else costs.kept_by_node.get(path, {}),
+            seconds=None if costs is None else costs.seconds.get(path),
         )
 
     return grown("")

@@ -18,6 +18,7 @@ from graphpeft.graph.computed_weights import read_weight
 from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.peft_errors import PeftWarning
+from graphpeft.progress import over
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.target_options import TargetOptions
@@ -106,7 +107,8 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report) -> list[Site
     refused: list[tuple[Refusal, torch.Tensor | None]] = []
     decide = targets.compile_matcher(config.target_options)
     report.refused += [Refusal(path, why) for path, why in finder.regions.scripted.items() if decide(path) is Match.YES]
-    for target in _targeted(finder.modules, config.target_options, decide, report):
+    named = [*_targeted(finder.modules, config.target_options, decide, report)]
+    for target in over(named, "finding operations", "weights"):
         weight = (target.owner, target.attribute)
         try:
             site = _site_of(target, finder, config)

@@ -48,6 +48,7 @@ class Session:
 
     Args:
         keeps_whole: Returns whether the call of a submodule stays one node of the graph.
+        one_more: Is called for each recorded node; None if nobody counts them.
 
     Attributes:
         root: The module.
@@ -74,8 +75,8 @@ class Session:
 
     root: nn.Module
 
-    def __init__(self, keeps_whole: Callable[[nn.Module], bool]) -> None:
-        self.keeps_whole = keeps_whole
+    def __init__(self, keeps_whole: Callable[[nn.Module], bool], one_more: Callable[[], object] | None = None) -> None:
+        self.keeps_whole, self.one_more = keeps_whole, one_more
         self.modules: dict[str, nn.Module] = {}
         self.modes: Mapping[nn.Module, bool] = {}
         self.gradients = True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from graphpeft.graph.inputs import ExampleInputs, split_inputs
 from graphpeft.graph.settings import Reads, Settings, Watch
 from graphpeft.graph.template import GraphForward, Graphs, Template, wear_template
 from graphpeft.graph.traced_model import Place, TracedModel, module_told
+from graphpeft.progress import counted
 from graphpeft.tracing.attributes import ABSENT, MACHINERY
 from graphpeft.tracing.constant_attributes import make_settings
 from graphpeft.tracing.globals_read import plain_globals
@@ -67,7 +68,8 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, stri
     _refuse_own_call(model)
     args, kwargs = split_inputs(example_inputs)
     with ONE_TRACE_AT_A_TIME:
-        recorded, tracer = _recorded(model, args, kwargs)
+        with counted("tracing", "nodes") as one_more:
+            recorded, tracer = _recorded(model, args, kwargs, one_more)
         if strict and tracer.session.kept:
             reasons = "; ".join(f"{path}: {reason}" for path, reason in tracer.session.kept.items())
             raise TraceError(f"not all of the model becomes a graph: {reasons}")
@@ -103,10 +105,14 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def _recorded(
-    model: nn.Module, args: tuple[Any, ...] | None, kwargs: dict[str, Any], inlined: frozenset[nn.Module] = frozenset()
+    model: nn.Module,
+    args: tuple[Any, ...] | None,
+    kwargs: dict[str, Any],
+    one_more: Callable[[], object],
+    inlined: frozenset[nn.Module] = frozenset(),
 ) -> tuple[Recorded, ValueTracer]:
-    """Records a model; its layers stay calls, except the layers `inlined`."""
-    tracer = ValueTracer(keeps_whole=lambda module: is_layer(module) and module not in inlined)
+    """Records a model; its layers stay calls, except the layers `inlined`; `one_more` is called for each node."""
+    tracer = ValueTracer(lambda module: is_layer(module) and module not in inlined, one_more)
     # a call of the model runs the model's hooks, too
     entry = functools.partial(call_with_hooks, model)
     recorded = in_each_mode(model, lambda modes: record_forward(tracer, model, entry, args, kwargs, modes))
@@ -114,7 +120,7 @@ def _recorded(
     if read <= inlined:
         return recorded, tracer
     # recorded again with these layers inlined, so that the graph shows all uses of their weights
-    return _recorded(model, args, kwargs, inlined | read)
+    return _recorded(model, args, kwargs, one_more, inlined | read)
 
 
 def _layers_read(model: nn.Module, graphs: Graphs) -> set[nn.Module]:

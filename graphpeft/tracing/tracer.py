@@ -53,6 +53,7 @@ class ValueTracer(fx.Tracer):
 
     Args:
         keeps_whole: Returns whether the call of a submodule stays one node of the graph.
+        one_more: Is called for each recorded node; None if nobody counts them.
 
     Attributes:
         session: The findings of the trace so far.
@@ -61,9 +62,9 @@ class ValueTracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, keeps_whole: Callable[[nn.Module], bool]) -> None:
+    def __init__(self, keeps_whole: Callable[[nn.Module], bool], one_more: Callable[[], object] | None = None) -> None:
         super().__init__()
-        self.session = Session(keeps_whole)
+        self.session = Session(keeps_whole, one_more)
         self.examples = Examples(self.session)
         self._proxies: list[weakref.ref[fx.Proxy]] = []
         self._thread: int | None = None
@@ -159,6 +160,8 @@ class ValueTracer(fx.Tracer):
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         node.meta[CALLS] = self._calls
         node.meta[LINE] = guards.calling_place()
+        if self.session.one_more is not None:
+            self.session.one_more()
         return node
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft.graph.recorded import recorded
 from graphpeft.methods.factored import Factored, FactoredConfig, sizes_of
+from graphpeft.methods.frod.mixing import mixed, mixed_product
 from graphpeft.methods.frod.projections import (
     Projections,
     category_of,
@@ -108,34 +108,20 @@ class Frod(Factored, BranchRule):
 
     def delta(self, frod_V: Any, frod_U: Any, **own: Any) -> Any:
         """Returns ΔW."""
-        return self.product(self._mixed(**own) @ self._basis(frod_V, frod_U).mT, frod_U)
+        return self.product(mixed(*self._elements(**own)) @ self._basis(frod_V, frod_U).mT, frod_U)
 
     def branch(self, h: Any, frod_U: Any, frod_V: Any, **own: Any) -> Any:
         """Returns h V (S + diag(λ − λ₀))ᵀ Uᵀ."""
-        return F.linear(F.linear(h @ self._basis(frod_V, frod_U), self._mixed(**own)), frod_U)
+        return F.linear(mixed_product(h @ self._basis(frod_V, frod_U), *self._elements(**own)), frod_U)
 
     def _basis(self, basis: Any, unit: Any) -> Any:
         return basis.to(unit.dtype)
 
-    def _mixed(
+    def _elements(
         self, frod_lambda_l: Any, frod_lambda_init: Any, frod_lambda_s_values: Any, frod_s_indices: Any, **_: Any
-    ) -> Any:
-        return mixed(frod_lambda_l - frod_lambda_init, frod_lambda_s_values, frod_s_indices)
-
-
-@recorded
-def mixed(diagonal: Tensor, values: Tensor, places: Tensor) -> Tensor:
-    """Returns a matrix, or a stack of these, with elements on its diagonal, and at some places, where they add up.
-
-    Args:
-        diagonal: The elements of the diagonal, (…, n).
-        values: The others, (…, number).
-        places: Their rows and columns, (2, number).
-    """
-    size = diagonal.shape[-1]
-    flat = (places[0] * size + places[1]).expand(values.shape)
-    zeros = values.new_zeros((*values.shape[:-1], size * size))
-    return zeros.scatter_add(-1, flat, values).unflatten(-1, (size, size)) + torch.diag_embed(diagonal)
+    ) -> tuple[Any, Any, Any]:
+        """Returns the diagonal λ − λ₀, the elements of S, and their places."""
+        return frod_lambda_l - frod_lambda_init, frod_lambda_s_values, frod_s_indices
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

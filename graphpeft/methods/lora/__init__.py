@@ -19,7 +19,8 @@ from graphpeft.methods.lora.variants.arrow import ArrowConfig
 from graphpeft.methods.lora.variants.arrow_model import create_arrow_model
 from graphpeft.methods.lora.variants.blocks import BdLoraConfig
 from graphpeft.methods.lora.variants.kasa import KasaConfig, kasa_loss
-from graphpeft.methods.lora.variants.monteclora import MontecloraConfig, monteclora_loss
+from graphpeft.methods.lora.variants.monteclora import MontecloraConfig
+from graphpeft.methods.lora.variants.monteclora_loss import monteclora_loss
 from graphpeft.methods.lora.variants.velora import VeloraConfig
 
 __all__ = [

@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from graphpeft.methods.lora import choice, combination, in_files, merge_aware, unsupported
+from graphpeft.methods.lora import choice, combination, combined_config, in_files, merge_aware, unsupported
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lora.init.initialisation import initialisation_of, traits_of
 from graphpeft.methods.lora.nested import drop_unused, give_classes, warn_of_unused
@@ -269,7 +269,7 @@ class LoraConfig(TargetedConfig):
 
     def combined(self, configs: Sequence[Any], sites: Sequence[Any], how: Combination) -> LoraConfig:
         """Returns the config of an adapter that combines others: its rank is theirs or their sum, its scale 1."""
-        return combination.combined_config(configs, sites, how)
+        return combined_config.combined_config(configs, sites, how)
 
     def combine(self, target: AdaptedSite, parts: Sequence[Part], how: Combination, count: int) -> dict[str, Any]:
         """Returns A and B of such an adapter at one site."""

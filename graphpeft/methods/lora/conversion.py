@@ -1,43 +1,35 @@
-"""Any adapter that changes weights, as plain LoRA: the best approximation of its change ΔW of each weight.
+"""Any adapter that changes weights, as plain LoRA: the best approximation of its change of each weight.
 
-    ΔW = U S Vᵀ        B = U₍ₖ₎ S₍ₖ₎    A = V₍ₖ₎ᵀ    s = 1        with the first k columns and singular values
-
-k is given, or the smallest one for which S₁² + … + Sₖ² is a given share of the sum of all squares. The same numbers as
-PEFT's ``tuners/lora/conversion.py``, which converts linear layers alone.
+The same numbers as PEFT's ``tuners/lora/conversion.py``, which converts linear layers alone.
 """
 
 from __future__ import annotations
 
-import numbers
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from graphpeft.adapters import changes
 from graphpeft.adapters.adapter_names import name_like
-from graphpeft.adapters.adapting import known_adapter, known_adapters, modules_of, planned, refuse
+from graphpeft.adapters.adapting import known_adapter, known_adapters, modules_of
 from graphpeft.adapters.checkpoint import WEIGHTS_NAME
-from graphpeft.adapters.file_names import keys
 from graphpeft.adapters.merging import with_originals
-from graphpeft.adapters.plan import Plan
 from graphpeft.adapters.state import Adapter, Modules, adapters_of
 from graphpeft.graph import overrides
 from graphpeft.graph.holders import tensor_at
 from graphpeft.graph.paths import unwrapped
-from graphpeft.methods.lora.combination import as_factors, padded
+from graphpeft.methods.lora.approximation import approximated, by_key, by_weight_of, checked, plan_of
 from graphpeft.methods.lora.config import LoraConfig
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
-from graphpeft.rules.rule import Combines, changes_bias
-from graphpeft.targeting import pattern_values, targets
+from graphpeft.rules.rule import changes_bias
+from graphpeft.targeting import targets
 from graphpeft.wording import joined
 
 
@@ -82,8 +74,8 @@ def convert_to_lora(
     temporary = name_like("converted", state.by_name)
     with with_originals(modules, state):
         config = _config_for(adapter, modules)
-        sources = _by_weight(adapter.sites)
-        adapts = _by_weight(_planned(model, config, temporary).sites)
+        sources = by_weight_of(adapter.sites)
+        adapts = by_weight_of(plan_of(model, config, temporary).sites)
         if odd := sources.keys() ^ adapts.keys():
             raise TypeError(f"LoRA adapts other weights: {joined(sorted(odd))} differ; leave the adapter as it is")
 
@@ -108,45 +100,6 @@ def convert_to_lora(
             rows = tensor_at(modules[path], overrides.rows(adapter_name)).detach().clone()
             found[path, overrides.rows(temporary)] = rows
         return config, by_key(plan, found, temporary, modules)
-
-
-def approximated(
-    model: nn.Module,
-    config: LoraConfig,
-    change_of: Callable[[AdaptedSite], Tensor],
-    rank: float,
-    name: str,
-    progressbar: bool,
-) -> tuple[Plan, dict[tuple[str, str], Tensor]]:
-    """Gives a config the ranks of the best approximations, and returns what it does to a model, and the factors.
-
-    Args:
-        model: The model, which stays as it is.
-        config: A config with a scale of 1, which gets its ranks.
-        change_of: Returns ΔW of a site's weight, in the stored layout.
-        rank: The rank of all factors, or the share of the squares.
-        name: The name of the adapter in the plan.
-        progressbar: Whether a bar shows how far it has come.
-
-    Returns:
-        The plan, and the factors by the path of their module and their name there.
-
-    Raises:
-        ValueError: If a rank is larger than a weight.
-        TypeError: If a change is no product of two matrices.
-    """
-    by_weight = _by_weight(_planned(model, config, name).sites)
-    steps = tqdm(by_weight.items(), desc="converting to LoRA", unit="weight", disable=not progressbar)
-    products = {weight: _approximated(target, change_of(target), rank) for weight, target in steps}
-    ranks: dict[str, int] = {}
-    for weight, target in by_weight.items():
-        ranks[target.site.name] = max(ranks.get(target.site.name, 0), products[weight].rank)
-    config.r = config.lora_alpha = int(rank) if isinstance(rank, int) else max(ranks.values())
-    own = {pattern_values.pattern_of(name): found for name, found in ranks.items() if found != config.r}
-    config.rank_pattern, config.alpha_pattern = own, dict(own)
-    plan = _planned(model, config, name)
-    _refuse_unfit(plan)
-    return plan, _factors(plan, products)
 
 
 def save_as_lora(
@@ -182,33 +135,6 @@ def save_as_lora(
     folder.mkdir(parents=True, exist_ok=True)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS_NAME)
     config.save_pretrained(folder)
-
-
-class _Product(NamedTuple):
-    """The best approximation of a change: factors of shapes (rows, rank) and (rank, columns), or stacks of such."""
-
-    B: Tensor
-    A: Tensor
-
-    @property
-    def rank(self) -> int:
-        return self.A.shape[-2]
-
-
-def checked(rank: float) -> float:
-    """Returns a rank, an int, or a share of the squares, a float.
-
-    Raises:
-        TypeError: If it is no number.
-        ValueError: If it can't be a rank or a share.
-    """
-    if isinstance(rank, bool) or not isinstance(rank, float | numbers.Integral):
-        raise TypeError(f"rank is a {type(rank).__name__}; give an int, or a share of the squares as a float")
-    if isinstance(rank, float) and not 0 < rank <= 1:
-        raise ValueError(f"rank={rank} is a float, and so a share of the squares: it must be between 0 and 1")
-    if not isinstance(rank, float) and rank <= 0:
-        raise ValueError(f"rank={rank} leaves nothing of an adapter; choose a positive one")
-    return rank if isinstance(rank, float) else int(rank)
 
 
 def _source(model: nn.Module, name: str) -> Adapter:
@@ -253,7 +179,7 @@ def _source(model: nn.Module, name: str) -> Adapter:
 def _config_for(adapter: Adapter, modules: Modules) -> LoraConfig:
     """Returns the config that names an adapter's sites, and what it trains fully."""
     source: Any = adapter.config
-    sites = [adapted.site for adapted in _by_weight(adapter.sites).values()]
+    sites = [adapted.site for adapted in by_weight_of(adapter.sites).values()]
     layers = [site.name for site in sites if site.is_layer]
     others = [site.weight for site in sites if not site.is_layer]
     return LoraConfig(
@@ -273,66 +199,3 @@ def _config_for(adapter: Adapter, modules: Modules) -> LoraConfig:
 def _replication(source: PeftConfig) -> list[tuple[int, int]] | None:
     ranges = source.replicated_layers
     return None if ranges is None else [(first, behind) for first, behind in ranges]
-
-
-def _planned(model: nn.Module, config: LoraConfig, name: str) -> Plan:
-    """Returns what the config does to the model, which stays as it is."""
-    plan = planned(model, config, name)
-    refuse(plan)
-    for adapted in plan.sites:
-        if not isinstance(adapted.rule, Combines):
-            raise TypeError(f"{adapted.site.label}: its change is no product of two matrices; leave it as it is")
-    return plan
-
-
-def _by_weight(sites: Iterable[Any]) -> dict[str, Any]:
-    return {adapted.site.weight: adapted for adapted in sites}
-
-
-def _refuse_unfit(plan: Plan) -> None:
-    """Raises ValueError if LoRA of a rank makes another kind of change at a site, as across the groups of features."""
-    for adapted in plan.sites:
-        if adapted.unmergeable is not None:
-            raise ValueError(
-                f"{adapted.site.label} can't have LoRA of this rank: {adapted.unmergeable}; choose another"
-            )
-
-
-@torch.no_grad()
-def _approximated(target: AdaptedSite, change: Tensor, rank: float) -> _Product:
-    product = target.rule.as_product(change).to(target.dtype) / target.constants["lora_scaling"]
-    U, S, V = torch.linalg.svd(product, full_matrices=False)
-    own, most = rank if isinstance(rank, int) else _reaching(S, rank), S.shape[-1]
-    if own > most:
-        raise ValueError(
-            f"rank={rank} is larger than {target.site.label} has rows or columns; choose one of at most {most}"
-        )
-    return _Product(U[..., :own] * S[..., None, :own], V[..., :own, :])
-
-
-def _reaching(S: Tensor, share: float) -> int:
-    """Returns how many singular values, one at least, reach a share of the sum of all squares everywhere in a stack."""
-    sums = S.square().cumsum(-1)
-    return min(int(torch.searchsorted(sums, share * sums[..., -1:]).max()) + 1, S.shape[-1])
-
-
-def _factors(plan: Plan, products: Mapping[str, _Product]) -> dict[tuple[str, str], Tensor]:
-    """Returns the factors of all weights by the path of their module and their name there."""
-    made: dict[tuple[str, str], Tensor] = {}
-    for weight, adapted in _by_weight(plan.sites).items():
-        A, B = as_factors(adapted, *products[weight])
-        for local, factor in (("lora_A", A), ("lora_B", B)):
-            made[adapted.site.owner, adapted.names[local]] = padded(adapted, local, factor)
-    return made
-
-
-def by_key(plan: Plan, found: Mapping[tuple[str, str], Tensor], name: str, modules: Modules) -> dict[str, Tensor]:
-    """Returns the tensors of an adapter by their names in its file.
-
-    Args:
-        plan: What the adapter does to the model.
-        found: Its tensors by the path of their module and their name there.
-        name: The adapter's name in the plan.
-        modules: The model's modules by path.
-    """
-    return {key: found[place] for key, place in keys(Adapter.of(plan), name, modules).items()}

@@ -19,8 +19,8 @@ from graphpeft.graph import overrides
 from graphpeft.graph.computed_weights import read_weight
 from graphpeft.graph.holders import tensor_at
 from graphpeft.graph.paths import join, modules_by_path, unwrapped
+from graphpeft.methods.lora.approximation import approximated, by_key, checked
 from graphpeft.methods.lora.config import LoraConfig
-from graphpeft.methods.lora.conversion import approximated, by_key, checked
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.wording import joined
 

@@ -4,8 +4,8 @@
     W'_e = W_e + s · B_e A_e             W of shape (experts, out, in), or (experts, in, out) where it is transposed
 
 The latter is PEFT's `target_parameters` for experts, whose factors lie in two matrices: A of shape (experts · r, in)
-and B of shape (out, r · experts); source: ``ParamWrapper.get_delta_weight`` in PEFT's ``tuners/lora/layer.py``. There
-is no input that dropout could drop elements of.
+and B of shape (out, r · experts); source: ``ParamWrapper.get_delta_weight`` in PEFT's ``tuners/lora/layer.py``. What
+multiplies by a stack has an input, of which dropout drops elements; another use of a weight has none.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from graphpeft.graph.low_rank_sum import plus_product
 from graphpeft.methods.lora.factors import rank_of
 from graphpeft.methods.lora.init import initialisation
 from graphpeft.methods.lora.init.initialisation import traits_of
-from graphpeft.methods.lora.rule import LoraRule, variant_refusal
+from graphpeft.methods.lora.rule import LoraRule, bias_refusal, variant_refusal
 from graphpeft.rules.parameter_spec import ParameterSpec, RankAxis
 from graphpeft.rules.rule import Combines, Mergeable, ReplacesWeight
 from graphpeft.sites.site import Site
@@ -83,8 +83,8 @@ class LoraExperts(LoraRule, Mergeable, Combines):
     transposed: bool
 
     def check(self, site: Site, config: Any) -> str | None:
-        """Refuses dropout, a bias of B, and initialisations of a single matrix."""
-        return super().check(site, config) or initialisation.refusal_unless_random(config, "a stack of matrices")
+        """Refuses a bias of B, and initialisations of a single matrix."""
+        return bias_refusal(site, config) or initialisation.refusal_unless_random(config, "a stack of matrices")
 
     def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A and B of all experts."""
@@ -99,9 +99,13 @@ class LoraExperts(LoraRule, Mergeable, Combines):
         first, second = self._factors(lora_A, lora_B)
         return first @ second * lora_scaling
 
-    def changed_weight(self, weight: Any, given: Mapping[str, Any]) -> Any:
+    def changed_weight(
+        self, weight: Any, given: Mapping[str, Any], training: Any = False, lora_dropout: Any = 0.0
+    ) -> Any:
         """Returns the weight beside the factors of its change, so that no tensor of its size is made."""
-        return plus_product(weight, *self._factors(given["lora_A"], given["lora_B"]), given["lora_scaling"])
+        factors = self._factors(given["lora_A"], given["lora_B"])
+        dropout = (lora_dropout, training) if self.drops else ()
+        return plus_product(weight, *factors, given["lora_scaling"], *dropout)
 
     def _factors(self, lora_A: Any, lora_B: Any) -> tuple[Any, Any]:
         """Returns the factors of the change of each matrix as it is stored."""

@@ -83,7 +83,7 @@ class Table(Encoder):
 
     def parameters(self, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns the table."""
-        return {"prompt_embeddings": ParameterSpec(self.shape(config), EMBEDDINGS_KEY)}
+        return {"prompt_embeddings": ParameterSpec(self.shape(config), EMBEDDINGS_KEY, path="embedding.weight")}
 
     def initialise(self, parameters: Mapping[str, Tensor], config: Any, embedding: nn.Module) -> None:
         """Draws the table as ``nn.Embedding`` does."""
@@ -97,7 +97,7 @@ class Table(Encoder):
 class NetworkEncoder(Encoder):
     """Virtual tokens that a network computes from the weight of its ``embedding``.
 
-    The network's weights are parameters, with the names of PEFT's encoder in files.
+    The network's weights are parameters, with the names of PEFT's encoder in the model and in files.
     """
 
     @abstractmethod
@@ -109,7 +109,9 @@ class NetworkEncoder(Encoder):
         """Returns the learned tokens and the network's weights."""
         with torch.device("meta"):
             named = self.network(config).named_parameters()
-        return {_local(name): ParameterSpec(tuple(weight.shape), ENCODER_PREFIX + name) for name, weight in named}
+        return {
+            _local(name): ParameterSpec(tuple(weight.shape), ENCODER_PREFIX + name, path=name) for name, weight in named
+        }
 
     @torch.no_grad()
     def initialise(self, parameters: Mapping[str, Tensor], config: Any, embedding: nn.Module) -> None:

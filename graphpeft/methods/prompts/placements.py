@@ -81,6 +81,8 @@ class PromptRule(BoundaryRule):
         placement: Inserts them.
     """
 
+    held_in: ClassVar[str] = "prompt_encoder"
+
     # an empty cache tells that a sequence begins, and one that a prefix has filled tells nothing
     reads_as_given: ClassVar[tuple[str, ...]] = CACHES
 

@@ -194,7 +194,7 @@ class PromptLearningConfig(PeftConfig):
         """Returns the config for a file that may have lost the prompt encoder, as PEFT's do."""
         config = copy.copy(self)
         config._encoder_is_lost = not any(_is_of_encoder(key) for key in keys)
-        if config._encoder_is_lost and not config.inference_mode and self.has_encoder:
+        if config.holds_table and not config.inference_mode and self.has_encoder:
             warnings.warn(
                 "the file holds the virtual tokens alone, and not the encoder that computed them, which PEFT doesn't "
                 "save: the tokens themselves are trained",

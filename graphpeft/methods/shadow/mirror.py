@@ -193,7 +193,9 @@ class Mirror:
     @contextlib.contextmanager
     def _numbered_from(self, first: int) -> Iterator[None]:
         """Lets its layers have numbers from this one on, under which a cache has what they keep."""
-        numbered = [module for module in self._module.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+        numbered: list[Any] = [
+            module for module in self._module.modules() if isinstance(getattr(module, "layer_idx", None), int)
+        ]
         try:
             for module in numbered:
                 module.layer_idx += first

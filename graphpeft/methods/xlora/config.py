@@ -24,6 +24,7 @@ from graphpeft.methods.xlora import classifier, first_run, in_files
 from graphpeft.methods.xlora.experts import Experts, read_expert
 from graphpeft.methods.xlora.rule import XLora
 from graphpeft.methods.xlora.scalings import INPUT, Log, used
+from graphpeft.progress import over
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.options import Layers, Number, Probability, Size, Within
 from graphpeft.rules.parameter_spec import ParameterSpec
@@ -164,7 +165,8 @@ class XLoraConfig(PeftConfig):
         """Reads the experts, and returns the sites that any of them adapts, in the order of the model's modules."""
         paths, found = self.adapters or {}, {}
         model, inputs = finder.modules[""], finder.regions.example_inputs
-        self._experts = Experts([read_expert(model, paths[name], name, inputs) for name in sorted(paths, key=int)])
+        names = over(sorted(paths, key=int), "reading experts", "adapters")
+        self._experts = Experts([read_expert(model, paths[name], name, inputs) for name in names])
         for expert in self._experts.every:
             found |= {site.label: site for site in expert.config.find_sites(finder, report)}
         order = {path: number for number, path in enumerate(finder.modules)}

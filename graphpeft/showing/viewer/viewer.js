@@ -11,6 +11,13 @@ const SMALLEST_SCALE = 0.6; // of a graph that is wider than its place
 const colour = (place) => `--own: var(--a${place % COLOURS})`;
 const number = (value) => value.toLocaleString("en");
 const rounded = (value) => Number(Number(value).toPrecision(3)).toString(); // NaN and Infinity come as text
+const inUnits = (value, units, step) => {
+  let place = 0;
+  for (; value >= step && place < units.length - 1; place++) value /= step;
+  return `${rounded(value)} ${units[place]}`;
+};
+const bytes = (value) => inUnits(value, ["B", "kB", "MB", "GB"], 1000);
+const duration = (seconds) => inUnits(seconds * 1e6, ["µs", "ms", "s"], 1000);
 
 function element(name, attributes = {}, ...inside) {
   const made = document.createElement(name);
@@ -31,6 +38,7 @@ const above = new Map(); // the path of the module around each
   module.name ??= "";
   for (const list of ["inside", "sites", "trained"]) module[list] ??= [];
   module.slots ??= {};
+  module.kept_by ??= {};
   modules.set(module.path, module);
   above.set(module.path, around);
   for (const part of module.inside) remember(part, module.path);
@@ -57,10 +65,11 @@ function opening(attributes, summary, fill) {
 function moduleElement(module) {
   const dots = [...adaptersIn(module)].map((place) => element("span", { class: "dot", style: colour(place), title: picture.adapters[place].name }));
   const sites = module.adapted ? `, ${number(module.adapted)} adapted` : "";
+  const costs = module.kept === undefined ? "" : ` · keeps ${bytes(module.kept)}, ${duration(module.seconds ?? 0)}`;
   const summary = element(
     "summary", {},
     element("b", {}, module.name || picture.title),
-    element("span", { class: "cls" }, `${module.cls} · ${number(module.parameters ?? 0)} parameters${sites}`),
+    element("span", { class: "cls" }, `${module.cls} · ${number(module.parameters ?? 0)} parameters${sites}${costs}`),
     ...dots,
   );
   const attributes = { class: module.adapted ? "module" : "module untouched", "data-path": module.path };
@@ -205,8 +214,9 @@ function laidOut(module, nodes, open) {
     for (const call of calls) {
       if (!open.has(call)) {
         name = `call:${call}`;
-        const closed = group.nodes.get(name) ?? { call, nodes: 0, adapted: new Set() };
+        const closed = group.nodes.get(name) ?? { call, nodes: 0, adapted: new Set(), kept: 0 };
         closed.nodes++;
+        closed.kept += module.kept_by[node.name] ?? 0;
         if (node.slot !== undefined) closed.adapted.add(module.slots[node.slot]);
         group.nodes.set(name, closed);
         break;
@@ -262,7 +272,8 @@ const SHAPES = {
 function callAttributes(name, closed) {
   const own = [...closed.adapted][0];
   const colours = own === undefined ? "call" : `call adapter a${own}`;
-  return { id: name, class: colours, label: `${closed.call.slice(1, -1)}\n${closed.nodes} nodes` };
+  const kept = closed.kept ? `\nkeeps ${bytes(closed.kept)}` : "";
+  return { id: name, class: colours, label: `${closed.call.slice(1, -1)}\n${closed.nodes} nodes${kept}` };
 }
 
 function nodeAttributes(module, node, tensors) {
@@ -272,6 +283,8 @@ function nodeAttributes(module, node, tensors) {
   if (tensor?.gradient !== undefined) lines.push(`∇ ${rounded(tensor.gradient)}`);
   const site = siteOf(module, node);
   if (node.over && site?.change !== undefined) lines.push(`ΔW/W ${rounded(100 * site.change)} %`);
+  const kept = module.kept_by[node.name];
+  if (kept) lines.push(`keeps ${bytes(kept)}`);
   const own = node.slot === undefined ? undefined : module.slots[node.slot];
   const classes = [node.op, ...(own === undefined ? [] : ["adapter", `a${own}`])];
   return { id: node.name, class: classes.join(" "), label: lines.join("\n"), ...SHAPES[node.op] };
@@ -298,6 +311,10 @@ function choose(module, node, place) {
   if (node.value) tell("value", node.value);
   if (node.line) tell("line", code(node.line));
   if (node.calls) tell("inside of the calls", node.calls.join(" "));
+  const kept = module.kept_by[node.name];
+  if (kept) tell("kept for the backward", bytes(kept));
+  const called = node.op === "call_module" && modules.get(module.path ? `${module.path}.${node.module}` : node.module);
+  if (called && called.seconds !== undefined) tell("the call", `takes ${duration(called.seconds)}, keeps ${bytes(called.kept ?? 0)}`);
   if (node.over) tell("in the place of", code(node.over));
   for (const check of node.checks ?? []) tell("checked in each run", check);
   const site = siteOf(module, node);

@@ -22,7 +22,8 @@ from graphpeft.graph.holders import tensor_at
 from graphpeft.graph.modes import in_mode
 from graphpeft.methods.lora.factors import rank_at
 from graphpeft.methods.lora.init.calibration import targeted_layers
-from graphpeft.methods.lora.init.eva_directions import Batches, find_directions, first_tensor, options_of
+from graphpeft.methods.lora.init.eva_batches import Batches, first_tensor
+from graphpeft.methods.lora.init.eva_directions import find_directions, options_of
 from graphpeft.targeting import pattern_values
 from graphpeft.transaction import transaction
 

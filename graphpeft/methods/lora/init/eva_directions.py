@@ -10,11 +10,9 @@ Explained Variance Adaptation", arXiv 2410.07170; the same numbers as PEFT's ``t
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -22,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from graphpeft._torch import pytree
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.methods.lora.factors import rank_at
 from graphpeft.methods.lora.init.base import InitContext, InitialFactors, Initialisation, rank_refusal
+from graphpeft.methods.lora.init.eva_batches import Batches
 from graphpeft.methods.lora.init.incremental_pca import IncrementalPca
 from graphpeft.rules.options import Within, check_options
 
@@ -80,57 +78,6 @@ class Eva(Initialisation):
     def first(self, context: InitContext) -> InitialFactors:
         """Returns A as it was drawn, and zero."""
         return InitialFactors(context.drawn, context.weight.new_zeros(context.weight.shape[0], context.rank))
-
-
-@dataclass
-class Batches:
-    """Runs a model on batches, and selects the inputs of its layers.
-
-    Attributes:
-        model: The model.
-        data: The batches.
-        config: The config.
-        forward: Calls the model with a batch.
-        prepare: Makes of a batch and the config the second argument of `rows_of`; None for a copy of the batch.
-        rows_of: Makes rows, (number, features), of a layer's inputs, of the result of `prepare`, and of the layer's
-            path; or such functions by path. None takes all rows.
-    """
-
-    model: nn.Module
-    data: Iterable[Any]
-    config: Any
-    forward: Callable[[nn.Module, Any], Any]
-    prepare: Callable[[Any, Any], Any] | None
-    rows_of: Callable[[Any, Any, str], Tensor] | Mapping[str, Callable[[Any, Any, str], Tensor]] | None
-
-    def run(self, batch: Any, layers: Mapping[str, nn.Module], take: Callable[[str, Tensor], object]) -> None:
-        """Runs one batch, and calls `take` with the path and the rows of each of `layers`."""
-        device = next(self.model.parameters()).device
-        batch = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
-        prepared = self.prepare(batch, self.config) if self.prepare is not None else copy.deepcopy(batch)
-
-        def watch(path: str) -> Callable[..., None]:
-            function = self.rows_of.get(path) if isinstance(self.rows_of, Mapping) else self.rows_of
-            function = function or _all_rows
-
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                take(path, function(args or (kwargs["input"],), prepared, path))
-
-            return hook
-
-        with contextlib.ExitStack() as hooks:
-            for path, layer in layers.items():
-                hooks.enter_context(layer.register_forward_pre_hook(watch(path), with_kwargs=True))
-            self.forward(self.model, batch)
-
-
-def first_tensor(layer_input: Any) -> Tensor:
-    """Returns a layer's input, which comes alone or as the first of its arguments."""
-    return layer_input if isinstance(layer_input, Tensor) else layer_input[0]
-
-
-def _all_rows(layer_input: Any, *_: Any) -> Tensor:
-    return first_tensor(layer_input).flatten(0, -2)
 
 
 @dataclass

@@ -17,6 +17,7 @@ from graphpeft.methods.lora.config import LoraConfig
 from graphpeft.methods.lora.linear import LoraLeaf, LoraLinear
 from graphpeft.methods.lora.variants.arrow import ArrowConfig, Expert, tensors_of
 from graphpeft.model.peft_model import PeftModel
+from graphpeft.progress import over
 from graphpeft.targeting import targets
 from graphpeft.transaction import remember, transaction
 from graphpeft.wording import joined
@@ -78,7 +79,8 @@ def create_arrow_model(
     with transaction(base_model):
         model: Any = base_model
         paths = [*task_specific_adapter_paths, *general]
-        for name, path in zip([*names, *general_names], paths, strict=True):
+        named = list(zip([*names, *general_names], paths, strict=True))
+        for name, path in over(named, "loading adapters", "adapters"):
             given = {**_source(path), **adapter_kwargs}
             if name == names[0]:
                 PeftModel.from_pretrained(model, adapter_name=name, **given)

@@ -20,8 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Chi2
 
-from graphpeft.adapters.adapting import known_adapters, modules_of
-from graphpeft.graph.holders import tensor_at
 from graphpeft.graph.recorded import as_node
 from graphpeft.methods.lora.factors import rank_of
 from graphpeft.methods.lora.variants.around import AroundLora
@@ -136,41 +134,6 @@ class Monteclora(AroundLora):
         return self.lora.delta(lora_A, lora_B, lora_scaling)
 
 
-def monteclora_loss(model: nn.Module, adapter_names: str | Sequence[str] | None = None) -> Tensor:
-    """Returns MonteCLoRA's loss, which a training loop adds to its own (PEFT's ``LoraModel._get_monteclora_loss``).
-
-    It is how far the distributions of the last forward's samples are from their priors, with the sum of the weights'
-    squares if `use_entropy` says so: the mean over all layers with MonteCLoRA, of which those in evaluation have 0.
-
-    Args:
-        model: An adapted model.
-        adapter_names: The adapters that count; None for the active ones.
-
-    Returns:
-        The loss, a scalar in single precision with gradients for the trained priors; zero if there is no MonteCLoRA.
-
-    Raises:
-        AdaptError: If the model isn't adapted.
-
-    Examples:
-        >>> config = LoraConfig(r=2, target_modules=["0"], monteclora_config=MontecloraConfig())
-        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), config).train()
-        >>> loss = model(torch.ones(1, 8)).sum() + monteclora_loss(model)
-        >>> loss.backward()
-    """
-    state, modules = known_adapters(model), modules_of(model)
-    given = state.active if adapter_names is None else adapter_names
-    names = [given] if isinstance(given, str) else given
-    losses = []
-    for adapter in (state.by_name[name] for name in names if name in state.by_name):
-        options: MontecloraConfig | None = getattr(adapter.config, "monteclora_config", None)
-        for adapted in adapter.sites if options is not None else ():
-            owner = modules[adapted.site.owner]
-            tensors = {name: tensor_at(owner, adapted.names[name]).float() for name in adapted.specs}
-            losses.append(_loss(tensors, options) if owner.training else torch.zeros(()))
-    return torch.stack(losses).mean() if losses else torch.zeros(())
-
-
 def _draw_ahead(ahead: int, samples: int, shape: Sequence[int], dtype: torch.dtype) -> None:
     """Draws the numbers that PEFT draws for the first forwards, so that those behind them are PEFT's."""
     rank, features = shape
@@ -202,7 +165,7 @@ def _drawn_around(
     shifts = weights_prior.new_empty(samples).normal_()
     with torch.no_grad():
         drawn.copy_(torch.cat([squares, shifts]))
-    own_variances, own_weights = _variances(std_prior, squares), _weights(weights_prior, shifts)
+    own_variances, own_weights = variances_of(std_prior, squares), weights_of(weights_prior, shifts)
     with torch.no_grad():
         variances.copy_(own_variances.diag())
         weights.copy_(own_weights)
@@ -210,42 +173,25 @@ def _drawn_around(
     return A + (scaler * noise).to(A.dtype)
 
 
-def _variances(std_prior: Tensor, squares: Tensor) -> Tensor:
-    """Returns the variances v of a forward, (r,)."""
+def variances_of(std_prior: Tensor, squares: Tensor) -> Tensor:
+    """Returns the variances v of a forward, (r,).
+
+    Args:
+        std_prior: The logarithms of the standard deviations, (r,).
+        squares: The diagonal of a Wishart distribution's matrix, (r,).
+    """
     return (std_prior.exp().square() * squares).clamp(min=_LEAST_VARIANCE)
 
 
-def _weights(weights_prior: Tensor, shifts: Tensor) -> Tensor:
-    """Returns the weights p of a forward's samples, (samples,)."""
+def weights_of(weights_prior: Tensor, shifts: Tensor) -> Tensor:
+    """Returns the weights p of a forward's samples, (samples,).
+
+    Args:
+        weights_prior: The logarithms of their priors, (samples,).
+        shifts: What was drawn for each, (samples,).
+    """
     of = len(weights_prior)
     alpha = weights_prior.exp().clamp(min=_LEAST_ALPHA)
     inverse, log = 1 / alpha, alpha.log()
     spread = (inverse * (1 - 2 / of) + inverse.sum() / of**2).clamp(min=_LEAST_ALPHA) + _LEAST_ALPHA
     return torch.softmax(log - log.mean() + spread.sqrt() * shifts, dim=-1)
-
-
-def _loss(tensors: Mapping[str, Tensor], options: Any) -> Tensor:
-    """Returns a layer's loss, with gradients through what its last forward has drawn, if there was one."""
-    std_prior, weights_prior = tensors["lora_monteclora_std_prior"], tensors["lora_monteclora_weights_prior"]
-    # the next forward draws in place, maybe before this one's backward
-    drawn, rank = tensors["lora_monteclora_drawn"].clone(), len(std_prior)
-    squares, shifts = drawn[:rank], drawn[rank:]
-    variances = torch.where(drawn.any(), _variances(std_prior, squares), tensors["lora_monteclora_variances"].diag())
-    weights = torch.where(drawn.any(), _weights(weights_prior, shifts), tensors["lora_monteclora_weights"])
-    divergence = (
-        _dirichlet_divergence(weights_prior.exp(), options.dirichlet_prior)
-        + 0.5 * rank * ((2 * std_prior).exp() - 2 * std_prior - 1).sum()
-        + 0.5 * len(weights_prior) * (variances - variances.log() - 1).sum()
-    )
-    return options.kl_loss_weight * divergence + (weights.square().sum() if options.use_entropy else 0)
-
-
-def _dirichlet_divergence(alpha: Tensor, prior: float) -> Tensor:
-    """Returns the divergence from equal weights' distribution, with PEFT's sign of its second term."""
-    priors = torch.full_like(alpha, prior)
-    return (
-        alpha.sum().lgamma()
-        - priors.sum().lgamma()
-        + (alpha.lgamma() - priors.lgamma()).sum()
-        + ((alpha - priors) * (alpha.digamma() - alpha.sum().digamma())).sum()
-    )

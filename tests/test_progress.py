@@ -79,7 +79,7 @@ def test_a_file_gets_no_bars_and_the_process_no_thread(
 ) -> None:
     before = threading.active_count()
     assert written(monkeypatch, way, is_terminal=False, seconds=0) == ""
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
 
 
 def of_trace() -> None:

@@ -58,7 +58,8 @@ def export(
         example_inputs: A tuple of positional or a dict of keyword arguments of the model.
         path: The file to write. For weights, a path without a suffix is a folder.
         format: ``"pt2"``: a program of ``torch.export``. ``"aoti"``: a package of AOTInductor. ``"onnx"``: an ONNX
-            graph. ``"safetensors"`` and ``"state_dict"``: the weights alone.
+            graph. ``"openvino"``: OpenVINO's graph. ``"executorch"``: a program of ExecuTorch. ``"safetensors"`` and
+            ``"state_dict"``: the weights alone.
         adapters: ``"merged"``: added to the weights. ``"baked"``: branches in the graph. ``"inputs"``: the tensors of
             one adapter are an argument, for any adapter of the same shapes. ``"rows"``: the tensors of several adapters
             are an argument, and each row of the batch chooses one. For the last two, each adapter of the model is also

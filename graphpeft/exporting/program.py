@@ -58,6 +58,14 @@ class Program(NamedTuple):
     exported: ExportedProgram
     inputs: tuple[Input, ...]
 
+    def limit_to_example(self) -> None:
+        """Limits the dynamic sizes that have no limit to those with which the program was traced."""
+        limits: dict[Any, Any] = self.exported.range_constraints
+        for size in (size for one in self.inputs for size in one.shape if isinstance(size, torch.SymInt)):
+            limit = limits.get(size.node.expr)
+            if limit is not None and not limit.upper.is_Integer:
+                limits[size.node.expr] = type(limit)(limit.lower, size.node.hint)
+
     def draws(self) -> list[str]:
         """Returns the operators that draw random numbers, each with the path of the module that calls it."""
         nodes = [node for node in self.exported.graph.nodes if node.op == "call_function" and _draws(node)]

@@ -19,15 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export.graph_signature import TensorArgument
 
-from graphpeft._torch import pytree
 from graphpeft.exporting.atomic_export import named_by_content
 from graphpeft.exporting.carriers import Case
 from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example
 from graphpeft.exporting.formats.format import Export, Runner
-from graphpeft.exporting.program import Program, path_of
+from graphpeft.exporting.formats.output_names import output_names
+from graphpeft.exporting.program import path_of
 from graphpeft.graph.calls import calls_of
 from graphpeft.graph.paths import join
 from graphpeft.graph.template import template_of
@@ -52,7 +51,7 @@ class Onnx:
         for package in ("onnx", "onnxscript", "onnxruntime"):
             _library(package)
         program = export.program
-        names = _output_names(program)
+        names = output_names(program, "ONNX")
         translated = _translated(export)
         graph = translated.model.graph
         _rename(graph, list(graph.inputs), [one.name for one in program.inputs])
@@ -169,35 +168,6 @@ def _squeeze(graph: Any, value: Any) -> None:
         if user is not squeezed:
             user.replace_input_with(index, number)
     graph.insert_before(graph[0], squeezed)
-
-
-def _output_names(program: Program) -> list[str]:
-    """Returns a name for each tensor of the model's result, made of keys and indices."""
-    spec = program.exported.call_spec.out_spec
-    assert spec is not None
-    specs = program.exported.graph_signature.output_specs
-    returned = [one for one in specs if one.kind.name in ("USER_OUTPUT", "USER_INPUT_MUTATION")]
-    places = pytree.tree_leaves_with_path(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))
-    names = [pytree.keystr(path) for path, _ in places]
-    others = [
-        name or "the result" for name, one in zip(names, returned, strict=True) if not _is_tensor_or_none(one.arg)
-    ]
-    if others:
-        raise ExportError(
-            f"the model returns what is no tensor: {', '.join(others)}. ONNX has tensors alone: let the model return "
-            "a tensor there, or nothing, or export with format='pt2'"
-        )
-    dotted = [re.sub(r"\W+", ".", name).strip(".") or "output" for name in names]
-    taken = {one.name for one in program.inputs}
-    return [
-        f"output.{name}" if name[0].isdigit() or name in taken else name
-        for name, one in zip(dotted, returned, strict=True)
-        if isinstance(one.arg, TensorArgument)
-    ]
-
-
-def _is_tensor_or_none(argument: Any) -> bool:
-    return isinstance(argument, TensorArgument) or getattr(argument, "value", argument) is None
 
 
 def _translated(export: Export) -> Any:

@@ -1,0 +1,87 @@
+"""ExecuTorch's programs, for phones and small devices; here with XNNPACK's kernels, which run on CPUs.
+
+The arguments are the model's and then those of an adapter, in the order of their names. Memory is planned in advance: a
+size that isn't limited otherwise can be as large as in the example, and smaller.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from graphpeft.exporting.carriers import Case
+from graphpeft.exporting.errors import ExportError, in_short
+from graphpeft.exporting.example import Example
+from graphpeft.exporting.formats.format import Export, Runner
+from graphpeft.exporting.formats.output_names import output_names
+from graphpeft.exporting.formats.pt2 import write_safetensors
+from graphpeft.exporting.program import quiet
+
+_ABOUT = "graphpeft"
+"""The method of a program that returns the text for `export_adapter`."""
+
+
+class ExecuTorch:
+    """A program of ExecuTorch."""
+
+    suffixes = (".pte",)
+    has_graph = True
+    checks_inputs = False
+    adapter_suffix = ".safetensors"
+
+    def write(self, export: Export, path: Path, about: str) -> None:
+        """Lowers the program, as far as possible to XNNPACK."""
+        exir = _library("executorch.exir")
+        xnnpack = _library("executorch.backends.xnnpack.partition.xnnpack_partitioner")
+        program = export.program
+        output_names(program, "ExecuTorch")
+        program.limit_to_example()
+        try:
+            with quiet():
+                lowered = exir.to_edge_transform_and_lower(
+                    program.exported, partitioner=[xnnpack.XnnpackPartitioner()], constant_methods={_ABOUT: about}
+                ).to_executorch()
+        except Exception as error:
+            raise ExportError(
+                f"ExecuTorch can't lower the model: {in_short(error)}. dynamic=False keeps all sizes, of which "
+                "XNNPACK lets few change; format='pt2' needs no lowering"
+            ) from error
+        with path.open("wb") as file:
+            lowered.write_to_file(file)
+
+    def runner(self, export: Export, path: Path) -> Runner:
+        """Loads the program into ExecuTorch's runtime."""
+        program = _program(path)
+
+        def run(case: Case, example: Example) -> Any:
+            given = [tensor.detach().cpu().contiguous() for tensor in case.full(example).tensors]
+            found = program.load_method("forward").execute(given)
+            # the next call overwrites them
+            return [value.clone() for value in found if isinstance(value, Tensor)]
+
+        return run
+
+    def about(self, path: Path) -> str | None:
+        """Asks the program."""
+        program = _program(path)
+        return program.load_method(_ABOUT).execute([])[0] if _ABOUT in program.method_names else None
+
+    def write_adapter(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+        """Writes safetensors."""
+        write_safetensors(tensors, path)
+
+
+def _program(path: Path) -> Any:
+    runtime = _library("executorch.runtime").Runtime.get()
+    return runtime.load_program(path)
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ExportError("format='executorch' needs executorch: pip install graphpeft[executorch]") from error

@@ -1,0 +1,222 @@
+"""OpenVINO and ExecuTorch run what is exported for them, where they are installed, with adapters given by a caller."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+
+import graphpeft
+from graphpeft import ExportError, LoraConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Residual(nn.Module):
+    """A network whose matrices no layer holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(24, 12) / 4), nn.Parameter(torch.randn(24, 12) / 5)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x + F.gelu(F.linear(x, self.up)) @ self.down)
+
+
+def wav2vec2() -> nn.Module:
+    options: dict[str, Any] = {
+        "conv_dim": (24, 24),
+        "conv_kernel": (16, 4),
+        "conv_stride": (8, 2),
+        "num_feat_extract_layers": 2,
+        "feat_extract_norm": "layer",
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_conv_pos_embeddings": 8,
+        "num_conv_pos_embedding_groups": 4,
+        "classifier_proj_size": 24,
+        "num_labels": 5,
+    }
+    return transformers.Wav2Vec2ForSequenceClassification(transformers.Wav2Vec2Config(**options))
+
+
+def vit() -> nn.Module:
+    return timm.models.vision_transformer.VisionTransformer(
+        img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=2, num_classes=5
+    )
+
+
+MODELS: dict[str, tuple[Any, tuple[int, ...], list[str]]] = {
+    "hand-written": (Residual, (3, 12), ["up", "down", "head"]),
+    "timm": (vit, (2, 3, 16, 16), ["qkv", "fc1"]),
+    "audio": (wav2vec2, (2, 512), ["q_proj", "v_proj", "intermediate_dense"]),
+}
+
+
+def adapted(name: str) -> tuple[Any, torch.Tensor]:
+    torch.manual_seed(0)
+    make, shape, targets = MODELS[name]
+    model: Any = make().eval()
+    for adapter, alpha in (("first", 12), ("second", 3)):
+        config = LoraConfig(r=2, lora_alpha=alpha, target_modules=targets, init_lora_weights=False)
+        graphpeft.get_peft_model(model, config, adapter)
+    return model, torch.randn(shape)
+
+
+def output(model: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        found = model(x)
+    return found if isinstance(found, torch.Tensor) else found.logits
+
+
+def deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Returns the greatest difference, relative to the greatest value."""
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert deviation(found, expected) <= 1e-4
+
+
+def by_openvino(path: Path, x: torch.Tensor, adapter: dict[str, torch.Tensor]) -> torch.Tensor:
+    openvino = pytest.importorskip("openvino")
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    name = next(iter({port.get_any_name() for port in compiled.inputs} - adapter.keys()))
+    given = {name: x.numpy(), **{key: value.numpy() for key, value in adapter.items()}}
+    return torch.from_numpy(compiled(given)[0].copy())
+
+
+def by_executorch(path: Path, x: torch.Tensor, adapter: dict[str, torch.Tensor]) -> torch.Tensor:
+    runtime = pytest.importorskip("executorch.runtime")
+    program = runtime.Runtime.get().load_program(path)
+    return program.load_method("forward").execute([x, *dict(sorted(adapter.items())).values()])[0].clone()
+
+
+FORMATS: dict[str, tuple[str, str, Any]] = {
+    "openvino": ("openvino", ".xml", by_openvino),
+    "executorch": ("executorch.runtime", ".pte", by_executorch),
+}
+each_format = pytest.mark.parametrize("format", FORMATS)
+
+
+def sizes_may_change(format: str, name: str) -> bool:
+    # XNNPACK lets one size of a tensor change
+    return (format, name) != ("executorch", "audio")
+
+
+@each_format
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("way", ["merged", "baked"])
+def test_what_is_exported_computes_what_the_model_does(format: str, name: str, way: str, tmp_path: Path) -> None:
+    package, suffix, run = FORMATS[format]
+    pytest.importorskip(package)
+    model, x = adapted(name)
+    path = tmp_path / f"model{suffix}"
+    report = graphpeft.export(model, (x,), path, format, way, dynamic=sizes_may_change(format, name))
+    assert_near(run(path, x, {}), output(model, x))
+    assert {file.name for file in report.files} == {file.name for file in tmp_path.iterdir()}
+
+
+@each_format
+@pytest.mark.parametrize("name", MODELS)
+def test_one_file_serves_all_adapters(format: str, name: str, tmp_path: Path) -> None:
+    package, suffix, run = FORMATS[format]
+    pytest.importorskip(package)
+    model, x = adapted(name)
+    path = tmp_path / f"model{suffix}"
+    graphpeft.export(model, (x,), path, format, "inputs", dynamic=sizes_may_change(format, name))
+    model.add_adapter("third", LoraConfig(r=2, lora_alpha=7, target_modules=MODELS[name][2], init_lora_weights=False))
+    graphpeft.export_adapter(model, "third", path)
+    outputs = []
+    for adapter in ("first", "second", "third"):
+        model.set_adapter(adapter)
+        outputs.append(run(path, x, load_file(tmp_path / f"model.{adapter}.safetensors")))
+        assert_near(outputs[-1], output(model, x))
+    assert deviation(outputs[0], outputs[1]) > 1e-2
+
+
+@each_format
+def test_rows_of_a_batch_have_adapters_of_their_own(format: str, tmp_path: Path) -> None:
+    package, suffix, _ = FORMATS[format]
+    pytest.importorskip(package)
+    model, x = adapted("hand-written")
+    report = graphpeft.export(model, (x,), tmp_path / f"model{suffix}", format, "rows")
+    assert max(one.difference for one in report.checked) <= 1e-4
+
+
+@each_format
+def test_an_adapter_of_other_ranks_is_refused(format: str, tmp_path: Path) -> None:
+    package, suffix, _ = FORMATS[format]
+    pytest.importorskip(package)
+    model, x = adapted("hand-written")
+    path = tmp_path / f"model{suffix}"
+    graphpeft.export(model, (x,), path, format, "inputs")
+    model.add_adapter("wide", LoraConfig(r=4, target_modules=MODELS["hand-written"][2]))
+    with pytest.raises(ExportError, match="'wide' doesn't fit the inputs"):
+        graphpeft.export_adapter(model, "wide", path)
+
+
+def test_executorch_takes_sizes_up_to_the_example_s_or_to_a_given_limit(tmp_path: Path) -> None:
+    pytest.importorskip("executorch.runtime")
+    model, x = adapted("hand-written")
+    graphpeft.export(model, (x,), tmp_path / "own.pte", "executorch")
+    assert by_executorch(tmp_path / "own.pte", x[:1], {}).shape == (1, 5)
+    with pytest.raises(RuntimeError):
+        by_executorch(tmp_path / "own.pte", torch.randn(9, 12), {})
+    limit = {"x": {0: torch.export.Dim("rows", max=16)}}
+    graphpeft.export(model, (x,), tmp_path / "limited.pte", "executorch", dynamic=limit)
+    more = torch.randn(9, 12)
+    assert_near(by_executorch(tmp_path / "limited.pte", more, {}), output(model, more))
+
+
+class Resizing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(self.layer(x), size=(5, 5), mode="bicubic", antialias=True)
+
+
+@pytest.mark.parametrize(
+    ("format", "reason"),
+    [("openvino", "has nothing for aten._upsample_bicubic2d_aa"), ("executorch", "can't lower the model")],
+)
+def test_an_operator_that_is_missing_is_named_and_nothing_is_written(format: str, reason: str, tmp_path: Path) -> None:
+    package, suffix, _ = FORMATS[format]
+    pytest.importorskip(package)
+    model = graphpeft.get_peft_model(Resizing(), LoraConfig(r=2, target_modules=["layer"]))
+    with pytest.raises(ExportError, match=reason):
+        graphpeft.export(model, (torch.randn(2, 3, 8, 8),), tmp_path / f"model{suffix}", format)
+    assert not list(tmp_path.iterdir())
+
+
+@each_format
+def test_without_the_package_it_is_told_what_to_install(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, suffix, _ = FORMATS[format]
+    for module in ("openvino", "executorch", "executorch.exir", package):
+        monkeypatch.setitem(sys.modules, module, None)
+    model, x = adapted("hand-written")
+    with pytest.raises(ExportError, match=rf"pip install graphpeft\[{format}\]"):
+        graphpeft.export(model, (x,), tmp_path / f"model{suffix}", format)
+
+
+def test_openvino_s_own_reader_of_onnx_takes_merged_adapters(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    model, x = adapted("timm")
+    graphpeft.export(model, (x,), tmp_path / "model.onnx", "onnx")
+    assert_near(by_openvino(tmp_path / "model.onnx", x, {}), output(model, x))

@@ -1,4 +1,6 @@
-"""Draws the pictures of docs/concepts.md by `graphpeft.show`, in light and dark: docs/pictures/rule-*.svg.
+"""Draws the pictures of the documentation by `graphpeft.show`, in light and dark, into docs/pictures/.
+
+``rule-*.svg`` are graphs, for docs/concepts.md, and ``show-*.png`` is the page that `show` writes, for docs/index.md.
 
 python coverage/pictures.py
 
@@ -16,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from graphpeft import LoraConfig, get_peft_model, show, trace
+from graphpeft import LoHaConfig, LoraConfig, get_peft_model, show, trace
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 SCHEMES = ("light", "dark")
@@ -57,6 +59,33 @@ def graph() -> nn.Module:
     return get_peft_model(trace(Layer()), LoraConfig(r=4, target_modules=["weight"]))
 
 
+class Mixer(nn.Module):
+    """The model of the home page: a weight that is used functionally, and a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.randn(8, 4)), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns two numbers for each row."""
+        return self.head(F.relu(F.linear(x, self.weight)))
+
+
+def trained() -> nn.Module:
+    """Returns it with two adapters, after a step of training, with gradients."""
+    torch.manual_seed(0)
+    model: Any = get_peft_model(Mixer(), LoraConfig(r=2, lora_alpha=4, target_modules=["weight", "head"]))
+    model.add_adapter("other", LoHaConfig(r=2, alpha=8, target_modules=["head"]))
+    model.set_adapter(["default", "other"])
+    optimizer = torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=0.05)
+    x = torch.randn(16, 4)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return model
+
+
 def picture(graphs: list[dict[str, Any]], title: str) -> str:
     """Returns graphs beside each other, as SVG."""
     left, parts = 0.0, []
@@ -88,6 +117,24 @@ def drawn(chromium: Any) -> dict[Path, str]:
     return made
 
 
+def shoot(chromium: Any) -> None:
+    """Writes screenshots of the page that `show` writes, with a node that was clicked.
+
+    Args:
+        chromium: A browser of playwright.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        page = show(trained(), Path(folder) / "model.html").path
+        for scheme in SCHEMES:
+            settings = {"viewport": {"width": 1100, "height": 640}, "offline": True}
+            tab = chromium.new_context(color_scheme=scheme, **settings).new_page()
+            tab.goto(page.absolute().as_uri())
+            tab.wait_for_selector("body[data-ready]")
+            tab.locator(".after .node.call_function.adapter").nth(1).click()
+            tab.mouse.move(1, 1)
+            tab.screenshot(path=PICTURES / f"show-{scheme}.png")
+
+
 def main() -> None:
     """Writes the files."""
     from playwright.sync_api import sync_playwright
@@ -96,6 +143,7 @@ def main() -> None:
         chromium = started.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for path, content in drawn(chromium).items():
             path.write_text(content, encoding="utf-8")
+        shoot(chromium)
         chromium.close()
 
 

@@ -282,13 +282,41 @@ def test_prompts_of_several_adapters_are_in_one_module_that_goes_with_the_last()
     assert base_model.state_dict().keys() == base.build().state_dict().keys()
 
 
+def test_a_prompt_comes_after_lora_and_is_exchanged_for_another() -> None:
+    base = BASES[0]
+    given = inputs_of(base)
+    model: Any = get_peft_model(base.build(), LoraConfig(target_modules=["q_proj"]), "lora")
+    assert not hasattr(model, "prompt_encoder")
+    alone = {}
+    for name in ("one", "two"):
+        model.add_adapter(name, graphpeft.PromptTuningConfig(task_type=CAUSAL_LM, num_virtual_tokens=3))
+        model.set_adapter(name)
+        alone[name] = result(model(**given))
+    assert model.prompt_encoder is model.get_submodule("prompt_encoder")
+    for name in ("one", "two", "one"):
+        model.set_adapter(["lora", name])
+        assert equal(result(model(**given)), alone[name])
+    model.delete_adapter("one")
+    model.delete_adapter("two")
+    assert not hasattr(model, "prompt_encoder")
+    assert equal(result(model(**given)), result(base.build()(**given)))
+
+
 def test_an_interpreter_runs_a_graph_with_a_prompt() -> None:
-    model = adapted(graphpeft, BASES[0], "p-tuning-mlp")
-    scope = nn.Sequential(nn.Linear(4, 4))
     config = graphpeft.PromptTuningConfig(num_virtual_tokens=2, prompt_scope="0", token_dim=4)
-    model = get_peft_model(nn.Sequential(scope), config)
-    (sequence,) = [torch.randn(1, 3, 4)]
-    assert torch.equal(torch.fx.Interpreter(model[0]).run(sequence), model(sequence))
+    model: Any = get_peft_model(nn.Sequential(nn.Sequential(nn.Linear(4, 4))), config)
+    model.add_adapter("other", config)
+    x = torch.randn(1, 3, 4)
+    alone = []
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone.append(model(x))
+        assert torch.equal(torch.fx.Interpreter(model[0]).run(x), alone[-1])
+    model.set_adapter(["other", "default"])
+    assert torch.equal(torch.fx.Interpreter(model[0]).run(x), model(x))
+    with model.disable_adapter():
+        assert torch.equal(model(x), model[0][0](x))
+    assert torch.equal(torch.fx.Interpreter(copy.deepcopy(model)[0]).run(x), model(x))
 
 
 def test_a_name_that_is_taken_is_refused() -> None:

@@ -57,7 +57,8 @@ def _adapters_in(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], None
     for path, each in modules.items():
         if any(path == one or not one or path.startswith(f"{one}.") for one in whole):
             continue
-        found.update(dict.fromkeys((path, name) for name in (*adapters_at(each), *names_in_slots(each).values())))
+        names = (*adapters_at(each), *names_in_slots(each).values())
+        found.update(dict.fromkeys((path, name) for name in names))
     return found
 
 

@@ -10,8 +10,9 @@ import ast
 import dis
 import functools
 import inspect
+import linecache
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -65,12 +66,40 @@ def paths_in(function: FunctionType, has_self: bool) -> Paths:
 def tree_of(code: CodeType) -> ast.AST | None:
     """Returns the syntax tree of code, or None if it has no source, or if its file has changed since."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+        tree = ast.parse(textwrap.dedent(_source_of(code)))
     except (OSError, TypeError, SyntaxError):
         return None
-    said = {getattr(node, kind) for node in ast.walk(tree) for kind in ("id", "attr", "name") if hasattr(node, kind)}
+    said = {
+        getattr(node, kind) for node, _ in _nodes_in(tree) for kind in ("id", "attr", "name") if hasattr(node, kind)
+    }
     # Python joins names of imports by dots, and mangles attributes with two underscores
     return tree if all(name in said or "." in name or "__" in name for name in _names_of(code)) else None
+
+
+def _source_of(code: CodeType) -> str:
+    """Returns the source of a function's code.
+
+    Raises:
+        OSError: If there is none.
+    """
+    linecache.checkcache(code.co_filename)
+    lines = linecache.getlines(code.co_filename)[code.co_firstlineno - 1 :]
+    # inspect looks through all of Python's modules for that of the code, which takes most of its time
+    begins = bool(lines) and lines[0].lstrip().startswith(("def ", "async def ", "@"))
+    return "".join(inspect.getblock(lines)) if begins else inspect.getsource(code)
+
+
+@functools.lru_cache(maxsize=1024)
+def _nodes_in(tree: ast.AST) -> Sequence[tuple[Any, Any]]:
+    """Returns all nodes of a syntax tree, each with the one around it."""
+    found: list[tuple[Any, Any]] = [(tree, None)]
+    for node, _ in found:
+        for name in node._fields:
+            if name != "ctx":
+                value = getattr(node, name, None)
+                inner = value if isinstance(value, list) else (value,)
+                found += [(child, node) for child in inner if isinstance(child, ast.AST)]
+    return found
 
 
 def _names_of(code: CodeType) -> Iterator[str]:
@@ -83,10 +112,8 @@ def _names_of(code: CodeType) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=4096)
 def _in_source(tree: ast.AST, first: str | None) -> Paths:
-    around = {id(child): parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)}
     found: list[tuple[str, bool]] = []
-    for node in ast.walk(tree):
-        parent = around.get(id(node))
+    for node, parent in _nodes_in(tree):
         if isinstance(node, ast.Call) and _is_getattr(node):
             found += [(f"*.{name}", False) for name in _names_asked_for(node, first)]
         if isinstance(node, ast.Attribute) and node.attr in _ALL_PARAMETERS and not _is_of_signature(node):

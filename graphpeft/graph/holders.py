@@ -262,20 +262,18 @@ def all_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 yield f"{outer}.{name}", parameter
 
 
+def adapters_at(module: nn.Module) -> Iterator[str]:
+    """Yields the names of the adapters that have a holder at `module`, or in a group there."""
+    for name, child in module._modules.items():
+        if isinstance(child, HolderGroup):
+            yield from (*child._parameters, *child._buffers, *adapters_at(child))
+        elif isinstance(child, Holder):
+            yield name
+
+
 def holders_of(module: nn.Module) -> list[nn.Module]:
     """Returns the holders at `module`, with their groups and parts."""
     return [each for child in module._modules.values() if isinstance(child, Holder) for each in child.modules()]
-
-
-def adapters_at(module: nn.Module) -> list[str]:
-    """Returns the names of the adapters that have tensors at `module`."""
-    found: list[str] = []
-    for name, child in module._modules.items():
-        if isinstance(child, HolderGroup):
-            found += [*adapters_at(child), *child._parameters, *child._buffers]
-        elif isinstance(child, Holder):
-            found.append(name)
-    return found
 
 
 def without_holders(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import wavenet
 from case import Case
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -102,6 +103,7 @@ def cases() -> Iterator[Case]:
     """Yields the models."""
     for forward in _FORWARDS:
         yield Case("hand-written", forward.__name__, functools.partial(_built, forward), _tokens)
+    yield Case("hand-written", "WaveNet", wavenet.WaveNet, _samples)
 
 
 def _built(forward: Callable[..., Any]) -> nn.Module:
@@ -110,6 +112,10 @@ def _built(forward: Callable[..., Any]) -> nn.Module:
 
 def _tokens(batch: int, scale: float) -> tuple[Tensor, ...]:
     return (torch.randn(batch, int(8 * scale), WIDTH),)
+
+
+def _samples(batch: int, scale: float) -> tuple[Tensor, ...]:
+    return (torch.randint(wavenet.SAMPLES, (batch, int(40 * scale))),)
 
 
 # branches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -246,6 +247,18 @@ def efficientnet_pytorch() -> Iterator[Case]:
     yield Case("efficientnet-pytorch", "b0", build, _images(3, 64), (nn.Conv2d,))
 
 
+def spandrel() -> Iterator[Case]:
+    """Yields models that restore images, and enlarge them."""
+    from spandrel.architectures.HAT import HAT
+    from spandrel.architectures.SwinIR import SwinIR
+
+    sizes: dict[str, Any] = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "img_size": 16, "window_size": 4}
+    squeezed = {"compress_ratio": 2, "squeeze_factor": 4}
+    for cls, more in ((SwinIR, {}), (HAT, squeezed)):
+        build = functools.partial(cls, **sizes, **more, upscale=2, upsampler="pixelshuffle")
+        yield Case("spandrel", cls.__name__, build, _images(3, 16), (nn.Conv2d,))
+
+
 def _images(channels: int, side: int) -> Callable[[], tuple[torch.Tensor]]:
     return lambda: (torch.randn(2, channels, side, side),)
 
@@ -262,4 +275,5 @@ PACKAGES = (
     vit_pytorch,
     kornia,
     efficientnet_pytorch,
+    spandrel,
 )

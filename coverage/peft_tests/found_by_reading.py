@@ -114,12 +114,12 @@ READ: tuple[Reason, ...] = (
     Reason(OTHERWISE, "an adapter's name is taken once", error="already; choose another adapter_name"),
     Reason(
         OTHERWISE,
-        "prompts are other parameters after loading for inference",
+        "P-tuning has its encoder in training, and after loading for inference its tokens alone",
         error="^KeyError: .*prompt_(encoder|embedding)",
     ),
     Reason(
         OTHERWISE,
-        "prompts are other parameters after loading for inference",
+        "P-tuning has its encoder in training, and after loading for inference its tokens alone",
         line="state_dict.keys\\(\\) == state_dict_from_pretrained.keys",
         test="PromptEncoderConfig",
     ),

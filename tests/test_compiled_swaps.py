@@ -400,7 +400,7 @@ def test_what_cannot_be_prepared_is_refused_and_unchanged(tmp_path: Path):
         prepare_model_for_compiled_hotswap(model, check_compiled="no")  # type: ignore[arg-type]
     require_unchanged(model, before, "a refusal")
     replaced = copy.deepcopy(model)
-    replaced.linear = nn.Linear(6, 5)
+    replaced._modules["linear"] = nn.Linear(6, 5)
     with pytest.raises(AdaptError, match=r"linear\.default\.lora_A of adapter 'default' is gone"):
         prepare_model_for_compiled_hotswap(replaced, target_rank=6)
     compiled: Any = torch.compile(model, backend="eager")

@@ -1,4 +1,12 @@
-"""The options of (IA)³, and which of its rules adapts which site."""
+"""(IA)³: a learned factor for each feature that goes into a layer, or that comes out of it.
+
+    y = W (l ⊙ x) + b         at `feedforward_modules`:  W' = W diag(l)
+    y = l ⊙ (W x + b)         at the other targets:      W' = diag(l) W    b' = l ⊙ b
+
+Each matrix in a stack, such as an expert's, has factors of its own. Source: Liu et al., "Few-Shot Parameter-Efficient
+Fine-Tuning is Better and Cheaper than In-Context Learning", arXiv 2205.05638; the same numbers as PEFT's
+``tuners/ia3/layer.py``.
+"""
 
 from __future__ import annotations
 

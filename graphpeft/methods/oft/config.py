@@ -1,4 +1,11 @@
-"""The options of OFT, and which of its rules adapts which site."""
+"""OFT: what a layer is given is rotated, in blocks of features, so that the angles between its neurons stay.
+
+    y = W (Rᵀ x) + b        W' = W Rᵀ        R = blockdiag(Q₁, …, Qₙ), Q a rotation made of a skew S
+    y = E[i] R              E' = E R         at an embedding, whose rows are rotated
+
+Source: Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", arXiv 2306.07280; and arXiv
+2506.19847 for Neumann's series; the same numbers as PEFT's ``tuners/oft/layer.py``.
+"""
 
 from __future__ import annotations
 

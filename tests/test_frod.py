@@ -247,4 +247,15 @@ def test_the_backward_keeps_no_matrix_of_the_size_of_the_mixing_one():
     assert [tensor.shape for tensor in kept] == [h.shape, diagonal.shape, values.shape, places.shape]
     torch.testing.assert_close(made, h @ mixed(diagonal, values, places).mT)
     for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
-        assert check(lambda *given: mixed_product(*given, places), (h, diagonal, values))
+        for given in (h, h[0, 0].detach().requires_grad_()):
+            own = (given, diagonal, values)
+            assert check(lambda *given: mixed_product(*given, places), own, check_batched_grad=True)
+
+
+def test_a_call_without_a_batch_is_trained():
+    x, models = torch.randn(6), [get_peft_model(LINEAR.build(), FrodConfig(target_modules=["0"])) for _ in range(2)]
+    for model, given in zip(models, (x, x[None]), strict=True):
+        model(given).square().sum().backward()
+    grads = [[p.grad for p in model.parameters() if p.grad is not None] for model in models]
+    assert grads[0]
+    torch.testing.assert_close(*grads)

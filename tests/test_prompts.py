@@ -328,10 +328,12 @@ def test_a_name_that_is_taken_is_refused() -> None:
     before = list(model.state_dict())
     with pytest.raises(AdaptError, match=r"0 has an attribute 'prompt_encoder' already, where .* are to be; rename it"):
         get_peft_model(model, config)
-    with pytest.raises(
-        AdaptError, match=r"0\.prompt_encoder has an attribute 'keys' already; choose another adapter name"
-    ):
-        get_peft_model(nn.Sequential(nn.Sequential(nn.Linear(4, 4))), config, "keys")
+    # of a module's class, and of each module
+    for name in ("keys", "training", "in_slots"):
+        with pytest.raises(
+            AdaptError, match=rf"0\.prompt_encoder has an attribute '{name}' already; choose another adapter name"
+        ):
+            get_peft_model(nn.Sequential(nn.Sequential(nn.Linear(4, 4))), config, name)
     adapted = get_peft_model(nn.Sequential(nn.Sequential(nn.Linear(4, 4))), config)
     with pytest.raises(AdaptError, match=r"0\.prompt_encoder has an attribute 'keys' already"):
         adapted.add_adapter("keys", config)

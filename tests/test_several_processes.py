@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any, cast
@@ -197,6 +198,39 @@ def check_distributed_checkpoint() -> None:
         close(get_peft_model_state_dict(model, full), get_peft_model_state_dict(alone))
 
 
+class Words(nn.Module):
+    """Reads its input at a table's rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.table(x))
+
+
+def check_trained_rows(how: str) -> None:
+    torch.manual_seed(0)
+    plain = Words()
+    alone, model = (
+        adapted({"target_modules": ["head"], "trainable_token_indices": {"table": [1, 4, 6]}}, copy.deepcopy(plain))
+        for _ in range(2)
+    )
+    words = torch.tensor([[1, 2, 4], [6, 6, 0], [3, 4, 5], [7, 1, 1]])
+    own = words.chunk(dist.get_world_size())[dist.get_rank()]
+    for module in ([model.table] if how == "table" else []) + [model]:
+        fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    close(mean(train(model, own)), torch.tensor(train(alone, words)))
+    close(model(words), alone(words))
+    with model.disable_adapter():
+        close(model(words), plain(words))
+    close(get_peft_model_state_dict(model), get_peft_model_state_dict(alone))
+    full = get_model_state_dict(model, options=FULL)
+    close(full, dict(alone.state_dict()) if dist.get_rank() == 0 or full else {})
+    reshard(model)
+    close(mean(train(model, own)), torch.tensor(train(alone, words)))
+
+
 def test_fully_sharded_models() -> None:
     checks: dict[str, Callable[[], None]] = {
         f"{name}, {how} sharded": functools.partial(check_fully_shard, CONFIGS[name], how)
@@ -209,6 +243,8 @@ def test_fully_sharded_models() -> None:
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     checks |= {
         "two adapters": check_two_adapters,
+        "trained rows, the root sharded": functools.partial(check_trained_rows, "root"),
+        "trained rows, the table sharded": functools.partial(check_trained_rows, "table"),
         "unloaded": check_unload,
         "mixed precision": functools.partial(check_policies, mp_policy=half),
         "offloaded to the CPU": functools.partial(check_policies, offload_policy=CPUOffloadPolicy(pin_memory=False)),

@@ -131,6 +131,21 @@ def test_the_reference_is_the_policy_at_the_start_and_no_second_base(kind: str, 
     assert any(not torch.equal(named[name.replace(".default.", ".ref.")], named[name]) for name in of_policy)
 
 
+def test_trained_rows_are_the_references_too(tmp_path: Path) -> None:
+    model: Any = graphpeft.get_peft_model(
+        base("DPO"), graphpeft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[4, 9])
+    )
+    rows = model.model.embed_tokens.token_adapter.trainable_tokens_delta
+    torch.nn.init.normal_(rows["default"])
+    training = trainer("DPO", model, tmp_path)
+    assert torch.equal(rows["ref"], rows["default"])
+    before = rows["ref"].clone()
+    training.train()
+    assert losses(training)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert torch.equal(rows["ref"], before)
+    assert not torch.equal(rows["ref"], rows["default"])
+
+
 PROMPTS: dict[str, dict[str, Any]] = {
     "PromptTuningConfig": {},
     "PromptEncoderConfig": {"encoder_hidden_size": 8},

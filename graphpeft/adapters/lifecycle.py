@@ -126,9 +126,8 @@ def _refuse_taken(module: nn.Module, path: str, root: str) -> None:
     for attribute in slots.names_like_slots(module):
         raise AdaptError(f"{where} has an attribute {attribute!r}, which graphs read for adapters; rename it")
     *groups, name = root.split(".")
-    around: nn.Module | None = module
+    around = module
     for group in groups:
-        assert around is not None
         inner = around._modules.get(group)
         if not isinstance(inner, HolderGroup):
             # what an adapted model has under PEFT's name isn't its own
@@ -136,11 +135,10 @@ def _refuse_taken(module: nn.Module, path: str, root: str) -> None:
                 raise AdaptError(
                     f"{where} has an attribute {group!r} already, where the adapter's tensors are to be; rename it"
                 )
-            around = None
+            around = HolderGroup()
             break
         around = inner
-    is_taken = hasattr(HolderGroup, name) if around is None else _has(around, type(around), name)
-    if is_taken or name in _OF_GRAPHS:
+    if _has(around, type(around), name) or name in _OF_GRAPHS:
         where = join(path, ".".join(groups)) or where
         raise AdaptError(f"{where} has an attribute {name!r} already; choose another adapter name")
 

@@ -142,7 +142,10 @@ class LowRankSum(Tensor):
     def beside_product(self, y: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """Returns the same for a branch that is a product, in y itself where PyTorch does that in one step."""
         one_step = {(2, 2): Tensor.addmm_, (3, 3): Tensor.baddbmm_}.get((left.ndim, right.ndim))
-        if one_step is None or y.dtype != left.dtype or torch.is_autocast_enabled(y.device.type):
+        # a batched product in one step takes no stack of one matrix for all, as @ does
+        if one_step is None or y.dtype != left.dtype or left.shape[:-2] != right.shape[:-2]:
+            return self.beside(y, left @ right)
+        if torch.is_autocast_enabled(y.device.type):
             return self.beside(y, left @ right)
         return one_step(y, left, right, alpha=self.scale)
 

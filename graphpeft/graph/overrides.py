@@ -156,6 +156,10 @@ def _layer(pairs: tuple[tuple[str, str], ...], rows: Rows) -> in_place.Layer:
             held = module._parameters if isinstance(value, nn.Parameter) else vars(module)
             held[name] = value
             return
+        if rows and name in module._parameters and isinstance(value, nn.Parameter):
+            # `fully_shard` sets it before the rows are sharded alike, and `register_parameter` would read both
+            module._parameters[name] = value
+            return
         # a parameter goes where `named_parameters()` has the name, as whatever shards or quantises a model means it
         is_redirected = name in names and not isinstance(value, nn.Parameter)
         holder, own = place_of(module, names[name]) if is_redirected else (module, name)

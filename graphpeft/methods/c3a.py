@@ -127,11 +127,15 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the gradients of the input and of the rows."""
         x, kernel = ctx.saved_tensors
+        # by reshape and products of matrices alone, which have rules for gradients in batches
         inputs, blocks, size = *_transforms(x, kernel), kernel.shape[-1]
-        outputs = torch.fft.rfft(gradients[0].to(inputs.real.dtype).unflatten(-1, (-1, size)))
-        of_inputs = torch.fft.irfft(torch.einsum("...if,ijf->...jf", outputs, blocks), n=size)
-        of_rows = torch.einsum("...if,...jf->ijf", outputs.conj(), inputs) / x.shape[-1]
-        return of_inputs.flatten(-2).to(x.dtype), torch.fft.irfft(of_rows, n=size).to(kernel.dtype)
+        dtype, rows = inputs.real.dtype, kernel.shape[0]
+        outputs = torch.fft.rfft(gradients[0].to(dtype).reshape(-1, rows, size)).permute(2, 0, 1)
+        of_inputs = (outputs @ blocks.permute(2, 0, 1)).permute(1, 2, 0)
+        inputs = inputs.reshape(-1, *inputs.shape[-2:]).permute(2, 0, 1)
+        of_rows = (outputs.conj().mT @ inputs).permute(1, 2, 0) / x.shape[-1]
+        of_x = torch.fft.irfft(of_inputs, n=size).reshape(x.shape)
+        return of_x.to(x.dtype), torch.fft.irfft(of_rows, n=size).to(kernel.dtype)
 
 
 @recorded

@@ -24,6 +24,7 @@ from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.trainable import set_trainable_now
 from graphpeft.graph import call_inputs, in_place
 from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.graph.sharding import is_asked_by
 from graphpeft.model.adapted_class import layers_with
 from graphpeft.model.diffusers_methods import DiffusersMethods, is_of_diffusers
 from graphpeft.model.earlier_optimizers import watch
@@ -32,6 +33,7 @@ from graphpeft.model.given_model import check_model
 from graphpeft.model.merging_methods import MergingMethods
 from graphpeft.model.offered_methods import offered_names
 from graphpeft.model.other_names import free_names
+from graphpeft.model.reference_copies import copy_left_out
 from graphpeft.model.saving_methods import SavingMethods
 from graphpeft.model.set_forwards import with_set_forward
 from graphpeft.model.status import StatusMethods
@@ -293,6 +295,8 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
             is_empty=low_cpu_mem_usage,
             methods=give_methods,
         )
+        if is_asked_by("trl"):
+            copy_left_out(self, adapter_name)
 
     def load_adapter(
         self,

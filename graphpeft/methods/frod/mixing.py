@@ -72,5 +72,7 @@ class _MixedProduct(torch.autograd.Function):
         dtype = functools.reduce(torch.promote_types, (h.dtype, diagonal.dtype, gradients[0].dtype))
         h, gradient = h.to(dtype), gradients[0].to(dtype)
         of_input = gradient @ mixed(diagonal, values, places).to(dtype)
-        of_matrix = gradient.flatten(0, -2).mT @ h.flatten(0, -2)
+        # without flatten, which has no rule for batched gradients, and needs two dimensions
+        size = h.shape[-1]
+        of_matrix = gradient.reshape(-1, size).mT @ h.reshape(-1, size)
         return of_input, of_matrix.diagonal(), of_matrix[places[0], places[1]], None

@@ -660,3 +660,17 @@ def test_weights_of_a_container_are_adapted_beside_others_without_an_example(ent
     plain.load_state_dict(model.merge_and_unload().state_dict())
     for x, y in zip(given, adapted, strict=True):
         torch.testing.assert_close(plain(x), y)
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_merging_inside_a_region_of_autocast_is_merging(merge: str) -> None:
+    merged = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model: Any = get_peft_model(
+            nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            getattr(model, merge)()
+        merged.append(model[0].weight)
+    assert torch.equal(*merged)

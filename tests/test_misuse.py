@@ -674,3 +674,17 @@ def test_merging_inside_a_region_of_autocast_is_merging(merge: str) -> None:
             getattr(model, merge)()
         merged.append(model[0].weight)
     assert torch.equal(*merged)
+
+
+def test_a_compiled_model_is_told_from_a_set_forward() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.weight)
+
+    compiled: Any = torch.compile(Functional(), backend="eager")
+    with refused(compiled, AdaptError, "torch.compile", "adapt model._orig_mod"):
+        get_peft_model(compiled, LoraConfig(r=2, target_parameters=["weight"]))

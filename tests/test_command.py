@@ -241,6 +241,14 @@ def test_explain_takes_a_saved_config_and_changes_of_it(here: Path, capsys: pyte
     assert "LOHA adapter 'default': 1 sites, 80 parameters" in capsys.readouterr().out
 
 
+def test_what_a_saved_config_would_train_is_told(here: Path, capsys: pytest.CaptureFixture[str]):
+    saved(here / "adapter")
+    assert main(["explain", "models_of_mine:base", "--config", "adapter"]) == 0
+    printed = capsys.readouterr().out
+    assert "learns" in printed
+    assert "can't be told" not in printed
+
+
 def test_explain_has_exit_code_1_where_the_config_cannot_be_applied(here: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["explain", "models_of_mine:base", "--set", "target_modules=7,8"]) == 1
     assert "nothing in Sequential matches ['7', '8']" in capsys.readouterr().out
@@ -288,6 +296,43 @@ def test_merge_writes_the_weights_with_the_adapter(here: Path):
     written = load_file(here / "merged.safetensors")
     assert {*written} == {*merged}
     assert all(torch.equal(written[name], tensor) for name, tensor in merged.items())
+
+
+@pytest.mark.parametrize("damage", [truncated, without_config], ids=["truncated", "without config"])
+def test_merge_of_a_broken_folder_is_exit_code_2(damage: Any, here: Path, capsys: pytest.CaptureFixture[str]):
+    saved(here / "adapter")
+    damage(here / "adapter")
+    assert main(["merge", "adapter", "merged.safetensors", "--base", "models_of_mine:alone"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_merge_makes_the_folder_of_its_file(here: Path):
+    saved(here / "adapter")
+    assert main(["merge", "adapter", "new/folder/merged.safetensors", "--base", "models_of_mine:alone"]) == 0
+    assert (here / "new" / "folder" / "merged.safetensors").is_file()
+
+
+@pytest.mark.parametrize("words", [["merge", "adapter", "m.safetensors"], ["show", "adapter", "m.html"]], ids=" ".join)
+def test_an_adapter_without_a_base_tells_how_to_give_one(
+    words: list[str], here: Path, capsys: pytest.CaptureFixture[str]
+):
+    saved(here / "adapter")
+    assert main(words) == 2
+    assert "--base" in capsys.readouterr().err
+
+
+def test_a_config_alone_is_not_measured(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["show", "models_of_mine:base", "m.html", "--set", "target_modules=0", "--measure"]) == 2
+    assert "name an adapted MODEL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_a_missing_library_is_told_with_its_extra(
+    library: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, library, None)
+    assert main(["trace", f"{'hf' if library == 'transformers' else library}:some"]) == 2
+    assert f"pip install 'graphpeft[{library}]'" in capsys.readouterr().err
 
 
 def test_merge_writes_the_folder_of_a_transformers_model(here: Path):

@@ -628,3 +628,63 @@ def test_an_adapter_goes_onto_its_own_base_from_the_disk(tmp_path: Path) -> None
         PeftModel.from_pretrained(
             transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
         )
+
+
+# what a new user runs into
+
+
+class Recurrent(nn.Module):
+    """Decides on its inputs, so that its own forward runs on changed weights, some of which a container holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.held = nn.ParameterDict({"up": torch.randn(4, 8) / 2, "down": torch.randn(8, 4) / 3})
+        self.step = nn.Parameter(torch.randn(4, 4) / 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x[:, 0]
+        for time in range(1, x.shape[1]):
+            y = torch.tanh(nn.functional.linear(y, self.step) + x[:, time])
+        return torch.relu(y @ self.held["up"]) @ self.held["down"]
+
+
+@pytest.mark.parametrize("entries", [["step", "up", "down"], ["up", "step"], ["up", "down"], ["step"]], ids=" ".join)
+def test_weights_of_a_container_are_adapted_beside_others_without_an_example(entries: list[str]) -> None:
+    paths = [entry if entry == "step" else f"held.{entry}" for entry in entries]
+    model: Any = get_peft_model(Recurrent(), LoraConfig(r=2, target_parameters=paths, init_lora_weights=False))
+    given = [torch.randn(3, times, 4) for times in (2, 5)]
+    adapted = [model(x) for x in given]
+    plain = Recurrent()
+    assert all(not torch.allclose(y, plain(x)) for x, y in zip(given, adapted, strict=True))
+    plain.load_state_dict(model.merge_and_unload().state_dict())
+    for x, y in zip(given, adapted, strict=True):
+        torch.testing.assert_close(plain(x), y)
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_merging_inside_a_region_of_autocast_is_merging(merge: str) -> None:
+    merged = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model: Any = get_peft_model(
+            nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            getattr(model, merge)()
+        merged.append(model[0].weight)
+    assert torch.equal(*merged)
+
+
+def test_a_compiled_model_is_told_from_a_set_forward() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.weight)
+
+    compiled: Any = torch.compile(Functional(), backend="eager")
+    with refused(compiled, AdaptError, "torch.compile", "adapt model._orig_mod"):
+        get_peft_model(compiled, LoraConfig(r=2, target_parameters=["weight"]))

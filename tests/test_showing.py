@@ -489,3 +489,10 @@ def test_modules_of_one_class_are_drawn_with_their_own_shapes(adapted: bool):
                     tensor = own.get_parameter(node.module)
                     sizes = " × ".join(map(str, tensor.shape))
                     assert node.value == f"{sizes}, {str(tensor.dtype).removeprefix('torch.')}"
+
+
+@pytest.mark.parametrize("name", ["model.png", "model.SVG"])
+def test_a_page_is_not_written_as_an_image(name: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"a page of HTML.*model\.html"):
+        graphpeft.show(nn.Linear(2, 2), tmp_path / name)
+    assert not list(tmp_path.iterdir())

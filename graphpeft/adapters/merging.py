@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.amp.autocast_mode import is_autocast_available
 
 from graphpeft.adapters import merged_codes, merged_weights
 from graphpeft.adapters.acting import let_act, override_readers
@@ -44,6 +45,16 @@ from graphpeft.sites import quantisers
 from graphpeft.sites.site import Site
 from graphpeft.transaction import remember, set_attribute, set_item
 from graphpeft.wording import joined
+
+
+@contextlib.contextmanager
+def without_autocast(modules: Modules) -> Iterator[None]:
+    """Lets changes be computed in the weights' own precision, also if the caller is in a region of autocast."""
+    with contextlib.ExitStack() as stack:
+        for kind in {tensor.device.type for module in modules.values() for tensor in module.parameters(recurse=False)}:
+            if is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:

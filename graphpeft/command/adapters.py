@@ -107,6 +107,7 @@ def merge(adapter: str, path: str, base: str | None, as_json: bool) -> None:
     model = _adapted(adapter, base)
     merged = model.merge_and_unload()
     if path.endswith(".safetensors"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_model(merged, path)
     elif hasattr(merged, "save_pretrained"):
         merged.save_pretrained(path)
@@ -135,6 +136,10 @@ def convert(adapter: str, path: str, rank: float, base: str | None, as_json: boo
 
 
 def _adapted(adapter: str, base: str | None) -> Any:
+    try:
+        read(adapter)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
     if base is None:
         return model_from(adapter).model
     return PeftModel.from_pretrained(model_from(base).model, Path(adapter) if Path(adapter).exists() else adapter)

@@ -78,7 +78,9 @@ def _learning(learning: Any) -> Any:
 @click.argument("path", metavar="[PATH]", required=False)
 @with_config
 @click.option(
-    "--measure", is_flag=True, help="Run the example inputs, and show what is kept for the backward, and time."
+    "--measure",
+    is_flag=True,
+    help="Run the example inputs of an adapted MODEL, and show what is kept for the backward, and time.",
 )
 @as_json
 def show(
@@ -102,6 +104,11 @@ def show(
     given = model_from(source)
     shown: Any = given.model
     if adapters_of(given.model) is None and (options or config is not None):
+        if measure:
+            raise click.UsageError(
+                "--measure runs a model, and a config alone has none adapted; name an adapted MODEL, or leave out "
+                "--measure or the config"
+            )
         shown = explain_model(given.model, config_from(config, method, options), example_inputs=given.example_inputs)
     picture = show_model(shown, path, example_inputs=needed_inputs(given, source) if measure else None)
     tell({"picture": str(picture.path)}, as_json, picture)

@@ -49,11 +49,26 @@ def model_from(source: str) -> Given:
     if ":" in source:
         raise click.UsageError(f"{source} is no model: write timm:NAME, hf:PATH, package.module:function, or a folder")
     config = _config_in(source)
+    if not config.base_model_name_or_path:
+        raise click.UsageError(
+            f"{source}: the adapter's config doesn't say what its base model is; for merge and convert, name the base "
+            "by --base; otherwise write a function that returns the adapted model, and name it as "
+            "package.module:function"
+        )
     return _with_inputs(class_for(config).from_pretrained(source))
 
 
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise click.ClickException(f"{name} isn't installed: pip install 'graphpeft[{name}]'") from error
+
+
 def _timm(name: str) -> Given:
-    timm = importlib.import_module("timm")
+    timm = _library("timm")
     if not timm.is_model(name):
         similar = timm.list_models(f"*{name.partition('.')[0]}*")
         raise click.UsageError(f"timm has no model {name!r}" + (f"; it has {joined(similar)}" if similar else ""))
@@ -64,7 +79,7 @@ def _timm(name: str) -> Given:
 
 
 def _transformers(path: str) -> Given:
-    transformers = importlib.import_module("transformers")
+    transformers = _library("transformers")
     try:
         config = transformers.AutoConfig.from_pretrained(path)
     except OSError as error:
@@ -122,7 +137,8 @@ def config_from(config: str | None, method: str, options: Sequence[str]) -> Peft
     if config is not None:
         read = _config_in(config)
         given = dict(_option(type(read), option) for option in options)
-        return _with(functools.partial(dataclasses.replace, read), read.method, given)
+        # a saved config is for inference, and what is told here is how it trains
+        return _with(functools.partial(dataclasses.replace, read), read.method, {"inference_mode": False, **given})
     classes = registered()
     if method.upper() not in classes:
         raise click.UsageError(f"there is no method {method!r}; there are {', '.join(sorted(classes))}")

@@ -70,7 +70,14 @@ def call_on_weights(module: nn.Module, weight: str) -> Template:
     uses = uses_in_forward(class_of_forward(module))
     used = uses.read | uses.called  # a method of the weight, such as ``weight.chunk``, is called
     found = dict(module.named_parameters())
-    names = tuple(path for path in found if any(path == use or use.startswith(f"{path}.") for use in used))
+    # a weight in a container is read by a key, which the code needn't show
+    containers = (nn.ParameterDict, nn.ParameterList)
+    held = {path for path, inner in module.named_modules() if path in used and isinstance(inner, containers)}
+    names = tuple(
+        path
+        for path in found
+        if path.rpartition(".")[0] in held or any(path == use or use.startswith(f"{path}.") for use in used)
+    )
     if weight not in names:
         names = tuple(module._parameters) if weight in module._parameters else tuple(found)
     own: Any = _any_arguments if set_forward(module) is not None else in_place.original_class(module).forward

@@ -68,7 +68,7 @@ class MergingMethods(AdapterInfo):
         names = _to_merge(self, adapter_names)
         if safe_merge:
             merging.refuse_infinite(modules, state, names)
-        with transaction(self), telling_of_untied(self):
+        with transaction(self), telling_of_untied(self), merging.without_autocast(modules):
             names = [*state.merged, *names]
             untie_saved(modules, state, names)
             merging.merge(modules, state, names)
@@ -103,7 +103,7 @@ class MergingMethods(AdapterInfo):
         names = _to_merge(self, adapter_names)
         if safe_merge:
             merging.refuse_infinite(modules, state, names)
-        with transaction(self):
+        with transaction(self), merging.without_autocast(modules):
             merging.merge_in_place(modules, state, names)
 
     def unmerge_adapter(self) -> None:

@@ -23,6 +23,9 @@ _HEIGHT = 640
 _EXPLORED = ".json"
 """The suffix of a file for Model Explorer."""
 
+_IMAGES = (".gif", ".jpeg", ".jpg", ".pdf", ".png", ".svg", ".webp")
+"""Suffixes of files that a browser wouldn't read as a page."""
+
 
 class Shown:
     """A picture that was written to a file; in a notebook it shows itself.
@@ -74,7 +77,8 @@ def show(
 
     Raises:
         TypeError: If `shown` is something else.
-        ValueError: If it is a report of an adapter that a model has, or a report with a batch; show the model then.
+        ValueError: If it is a report of an adapter that a model has, or a report with a batch; show the model then. Or
+            if `path` is that of an image.
         OSError: If the file can't be written.
 
     Examples:
@@ -82,6 +86,11 @@ def show(
         >>> show(model, "picture.html", example_inputs=(torch.ones(2, 8),))
         a picture in picture.html
     """
+    if path is not None and Path(path).suffix.lower() in _IMAGES:
+        raise ValueError(
+            f"a picture is a page of HTML, and {os.fspath(path)} is named as an image; name it "
+            f"{Path(path).with_suffix('.html')}, and take an image of it in the browser"
+        )
     picture = picture_of(shown, example_inputs)
     place = Path(tempfile.mkdtemp(prefix="graphpeft-")) / "picture.html" if path is None else Path(path)
     content = model_explorer(picture) if place.suffix == _EXPLORED else page(picture)

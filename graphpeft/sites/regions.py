@@ -78,6 +78,10 @@ class Regions:
     def _lift(self, path: str) -> Template:
         module, model = self.modules[path], self.modules[""]
         if self.is_set_on_model(path):
+            if "_orig_mod" in model._modules:
+                raise TraceError(
+                    "torch.compile has set its forward; adapt model._orig_mod, and compile that afterwards"
+                )
             name = name_of(foreign_forward(model))
             raise TraceError(
                 f"its forward was set on the instance ({name}), which may be what others call with arguments of their "

@@ -112,6 +112,16 @@ def test_an_adapted_model_is_exchanged_as_a_whole() -> None:
     holder.inner = nn.ModuleList()
 
 
+def test_layers_are_moved_within_their_list() -> None:
+    layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    model: Any = nn.Module()
+    model.layers = layers
+    get_peft_model(model, LoraConfig(target_modules=["0", "2"]))
+    model.layers = nn.ModuleList([nn.Linear(4, 4), *layers[1:], layers[0]])
+    with pytest.raises(AdaptError, match=r"'default' is on layers\.2 in a "):
+        model.layers = nn.ModuleList([*layers[:2], nn.Linear(4, 4)])
+
+
 def test_other_modules_are_exchanged() -> None:
     model = adapted()
     model.lm_head = nn.Linear(32, 7, bias=False)

@@ -205,6 +205,19 @@ def test_a_table_that_a_part_of_the_model_has_resized_is_not_used(config: Any, u
         use(model)
 
 
+@pytest.mark.parametrize("use", [lambda model: model, lambda model: copy.deepcopy(model)])
+def test_a_table_that_tells_fewer_rows_than_it_has_is_used(use: Callable[[Any], Any]) -> None:
+    table = nn.Embedding(16, 8)
+    table.num_embeddings = 12  # without those that are there for the sake of a multiple
+    config = TrainableTokensConfig(target_modules=["0"], token_indices=[1, 13])
+    model = use(get_peft_model(nn.Sequential(table, nn.Linear(8, 3)), config))
+    model.set_adapter("default")
+    assert model(IDS).shape == (1, 3, 3)
+    model[0].num_embeddings = 14
+    with pytest.raises(AdaptError, match=r"0\.weight has the shape \(14, 8\) now, and had \(12, 8\)"):
+        model(IDS)
+
+
 def test_a_part_of_a_multimodal_model_resizes_nothing_unnoticed() -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = {"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4, "projection_dim": 16, **sizes}

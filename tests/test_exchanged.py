@@ -112,6 +112,16 @@ def test_an_adapted_model_is_exchanged_as_a_whole() -> None:
     holder.inner = nn.ModuleList()
 
 
+def test_layers_are_moved_within_their_list() -> None:
+    layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    model: Any = nn.Module()
+    model.layers = layers
+    get_peft_model(model, LoraConfig(target_modules=["0", "2"]))
+    model.layers = nn.ModuleList([nn.Linear(4, 4), *layers[1:], layers[0]])
+    with pytest.raises(AdaptError, match=r"'default' is on layers\.2 in a "):
+        model.layers = nn.ModuleList([*layers[:2], nn.Linear(4, 4)])
+
+
 def test_other_modules_are_exchanged() -> None:
     model = adapted()
     model.lm_head = nn.Linear(32, 7, bias=False)
@@ -193,6 +203,19 @@ def test_a_table_that_a_part_of_the_model_has_resized_is_not_used(config: Any, u
     model.model.resize_token_embeddings(VOCABULARY + 3, mean_resizing=False)
     with pytest.raises(AdaptError, match=rf"embed_tokens\.weight has the shape \({VOCABULARY + 3}, 32\) now, and had"):
         use(model)
+
+
+@pytest.mark.parametrize("use", [lambda model: model, lambda model: copy.deepcopy(model)])
+def test_a_table_that_tells_fewer_rows_than_it_has_is_used(use: Callable[[Any], Any]) -> None:
+    table = nn.Embedding(16, 8)
+    table.num_embeddings = 12  # without those that are there for the sake of a multiple
+    config = TrainableTokensConfig(target_modules=["0"], token_indices=[1, 13])
+    model = use(get_peft_model(nn.Sequential(table, nn.Linear(8, 3)), config))
+    model.set_adapter("default")
+    assert model(IDS).shape == (1, 3, 3)
+    model[0].num_embeddings = 14
+    with pytest.raises(AdaptError, match=r"0\.weight has the shape \(14, 8\) now, and had \(12, 8\)"):
+        model(IDS)
 
 
 def test_a_part_of_a_multimodal_model_resizes_nothing_unnoticed() -> None:

@@ -199,6 +199,18 @@ def test_a_cache_gives_the_tokens_of_whole_sequences(example: Example, options: 
         assert torch.equal(model.generate(ids, **given), model.generate(ids, use_cache=False, **whole))
 
 
+@pytest.mark.parametrize("is_set", [False, True])
+def test_a_cache_without_room_for_the_small_model_is_not_kept(is_set: bool, ours: Any) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    expected = ours.generate(IDS, use_cache=False, **options)
+    assert torch.equal(ours.generate(IDS, cache_implementation="dynamic", **options), expected)
+    if is_set:
+        ours.generation_config.cache_implementation = "static"
+    else:
+        options["cache_implementation"] = "static"
+    assert torch.equal(ours.generate(IDS, **options), expected)
+
+
 @pytest.mark.parametrize("config", ["of the model", None])
 def test_calls_go_on_from_a_cache(config: Any, ours: Any) -> None:
     whole = logits(ours)

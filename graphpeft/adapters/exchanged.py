@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from graphpeft.adapters.plan import AdaptError
-from graphpeft.adapters.state import Adapter, Adapters, Modules
+from graphpeft.adapters.state import Adapter, Adapters, Modules, told_rows
 from graphpeft.graph import in_place, overrides
 from graphpeft.graph.holders import adapters_at, has_tensor, tensor_at
 from graphpeft.graph.ops import Embedding
@@ -165,8 +165,10 @@ def _other_sizes(
         table = _own(modules, path, "weight")
         if table is not None:
             # whoever resizes a table reads it with the rows in it, and so has put the new size on what was read
-            told = getattr(modules[path], "num_embeddings", table.shape[0])
-            yield join(path, "weight"), (told, *table.shape[1:]), tuple(table.shape)
+            told = told_rows(modules[path])
+            if told is not None:
+                before = adapter.told_rows.get(path, told)
+                yield join(path, "weight"), (told, *table.shape[1:]), (before, *table.shape[1:])
 
 
 def _own(modules: Modules, path: str, name: str) -> torch.Tensor | None:

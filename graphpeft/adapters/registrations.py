@@ -40,8 +40,10 @@ def _registered(parent: nn.Module, name: str, new: Any) -> None:
     inside = {} if new is None else modules_by_path(new)
     if any(module is old or module is unwrapped(old) for module in inside.values()):
         return  # a new module around the old one leaves the adapters where they act
-    left = _adapters_in(inside)
-    lost = next((place for place in _adapters_in(modules_by_path(old)) if place not in left), None)
+    left, kept = _adapters_in(inside), {id(module) for module in inside.values()}
+    before = _adapters_in(modules_by_path(old)).items()
+    # a module that was only moved has its adapters with it
+    lost = next((place for place, module in before if place not in left and id(module) not in kept), None)
     if lost is not None:
         raise AdaptError(
             f"adapter {lost[1]!r} is on {join(name, lost[0])} in a {in_place.original_class(parent).__name__}, which "
@@ -50,15 +52,15 @@ def _registered(parent: nn.Module, name: str, new: Any) -> None:
         )
 
 
-def _adapters_in(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], None]:
-    """Returns the path and the adapter's name of each place of one among modules, but for adapted models there."""
-    found: dict[tuple[str, str], None] = {}
+def _adapters_in(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], nn.Module]:
+    """Returns the module of each place of an adapter, a path and its name, but for those in adapted models there."""
+    found: dict[tuple[str, str], nn.Module] = {}
     whole = [path for path, each in modules.items() if _is_adapted_model(each)]
     for path, each in modules.items():
         if any(path == one or not one or path.startswith(f"{one}.") for one in whole):
             continue
         names = (*adapters_at(each), *names_in_slots(each).values())
-        found.update(dict.fromkeys((path, name) for name in names))
+        found.update(dict.fromkeys(((path, name) for name in names), each))
     return found
 
 

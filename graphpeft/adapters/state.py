@@ -34,6 +34,12 @@ Tensors = dict[tuple[str, str], torch.Tensor]
 """Tensors by the path of their module and their name in it."""
 
 
+def told_rows(table: nn.Module) -> int | None:
+    """Returns how many rows a table says that it has, which may be fewer than its weight's; None if it says nothing."""
+    count = getattr(table, "num_embeddings", None)
+    return count if isinstance(count, int) else None
+
+
 @dataclass
 class Adapter:
     """One adapter of a model; its tensors live on the modules whose weights they adapt.
@@ -50,6 +56,7 @@ class Adapter:
         overwritten: What the model's own tensors were before those in the adapter's file were put in their places.
         padded_to: The rank for which its factors have room, if compiled code is to run others in its place; 0 if they
             have none beside their own; else None.
+        told_rows: How many rows the tables of `rows` said that they have when it came, by the path of their module.
     """
 
     config: PeftConfig
@@ -62,6 +69,7 @@ class Adapter:
     took_product: bool = False
     overwritten: Tensors = field(default_factory=dict)
     padded_to: int | None = None
+    told_rows: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: Plan) -> Adapter:
@@ -75,6 +83,7 @@ class Adapter:
             plan.infixes,
             plan.saved,
             plan.config.takes_product,
+            told_rows={path: count for path in plan.rows if (count := told_rows(plan.modules[path])) is not None},
         )
 
     @functools.cached_property

@@ -44,7 +44,9 @@ class GeneratingMethods(AdapterInfo):
         those = [configs[name] for name in acting if name in configs]
         # a prefix is in the cache for the model alone
         is_behind_prefix = any(each.is_by_token for each in those) and any(each.is_prompt_learning for each in those)
-        if is_behind_prefix or not all(each.goes_on_from_caches for each in those):
+        kind = kwargs.get("cache_implementation", getattr(settings, "cache_implementation", None))
+        is_too_small = kind not in _GROWING and any(each.adds_to_caches for each in those)
+        if is_behind_prefix or is_too_small or not all(each.goes_on_from_caches for each in those):
             own["use_cache"] = False
         possible = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if read else ()
         prompt = next((tokens for tokens in possible if isinstance(tokens, torch.Tensor)), None)
@@ -56,3 +58,7 @@ class GeneratingMethods(AdapterInfo):
             if prompt is not None:
                 stack.enter_context(call_inputs.PROMPT.during(prompt))
             return base.generate(*args, **own)
+
+
+_GROWING = (None, "dynamic", "dynamic_full")
+"""The names of caches that can have other layers beside the model's."""

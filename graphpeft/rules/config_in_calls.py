@@ -18,6 +18,9 @@ class ConfigInCalls:
     goes_on_from_caches: ClassVar[bool] = True
     """Whether a call may go on from keys and values that earlier calls have kept; if not, `generate` keeps none."""
 
+    adds_to_caches: ClassVar[bool] = False
+    """Whether it has layers of its own in a cache, so that `generate` keeps nothing where a cache can't have these."""
+
     is_by_token: ClassVar[bool] = False
     """Whether what `call_inputs_from` returns is for each token of the call, so that layers may be given no others."""
 

@@ -87,6 +87,7 @@ class ShadowConfig(PeftConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.SHADOW
     prefix: ClassVar[str | None] = "shadow_"
+    adds_to_caches: ClassVar[bool] = True
     is_by_token: ClassVar[bool] = True
     not_of_tensors: ClassVar[frozenset[str]] = PeftConfig.not_of_tensors | {
         "auxiliary_loss_weight",

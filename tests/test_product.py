@@ -50,7 +50,7 @@ NOTES = {
     "8": Note(None, None),
     "9": Note(None, "MultiheadAttention does not support mixed adapter batches"),
     "a": Note("drops elements of an operation's input, and the use of its in_proj_weight has none", None),
-    "b": Note("drops elements of an operation's input, and the use of its w has none", "work with lora_dropout"),
+    "b": Note("init_lora_weights='eva' is measured on linear layers", None),
     "c": Note("lora_bias=True is for the outputs of linear layers and convolutions", "lora_bias=True"),
     "d": Note(f"lora_bias=True {_ONE_OF_SEVERAL}", None),
     "e": Note(
@@ -65,7 +65,6 @@ NOTES = {
     "g": Note(_LINEAR_ALONE, None),
     "h": Note("layer_replication: an? .* has no list of layers", "Could not locate the layers"),
     "i": Note("has no get_input_embeddings to tell which they are", None),
-    "j": Note("init_lora_weights='eva' is measured on linear layers", None),
 }
 
 

@@ -317,7 +317,7 @@ def test_training_of_a_prompt_resumes_with_its_encoder(tmp_path: Path) -> None:
     trainer_of(through, tmp_path).train()
     trainer_of(resumed, tmp_path / "resumed").train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     changed = [name for name, tensor in through.state_dict().items() if not torch.equal(tensor, first[name])]
-    assert all(name.startswith("default.prompt_") for name in changed)
+    assert all(name.startswith("prompt_encoder.default.") for name in changed)
     assert changed
     assert all(torch.equal(tensor, through.state_dict()[name]) for name, tensor in resumed.state_dict().items())
 

@@ -696,7 +696,7 @@ class GroupedShift(Shift):
 
 @dataclass(kw_only=True)
 class ShiftConfig(TargetedConfig):
-    peft_type = "SHIFT"
+    peft_type = "GROUPED_SHIFT"
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Any:
         return Shift()

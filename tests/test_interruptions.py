@@ -81,7 +81,8 @@ def filled(model: Any, seed: int = 2) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora" in name or "rows" in name or "prompt" in name or name.rpartition("_")[2] in ("one", "two"):
+            of_adapter = any(word in name for word in ("lora", "trainable_tokens", "prompt"))
+            if of_adapter or name.rpartition("_")[2] in ("one", "two"):
                 parameter += torch.randn(parameter.shape, generator=generator) / 5
     return model
 

@@ -22,8 +22,8 @@ from graphpeft.graph.traced_model import module_told
 from graphpeft.methods.cpt.context import DELTA, EMBEDDING, Context
 from graphpeft.methods.cpt.prepended import PrependedContext
 from graphpeft.methods.prompts.encoders import EMBEDDINGS_KEY, Encoder
-from graphpeft.methods.prompts.placements import PromptRule
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
+from graphpeft.methods.prompts.prompt_rule import PromptRule
 from graphpeft.rules.options import Index, Kind, NotNegative, Number
 from graphpeft.rules.peft_names import PeftType, TaskType
 from graphpeft.rules.registry import register

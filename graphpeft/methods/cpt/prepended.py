@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphpeft.graph.recorded import recorded
-from graphpeft.methods.prompts.placements import LABELS, Placement, Prepended
+from graphpeft.methods.prompts.in_front import LABELS, Prepended
+from graphpeft.methods.prompts.placement import Placement
 from graphpeft.sites.site import CallSite
 
 TYPES = "input_type_mask"

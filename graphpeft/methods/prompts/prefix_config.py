@@ -11,8 +11,8 @@ from torch import nn
 from graphpeft.methods.prompts.caches import other_cache_names
 from graphpeft.methods.prompts.in_cache import InCache
 from graphpeft.methods.prompts.key_sizes import sizes_in_layers
-from graphpeft.methods.prompts.placements import PromptRule
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig, sizes_in, text_config_of
+from graphpeft.methods.prompts.prompt_rule import PromptRule
 from graphpeft.methods.prompts.transformers_sites import GENERATOR, cache_sites
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import Rule

@@ -16,8 +16,10 @@ from graphpeft.graph.traced_model import module_told
 from graphpeft.methods.prompts import transformers_sites
 from graphpeft.methods.prompts.caches import other_cache_names
 from graphpeft.methods.prompts.encoders import EMBEDDINGS_KEY, ENCODER_PREFIX, Encoder, NoPrompt, Table
-from graphpeft.methods.prompts.placements import LABELS, POSITIONS, InEncoding, Prepended, PromptRule
-from graphpeft.methods.prompts.scopes import SCOPE, InScope, scope_sites
+from graphpeft.methods.prompts.in_front import LABELS, POSITIONS, InEncoding, Prepended
+from graphpeft.methods.prompts.in_scope import InScope
+from graphpeft.methods.prompts.prompt_rule import PromptRule
+from graphpeft.methods.prompts.scope_sites import SCOPE, scope_sites
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.config import OWN, PeftConfig
 from graphpeft.rules.options import Layers, Size, Within

@@ -27,7 +27,7 @@ from graphpeft.graph.inputs import ExampleInputs, split_inputs
 from graphpeft.graph.ops.boundaries import boundary_of
 from graphpeft.graph.template import VALUE, template_of
 from graphpeft.graph.traced_model import stands_for
-from graphpeft.methods.prompts.scopes import InScope
+from graphpeft.methods.prompts.in_scope import InScope
 from graphpeft.rules import rewrite
 from graphpeft.rules.rule import BoundaryRule
 from graphpeft.sites.attentions import LAYERS, attentions

@@ -30,7 +30,6 @@ from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 from graphpeft.rules.rule import InputRule, OperationRule, Rule
-from graphpeft.rules.trained import Biases
 from graphpeft.sites.site import LeafSite
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
@@ -183,6 +182,7 @@ class BOFTConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.BOFT
     prefix: ClassVar[str | None] = "boft_"
+    biases_option: ClassVar[str] = "bias"
     adapts_leaves: ClassVar[bool] = True
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
@@ -211,11 +211,6 @@ class BOFTConfig(TargetedConfig):
     def starts_as_identity(self) -> bool:
         """Whether rotations are the identity and scales 1."""
         return self.init_weights
-
-    @property
-    def trained_biases(self) -> Biases:
-        """Which of the model's biases are trained."""
-        return "adapted" if self.bias == "boft_only" else self.bias
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
         """Returns the rule for a linear layer's inputs and outputs, or for a weight."""

@@ -28,7 +28,6 @@ from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 from graphpeft.rules.target_options import TargetOptions
-from graphpeft.rules.trained import Biases
 from graphpeft.targeting import pattern_values, targets
 from graphpeft.targeting.target_config import TargetedConfig
 
@@ -179,6 +178,7 @@ class C3AConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.C3A
     prefix: ClassVar[str | None] = "c3a_"
+    biases_option: ClassVar[str] = "bias"
     lacks: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
     default_targets: ClassVar[targets.Defaults] = {
         **DEFAULT_TARGET_MODULES,
@@ -196,11 +196,6 @@ class C3AConfig(TargetedConfig):
     def starts_as_identity(self) -> bool:
         """Whether the rows are zero."""
         return self.init_weights is True
-
-    @property
-    def trained_biases(self) -> Biases:
-        """Which of the model's biases are trained."""
-        return "adapted" if self.bias == "c3a_only" else self.bias
 
     @property
     def target_options(self) -> TargetOptions:

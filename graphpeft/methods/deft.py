@@ -31,7 +31,6 @@ from graphpeft.rules.options import Number, Probability, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
-from graphpeft.rules.trained import Biases
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
 
@@ -163,6 +162,7 @@ class DeftConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.DEFT
     prefix: ClassVar[str | None] = "deft_"
+    biases_option: ClassVar[str] = "bias"
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
         "init_scale",
@@ -185,11 +185,6 @@ class DeftConfig(TargetedConfig):
     def starts_as_identity(self) -> bool | Literal["within rounding"]:
         """Whether R makes the change zero, which it does within rounding."""
         return "within rounding" if self.init_weights and not self.para else False
-
-    @property
-    def trained_biases(self) -> Biases:
-        """Which of the model's biases are trained."""
-        return "adapted" if self.bias == "deft_only" else self.bias
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Deft:
         """Returns the rule for a weight's shape."""

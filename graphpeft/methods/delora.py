@@ -28,7 +28,6 @@ from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 from graphpeft.rules.target_options import TargetOptions
-from graphpeft.rules.trained import Biases
 from graphpeft.targeting import pattern_values, targets
 from graphpeft.targeting.target_config import TargetedConfig
 
@@ -126,6 +125,7 @@ class DeloraConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.DELORA
     prefix: ClassVar[str | None] = "delora_"
+    biases_option: ClassVar[str] = "bias"
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
         "delora_lambda",
@@ -146,11 +146,6 @@ class DeloraConfig(TargetedConfig):
     def starts_as_identity(self) -> bool:
         """Whether B is zero."""
         return self.init_weights
-
-    @property
-    def trained_biases(self) -> Biases:
-        """Which of the model's biases are trained."""
-        return "adapted" if self.bias == "delora_only" else self.bias
 
     @property
     def target_options(self) -> TargetOptions:

@@ -24,7 +24,6 @@ from graphpeft.methods.matrices import are_turned, matrices_of, no_matrix
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Seed
 from graphpeft.rules.parameter_spec import ParameterSpec
-from graphpeft.rules.trained import Biases
 from graphpeft.sites import quantisers
 from graphpeft.sites.site import LeafSite
 from graphpeft.targeting import targets
@@ -121,6 +120,7 @@ class FactoredConfig(TargetedConfig):
     """
 
     adapts_leaves: ClassVar[bool] = True
+    biases_option: ClassVar[str] = "bias"
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"fan_in_fan_out", "init_weights"}
 
@@ -133,11 +133,6 @@ class FactoredConfig(TargetedConfig):
     def dropout(self) -> float:
         """The probability of dropping an element of a branch's input in training."""
         return getattr(self, f"{self.method.lower()}_dropout")
-
-    @property
-    def trained_biases(self) -> Biases:
-        """Which of the model's biases are trained."""
-        return self.bias if self.bias in ("none", "all") else "adapted"
 
     def conflict(self, others: Mapping[str, Any]) -> str | None:
         """Refuses other values of `shared_options` than those of the model's other adapters, as PEFT does."""

@@ -26,7 +26,6 @@ from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 from graphpeft.rules.target_options import TargetOptions
-from graphpeft.rules.trained import Biases
 from graphpeft.targeting import pattern_values, targets
 from graphpeft.targeting.target_config import TargetedConfig
 
@@ -140,6 +139,7 @@ class FourierFTConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.FOURIERFT
     prefix: ClassVar[str | None] = "fourierft_"
+    biases_option: ClassVar[str] = "bias"
     default_targets: ClassVar[targets.Defaults] = {
         **DEFAULT_TARGET_MODULES,
         "gpt2": ("mlp.c_proj",),
@@ -159,11 +159,6 @@ class FourierFTConfig(TargetedConfig):
     def starts_as_identity(self) -> bool:
         """Whether the coefficients are zero."""
         return self.init_weights
-
-    @property
-    def trained_biases(self) -> Biases:
-        """Which of the model's biases are trained."""
-        return self.bias if self.bias in ("none", "all") else "adapted"
 
     @property
     def target_options(self) -> TargetOptions:

@@ -25,7 +25,6 @@ from graphpeft.rules.options import Size
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
-from graphpeft.rules.trained import Biases
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
 
@@ -176,6 +175,7 @@ class GloraConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.GLORA
     prefix: ClassVar[str | None] = "glora_"
+    biases_option: ClassVar[str] = "bias"
     lacks: ClassVar[frozenset[str]] = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern"})
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"init_weights"}
@@ -191,11 +191,6 @@ class GloraConfig(TargetedConfig):
     def starts_as_identity(self) -> bool:
         """Whether all factors and shifts are zero."""
         return self.init_weights
-
-    @property
-    def trained_biases(self) -> Biases:
-        """Which of the model's biases are trained."""
-        return "adapted" if self.bias == "glora_only" else self.bias
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Glora:
         """Returns the rule for a weight, with or without a bias beside it."""

@@ -29,7 +29,6 @@ from graphpeft.rules.options import Index, Number, Probability, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
-from graphpeft.rules.trained import Biases
 from graphpeft.sites.site import LeafSite
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
@@ -171,6 +170,7 @@ class GraloraConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.GRALORA
     prefix: ClassVar[str | None] = "gralora_"
+    biases_option: ClassVar[str] = "bias"
     lacks: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
     adapts_leaves: ClassVar[bool] = True
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
@@ -198,11 +198,6 @@ class GraloraConfig(TargetedConfig):
     def starts_as_identity(self) -> bool:
         """Whether B and G are zero."""
         return self.init_weights
-
-    @property
-    def trained_biases(self) -> Biases:
-        """Which of the model's biases are trained."""
-        return "adapted" if self.bias == "gralora_only" else self.bias
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Gralora:
         """Returns the rule of a linear operation, of a call, or of any other use of a weight."""

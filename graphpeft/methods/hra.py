@@ -27,7 +27,6 @@ from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 from graphpeft.rules.rule import InputRule, Rule
-from graphpeft.rules.trained import Biases
 from graphpeft.sites.site import LeafSite
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
@@ -171,6 +170,7 @@ class HRAConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.HRA
     prefix: ClassVar[str | None] = "hra_"
+    biases_option: ClassVar[str] = "bias"
     adapts_leaves: ClassVar[bool] = True
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"init_weights"}
@@ -189,11 +189,6 @@ class HRAConfig(TargetedConfig):
     def starts_as_identity(self) -> Literal["within rounding"] | bool:
         """Whether the reflections undo each other, which they do within rounding."""
         return "within rounding" if self.starts_in_pairs else False
-
-    @property
-    def trained_biases(self) -> Biases:
-        """Which of the model's biases are trained."""
-        return "adapted" if self.bias == "hra_only" else self.bias
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
         """Returns the rule for a linear layer's inputs, or for a weight."""

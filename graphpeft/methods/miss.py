@@ -29,7 +29,6 @@ from graphpeft.rules.options import Probability, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
-from graphpeft.rules.trained import Biases
 from graphpeft.sites.site import LeafSite
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
@@ -210,6 +209,7 @@ class MissConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.MISS
     prefix: ClassVar[str | None] = "miss_"
+    biases_option: ClassVar[str] = "bias"
     adapts_leaves: ClassVar[bool] = True
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"miss_dropout"}
@@ -224,11 +224,6 @@ class MissConfig(TargetedConfig):
     def starts_as_identity(self) -> bool:
         """Whether the blocks are zero."""
         return self.init_weights is not False
-
-    @property
-    def trained_biases(self) -> Biases:
-        """Which of the model's biases are trained."""
-        return self.bias if self.bias in ("none", "all") else "adapted"
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Miss | MissBat:
         """Returns the rule for the kind of change."""

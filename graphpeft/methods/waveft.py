@@ -31,7 +31,6 @@ from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 from graphpeft.rules.target_options import TargetOptions
-from graphpeft.rules.trained import Biases
 from graphpeft.targeting import pattern_values, targets
 from graphpeft.targeting.target_config import TargetedConfig
 from graphpeft.wording import shown
@@ -153,6 +152,7 @@ class WaveFTConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.WAVEFT
     prefix: ClassVar[str | None] = "waveft_"
+    biases_option: ClassVar[str] = "bias"
     default_targets: ClassVar[targets.Defaults] = {
         **{name: named for name, named in DEFAULT_TARGET_MODULES.items() if name not in _WITHOUT_DEFAULTS},
         "gpt2": ("mlp.c_proj",),
@@ -188,11 +188,6 @@ class WaveFTConfig(TargetedConfig):
     def starts_as_identity(self) -> bool:
         """Whether the coefficients are zero."""
         return self.init_weights
-
-    @property
-    def trained_biases(self) -> Biases:
-        """Which of the model's biases are trained."""
-        return "adapted" if self.bias == "waveft_only" else self.bias
 
     @property
     def target_options(self) -> TargetOptions:

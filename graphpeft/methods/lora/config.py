@@ -34,7 +34,7 @@ from graphpeft.rules.registry import register
 from graphpeft.rules.report import Report
 from graphpeft.rules.rule import Rule
 from graphpeft.rules.target_options import TargetOptions
-from graphpeft.rules.trained import Biases, TableRows
+from graphpeft.rules.trained import TableRows
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.targeting import targets
 from graphpeft.targeting.full_training import named_rows
@@ -114,6 +114,7 @@ class LoraConfig(TargetedConfig):
     default_targets: ClassVar[Mapping[str, tuple[str, ...] | str]] = DEFAULT_TARGET_MODULES
     peft_type: ClassVar[PeftType] = PeftType.LORA
     prefix: ClassVar[str | None] = "lora_"
+    biases_option: ClassVar[str] = "bias"
     adapts_leaves: ClassVar[bool] = True
     tying_option: ClassVar[str] = "ensure_weight_tying"
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
@@ -203,16 +204,6 @@ class LoraConfig(TargetedConfig):
         """The options that name modules and parameters, and those with patterns for their names."""
         patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
         return super().target_options._replace(target_parameters=self.target_parameters, patterns=patterns)
-
-    @property
-    def trained_biases(self) -> Biases:
-        """Which of the model's biases are trained."""
-        return self.bias if self.bias in ("none", "all") else "adapted"
-
-    @property
-    def keeps_tied(self) -> bool:
-        """Whether weights that are tied in the model stay so."""
-        return self.ensure_weight_tying
 
     @property
     def takes_product(self) -> bool:

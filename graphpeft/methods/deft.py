@@ -11,8 +11,7 @@ Source: the same numbers as PEFT's ``tuners/deft/layer.py``.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +24,7 @@ from graphpeft.graph.computed_weights import read_weight
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import kernel_of
-from graphpeft.methods.matrices import are_turned, as_matrices, matrices_of, no_matrix
+from graphpeft.methods.matrices import as_matrices, matrices_of, no_matrix
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Number, Probability, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
@@ -163,6 +162,7 @@ class DeftConfig(TargetedConfig):
     peft_type: ClassVar[PeftType] = PeftType.DEFT
     prefix: ClassVar[str | None] = "deft_"
     biases_option: ClassVar[str] = "bias"
+    turned_option: ClassVar[str] = "fan_in_fan_out"
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
         "init_scale",
@@ -190,9 +190,3 @@ class DeftConfig(TargetedConfig):
         """Returns the rule for a weight's shape."""
         is_orthogonal = self.decomposition_method == "qr"
         return Deft(kernel=kernel_of(site), is_orthogonal=is_orthogonal, injects=not self.para)
-
-    def for_file(self, sites: Sequence[Any]) -> DeftConfig:
-        """Returns the config with `fan_in_fan_out` as PEFT needs it for these sites."""
-        config = copy.deepcopy(self)
-        config.fan_in_fan_out = are_turned(sites)
-        return config

@@ -20,7 +20,7 @@ from torch import nn
 from graphpeft.graph.computed_weights import read_weight
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import kernel_of
-from graphpeft.methods.matrices import are_turned, matrices_of, no_matrix
+from graphpeft.methods.matrices import matrices_of, no_matrix
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Seed
 from graphpeft.rules.parameter_spec import ParameterSpec
@@ -121,6 +121,7 @@ class FactoredConfig(TargetedConfig):
 
     adapts_leaves: ClassVar[bool] = True
     biases_option: ClassVar[str] = "bias"
+    turned_option: ClassVar[str] = "fan_in_fan_out"
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"fan_in_fan_out", "init_weights"}
 
@@ -144,12 +145,6 @@ class FactoredConfig(TargetedConfig):
                         f"{name!r}: all {self.method} adapters of a model share it, as in PEFT; give both the same"
                     )
         return None
-
-    def for_file(self, sites: Sequence[Any]) -> FactoredConfig:
-        """Returns the config with `fan_in_fan_out` as PEFT needs it for these sites."""
-        config = copy.deepcopy(self)
-        config.fan_in_fan_out = are_turned(sites)
-        return config
 
 
 @dataclass(kw_only=True)

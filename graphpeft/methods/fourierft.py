@@ -8,8 +8,7 @@ numbers as PEFT's ``tuners/fourierft/layer.py``.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.methods.matrices import Matrices, are_turned, matrices_of, no_matrix
+from graphpeft.methods.matrices import Matrices, matrices_of, no_matrix
 from graphpeft.methods.placed import placed
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Number, Seed, Size
@@ -140,6 +139,7 @@ class FourierFTConfig(TargetedConfig):
     peft_type: ClassVar[PeftType] = PeftType.FOURIERFT
     prefix: ClassVar[str | None] = "fourierft_"
     biases_option: ClassVar[str] = "bias"
+    turned_option: ClassVar[str] = "fan_in_fan_out"
     default_targets: ClassVar[targets.Defaults] = {
         **DEFAULT_TARGET_MODULES,
         "gpt2": ("mlp.c_proj",),
@@ -177,9 +177,3 @@ class FourierFTConfig(TargetedConfig):
     def rule_for(self, site: Any, dtype: torch.dtype) -> FourierFT:
         """Returns the rule for a weight's shape."""
         return FourierFT(matrices=matrices_of(site), shape=site.matrix_shape)
-
-    def for_file(self, sites: Sequence[Any]) -> FourierFTConfig:
-        """Returns the config with `fan_in_fan_out` as PEFT needs it for these sites."""
-        config = copy.deepcopy(self)
-        config.fan_in_fan_out = are_turned(sites)
-        return config

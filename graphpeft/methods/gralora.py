@@ -11,8 +11,7 @@ same numbers as PEFT's ``tuners/gralora/layer.py``.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 from graphpeft.graph import ops
 from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.methods.matrices import are_turned
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Index, Number, Probability, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
@@ -173,6 +171,7 @@ class GraloraConfig(TargetedConfig):
     biases_option: ClassVar[str] = "bias"
     lacks: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
     adapts_leaves: ClassVar[bool] = True
+    turned_option: ClassVar[str] = "fan_in_fan_out"
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
         "fan_in_fan_out",
@@ -205,9 +204,3 @@ class GraloraConfig(TargetedConfig):
             return GraloraBranch(parts=self.gralora_k, casts=True)
         is_branch = site.op is site.layout is ops.Linear and not site.both_ways
         return (GraloraBranch if is_branch else Gralora)(parts=self.gralora_k)
-
-    def for_file(self, sites: Sequence[Any]) -> GraloraConfig:
-        """Returns the config with `fan_in_fan_out` as PEFT needs it for these sites."""
-        config = copy.deepcopy(self)
-        config.fan_in_fan_out = are_turned(sites)
-        return config

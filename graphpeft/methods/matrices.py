@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -80,8 +79,3 @@ def svd_by_seed(weight: torch.Tensor, rank: int, steps: int, seed: int) -> tuple
     with torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind):
         torch.manual_seed(seed)
         return torch.svd_lowrank(weight, q=rank, niter=steps)
-
-
-def are_turned(sites: Sequence[Any]) -> bool:
-    """Returns whether all sites' weights are stored as (in, out), for which PEFT has an option `fan_in_fan_out`."""
-    return bool(sites) and all(getattr(site, "transposed", False) for site in sites)

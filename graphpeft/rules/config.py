@@ -101,6 +101,10 @@ class PeftConfig(ConfigInCalls, ConfigJson, ConfigTraining):
                     f"task_type is {shown(self.task_type)}; choose one of {[task.value for task in TaskType]}"
                 )
             self.task_type = TaskType(self.task_type)
+        for field in dataclasses.fields(self):
+            # PEFT's types for mappings allow null, which files may hold
+            if field.default_factory is dict and getattr(self, field.name) is None:
+                setattr(self, field.name, {})
         check_options(self)
 
     @property

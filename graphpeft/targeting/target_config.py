@@ -20,7 +20,7 @@ from graphpeft.sites.calls import boundary_site
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.layer_kinds import layers_in
 from graphpeft.sites.site import CallSite, LeafSite, Site
-from graphpeft.targeting import targets
+from graphpeft.targeting import pattern_values, targets
 from graphpeft.targeting.targeting import targeted_modules, targeted_sites
 from graphpeft.wording import joined
 
@@ -50,6 +50,12 @@ class TargetedConfig(PeftConfig):
 
     adapts_leaves: ClassVar[bool] = False
     """Whether the method's rules adapt the call of a module without a plain weight: a `LeafSite`."""
+
+    patterns: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """The options that have other values at some sites, each with the option that has these by patterns for names."""
+
+    turned_option: ClassVar[str] = ""
+    """The option by which files tell PEFT that weights are stored as (in, out); "" if there is none."""
 
     default_targets: ClassVar[targets.Defaults] = MappingProxyType({})
     """The default `target_modules`, by the `model_type` of the model's config, as in PEFT."""
@@ -89,7 +95,17 @@ class TargetedConfig(PeftConfig):
             self.modules_to_save,
             self.layers_to_transform,
             self.layers_pattern,
+            patterns={pattern: getattr(self, pattern) for pattern in self.patterns.values()},
         )
+
+    def value_at(self, option: str, name: str) -> Any:
+        """Returns the value of one of `patterns` at a site.
+
+        Args:
+            option: The option.
+            name: The site's name.
+        """
+        return pattern_values.pattern_value(getattr(self, self.patterns[option]), name, getattr(self, option))
 
     def resolved(self, model: nn.Module) -> PeftConfig:
         """Returns the config with `target_modules` filled in: the model's default, or the names for "all-linear"."""
@@ -163,4 +179,16 @@ class TargetedConfig(PeftConfig):
         config = copy.copy(self)
         config.target_modules = targets.exactly([site.name for site in sites], names)
         config.layers_to_transform = config.layers_pattern = None
+        return config
+
+    def for_file(self, sites: Sequence[Any]) -> PeftConfig:
+        """Returns the config with `turned_option`, and with patterns of one name each, since PEFT sorts them."""
+        changed: dict[str, Any] = {}
+        for option, pattern in self.patterns.items():
+            values = {site.name: self.value_at(option, site.name) for site in sites}
+            changed[pattern] = pattern_values.exact_patterns(values, getattr(self, option))
+        if self.turned_option:
+            changed[self.turned_option] = bool(sites) and all(getattr(site, "transposed", False) for site in sites)
+        config = super().for_file(sites)
+        vars(config).update(changed)
         return config

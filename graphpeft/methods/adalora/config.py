@@ -34,7 +34,6 @@ from graphpeft.rules.options import Index, NotNegative, Size, Within
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
-from graphpeft.rules.target_options import TargetOptions
 from graphpeft.rules.trained import SiteParameters
 from graphpeft.sites.site import LeafSite
 from graphpeft.targeting import targets
@@ -98,6 +97,7 @@ class AdaLoraConfig(LoraConfig):
     lacks: ClassVar[frozenset[str]] = frozenset({"target_parts", "merged_quantiser"})
     changed_by_training: ClassVar[frozenset[str]] = frozenset({"rank_pattern"})
     parameters_changed_by_steps: ClassVar[frozenset[str] | None] = frozenset({"lora_E"})
+    patterns: ClassVar[Mapping[str, str]] = {}
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
     not_of_tensors: ClassVar[frozenset[str]] = LoraConfig.not_of_tensors | {
         "beta1",
@@ -157,11 +157,6 @@ class AdaLoraConfig(LoraConfig):
         wrong = [key for key, mask in (self.rank_pattern or {}).items() if len(mask) != self.init_r]
         if wrong:
             raise ValueError(f"rank_pattern says of {joined(wrong)} which of other numbers of ranks than init_r stay")
-
-    @property
-    def target_options(self) -> TargetOptions:
-        """The options that name modules and parameters; none has patterns for their names."""
-        return super().target_options._replace(patterns={})
 
     @property
     def starts_as_identity(self) -> bool:

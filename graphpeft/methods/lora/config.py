@@ -117,6 +117,7 @@ class LoraConfig(TargetedConfig):
     biases_option: ClassVar[str] = "bias"
     adapts_leaves: ClassVar[bool] = True
     tying_option: ClassVar[str] = "ensure_weight_tying"
+    patterns: ClassVar[Mapping[str, str]] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
         "fan_in_fan_out",
         "lora_dropout",
@@ -163,10 +164,6 @@ class LoraConfig(TargetedConfig):
     use_qalora: bool = False
 
     def __post_init__(self) -> None:
-        # PEFT's type for them allows null, which files may hold
-        for name in ("rank_pattern", "alpha_pattern"):
-            if getattr(self, name) is None:
-                setattr(self, name, {})
         if isinstance(self.init_lora_weights, str):
             self.init_lora_weights = self.init_lora_weights.lower()  # PEFT takes "OLoRA", "MiCA" and "Gaussian", too
         give_classes(self)
@@ -202,8 +199,7 @@ class LoraConfig(TargetedConfig):
     @property
     def target_options(self) -> TargetOptions:
         """The options that name modules and parameters, and those with patterns for their names."""
-        patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
-        return super().target_options._replace(target_parameters=self.target_parameters, patterns=patterns)
+        return super().target_options._replace(target_parameters=self.target_parameters)
 
     @property
     def takes_product(self) -> bool:

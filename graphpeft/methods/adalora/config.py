@@ -27,6 +27,7 @@ from graphpeft.methods.adalora import allocation
 from graphpeft.methods.adalora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.adalora.rule import AdaLora, AdaLoraBranch, AdaLoraLeaf, form_of
 from graphpeft.methods.lora.config import LoraConfig
+from graphpeft.methods.lora.nested import drop_unused
 from graphpeft.methods.lycoris import kernel_of
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.combination import Combination
@@ -263,7 +264,7 @@ class AdaLoraConfig(LoraConfig):
     def for_file(self, sites: Sequence[Any]) -> AdaLoraConfig:
         """Returns the config as PEFT reads it."""
         config = copy.deepcopy(self)
-        config.drop_unused()
+        drop_unused(config)
         layers = [site for site in sites if site.is_layer]
         config.fan_in_fan_out = bool(layers) and all(getattr(site, "transposed", False) for site in sites)
         return config

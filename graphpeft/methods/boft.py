@@ -54,16 +54,16 @@ class Butterfly(WeightRule):
     drops: float = 0.0
 
     adapts: ClassVar[tuple[type, ...]] = (ops.Linear, ops.Convolution, ops.Weight)
+    needs_matrix: ClassVar[bool] = True
+    adapts_calls: ClassVar[bool] = True
 
     def check(self, site: Any, config: Any) -> str | None:
         """Refuses features that don't fall into blocks, and sites where a part of the method has no place."""
-        reason = None if isinstance(site, LeafSite) else super().check(site, config)
+        reason = super().check(site, config)
         if reason is not None:
             return reason
         if isinstance(site, LeafSite) and not site.is_recoded:
             return f"its outputs are scaled without its bias, which isn't known: it is {site.kind}"
-        if not isinstance(site, LeafSite) and len(site.shape) < 2:
-            return f"its {site.attribute} of shape {tuple(site.shape)} is no matrix"
         if self.drops and site.op is ops.Weight and not config.inference_mode:
             return f"boft_dropout acts at an operation in training, and no one operation uses its {site.attribute}"
         features = rotations.features_of_row(site)

@@ -21,7 +21,7 @@ from graphpeft._torch import is_transformed
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.scaled_sum import is_captured
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.methods.matrices import matrices_of, no_matrix
+from graphpeft.methods.matrices import matrices_of
 from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.options import Size
 from graphpeft.rules.parameter_spec import ParameterSpec
@@ -42,9 +42,11 @@ class C3A(BranchRule):
 
     shape: tuple[int, ...]
 
+    needs_matrix: ClassVar[bool] = True
+
     def check(self, site: Any, config: Any) -> str | None:
-        """Refuses weights that are no matrices, and blocks that don't fit."""
-        reason = super().check(site, config) or no_matrix(site)
+        """Refuses blocks that don't fit."""
+        reason = super().check(site, config)
         if reason is not None:
             return reason
         size, (_, rows, columns) = config.block_size_at(site.name), matrices_of(site)

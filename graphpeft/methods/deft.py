@@ -24,7 +24,7 @@ from graphpeft.graph.computed_weights import read_weight
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import kernel_of
-from graphpeft.methods.matrices import as_matrices, matrices_of, no_matrix
+from graphpeft.methods.matrices import as_matrices, matrices_of
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Number, Probability, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
@@ -48,9 +48,11 @@ class Deft(DeltaRule):
     is_orthogonal: bool = False
     injects: bool = True
 
+    needs_matrix: ClassVar[bool] = True
+
     def check(self, site: Any, config: Any) -> str | None:
-        """Refuses weights that are no matrices, and dropout where it would act on more than R's input."""
-        reason = super().check(site, config) or no_matrix(site)
+        """Refuses dropout where it would act on more than R's input."""
+        reason = super().check(site, config)
         if reason is None and self.dropout_of(config) and site.op is not ops.Linear and not config.inference_mode:
             reason = "deft_dropout is for the input of R alone, which only a linear operation has; set it to 0"
         return reason

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from graphpeft.graph.computed_weights import read_weight
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import draw, kernel_of
-from graphpeft.methods.matrices import as_matrices, matrices_of, no_matrix
+from graphpeft.methods.matrices import as_matrices, matrices_of
 from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.options import Number, Probability, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
@@ -40,9 +40,7 @@ class Delora(BranchRule):
 
     kernel: tuple[int, ...] = ()
 
-    def check(self, site: Any, config: Any) -> str | None:
-        """Refuses weights that are no matrices."""
-        return super().check(site, config) or no_matrix(site)
+    needs_matrix: ClassVar[bool] = True
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A, B, λ and w."""

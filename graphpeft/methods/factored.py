@@ -20,7 +20,7 @@ from torch import nn
 from graphpeft.graph.computed_weights import read_weight
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import kernel_of
-from graphpeft.methods.matrices import matrices_of, no_matrix
+from graphpeft.methods.matrices import matrices_of
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Seed
 from graphpeft.rules.parameter_spec import ParameterSpec
@@ -64,15 +64,12 @@ class Factored(DeltaRule):
 
     sizes: Sizes
 
+    needs_matrix: ClassVar[bool] = True
+    adapts_calls: ClassVar[bool] = True
+
     def at_site(self, site: Any, dtype: torch.dtype) -> Any:
         """Returns the rule for a site; a call's input and output may be in other dtypes than the factors."""
         return dataclasses.replace(self, casts=True) if isinstance(site, LeafSite) else super().at_site(site, dtype)
-
-    def check(self, site: Any, config: Any) -> str | None:
-        """Refuses weights that are no matrices."""
-        if isinstance(site, LeafSite):
-            return None
-        return super().check(site, config) or no_matrix(site)
 
     def dropout_of(self, config: Any) -> float:
         """Returns the option for dropout, which each method names by itself."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.methods.matrices import Matrices, matrices_of, no_matrix
+from graphpeft.methods.matrices import Matrices, matrices_of
 from graphpeft.methods.placed import placed
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Number, Seed, Size
@@ -42,10 +42,11 @@ class FourierFT(DeltaRule):
     shape: tuple[int, ...]
 
     scales: ClassVar[tuple[str, ...]] = ("scale",)
+    needs_matrix: ClassVar[bool] = True
 
     def check(self, site: Any, config: Any) -> str | None:
-        """Refuses weights that are no matrices, and more frequencies than a matrix has."""
-        reason = super().check(site, config) or no_matrix(site)
+        """Refuses more frequencies than a matrix has."""
+        reason = super().check(site, config)
         if reason is None:
             reason = too_many(site, config.frequencies_at(site.name))
         return reason

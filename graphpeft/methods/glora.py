@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import draw, kernel_of
-from graphpeft.methods.matrices import matrices_of, no_matrix
+from graphpeft.methods.matrices import matrices_of
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Size
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
@@ -50,9 +50,7 @@ class Glora(DeltaRule):
     coupling_kind: Kind
     bias_kind: Kind
 
-    def check(self, site: Any, config: Any) -> str | None:
-        """Refuses weights that are no matrices."""
-        return super().check(site, config) or no_matrix(site)
+    needs_matrix: ClassVar[bool] = True
 
     def _kinds(self) -> dict[str, Kind]:
         kinds = (self.weight_kind, self.weight_kind, self.coupling_kind, self.bias_kind, self.bias_kind)

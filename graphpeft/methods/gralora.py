@@ -44,10 +44,11 @@ class Gralora(DeltaRule):
 
     adapts: ClassVar[tuple[type, ...]] = (ops.Linear, ops.Weight)
     scales: ClassVar[tuple[str, ...]] = ("scale",)
+    adapts_calls: ClassVar[bool] = True
 
     def check(self, site: Any, config: Any) -> str | None:
         """Refuses weights that are no matrices, and features that k doesn't divide."""
-        reason = None if isinstance(site, LeafSite) else super().check(site, config)
+        reason = super().check(site, config)
         if reason is None and len(_shape(site)) not in (2, 3):
             reason = f"its {site.attribute} of shape {_shape(site)} is no matrix"
         for kind, size in zip(("inputs", "outputs"), reversed(_shape(site)), strict=False):

@@ -46,12 +46,7 @@ class Hira(DeltaRule):
 
     kernel: tuple[int, ...] = ()
 
-    def check(self, site: Any, config: Any) -> str | None:
-        """Refuses weights that are no matrices."""
-        reason = super().check(site, config)
-        if reason is None and len(site.shape) < 2:
-            reason = f"its {site.attribute} of shape {tuple(site.shape)} is no matrix"
-        return reason
+    needs_matrix: ClassVar[bool] = True
 
     def dropout_of(self, config: Any) -> float:
         """Returns the probability of dropping an element of the input of the change."""

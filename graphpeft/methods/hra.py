@@ -45,13 +45,12 @@ class Reflections(WeightRule):
     kernel: tuple[int, ...] = ()
 
     adapts: ClassVar[tuple[type, ...]] = (ops.Linear, ops.Convolution, ops.Weight)
+    needs_matrix: ClassVar[bool] = True
+    adapts_calls: ClassVar[bool] = True
 
     def check(self, site: Any, config: Any) -> str | None:
-        """Refuses vectors, and first values of which Gram and Schmidt make noise."""
-        is_call = isinstance(site, LeafSite)
-        reason = None if is_call else super().check(site, config)
-        if reason is None and not is_call and len(site.shape) < 2:
-            return f"its {site.attribute} of shape {tuple(site.shape)} is no matrix"
+        """Refuses first values of which Gram and Schmidt make noise."""
+        reason = super().check(site, config)
         if reason is None and self.are_orthonormal and config.starts_in_pairs and not config.inference_mode:
             return (
                 "apply_GS makes its vectors orthonormal; of each two that are equal, as they are at first, it makes a "

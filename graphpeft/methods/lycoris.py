@@ -39,12 +39,11 @@ class LycorisRule(DeltaRule):
     rescales: bool = False
 
     scales: ClassVar[tuple[str, ...]] = ("scale",)
+    needs_matrix: ClassVar[bool] = True
 
     def check(self, site: Any, config: Any) -> str | None:
-        """Refuses weights that are no matrices, and dropout where only the weight as such is known."""
+        """Refuses dropout where only the weight as such is known."""
         reason = super().check(site, config)
-        if reason is None and len(site.shape) < 2:
-            reason = f"its {site.attribute} of shape {tuple(site.shape)} is no matrix"
         drops = config.rank_dropout or config.module_dropout
         if reason is None and drops and site.op is ops.Weight and not config.inference_mode:
             reason = (

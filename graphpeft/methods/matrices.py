@@ -47,7 +47,7 @@ def as_matrices(weight: Any, site: Any) -> Any:
 
 
 def matrices_of(site: Any) -> Matrices:
-    """Returns the matrices of a site's weight; a vector, which `no_matrix` refuses, counts as a column.
+    """Returns the matrices of a site's weight; a vector, which most rules refuse, counts as a column.
 
     Args:
         site: The site; a call of a layer counts as a matrix.
@@ -57,13 +57,6 @@ def matrices_of(site: Any) -> Matrices:
     kernel, shape = kernel_of(site), site.matrix_shape
     *stack, rows, columns = (*shape[: len(shape) - len(kernel)], *(1,) * (2 - len(shape)))
     return Matrices(tuple(stack), rows, columns * math.prod(kernel))
-
-
-def no_matrix(site: Any) -> str | None:
-    """Returns that a site's weight is no matrix, as a reason to refuse it, or None."""
-    if len(site.shape) >= 2:
-        return None
-    return f"its {site.attribute} of shape {tuple(site.shape)} is no matrix"
 
 
 def svd_by_seed(weight: torch.Tensor, rank: int, steps: int, seed: int) -> tuple[torch.Tensor, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.methods.matrices import Matrices, matrices_of, no_matrix
+from graphpeft.methods.matrices import Matrices, matrices_of
 from graphpeft.methods.placed import placed
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Seed, Size
@@ -41,9 +41,11 @@ class Shira(DeltaRule):
     shape: tuple[int, ...]
     columns: int
 
+    needs_matrix: ClassVar[bool] = True
+
     def check(self, site: Any, config: Any) -> str | None:
-        """Refuses weights that are no matrices, and those with fewer elements than the change has."""
-        reason = super().check(site, config) or no_matrix(site)
+        """Refuses weights with fewer elements than the change has."""
+        reason = super().check(site, config)
         if reason is None and _count(matrices_of(site), config.r) > matrices_of(site).size:
             reason = f"r={config.r} makes more elements than the {matrices_of(site).size} of its {site.attribute}"
         return reason

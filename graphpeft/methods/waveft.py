@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from graphpeft.methods.fourierft import places_drawn, too_many
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.methods.matrices import Matrices, matrices_of, no_matrix
+from graphpeft.methods.matrices import Matrices, matrices_of
 from graphpeft.methods.wavelets import band, filters_of, synthesised
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Number, Seed, Size
@@ -57,10 +57,11 @@ class WaveFT(DeltaRule):
     length: int
 
     scales: ClassVar[tuple[str, ...]] = ("scale",)
+    needs_matrix: ClassVar[bool] = True
 
     def check(self, site: Any, config: Any) -> str | None:
-        """Refuses weights that are no matrices, more coefficients than a matrix has, and filters that nobody knows."""
-        reason = super().check(site, config) or no_matrix(site) or too_many(site, config.frequencies_at(site))
+        """Refuses more coefficients than a matrix has, and filters that nobody knows."""
+        reason = super().check(site, config) or too_many(site, config.frequencies_at(site))
         if reason is None and self.length > 2 and importlib.util.find_spec("pywt") is None:
             reason = (
                 f"the filters of wavelet_family={config.wavelet_family!r} come from PyWavelets, which isn't installed; "

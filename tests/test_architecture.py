@@ -128,7 +128,7 @@ def test_no_file_is_longer_than_a_reader_takes_in():
 
 
 @pytest.mark.parametrize(
-    "file, most", [("methods/hra.py", 250), ("methods/lora/config.py", 250), ("rules/rule.py", 450)]
+    ("file", "most"), [("methods/hra.py", 250), ("methods/lora/config.py", 250), ("rules/rule.py", 450)]
 )
 def test_a_file_that_is_too_long_is_seen(file: str, most: int):
     assert too_long({file: "pass\n" * most}) == []

@@ -110,10 +110,16 @@ def lacking_values(module: nn.Module, sizes: Mapping[str, Sequence[int]]) -> str
 
 
 def is_asked_by(package: str) -> bool:
-    """Returns whether the function that asks this was called by code of a package, such as a part of PyTorch's."""
+    """Returns whether the function that asks this was called by code of a package, such as a part of PyTorch's.
+
+    Where a wrapper of PyTorch's passes an attribute of its module on, it is who asks the wrapper.
+    """
     if torch.compiler.is_compiling():
         return False
-    name = sys._getframe(2).f_globals.get("__name__", "")
+    frame: Any = sys._getframe(2)
+    while frame.f_code.co_name == "__getattr__" and frame.f_globals.get("__name__", "").startswith("torch."):
+        frame = frame.f_back
+    name = frame.f_globals.get("__name__", "")
     return name == package or name.startswith(f"{package}.")
 
 

@@ -159,17 +159,17 @@ def test_quantisation_by_fx_leaves_adapted_layers_in_their_precision() -> None:
 
 
 class Named(Model):
-    def forward(self, x: Tensor, *, scale: float = 2.0) -> Tensor:
+    def forward(self, x: Tensor, *, scale: float = 2.0) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().forward(x, scale)
 
 
 class Others(Model):
-    def forward(self, x: Tensor, **others: Any) -> Tensor:
+    def forward(self, x: Tensor, **others: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().forward(x)
 
 
 class Several(Model):
-    def forward(self, *x: Tensor) -> Tensor:
+    def forward(self, *x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().forward(x[0])
 
 

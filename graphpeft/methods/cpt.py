@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graphpeft.graph import sharding
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.traced_model import module_told
 from graphpeft.methods.prompts.encoders import EMBEDDINGS_KEY, ENCODER_PREFIX, Encoder, Table
@@ -231,9 +232,10 @@ def bounded(delta: Tensor, types: tuple[int, ...], epsilons: tuple[float, float]
     bounds = delta.new_tensor([by_type[kind % 4] if kind > 0 else _SMALLEST for kind in types])
     with torch.no_grad():
         lengths = delta.norm(dim=1)
-        shortened = torch.where(lengths > 0, bounds / torch.maximum(lengths, bounds), 1.0)[:, None] * delta
+        factors = torch.where(lengths > 0, bounds / torch.maximum(lengths, bounds), 1.0)[:, None]
+        shortened = factors * delta
         if training:
-            delta.copy_(shortened)
+            sharding.scale(delta, factors.expand_as(delta))
     moves = delta.new_tensor([kind % 4 != 0 for kind in types])[:, None]
     # the values are shortened, and only the rows that move get gradients
     return shortened + moves * (delta - delta.detach())

@@ -235,7 +235,7 @@ def sharded_parameter_behind(gathered: torch.Tensor) -> Any:
     composable: Any = sys.modules.get("torch.distributed._composable_state")
     states = [] if composable is None else [state() for state in list(composable._module_state_mapping.values())]
     for state in states:
-        # PyTorch 2.10 has one group in each module
+        # releases before several groups have one in each module
         groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
         for held in (parameter for group in groups for parameter in getattr(group, "fsdp_params", ())):
             if getattr(held, "_unsharded_param", None) is gathered:

@@ -65,6 +65,7 @@ __all__ = [
     "compiler_options",  # lets a trace go through compiled code
     "computes_in_own_way",
     "current_function_mode",  # tells whether a trace's mode is the innermost one
+    "elements_in_flat_shard",  # what a process keeps of a parameter that FSDP has gathered for a forward
     "empty_graph_like",  # for copies of graphs
     "enter_autocast",  # begins a region under autocast, as `fx` itself records it
     "fake_tensor",  # example values without data
@@ -79,6 +80,7 @@ __all__ = [
     "pytree",  # flattens nested containers as `fx` and `torch.export` do
     "reparametrized",  # replaces a module's tensors during its forward; `functional_call` would run hooks
     "saved_tensors_go_elsewhere",  # tells whether hooks handle tensors saved for backward
+    "sharded_parameter_behind",  # the same for `fully_shard`
     "storage_key",  # tells which tensors share memory, also fake ones
     "version",  # counts in-place writes into a tensor
 ]
@@ -223,3 +225,35 @@ make_wrapper: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-def
 def aot_inductor() -> Any:
     """Returns the Python module with ``aoti_compile_and_package`` and ``aoti_load_package``; its import is slow."""
     return torch._inductor
+
+
+# parameters that are gathered for a forward
+
+
+def sharded_parameter_behind(gathered: torch.Tensor) -> Any:
+    """Returns the ``DTensor`` that `fully_shard` has gathered as this very parameter, or None."""
+    composable: Any = sys.modules.get("torch.distributed._composable_state")
+    states = [] if composable is None else [state() for state in list(composable._module_state_mapping.values())]
+    for state in states:
+        # releases before several groups have one in each module
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for held in (parameter for group in groups for parameter in getattr(group, "fsdp_params", ())):
+            if getattr(held, "_unsharded_param", None) is gathered:
+                return held.sharded_param
+    return None
+
+
+def elements_in_flat_shard(gathered: torch.Tensor) -> tuple[torch.Tensor, slice] | None:
+    """Returns what a process keeps of a parameter that FSDP has gathered, and which of its elements these are.
+
+    None if the first version of FSDP has not gathered it.
+    """
+    flat: Any = gathered._base
+    places: Any = getattr(flat, "_param_infos", ())
+    for (name, module, _), shard in zip(places, getattr(flat, "_shard_param_infos", ()), strict=True):
+        if getattr(module, name, None) is gathered:
+            if not shard.in_shard:
+                return flat._local_shard[:0], slice(0, 0)
+            kept = flat._local_shard[shard.offset_in_shard : shard.offset_in_shard + shard.numel_in_shard]
+            return kept, slice(shard.intra_param_start_idx, shard.intra_param_end_idx + 1)
+    return None

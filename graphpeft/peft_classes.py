@@ -23,6 +23,11 @@ def config_class(method: str) -> type | None:
     return _of_table("PEFT_TYPE_TO_CONFIG_MAPPING", method, "PeftConfig")
 
 
+def tuner_classes() -> dict[str, Any]:
+    """Returns PEFT's table of the classes of its methods, an empty one if PEFT isn't loaded."""
+    return vars(sys.modules["peft"]).get("PEFT_TYPE_TO_TUNER_MAPPING", {}) if "peft" in sys.modules else {}
+
+
 def hint_for_peft(theirs: type | None, name: str) -> str:
     """Returns words for an error about an attribute of a config that PEFT's class may have, and this library's not."""
     # a field whose default is made anew is no attribute of the class

@@ -259,3 +259,38 @@ def test_a_call_without_a_batch_is_trained():
     grads = [[p.grad for p in model.parameters() if p.grad is not None] for model in models]
     assert grads[0]
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["one", "two", "rows", "dropout"])
+def test_double_precision_is_computed_under_autocast_as_without(kind: str, dtype: torch.dtype):
+    """Autocast leaves double precision alone."""
+
+    def trained(enabled: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        torch.manual_seed(6)
+        model: Any = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).double()
+        config = FrodConfig(
+            target_modules=["0", "2"], init_weights=False, frod_dropout=0.5 if kind == "dropout" else 0.0
+        )
+        get_peft_model(model, config)
+        if kind != "one":
+            model.add_adapter("other", config)
+        if kind == "two":
+            model.set_adapter(["default", "other"])
+        names = {"adapter_names": ["default", "other", "__base__"]} if kind == "rows" else {}
+        torch.manual_seed(7)
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            y = model(x, **names)
+            y.square().sum().backward()
+        return y, [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+    x = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    for found, expected in zip(trained(True), trained(False), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_product_of_two_dtypes_that_autocast_leaves_raises_as_without_an_adapter():
+    plain = nn.Linear(8, 8).double()
+    for layer in (plain, get_peft_model(nn.Sequential(copy.deepcopy(plain)), FrodConfig(target_modules=["0"]))):
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="must have the same dtype"):
+            layer(torch.randn(3, 8))

@@ -347,3 +347,24 @@ def test_experts_are_trained_with_dropout(implementation: str, tmp_path: Path) -
         model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(experts(implementation), tmp_path)
     torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, expected)
+
+
+def test_each_adapter_drops_elements_of_its_own_as_an_explicit_computation_does() -> None:
+    weight, *factors = *made(), *made(1)[1:]
+    given = x(EXPERTS, 3, IN)
+
+    def by_sums() -> Tensor:
+        one = plus_product(weight, factors[0], factors[1], SCALE, 0.25, True)
+        return torch.bmm(given, plus_product(one, factors[2], factors[3], 0.5, 0.4, True))
+
+    def explicit() -> Tensor:
+        one = F.dropout(given, 0.25) @ factors[0] @ factors[1] * SCALE
+        return given @ weight + one + F.dropout(given, 0.4) @ factors[2] @ factors[3] * 0.5
+
+    found = []
+    for function in (by_sums, explicit):
+        torch.manual_seed(7)
+        y = function()
+        found.append([y, *torch.autograd.grad(y.square().sum(), factors)])
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)

@@ -153,6 +153,17 @@ def check_values_are_set() -> None:
     close(mean(train(model, rows())), torch.tensor(train(alone, BATCH)))
 
 
+def check_pefts_functions_set_values() -> None:
+    import peft
+
+    alone, model = adapted({}), sharded(adapted({}))
+    train(alone, BATCH)
+    values = peft.get_peft_model_state_dict(alone)
+    peft.set_peft_model_state_dict(model, values)
+    close(peft.get_peft_model_state_dict(model), values)
+    close(mean(train(model, rows())), torch.tensor(train(alone, BATCH)))
+
+
 def check_a_base_that_is_sharded() -> None:
     alone = adapted({})
     alone.save_pretrained(f"of {dist.get_rank()}")
@@ -249,6 +260,7 @@ def test_fully_sharded_models() -> None:
         "mixed precision": functools.partial(check_policies, mp_policy=half),
         "offloaded to the CPU": functools.partial(check_policies, offload_policy=CPUOffloadPolicy(pin_memory=False)),
         "values set": check_values_are_set,
+        "values set by PEFT": check_pefts_functions_set_values,
         "sharded base": check_a_base_that_is_sharded,
         "base without values": check_a_base_without_values,
         "distributed checkpoint": check_distributed_checkpoint,
@@ -267,6 +279,8 @@ POLICIES: dict[str, Any] = {
 
 
 def check_wrapped_by_fsdp(options: dict[str, Any], policy: Any) -> None:
+    import peft
+
     alone, model = adapted(options), adapted(options)
     cpu = torch.device("cpu")
     wrapper = FullyShardedDataParallel(model, use_orig_params=True, auto_wrap_policy=policy, device_id=cpu)
@@ -276,7 +290,10 @@ def check_wrapped_by_fsdp(options: dict[str, Any], policy: Any) -> None:
     with model.disable_adapter():
         close(wrapper(BATCH), base()(BATCH))
     close(get_peft_model_state_dict(wrapper), get_peft_model_state_dict(alone))
-    for read in (lambda: get_peft_model_state_dict(model), model.merge_adapter):
+    close(peft.get_peft_model_state_dict(wrapper), get_peft_model_state_dict(alone))
+    values = get_peft_model_state_dict(alone)
+    setting = functools.partial(peft.set_peft_model_state_dict, wrapper, values)
+    for read in (lambda: get_peft_model_state_dict(model), setting, model.merge_adapter):
         refuses("do this inside of FullyShardedDataParallel.summon_full_params(wrapper)", read)
     with FullyShardedDataParallel.summon_full_params(wrapper):
         close(get_peft_model_state_dict(model), get_peft_model_state_dict(alone))

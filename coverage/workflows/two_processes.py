@@ -1,4 +1,7 @@
-"""Workflows that run in two processes at once, which talk by gloo; the two are started once for all of a module."""
+"""Workflows that run in two processes at once, which talk by gloo; the two are started once for all of a module.
+
+A part of a workflow, as training that goes on from a checkpoint, can have two new processes.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,20 @@ def in_two_processes(check: Script) -> Script:
     return run
 
 
+def in_two_new_processes(check: Script) -> Script:
+    """Returns what runs a function of `in_two_processes` in two processes of its own, which end with it."""
+
+    @functools.wraps(check)
+    def run(peft: ModuleType, folder: Path) -> Values:
+        call = _started(peft.__name__)
+        try:
+            return call(_Task(check.__module__, check.__name__, str(folder)))
+        finally:
+            call(None)
+
+    return run
+
+
 class _Task(NamedTuple):
     module: str
     check: str
@@ -40,15 +57,22 @@ class _Task(NamedTuple):
 
 
 @functools.cache
-def _pair(library: str) -> Callable[[_Task], Values]:
+def _pair(library: str) -> Callable[[_Task | None], Values]:
+    return _started(library)
+
+
+def _started(library: str) -> Callable[[_Task | None], Values]:
+    """Starts two processes, and returns what gives them a task, or ends them."""
     spawned = torch.multiprocessing.get_context("spawn")
     tasks, answers = [spawned.SimpleQueue() for _ in range(WORLD)], spawned.Queue()
     for rank, own in enumerate(tasks):
         spawned.Process(target=_serve, args=(library, rank, own, answers), daemon=True).start()
 
-    def call(task: _Task) -> Values:
+    def call(task: _Task | None) -> Values:
         for each in tasks:
             each.put(task)
+        if task is None:
+            return {}
         found: dict[int, Any] = {}
         while len(found) < WORLD:
             try:
@@ -66,8 +90,7 @@ def _pair(library: str) -> Callable[[_Task], Values]:
 def _serve(library: str, rank: int, tasks: Any, answers: Any) -> None:
     torch.set_num_threads(1)
     package = importlib.import_module(library)
-    while True:
-        task: _Task = tasks.get()
+    while (task := tasks.get()) is not None:
         try:
             answers.put((rank, _run(package, rank, task)))
         except Exception as error:

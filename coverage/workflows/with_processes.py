@@ -15,7 +15,13 @@ import torch.distributed as dist
 import transformers
 from loops import adapted, close, fit, trained
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
@@ -225,6 +231,28 @@ def distributed_checkpoint(peft: Any, folder: Path) -> Values:
     return {"losses": _mean(losses)}
 
 
+@workflow(
+    TOOL,
+    "torch.distributed.checkpoint of model and optimizer (get_state_dict, set_state_dict), sharded otherwise: goes on",
+)
+@in_two_processes
+def distributed_checkpoint_with_optimizer(peft: Any, folder: Path) -> Values:
+    model, other = _sharded(_adapted(peft)), fully_shard(_adapted(peft))
+    optimizers = [torch.optim.AdamW(trained(each), lr=0.05) for each in (model, other)]
+    first = [_step(model, optimizers[0]) for _ in range(2)]
+    save(dict(zip("mo", get_state_dict(model, optimizers[0]), strict=True)), checkpoint_id=str(folder / "checkpoint"))
+    values = dict(zip("mo", get_state_dict(other, optimizers[1]), strict=True))
+    load(values, checkpoint_id=str(folder / "checkpoint"))
+    set_state_dict(other, optimizers[1], model_state_dict=values["m"], optim_state_dict=values["o"])
+    through, resumed = (
+        _mean([_step(each, optimizer) for _ in range(2)])
+        for each, optimizer in zip((model, other), optimizers, strict=True)
+    )
+    close(torch.tensor(resumed), torch.tensor(through), 1e-6)
+    close(other(BATCH), model(BATCH), 1e-6)
+    return {"losses": _mean(first) + resumed}
+
+
 @workflow(TOOL, "a checkpoint of what is trained alone, of a model under fully_shard")
 @in_two_processes
 def checkpoint_of_the_adapter(peft: Any, folder: Path) -> Values:
@@ -344,6 +372,14 @@ def _sharded(model: Any, **options: Any) -> Any:
             for layer in (module.up, module.down):
                 fully_shard(layer, **options)
     return fully_shard(model, **options)
+
+
+def _step(model: Any, optimizer: torch.optim.Optimizer) -> float:
+    loss = model(_rows()).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
 
 
 def _rows() -> Tensor:

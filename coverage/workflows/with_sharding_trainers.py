@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from loops import close, trained
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from trainer_runs import adapted as causal
 from trainer_runs import losses, texts, trainer
-from two_processes import in_two_processes
+from two_processes import in_two_new_processes, in_two_processes
 from workflow import Values, workflow
 
 TOOL = "FSDP by trainers"
@@ -113,6 +115,58 @@ def through_the_trainer(peft: Any, folder: Path) -> Values:
         dist.barrier()
     close(torch.tensor(losses(made)), torch.tensor(expected))
     _has_the_file_of(peft, folder / "saved", alone)
+    return {"losses": losses(made)}
+
+
+@workflow(TOOL, "the Trainer's checkpoint of full state dicts, resumed in new processes: optimizer and weights go on")
+def resumed_from_full_state_dicts(peft: Any, folder: Path) -> Values:
+    return _resumed(peft, folder / "FULL_STATE_DICT", "optimizer.bin")
+
+
+@workflow(
+    TOOL, "the Trainer's checkpoint of sharded state dicts, resumed in new processes: optimizer and weights go on"
+)
+def resumed_from_sharded_state_dicts(peft: Any, folder: Path) -> Values:
+    return _resumed(peft, folder / "SHARDED_STATE_DICT", "optimizer_0/.metadata")
+
+
+def _resumed(peft: Any, folder: Path, file_of_the_optimizer: str) -> Values:
+    """Compares a training that goes on from its second step with the one that saved it and wasn't interrupted."""
+    stages = [folder / name for name in ("through", "resumed")]
+    for stage in stages:
+        stage.mkdir(parents=True)
+    through = trained_four_steps(peft, stages[0])
+    assert (folder / "run" / "checkpoint-2" / file_of_the_optimizer).is_file()
+    shutil.rmtree(folder / "run" / "checkpoint-4")
+    resumed = in_two_new_processes(trained_four_steps)(peft, stages[1])
+    close(torch.tensor(resumed["losses"]), torch.tensor(through["losses"]), 1e-6)
+    tensors = [load_file(stage / "saved" / "adapter_model.safetensors") for stage in stages]
+    assert all((each.abs() > 0).any() for each in tensors[0].values())
+    torch.testing.assert_close(*tensors, rtol=1e-6, atol=1e-6)
+    return resumed
+
+
+@in_two_processes
+def trained_four_steps(peft: Any, folder: Path) -> Values:
+    """Trains with a schedule over four steps and a checkpoint after two, or goes on from that one.
+
+    Args:
+        peft: The library.
+        folder: Where the adapter is saved; its name says whether training is resumed. The checkpoints are in `run`
+            beside it, and the folder around both has the name of the kind of state dicts.
+    """
+    config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    config["state_dict_type"] = folder.parent.name
+    given = {"per_device_train_batch_size": 2, "fsdp": True, "fsdp_config": config, "max_steps": 4, "save_steps": 2}
+    given |= {"lr_scheduler_type": "linear", "max_grad_norm": 0.0, "train_sampling_strategy": "sequential"}
+    output = folder.parent / "run"
+    with sharding_on_cpus():
+        made = trainer(causal(peft), output, texts(12), weight_decay=0.01, **given)
+        made.train(resume_from_checkpoint=str(output / "checkpoint-2") if folder.name == "resumed" else None)
+        made.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")  # without which it saves no adapter
+        made.save_model(str(folder / "saved"))
+        dist.barrier()
+    assert len(losses(made)) == 4
     return {"losses": losses(made)}
 
 

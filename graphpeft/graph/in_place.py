@@ -199,6 +199,8 @@ def _new_class(original: type, layers: tuple[Layer, ...]) -> type:
             if layer.kind in _AROUND_FORWARDS and "forward" in layer.namespace:
                 # callers leave out arguments that a forward doesn't take
                 namespace["forward"].__signature__ = inspect.signature(inner)
+                # torch.fx counts arguments by the code of what it unwraps
+                namespace["forward"].__wrapped__ = inner
         # libraries dispatch on a model's class name, so the dressed class keeps it
         namespace.update(
             __module__=original.__module__,

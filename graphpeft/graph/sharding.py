@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphpeft._torch import version
+from graphpeft._torch import elements_in_flat_shard, sharded_parameter_behind, storage_key, version
 from graphpeft.graph.sharded_classes import under_shards
 from graphpeft.transaction import at_end_of, remember
 
@@ -77,6 +77,43 @@ def reshard(modules: Iterable[nn.Module]) -> None:
             sharded.reshard()
 
 
+@torch.no_grad()
+def scale(parameter: torch.Tensor, factors: torch.Tensor) -> None:
+    """Multiplies a trained parameter by factors, in place, in a forward.
+
+    Where FSDP has gathered the parameter for this forward, what is written into it is lost with it. So what the process
+    keeps of it is multiplied, too.
+
+    Args:
+        parameter: The parameter, as the forward reads it.
+        factors: The factors, in its shape.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        outside: Any = torch.compiler.disable(_scale_gathered)
+        outside(parameter, factors)
+    else:
+        parameter.mul_(factors)
+
+
+def _scale_gathered(parameter: torch.Tensor, factors: torch.Tensor) -> None:
+    flat, sharded = elements_in_flat_shard(parameter), sharded_parameter_behind(parameter)
+    if flat is not None:
+        kept, elements = flat
+        if storage_key(kept) != storage_key(parameter):
+            kept.mul_(factors.reshape(-1)[elements].to(kept))
+        # one of several views, all of which autograd would refuse after a write that it sees
+        parameter.data.mul_(factors)
+        return
+    if sharded is not None:
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mesh = sharded.device_mesh
+        everywhere = DTensor.from_local(factors, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        kept = sharded.detach().to_local()
+        kept.mul_(everywhere.redistribute(placements=sharded.placements).to_local().to(kept))
+    parameter.mul_(factors)
+
+
 def is_managed(module: nn.Module) -> bool:
     """Returns whether `fully_shard` or FSDP shards the tensors that `module` had then, and sums up gradients."""
     return "_is_fsdp_managed_module" in vars(module)
@@ -110,10 +147,16 @@ def lacking_values(module: nn.Module, sizes: Mapping[str, Sequence[int]]) -> str
 
 
 def is_asked_by(package: str) -> bool:
-    """Returns whether the function that asks this was called by code of a package, such as a part of PyTorch's."""
+    """Returns whether the function that asks this was called by code of a package, such as a part of PyTorch's.
+
+    Where a wrapper of PyTorch's passes an attribute of its module on, it is who asks the wrapper.
+    """
     if torch.compiler.is_compiling():
         return False
-    name = sys._getframe(2).f_globals.get("__name__", "")
+    frame: Any = sys._getframe(2)
+    while frame.f_code.co_name == "__getattr__" and frame.f_globals.get("__name__", "").startswith("torch."):
+        frame = frame.f_back
+    name = frame.f_globals.get("__name__", "")
     return name == package or name.startswith(f"{package}.")
 
 

@@ -9,10 +9,13 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from torch import fx
+
 from graphpeft.adapters import mixing
 from graphpeft.adapters.given_inputs import given_in_forward
 from graphpeft.graph import call_inputs, in_place
 from graphpeft.graph.around_set_forwards import is_around
+from graphpeft.graph.errors import TraceError
 from graphpeft.model.offered_methods import Offered
 from graphpeft.model.other_names import OtherNames
 from graphpeft.peft_classes import model_class, set_class
@@ -62,12 +65,23 @@ def _forward(model: Any, *args: Any, adapter_names: Sequence[str] | None = None,
     forward, state = mixing.forward_of(model), model._peft_adapters
     read = state.call_inputs
     if adapter_names is not None:
+        _refuse_proxy(adapter_names)
         with model.mixed_batch(adapter_names), given_in_forward(model, args, kwargs):
             return forward(model, *args, **call_inputs.left(read, kwargs))
     if not read:
         return forward(model, *args, **kwargs)
     with given_in_forward(model, args, kwargs):
         return forward(model, *args, **call_inputs.left(read, kwargs))
+
+
+def _refuse_proxy(adapter_names: Any) -> None:
+    """Raises TraceError for an argument of the model's own forward, which torch.fx has put in this place."""
+    if isinstance(adapter_names, fx.Proxy):
+        raise TraceError(
+            "torch.fx's own tracer can't call the forward of an adapted model that takes *args, **kwargs or "
+            "arguments by their names alone; graphpeft.trace(model, example_inputs) gives a graph module, with the "
+            "adapters' nodes"
+        )
 
 
 def _class_now(model: Any) -> type:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -12,7 +12,9 @@ from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapters
 from graphpeft.adapters.tensors import count_of_numbers
 from graphpeft.graph.holders import has_tensor, tensor_at
+from graphpeft.graph.sharding import is_asked_by
 from graphpeft.model.configs import Configs
+from graphpeft.model.peft_functions import PLACE, ConfigsForPeft
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import Report
 from graphpeft.showing.notebook import modules_html
@@ -29,6 +31,8 @@ class AdapterInfo(nn.Module):
     @property
     def peft_config(self) -> Configs:
         """The config of each adapter, by the adapter's name, in the order in which they were added."""
+        if is_asked_by(PLACE):
+            return cast("Configs", ConfigsForPeft(self._peft_adapters))
         return Configs(self._peft_adapters)
 
     @property

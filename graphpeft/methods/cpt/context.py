@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graphpeft.graph import sharding
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.prompts.encoders import ENCODER_PREFIX, Encoder, Table
 from graphpeft.rules.parameter_spec import ParameterSpec
@@ -70,9 +71,10 @@ def bounded(delta: Tensor, types: tuple[int, ...], epsilons: tuple[float, float]
     bounds = delta.new_tensor([by_type[kind % 4] if kind > 0 else _SMALLEST for kind in types])
     with torch.no_grad():
         lengths = delta.norm(dim=1)
-        shortened = torch.where(lengths > 0, bounds / torch.maximum(lengths, bounds), 1.0)[:, None] * delta
+        factors = torch.where(lengths > 0, bounds / torch.maximum(lengths, bounds), 1.0)[:, None]
+        shortened = factors * delta
         if training:
-            delta.copy_(shortened)
+            sharding.scale(delta, factors.expand_as(delta))
     moves = delta.new_tensor([kind % 4 != 0 for kind in types])[:, None]
     # the values are shortened, and only the rows that move get gradients
     return shortened + moves * (delta - delta.detach())

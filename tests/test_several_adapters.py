@@ -1296,3 +1296,26 @@ def test_adapters_of_one_layer_act_in_their_order_also_inside_of_a_module_that_h
     for order in (["default", "second"], ["second", "default"]):
         model.set_adapter(order)
         torch.testing.assert_close(copy.deepcopy(model).merge_and_unload()(x), model(x))
+
+
+def test_choosing_an_adapter_freezes_one_that_was_loaded_to_be_trained(tmp_path: Path):
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(6, 4)), graphpeft.LoraConfig(r=2, target_modules=["0"]))
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "loaded", is_trainable=True)
+    assert {name for name, tensor in model.named_parameters() if tensor.requires_grad} == {
+        f"0.{adapter}.lora_{factor}" for adapter in ("default", "loaded") for factor in "AB"
+    }
+    model.set_adapter("default")
+    assert {name for name, tensor in model.named_parameters() if tensor.requires_grad} == {
+        "0.default.lora_A",
+        "0.default.lora_B",
+    }
+
+
+def test_the_first_by_name_acts_after_the_only_active_one_was_deleted():
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(6, 4)), graphpeft.LoraConfig(r=2, target_modules=["0"]))
+    for name in ("second", "first"):
+        model.add_adapter(name, graphpeft.LoraConfig(r=2, target_modules=["0"]))
+    with pytest.warns(graphpeft.PeftWarning, match="'first' is active now"):
+        model.delete_adapter("default")
+    assert model.active_adapters == ["first"]

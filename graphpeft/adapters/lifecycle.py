@@ -106,6 +106,8 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
     for (path, attribute), value in constants.items():
         holder, own = new_place(modules[path], attribute)
         vars(holder)[own] = value
+    if not plan.config.inference_mode:
+        set_attribute(adapters, "trainable", adapters.trainable | {name})
     lifted = {
         region: without_any(template)
         for region, template in plan.templates.items()
@@ -272,6 +274,7 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
     if adapter.overwritten:
         _unmerge_first(modules, adapters)  # or their originals would bring back what was replaced
     delete_item(adapters.by_name, name)
+    set_attribute(adapters, "trainable", adapters.trainable - {name})
     adapters.note_call_inputs(modules[""])
     forget_mixing(adapters)
     for path, root in adapter.roots(name):

@@ -203,6 +203,8 @@ class Adapters:
         slots: The slots of those whose nodes are in the graphs, in their order: of the active ones that aren't merged,
             or of none.
         read: The names of those whose overrides are read: the active ones, or none.
+        trainable: The names of those whose tensors require grad: the active ones, and others that were loaded to be
+            trained.
         is_disabled: Whether none acts, whichever are active, until they are enabled again.
         pauses: What stands for each context in which none acts, until it is left.
         lifted: The graphs of the regions that were no graph modules before, by path.
@@ -229,6 +231,7 @@ class Adapters:
     lifted: dict[str, Template] = field(default_factory=dict)
     slots: dict[str, int] = field(default_factory=dict)
     read: list[str] = field(default_factory=list)
+    trainable: frozenset[str] = frozenset()
     merged: list[str] = field(default_factory=list)
     originals: Tensors = field(default_factory=dict)
     codes: dict[str, Codes] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from graphpeft.adapters.state import Adapters, Modules
 from graphpeft.graph.holders import all_parameters, has_tensor, place_of
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join, modules_by_path
-from graphpeft.transaction import undone_by
+from graphpeft.transaction import set_attribute, undone_by
 
 
 def trained_besides(model: nn.Module) -> list[str]:
@@ -71,6 +71,8 @@ def set_trainable_now(modules: Modules, adapters: Adapters, wanted: Mapping[str,
                 holder, own = place_of(modules[path], attribute)
                 changed.note(holder._parameters.get(own), trains and (path, attribute) not in frozen)
     changed.set()
+    on = {name for name, trains in wanted.items() if trains}
+    set_attribute(adapters, "trainable", (adapters.trainable - wanted.keys()) | on)
 
 
 class _Flags:

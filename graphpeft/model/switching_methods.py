@@ -11,7 +11,7 @@ from graphpeft.adapters import lifecycle
 from graphpeft.adapters.adapting import known_adapter, modules_of
 from graphpeft.adapters.exchanged import refuse_missing, refuse_resized
 from graphpeft.adapters.plan import AdaptError
-from graphpeft.adapters.trainable import set_trainable
+from graphpeft.adapters.trainable import set_trainable, set_trainable_now
 from graphpeft.model.adapter_info import AdapterInfo
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.transaction import set_attribute, transaction
@@ -21,7 +21,7 @@ class SwitchingMethods(AdapterInfo):
     """The part of `PeftModel` that activates, deletes and disables adapters."""
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Makes exactly these adapters active, and trainable.
+        """Makes exactly these adapters active, and trainable; no other is trainable then.
 
         A forward that runs in another thread may see the change half done, see `PeftModel`.
 
@@ -38,7 +38,7 @@ class SwitchingMethods(AdapterInfo):
         configs = [known_adapter(self, name).config for name in names]
         for name in names if not inference_mode else ():
             lifecycle.refuse_untrainable(modules_of(self), known_adapter(self, name), name)
-        modules, before = modules_of(self), self.active_adapters
+        modules, state = modules_of(self), self._peft_adapters
         with transaction(self):
             lifecycle.activate(modules, self._peft_adapters, names)
             for name in names:
@@ -46,14 +46,16 @@ class SwitchingMethods(AdapterInfo):
                 refuse_resized(modules, known_adapter(self, name), name)
             for config in configs:
                 set_attribute(config, "inference_mode", inference_mode)
-            set_trainable(modules, self._peft_adapters, [*before, *names])
+            set_trainable_now(
+                modules, state, dict.fromkeys(state.trainable, False) | dict.fromkeys(names, not inference_mode)
+            )
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter with its tensors.
 
         Other active adapters stay active. If the deleted adapter was the only active one, the first of the remaining
-        adapters becomes active, with a warning, as in PEFT. A forward that runs in another thread may see the change
-        half done, see `PeftModel`.
+        adapters by name becomes active, with a warning, as in PEFT. A forward that runs in another thread may see the
+        change half done, see `PeftModel`.
 
         Args:
             adapter_name: The name of the adapter.
@@ -67,7 +69,7 @@ class SwitchingMethods(AdapterInfo):
             raise AdaptError(
                 f"{adapter_name!r} is merged into the weights; call unmerge_adapter() before you delete it"
             )
-        others = [name for name in state.by_name if name != adapter_name]
+        others = sorted(name for name in state.by_name if name != adapter_name)
         with transaction(self):
             if state.active == [adapter_name] and others:
                 warnings.warn(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,9 +11,10 @@ from graphpeft.adapters.state import Adapter
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.model.adapt import get_peft_model
 from graphpeft.rules.config import PeftConfig
+from graphpeft.testing.alike import require_alike
 from graphpeft.testing.blame import Build, blames_a_site
 from graphpeft.testing.comparing import LawError, require_close, require_equal
-from graphpeft.testing.runs import perturbed, run
+from graphpeft.testing.runs import perturbed, run, run_copy
 from graphpeft.testing.snapshots import require_unloaded, with_saved
 from graphpeft.testing.unmerging import require_unmerged_exactly
 from graphpeft.testing.variants import of_sites_that_merge, with_other_sizes
@@ -112,12 +113,19 @@ def _require_merged_alike(model: Any, order: Sequence[str], inputs: ExampleInput
         require_unmerged_exactly(model, inputs)
         return
     first, last = order
-    merged = run(copy.deepcopy(model).merge_and_unload(), inputs)
-    require_close(merged, together, tolerance, f"{last!r} behind {first!r}: merged differs from active")
+    active = functools.partial(run_copy, model, inputs)
+    merged = functools.partial(run_copy, model, inputs, lambda copied: copied.merge_and_unload())
+    require_alike(merged, active, tolerance, f"{last!r} behind {first!r}: merged differs from active")
+    in_place = functools.partial(run_copy, model, inputs, _merged_in_place)
     try:
-        model.merge_adapter()
+        require_alike(in_place, active, tolerance, f"{last!r} behind {first!r}: merged in place differs")
     except AdaptError:
         return  # an adapter with a residual weight can be merged only for good
-    require_close(run(model, inputs), together, tolerance, f"{last!r} behind {first!r}: merged in place differs")
+    model.merge_adapter()
     model.unmerge_adapter()
     require_equal(run(model, inputs), together, f"{last!r} behind {first!r}: unmerged differs from before")
+
+
+def _merged_in_place(model: Any) -> Any:
+    model.merge_adapter()
+    return model

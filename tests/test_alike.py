@@ -12,10 +12,10 @@ import torch
 from hypothesis import Phase, find, settings
 from torch import Tensor, nn
 
-from graphpeft import LoraConfig, PeftType
+from graphpeft import LoraConfig, PeftModel, PeftType
 from graphpeft.adapters import changes
 from graphpeft.rules.plain_values import plain
-from graphpeft.testing import laws
+from graphpeft.testing import assert_two_adapters_act_together, laws
 from graphpeft.testing.alike import require_alike
 from graphpeft.testing.comparing import LawError, require_close
 from graphpeft.testing.generated_models import in_dtype
@@ -187,5 +187,32 @@ def test_one_percent_of_the_change_is_found_where_it_is_most_of_the_output(facto
 
     config, inputs = LoraConfig(r=4, lora_alpha=64, target_modules=["0", "2"]), (values(torch.bfloat16, 32, 16),)
     laws.assert_adapted_is_base_with_delta(build, config, inputs)
-    with changes_wrong_by(factor), pytest.raises(LawError, match="differs from adapted: by"):
+    with changes_wrong_by(factor), pytest.raises(LawError, match="adapted isn't base with deltas: by"):
         laws.assert_adapted_is_base_with_delta(build, config, inputs)
+
+
+def one_layer() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8)).bfloat16()
+
+
+BESIDE = (
+    one_layer,
+    LoraConfig(r=2, target_modules=["0"]),
+    (values(torch.bfloat16, 2, 8),),
+    LoraConfig(r=1, lora_alpha=100_000, target_modules=["0"]),
+)
+"""An adapter, and another one, beside which its effect is rounded off."""
+
+
+def test_an_effect_that_is_rounded_off_beside_another_one_is_there():
+    assert_two_adapters_act_together(*BESIDE)
+
+
+def test_an_effect_that_is_not_there_beside_another_one_is_missed(monkeypatch: pytest.MonkeyPatch):
+    choose = PeftModel.set_adapter
+    monkeypatch.setattr(
+        PeftModel, "set_adapter", lambda self, name: choose(self, name if isinstance(name, str) else name[-1])
+    )
+    with pytest.raises(LawError, match="beside 'second' the other adapter has no effect"):
+        assert_two_adapters_act_together(*BESIDE)

@@ -165,9 +165,10 @@ def _adapted_is_base_with_delta(
         merged = functools.partial(run_copy, adapted, inputs, lambda copied: copied.merge_and_unload())
         add_deltas = functools.partial(_with_deltas, adapter=adapter, modules=dict(adapted.named_modules()))
         by_hand = functools.partial(run_copy, build().train(mode), inputs, add_deltas)
-        # first, since merging refuses a tied weight, where a delta added by hand would change the other layer, too
-        require_alike(merged, active, tolerance, f"training={mode}: merged differs from adapted")
+        # it refuses a tied weight, where a delta added by hand would change the other layer, too
+        copy.deepcopy(adapted).merge_and_unload()
         require_alike(by_hand, active, tolerance, f"training={mode}: adapted isn't base with deltas")
+        require_alike(merged, active, tolerance, f"training={mode}: merged differs from adapted")
     else:
         require_no_merge(adapted)
     left = with_saved(untouched, adapted)

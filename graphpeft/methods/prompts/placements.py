@@ -26,6 +26,7 @@ from graphpeft.methods.prompts.encoders import Encoder
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.rule import BoundaryRule
 from graphpeft.sites.site import CallSite
+from graphpeft.wording import number_of
 
 LABELS, POSITIONS = "labels", ("start_positions", "end_positions")
 """The arguments that hold the answers: labels of tokens, and places of an answer in the text."""
@@ -201,7 +202,7 @@ def exceeds_positions(tokens: int, positions: int | None) -> str | None:
     """Returns the reason why a prompt doesn't fit into a table of positions, or None; without a table it fits."""
     if positions is None or tokens < positions:
         return None
-    return f"a prompt of {tokens} tokens leaves no room in its table of {positions} positions"
+    return f"a prompt of {number_of(tokens, 'token')} leaves no room in its table of {number_of(positions, 'position')}"
 
 
 # nodes
@@ -233,8 +234,8 @@ def prepended(prompt: Tensor, tokens: int, embeddings: Tensor, cache: Any, posit
         return embeddings
     if positions is not None and tokens + embeddings.shape[1] > positions:
         raise ValueError(
-            f"{tokens} virtual tokens and {embeddings.shape[1]} of the input are more than the {positions} positions "
-            "that the model has a table for; shorten the input"
+            f"{number_of(tokens, 'virtual token')} and {embeddings.shape[1]} of the input are more than the "
+            f"{positions} positions that the model has a table for; shorten the input"
         )
     batch = prompt[..., :tokens, :].to(embeddings.dtype).expand(embeddings.shape[0], -1, -1)
     return torch.cat((batch, embeddings), dim=1)

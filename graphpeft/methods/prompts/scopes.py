@@ -27,7 +27,7 @@ from graphpeft.sites.calls import boundary
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite
 from graphpeft.targeting import targets
-from graphpeft.wording import joined
+from graphpeft.wording import joined, number_of
 
 SCOPE = "scope"
 """The role of modules that get virtual tokens of their own."""
@@ -178,8 +178,8 @@ def inserted(prompt: Tensor, sequence: Tensor, position: str, *caches: Any) -> T
         )
     if sequence.ndim != 3 or sequence.shape[-1] != prompt.shape[-1]:
         raise ValueError(
-            f"a prompt of {prompt.shape[0]} tokens of size {prompt.shape[1]} can't go into an input of shape "
-            f"{tuple(sequence.shape)}, which is no token sequence (batch, tokens, {prompt.shape[1]})"
+            f"a prompt of {number_of(prompt.shape[0], 'token')} of size {prompt.shape[1]} can't go into an input of "
+            f"shape {tuple(sequence.shape)}, which is no token sequence (batch, tokens, {prompt.shape[1]})"
         )
     batch = prompt.to(sequence.dtype).expand(sequence.shape[0], -1, -1)
     return torch.cat((batch, sequence) if position == "before" else (sequence, batch), dim=1)

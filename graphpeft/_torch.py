@@ -42,7 +42,7 @@ from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
 from torch.nn.utils.stateless import _reparametrize_module as reparametrized
 from torch.overrides import _get_current_function_mode as current_function_mode
 from torch.overrides import _pop_mode_temporarily as function_mode_set_aside
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import TorchDispatchMode, is_in_torch_dispatch_mode
 from torch.utils.checkpoint import CheckpointFunction
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "DisableTorchFunctionSubclass",  # the same, but function modes stay on
     "IncompatibleKeys",  # the result of `nn.Module.load_state_dict`, and of PEFT's functions
     "OpOverload",  # tells calls of operators from calls of functions, to pickle operators by name
+    "TorchDispatchMode",  # rounds what operators give in another way, for bounds of tests
     "aot_inductor",  # the export format of that name
     "argument_names",  # tells whether a node of a program draws random numbers
     "autocast_options",  # for nodes of regions under autocast

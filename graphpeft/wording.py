@@ -1,4 +1,4 @@
-"""Words of errors and reports: values and items, cut to a bounded size, and tables in plain text."""
+"""Words of errors and reports: values and items, cut to a bounded size, counts, and tables in plain text."""
 
 from __future__ import annotations
 
@@ -29,6 +29,20 @@ def joined(items: Sequence[str], separator: str = ", ", most: int = 5) -> str:
     """Joins items for a message: the first ones, and how many more there are."""
     more = [f"… and {len(items) - most} more"] if len(items) > most else []
     return separator.join([*items[:most], *more])
+
+
+def number_of(count: int, one: str, several: str = "") -> str:
+    """Returns a count with its noun.
+
+    Args:
+        count: The count.
+        one: The noun for one.
+        several: The noun for any other number; if empty, with an s at the end.
+
+    >>> number_of(1, "site"), number_of(2000, "site"), number_of(0, "entry", "entries")
+    ('1 site', '2,000 sites', '0 entries')
+    """
+    return f"{count:,} {one if count == 1 else several or one + 's'}"
 
 
 def text_table(

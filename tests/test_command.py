@@ -238,7 +238,7 @@ def test_explain_tells_what_would_be_adapted(here: Path, capsys: pytest.CaptureF
 def test_explain_takes_a_saved_config_and_changes_of_it(here: Path, capsys: pytest.CaptureFixture[str]):
     saved(here / "adapter", LoHaConfig(r=2, target_modules=["0"]))
     assert main(["explain", "models_of_mine:alone", "--config", "adapter", "--set", "r=5"]) == 0
-    assert "LOHA adapter 'default': 1 sites, 80 parameters" in capsys.readouterr().out
+    assert "LOHA adapter 'default': 1 site, 80 parameters" in capsys.readouterr().out
 
 
 def test_what_a_saved_config_would_train_is_told(here: Path, capsys: pytest.CaptureFixture[str]):

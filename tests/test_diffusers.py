@@ -133,7 +133,7 @@ def test_weights_that_are_refused_change_nothing() -> None:
     ours.set_adapters(["first", "second"], [0.5, 0.25])
     expected = outputs(ours)
     for names, weights, reason in (
-        (["first"], [1.0, 2.0], "1 adapters and 2 weights"),
+        (["first"], [1.0, 2.0], "1 adapter and 2 weights were given"),
         (["first"], ["half"], "'half' is no weight"),
         (["first", "third"], [1.0, 2.0], "third"),
     ):

@@ -260,7 +260,7 @@ def test_a_lower_rank_at_a_grouped_convolution_is_filled_up_in_each_group():
     ("arguments", "reason"),
     [
         ((["u", "x"], [1, 1], "new"), "Adapter x does not exist; the model has \\['u', 'v', 'w', 'z'\\]"),
-        ((["u", "v"], [1], "new"), "2 adapters were named, with 1 weights"),
+        ((["u", "v"], [1], "new"), "2 adapters named, with 1 weight;"),
         (([], [], "new"), "no adapters to combine"),
         ((["u", "u"], [1, 1], "new"), "named twice"),
         ((["u", "v"], [1, 1], "u"), "has an adapter 'u' already"),

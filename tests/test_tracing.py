@@ -267,7 +267,7 @@ def test_a_report_lists_decisions_with_their_lines_and_what_was_kept():
     shaped = module_of(lambda self, x: x * 2 if x.shape[1] % 5 == 0 else x)
     traced: Any = trace(nn.Sequential(decides, shaped), (X,))
     lines = str(traced.report).splitlines()
-    assert re.match(r"\d+ nodes, 1 modules kept as calls", lines[0])
+    assert re.match(r"\d+ nodes, 1 module kept as a call", lines[0])
     assert "0: " in lines[1]
     assert "depends on the values of a tensor" in lines[1]
     assert any("x.shape[1] % 5 == 0" in line and line.endswith("): True") for line in lines)

@@ -75,8 +75,9 @@
   function makeFilter(tables) {
     const all = rowsOf(tables).length;
     const input = element("input", { type: "search", placeholder: "Filter rows", "aria-label": "Filter rows" });
-    const told = element("output", {}, `${all} rows`);
-    input.addEventListener("input", () => (told.value = `${filter(tables, input.value.trim())} of ${all} rows`));
+    const rows = `${all} ${all === 1 ? "row" : "rows"}`;
+    const told = element("output", {}, rows);
+    input.addEventListener("input", () => (told.value = `${filter(tables, input.value.trim())} of ${rows}`));
     let place = tables[0];
     while (place.parentElement !== article) place = place.parentElement;
     // in front of the first section, which may be filtered away

@@ -23,7 +23,7 @@ from graphpeft.graph.paths import join
 from graphpeft.graph.values import loaded
 from graphpeft.rules.combination import Combination, Part
 from graphpeft.rules.config import PeftConfig
-from graphpeft.wording import joined
+from graphpeft.wording import joined, number_of
 
 
 def check_names(adapters: Adapters, names: Sequence[str], weights: Sequence[float]) -> None:
@@ -38,7 +38,10 @@ def check_names(adapters: Adapters, names: Sequence[str], weights: Sequence[floa
     if not names:
         raise AdaptError("no adapters to combine were named")
     if len(names) != len(weights):
-        raise AdaptError(f"{len(names)} adapters were named, with {len(weights)} weights; give one weight for each")
+        raise AdaptError(
+            f"{number_of(len(names), 'adapter')} named, with "
+            f"{number_of(len(weights), 'weight')}; give one weight for each"
+        )
     for weight in weights:
         if not isinstance(weight, numbers.Real):
             raise TypeError(f"weights has {weight!r}, which is no number")

@@ -19,6 +19,7 @@ from graphpeft.graph import overrides
 from graphpeft.graph.call_inputs import given_to_rows
 from graphpeft.graph.recomputing import taken_along
 from graphpeft.graph.template import Template
+from graphpeft.wording import number_of
 
 
 def in_turn(plain: Template, module: nn.Module, region: str, adapters: Adapters, has_others: bool) -> Runner:
@@ -85,8 +86,8 @@ def _together(results: list[Any], groups: list[list[int]], region: str) -> Any:
         for part, rows in zip(parts, groups, strict=True):
             if part.shape[:1] != (len(rows),):
                 raise ValueError(
-                    f"{region or 'the model'} returns a tensor of the shape {tuple(part.shape)} for {len(rows)} rows, "
-                    "which can't be put together; call it for one adapter at a time"
+                    f"{region or 'the model'} returns a tensor of the shape {tuple(part.shape)} for "
+                    f"{number_of(len(rows), 'row')}, which can't be put together; call it for one adapter at a time"
                 )
         return torch.cat(parts)[order.to(parts[0].device)]
 

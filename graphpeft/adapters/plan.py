@@ -36,7 +36,7 @@ from graphpeft.sites.site import CallSite, LeafSite, Site
 from graphpeft.targeting import embedding_layers, targets
 from graphpeft.targeting.full_training import TrainedRows, full_training, trained_rows
 from graphpeft.targeting.patterns import PatternError
-from graphpeft.wording import joined
+from graphpeft.wording import joined, number_of
 
 
 class AdaptError(PeftError, ValueError):
@@ -187,7 +187,7 @@ def _fill(plan: Plan, finder: SiteFinder, where: Callable[[Any], bool] | None) -
     plan.report.fully_trained = [join(path, name) for path, names in plan.fully_trained.items() for name in names]
     plan.rows = trained_rows(plan.config, finder.modules, weights, plan.fully_trained, plan.report)
     plan.report.fully_trained += [
-        f"{len(rows.indices)} rows of {join(path, 'weight')}" for path, rows in plan.rows.items()
+        f"{number_of(len(rows.indices), 'row')} of {join(path, 'weight')}" for path, rows in plan.rows.items()
     ]
     _refuse_loaded_together(plan)
 

@@ -13,7 +13,7 @@ from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapters
 from graphpeft.graph.holders import Holder, as_number
 from graphpeft.rules.adapted_site import AdaptedSite
-from graphpeft.wording import joined
+from graphpeft.wording import joined, number_of
 
 Runner = Callable[..., Any]
 """Runs a region on a mixed batch; its first argument is the module."""
@@ -155,9 +155,10 @@ class Rows:
         """
         count = tensor.shape[0] if tensor.ndim else 0
         if count not in self.by_count:
-            wanted = " or ".join(map(str, self.by_count))
+            *fewer, most = self.by_count
+            wanted = " or ".join([*map(str, fewer), number_of(most, "row")])
             raise ValueError(
-                f"adapter_names names {wanted} rows, and an adapted module is given a tensor of the shape "
+                f"adapter_names names {wanted}, and an adapted module is given a tensor of the shape "
                 f"{tuple(tensor.shape)}; name one adapter for each row of the batch, which must be the first dimension "
                 "there"
             )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from graphpeft.adapters.present_rows import RowParameters
 from graphpeft.graph.holders import name_at, place_of, value_at
+from graphpeft.wording import number_of
 
 
 class GivenRows:
@@ -40,8 +41,8 @@ class GivenRows:
         """
         if not tensor.ndim or tensor.shape[0] != self._rows.shape[0]:
             raise ValueError(
-                f"adapter_rows has {self._rows.shape[0]} rows, and an adapted module is given a tensor of the shape "
-                f"{tuple(tensor.shape)}, whose first dimension must be the batch"
+                f"adapter_rows has {number_of(self._rows.shape[0], 'row')}, and an adapted module is given a tensor "
+                f"of the shape {tuple(tensor.shape)}, whose first dimension must be the batch"
             )
         return self
 

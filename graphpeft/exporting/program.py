@@ -22,6 +22,7 @@ from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example, Shape, names
 from graphpeft.graph.errors import GuardError, TraceError
 from graphpeft.graph.traced_model import stands_for
+from graphpeft.wording import number_of
 
 Dynamic = bool | Mapping[str, Any] | tuple[Any, ...] | list[Any]
 """True: all sizes that the model doesn't fix are dynamic. False: none is. Or ``dynamic_shapes`` of ``torch.export``."""
@@ -217,7 +218,10 @@ def _spec(prepared: Prepared, example: Example, full: Example, dynamic: Dynamic)
     elif len(dynamic) == len(own):
         spec = dict(zip(own, dynamic, strict=True))
     else:
-        raise ExportError(f"dynamic has {len(dynamic)} entries for the arguments {', '.join(own)}; give one for each")
+        raise ExportError(
+            f"dynamic has {number_of(len(dynamic), 'entry', 'entries')} for the arguments "
+            f"{', '.join(own)}; give one for each"
+        )
     of_adapters = {
         name: pytree.tree_map(_stacked if "adapter_rows" in more else _fixed, full.kwargs[name]) for name in more
     }

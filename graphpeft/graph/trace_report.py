@@ -11,7 +11,7 @@ import torch.fx as fx
 from graphpeft.graph import guards
 from graphpeft.graph.settings import Reads
 from graphpeft.graph.template import Graphs
-from graphpeft.wording import as_html
+from graphpeft.wording import as_html, number_of
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ class TraceReport:
         return cls(sizes, decisions, kept, not_kept, other_mode_error, settings, numbers, read_once, frozen)
 
     def __str__(self) -> str:
-        lines = [f"{' and '.join(map(str, self.nodes))} nodes, {len(self.kept)} modules kept as calls"]
+        kept = number_of(len(self.kept), "module kept as a call", "modules kept as calls")
+        lines = [f"{' and '.join(map(str, self.nodes))} nodes, {kept}"]
         lines += [f"  {path or 'the model'}: {reason}" for path, reason in self.kept.items()]
         if self.not_kept:
             lines.append(f"set by the model and not by the graph: {', '.join(self.not_kept)}")
@@ -90,7 +91,7 @@ class TraceReport:
         lines.append(f"{len(self.decisions)} decisions, which each run checks")
         lines += [f"  {decision.line}: {decision.taken}" for decision in self.decisions]
         if self.numbers:
-            lines.append(f"{len(self.numbers)} numbers of modules, which each run reads")
+            lines.append(f"{number_of(len(self.numbers), 'number')} of modules, which each run reads")
             lines += _by_name((path, "") for path in self.numbers)
         if self.settings:
             lines.append(f"{len(self.settings)} settings of modules, which each run checks")

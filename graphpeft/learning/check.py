@@ -57,7 +57,7 @@ def check_learning(model: nn.Module, batch: ExampleInputs, loss: Loss | None = N
     Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
         >>> print(check_learning(model, (torch.ones(1, 4),), lambda output: output.sum()))  # doctest: +ELLIPSIS
-        all of 1 sites learn
+        1 of 1 site learns
         <BLANKLINE>
         adapter  site  tensors
         ───────  ────  ─...

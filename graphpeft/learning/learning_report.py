@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from graphpeft.wording import as_html, joined, text_table
+from graphpeft.wording import as_html, joined, number_of, text_table
 
 State = Literal["learns", "waits", "dead"]
 
@@ -97,7 +97,8 @@ class LearningReport:
     def __str__(self) -> str:
         count = len(self.sites)
         verb = "doesn't" if len(self.dead) == 1 else "don't"
-        lines = [f"{len(self.dead)} of {count} sites {verb} learn" if self.dead else f"all of {count} sites learn"]
+        dead, all_learn = f"{number_of(count, 'site')} {verb} learn", number_of(count, "site learns", "sites learn")
+        lines = [f"{len(self.dead)} of {dead}" if self.dead else f"{count} of {all_learn}"]
         rows = [(site.adapter, site.label, _told(site)) for site in self.sites]
         lines += ["", *text_table(("adapter", "site", "tensors"), rows)]
         named = [(adapter, entry, str(sites)) for (adapter, entry), sites in self.named.items()]

@@ -32,6 +32,7 @@ from graphpeft.rules.rule import BoundaryRule
 from graphpeft.sites.calls import boundary_site
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite
+from graphpeft.wording import number_of
 
 _DEFAULT_TARGETS = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}
 """The names of attention modules, by the model's type."""
@@ -211,7 +212,7 @@ class AdaptionPromptConfig(PeftConfig):
             report.nothing_matched = f"no module is called {self.target_modules!r}"
             report.refused.append(Refusal("target_modules", report.nothing_matched, "name the attention modules"))
         elif len(paths) < wanted:
-            reason = f"there are {len(paths)} modules {self.target_modules!r}, and adapter_layers is {wanted}"
+            reason = f"adapter_layers is {wanted}, for {number_of(len(paths), 'module')} {self.target_modules!r}"
             report.refused.append(Refusal("adapter_layers", reason, f"set adapter_layers={len(paths)} at the most"))
         else:
             return [site for path in paths[-wanted:] for site in self._sites_at(path, finder, report)]

@@ -32,6 +32,7 @@ from graphpeft.rules.rule import OperationRule
 from graphpeft.sites.site import LeafSite
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
+from graphpeft.wording import number_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +139,9 @@ def shares_of(h: Tensor, logits: Tensor, task_ids: Tensor, splits: int, training
 def _check(h: Tensor, count: int, task_ids: Tensor) -> None:
     if task_ids.shape != h.shape[:1]:
         raise ValueError(
-            f"task_ids has the shape {tuple(task_ids.shape)}, and an adapted layer is given {h.shape[0]} rows; pass "
-            "one task for each row of the batch, which must be the first dimension there"
+            f"task_ids has the shape {tuple(task_ids.shape)}, and an adapted layer is given "
+            f"{number_of(h.shape[0], 'row')}; pass one task for each row of the batch, which must be the "
+            "first dimension there"
         )
     unknown = [task for task in task_ids.tolist() if not 0 <= task < count]
     if unknown:

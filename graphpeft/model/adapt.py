@@ -61,7 +61,7 @@ def explain(
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
         >>> explain(model, LoraConfig(r=2, target_modules=["0"]))
-        LORA adapter 'default': 1 sites, 48 parameters
+        LORA adapter 'default': 1 site, 48 parameters
         <BLANKLINE>
         site  op      size    graph of  parameters    share
         ────  ──────  ──────  ────────  ──────────  ───────

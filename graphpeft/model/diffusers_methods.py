@@ -24,6 +24,7 @@ from graphpeft.model.merging_methods import MergingMethods
 from graphpeft.model.state_dicts import get_peft_model_state_dict
 from graphpeft.model.switching_methods import SwitchingMethods
 from graphpeft.transaction import transaction
+from graphpeft.wording import number_of
 
 
 class DiffusersMethods(SwitchingMethods, MergingMethods):
@@ -67,7 +68,10 @@ class DiffusersMethods(SwitchingMethods, MergingMethods):
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         given = list(weights) if isinstance(weights, list | tuple) else [weights] * len(names)
         if len(given) != len(names):
-            raise ValueError(f"there are {len(names)} adapters and {len(given)} weights; pass a weight for each")
+            raise ValueError(
+                f"{number_of(len(names), 'adapter')} and {number_of(len(given), 'weight')} were given; "
+                "pass a weight for each"
+            )
         functions = map(_weight_at, _expanded(self, [1.0 if weight is None else weight for weight in given]))
         with transaction(self):
             scales.set_weights(self, dict(zip(names, functions, strict=True)))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from graphpeft.rules.adapted_site import AdaptedSite
-from graphpeft.wording import as_html, text_table
+from graphpeft.wording import as_html, number_of, text_table
 
 
 class Refusal(NamedTuple):
@@ -75,7 +75,7 @@ class Report:
     def _size(self) -> str:
         if self.fully_trained and not self.adapted:
             return ", which trains tensors of the model"
-        return f": {len(self.adapted)} sites, {self._parameter_count():,} parameters"
+        return f": {number_of(len(self.adapted), 'site')}, {number_of(self._parameter_count(), 'parameter')}"
 
     def _parameter_count(self) -> int:
         return sum(adapted.parameter_count for adapted in self.adapted)

@@ -8,6 +8,7 @@ from torch import nn
 
 from graphpeft.graph.holders import Holder, all_parameters
 from graphpeft.graph.traced_model import stands_for
+from graphpeft.wording import number_of
 
 
 def modules_html(model: nn.Module, title: str) -> str:
@@ -24,7 +25,7 @@ def _tree(module: nn.Module, name: str) -> str:
     adapters = {name: child for name, child in module.named_children() if isinstance(child, Holder)}
     inside = {name: child for name, child in module.named_children() if name not in adapters}
     numbers = sum(parameter.numel() for part in module.modules() for _, parameter in _own(part))
-    line = f"<b>{html.escape(name)}</b> {html.escape(stands_for(module).__name__)} · {numbers:,} parameters"
+    line = f"<b>{html.escape(name)}</b> {html.escape(stands_for(module).__name__)} · {number_of(numbers, 'parameter')}"
     told = "".join(f"<div>↳ {html.escape(f'{name}: {holder!r}')}</div>" for name, holder in adapters.items())
     if not inside and not told:
         return f"<div>{line}</div>"

@@ -23,6 +23,7 @@ from graphpeft.showing.nodes import drawn_graphs, told_of
 from graphpeft.showing.picture import DrawnAdapter, DrawnGraph, DrawnRefusal, DrawnTraining, Picture
 from graphpeft.showing.sites import drawn_site, with_change
 from graphpeft.showing.tree import Drawn, tree
+from graphpeft.wording import number_of
 
 
 def picture_of(shown: nn.Module | Report, example_inputs: ExampleInputs | None = None) -> Picture:
@@ -104,7 +105,7 @@ def _trained(adapters: Iterable[Adapter | Plan]) -> dict[str, list[DrawnTraining
         for path, names in adapter.fully_trained.items():
             found.setdefault(path, []).append(DrawnTraining(place, ", ".join(names)))
         for path, rows in adapter.rows.items():
-            found.setdefault(path, []).append(DrawnTraining(place, f"{len(rows.indices)} rows of weight"))
+            found.setdefault(path, []).append(DrawnTraining(place, f"{number_of(len(rows.indices), 'row')} of weight"))
     return found
 
 

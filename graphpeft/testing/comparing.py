@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from graphpeft._torch import pytree
 
 ROUNDING = {dtype: 8 * torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float16)}
 """The difference of results in half precision that are rounded at other places, relative to the largest element.
+
+It is for short computations; `alike.require_alike` finds the bound of any.
 
 One rounding is off by half of `eps`, the distance from 1 to the next number: 2⁻⁷ for bfloat16, 2⁻¹⁰ for float16. A
 merged change is rounded once with each weight, an active one with each output. Eight `eps` are sixteen roundings in one
@@ -56,6 +60,25 @@ def require_close(found: Any, expected: Any, tolerance: float, law: str) -> None
     Traceback (most recent call last):
     graphpeft.testing.comparing.LawError: merged differs: by 1
     """
+    _require(found, expected, functools.partial(difference, tolerance=tolerance), law)
+
+
+def require_within(found: Any, expected: Any, bound: float, law: str) -> None:
+    """Raises unless all tensors of both are close, in half precision as in any other.
+
+    Args:
+        found: As for `require_equal`.
+        expected: A value like `found`.
+        bound: The allowed difference, relative to the largest element or to 1, whichever is larger.
+        law: The violation if they differ, for the error.
+
+    Raises:
+        LawError: If they differ; with the place and the distance.
+    """
+    _require(found, expected, functools.partial(apart, bound=bound), law)
+
+
+def _require(found: Any, expected: Any, compare: Callable[[Any, Any], str | None], law: str) -> None:
     left, left_tree = pytree.tree_flatten(opened(found))
     right, right_tree = pytree.tree_flatten_with_path(opened(expected))
     if left_tree != right_tree:
@@ -63,7 +86,7 @@ def require_close(found: Any, expected: Any, tolerance: float, law: str) -> None
     parts = [part for leaf in left for part in parts_of(leaf)]
     expected_parts = [(path, part) for path, leaf in right for part in parts_of(leaf)]
     for a, (path, b) in zip(parts, expected_parts, strict=True):
-        reason = difference(a, b, tolerance)
+        reason = compare(a, b)
         if reason is not None:
             where = f"{law}, at {pytree.keystr(path)}" if path else law
             raise LawError(f"{where}: {reason}")
@@ -77,6 +100,18 @@ def difference(found: Any, expected: Any, tolerance: float) -> str | None:
         expected: A value like `found`.
         tolerance: As for `require_close`.
     """
+    rounding = ROUNDING.get(getattr(expected, "dtype", None), 0.0)  # type: ignore[arg-type]
+    return apart(found, expected, max(tolerance, rounding) if tolerance else 0.0)
+
+
+def apart(found: Any, expected: Any, bound: float) -> str | None:
+    """Returns how two leaves of a structure differ, or None if they are close.
+
+    Args:
+        found: A tensor or any other leaf.
+        expected: A value like `found`.
+        bound: As for `require_within`.
+    """
     if isinstance(found, torch.Tensor) != isinstance(expected, torch.Tensor):
         return f"{_kind(found)}, not {_kind(expected)}"
     if not isinstance(expected, torch.Tensor):
@@ -86,7 +121,6 @@ def difference(found: Any, expected: Any, tolerance: float) -> str | None:
     if not expected.numel():
         return None
     distance, scale = _distance(found, expected)
-    bound = max(tolerance, ROUNDING.get(expected.dtype, 0.0)) if tolerance else 0.0
     return None if distance <= bound * scale else f"by {distance:.3g}"
 
 
@@ -135,3 +169,9 @@ def parts_of(value: Any) -> list[Any]:
         return [value]
     names, _ = value.__tensor_flatten__()
     return [part for name in names for part in parts_of(getattr(value, name))]
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """Returns all tensors in a value of any structure, as `require_close` compares them one by one."""
+    parts = [part for leaf in pytree.tree_leaves(opened(value)) for part in parts_of(leaf)]
+    return [part for part in parts if isinstance(part, torch.Tensor)]

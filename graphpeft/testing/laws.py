@@ -7,6 +7,7 @@ keyword arguments. The laws are numbered as in ``docs/architecture.md``.
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import itertools
 import pickle
@@ -27,11 +28,12 @@ from graphpeft.model.adapt import explain, get_peft_model
 from graphpeft.model.peft_model import PeftModel
 from graphpeft.model.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
 from graphpeft.rules.config import PeftConfig
+from graphpeft.testing.alike import require_alike
 from graphpeft.testing.blame import Build, blames_a_site, describe
 from graphpeft.testing.comparing import ROUNDING, LawError, require_close, require_equal
 from graphpeft.testing.failing import RuleError, with_failing_rules
 from graphpeft.testing.first_difference import first_difference
-from graphpeft.testing.runs import differentiable, left_by, loss_of, perturbed, random_state, run
+from graphpeft.testing.runs import differentiable, draw_otherwise, left_by, loss_of, perturbed, run, run_copy
 from graphpeft.testing.snapshots import require_restored, require_unchanged, require_unloaded, snapshot, with_saved
 from graphpeft.testing.unmerging import require_no_merge, require_unmerged_exactly
 from graphpeft.testing.variants import of_sites_that_merge
@@ -78,13 +80,12 @@ def assert_fresh_adapter_changes_no_output(
             base.requires_grad_(False)
             for path in changed if records else ():
                 base.get_parameter(path).requires_grad_()
-            with torch.set_grad_enabled(records):
-                found, drawn = run(adapted, inputs), random_state()
-                expected = run(base, inputs)
-            if modes is None and mode and drawn != random_state():
-                return
             when = f"with training={mode}, {'gradients' if records else 'no gradients'}"
-            require_close(found, expected, tolerance, f"{when}, a fresh adapter changes the output")
+            with torch.set_grad_enabled(records):
+                if modes is None and mode and draw_otherwise(adapted, base, inputs):
+                    return
+                with_it, without = (functools.partial(run_copy, model, inputs) for model in (adapted, base))
+                require_alike(with_it, without, tolerance, f"{when}, a fresh adapter changes the output")
 
 
 @blames_a_site
@@ -155,20 +156,19 @@ def _adapted_is_base_with_delta(
     untouched = build().train(mode)
     adapted = perturbed(get_peft_model(build().train(mode), config, example_inputs=inputs))
     adapter = adapted._peft_adapters.by_name["default"]
-    expected, drawn = run(adapted, inputs), random_state()
-    if may_draw and mode:
-        run(untouched, inputs)
-        if drawn != random_state():
-            return adapter
+    if may_draw and mode and draw_otherwise(adapted, untouched, inputs):
+        return adapter
     if adapter.coded_sites:
         require_unmerged_exactly(adapted, inputs)
     elif adapter.changes_weights:
-        # first, since merging refuses a tied weight, where a delta added by hand would change the other layer, too
-        merged = copy.deepcopy(adapted).merge_and_unload()
-        base = build().train(mode)
-        _add_deltas(base, adapter, dict(adapted.named_modules()))
-        require_close(run(base, inputs), expected, tolerance, f"training={mode}: adapted isn't base with deltas")
-        require_close(run(merged, inputs), expected, tolerance, f"training={mode}: merged differs from adapted")
+        active = functools.partial(run_copy, adapted, inputs)
+        merged = functools.partial(run_copy, adapted, inputs, lambda copied: copied.merge_and_unload())
+        add_deltas = functools.partial(_with_deltas, adapter=adapter, modules=dict(adapted.named_modules()))
+        by_hand = functools.partial(run_copy, build().train(mode), inputs, add_deltas)
+        # it refuses a tied weight, where a delta added by hand would change the other layer, too
+        copy.deepcopy(adapted).merge_and_unload()
+        require_alike(by_hand, active, tolerance, f"training={mode}: adapted isn't base with deltas")
+        require_alike(merged, active, tolerance, f"training={mode}: merged differs from adapted")
     else:
         require_no_merge(adapted)
     left = with_saved(untouched, adapted)
@@ -177,7 +177,7 @@ def _adapted_is_base_with_delta(
 
 
 @torch.no_grad()
-def _add_deltas(base: nn.Module, adapter: Adapter, modules: Modules) -> None:
+def _with_deltas(base: nn.Module, adapter: Adapter, modules: Modules) -> nn.Module:
     read_instead = [(path, name) for path, names in adapter.overrides.items() for name in names]
     for path, name in (*read_instead, *((path, "weight") for path in adapter.rows)):
         getattr(base.get_submodule(path), name).copy_(getattr(modules[path], name))
@@ -189,6 +189,7 @@ def _add_deltas(base: nn.Module, adapter: Adapter, modules: Modules) -> None:
         change = changes.bias_delta(adapted, modules, base_bias=bias)
         if change is not None and bias is not None:
             bias.add_(change)
+    return base
 
 
 @blames_a_site
@@ -210,9 +211,9 @@ def assert_saved_is_loaded(build: Build, config: PeftConfig, inputs: ExampleInpu
         loaded = PeftModel.from_pretrained(build(), folder, example_inputs=inputs)
     require_equal(dict(trained_on.named_parameters()), dict(adapted.named_parameters()), "loaded parameters differ")
     require_close(_file_of(trained_on), _file_of(adapted), 1e-6, "what is saved again differs")
-    expected = run(adapted, inputs)
-    require_close(run(trained_on, inputs), expected, 1e-6, "what is loaded for training differs from saved")
-    require_close(run(loaded, inputs), expected, 1e-6, "loaded differs from saved")
+    saved = functools.partial(run_copy, adapted, inputs)
+    for what, again in (("what is loaded for training", trained_on), ("loaded", loaded)):
+        require_alike(functools.partial(run_copy, again, inputs), saved, 1e-6, f"{what} differs from saved")
 
 
 @blames_a_site
@@ -236,8 +237,8 @@ def assert_traced_is_adapted_alike(
     set_peft_model_state_dict(traced, _file_of(model))
     require_equal(_file_of(traced), _file_of(model), "the traced model's file differs")
     for mode in BOTH_MODES:
-        found, expected = run(traced.train(mode), inputs), run(model.train(mode), inputs)
-        require_close(found, expected, 1e-6, f"training={mode}: the traced model's outputs differ")
+        found, expected = (functools.partial(run_copy, each.train(mode), inputs) for each in (traced, model))
+        require_alike(found, expected, 1e-6, f"training={mode}: the traced model's outputs differ")
 
 
 def assert_spellings_are_adapted_alike(
@@ -263,7 +264,8 @@ def assert_spellings_are_adapted_alike(
         # raises if the files differ
         set_peft_model_state_dict(other, _file_of(model))
         try:
-            require_close(run(other, inputs), run(model, inputs), 1e-5, "another spelling's outputs differ")
+            found, expected = (functools.partial(run_copy, each, inputs) for each in (other, model))
+            require_alike(found, expected, 1e-5, "another spelling's outputs differ")
         except LawError as error:
             adapted = other.adapter_report().adapted
             raise LawError(

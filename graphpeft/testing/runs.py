@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,17 @@ def run(model: nn.Module, inputs: ExampleInputs) -> Any:
     return model(*(args or ()), **kwargs)
 
 
+def run_copy(model: nn.Module, inputs: ExampleInputs, change: Callable[[Any], Any] = lambda copied: copied) -> Any:
+    """Returns the outputs of a copy of `model` as `run` does, so that a model that counts its calls doesn't notice.
+
+    Args:
+        model: The model.
+        inputs: As for `run`.
+        change: What to do with the copy before; a function that returns what to run.
+    """
+    return run(change(copy.deepcopy(model)), inputs)
+
+
 def seed_generators() -> None:
     """Sets PyTorch's generators to seed 0."""
     # torch.manual_seed records a stack trace for later CUDA initialisation, which takes longer than a forward
@@ -43,8 +55,15 @@ def _is_object(value: Any) -> bool:
     return hasattr(value, "__dict__") and not isinstance(value, torch.Tensor | nn.Module)
 
 
-def random_state() -> bytes:
-    """Returns the states of PyTorch's random generators, to compare draws."""
+def draw_otherwise(one: nn.Module, other: nn.Module, inputs: ExampleInputs) -> bool:
+    """Returns whether two models leave PyTorch's random generators in different states."""
+    run(one, inputs)
+    drawn = _random_state()
+    run(other, inputs)
+    return drawn != _random_state()
+
+
+def _random_state() -> bytes:
     on_accelerators = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return b"".join(state.numpy().tobytes() for state in (torch.get_rng_state(), *on_accelerators))
 

@@ -31,6 +31,7 @@ from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import Rule
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite
+from graphpeft.wording import number_of
 
 
 @register
@@ -83,7 +84,10 @@ class CPTConfig(PromptLearningConfig):
             if getattr(self, name) is None:
                 setattr(self, name, [1] * self.num_virtual_tokens)
             elif len(getattr(self, name)) != self.num_virtual_tokens:
-                raise ValueError(f"{name} has {len(getattr(self, name))} values for {self.num_virtual_tokens} tokens")
+                raise ValueError(
+                    f"{name} has {number_of(len(getattr(self, name)), 'value')} for "
+                    f"{number_of(self.num_virtual_tokens, 'token')}"
+                )
 
     @property
     def has_encoder(self) -> bool:

@@ -15,7 +15,7 @@ from graphpeft.graph.paths import unwrapped
 from graphpeft.methods.prompts.caches import CACHES
 from graphpeft.methods.prompts.encoders import EMBEDDINGS_KEY
 from graphpeft.methods.prompts.prefix_config import PrefixConfig
-from graphpeft.wording import joined
+from graphpeft.wording import joined, number_of
 
 
 def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_tokens: int) -> Tensor:
@@ -51,7 +51,7 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
         raise ValueError(f"the cache is of {first[0]} sequences; run the model on one alone")
     fewest = min(part.shape[2] for part in parts)
     if not 0 < num_virtual_tokens <= fewest:
-        raise ValueError(f"the cache has {fewest} tokens, and num_virtual_tokens is {num_virtual_tokens}")
+        raise ValueError(f"the cache has {number_of(fewest, 'token')}, and num_virtual_tokens is {num_virtual_tokens}")
     rows = [part[0, :, :num_virtual_tokens].transpose(0, 1).flatten(1) for part in parts]
     return torch.cat(rows, dim=1)
 

@@ -30,6 +30,7 @@ from graphpeft.methods.prompts.lengthening import (
 )
 from graphpeft.methods.prompts.placement import Placement
 from graphpeft.sites.site import CallSite
+from graphpeft.wording import number_of
 
 LABELS, POSITIONS = "labels", ("start_positions", "end_positions")
 """The arguments that hold the answers: labels of tokens, and places of an answer in the text."""
@@ -132,8 +133,8 @@ def prepended(prompt: Tensor, tokens: int, embeddings: Tensor, cache: Any, posit
         return embeddings
     if positions is not None and tokens + embeddings.shape[1] > positions:
         raise ValueError(
-            f"{tokens} virtual tokens and {embeddings.shape[1]} of the input are more than the {positions} positions "
-            "that the model has a table for; shorten the input"
+            f"{number_of(tokens, 'virtual token')} and {embeddings.shape[1]} of the input are more than the "
+            f"{positions} positions that the model has a table for; shorten the input"
         )
     batch = prompt[..., :tokens, :].to(embeddings.dtype).expand(embeddings.shape[0], -1, -1)
     return torch.cat((batch, embeddings), dim=1)

@@ -20,6 +20,7 @@ from graphpeft._torch import pytree
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.prompts.placement import Placement
 from graphpeft.methods.prompts.scope_masks import CAUSAL, causal_with_tokens, mask_with_tokens
+from graphpeft.wording import number_of
 
 _OF_OTHERS = ("memory_", "encoder_", "cross_")
 """The prefixes of the names of masks of other sequences."""
@@ -79,8 +80,8 @@ def inserted(prompt: Tensor, sequence: Tensor, position: str, *caches: Any) -> T
         )
     if sequence.ndim != 3 or sequence.shape[-1] != prompt.shape[-1]:
         raise ValueError(
-            f"a prompt of {prompt.shape[0]} tokens of size {prompt.shape[1]} can't go into an input of shape "
-            f"{tuple(sequence.shape)}, which is no token sequence (batch, tokens, {prompt.shape[1]})"
+            f"a prompt of {number_of(prompt.shape[0], 'token')} of size {prompt.shape[1]} can't go into an input of "
+            f"shape {tuple(sequence.shape)}, which is no token sequence (batch, tokens, {prompt.shape[1]})"
         )
     batch = prompt.to(sequence.dtype).expand(sequence.shape[0], -1, -1)
     return torch.cat((batch, sequence) if position == "before" else (sequence, batch), dim=1)

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.prompts.caches import has_tokens, length_with
+from graphpeft.wording import number_of
 
 
 def exceeds_positions(tokens: int, positions: int | None) -> str | None:
     """Returns the reason why a prompt doesn't fit into a table of positions, or None; without a table it fits."""
     if positions is None or tokens < positions:
         return None
-    return f"a prompt of {tokens} tokens leaves no room in its table of {positions} positions"
+    return f"a prompt of {number_of(tokens, 'token')} leaves no room in its table of {number_of(positions, 'position')}"
 
 
 @recorded

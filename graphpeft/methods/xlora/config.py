@@ -34,6 +34,7 @@ from graphpeft.rules.present_call import PresentCall
 from graphpeft.rules.registry import register
 from graphpeft.rules.report import Report
 from graphpeft.sites.finder import SiteFinder
+from graphpeft.wording import number_of
 
 Features = Annotated[int, Within("a positive number of features, the model's", 1, 2**20)]
 
@@ -132,7 +133,7 @@ class XLoraConfig(PeftConfig):
             top_k_lora: The number; None for all.
         """
         if top_k_lora is not None and not 1 <= top_k_lora <= len(self.adapters or ()):
-            raise ValueError(f"top_k_lora is {top_k_lora}, and there are {len(self.adapters or ())} experts")
+            raise ValueError(f"top_k_lora is {top_k_lora}, for {number_of(len(self.adapters or ()), 'expert')}")
 
     # a model
 

@@ -10,6 +10,7 @@ const SMALLEST_SCALE = 0.6; // of a graph that is wider than its place
 
 const colour = (place) => `--own: var(--a${place % COLOURS})`;
 const number = (value) => value.toLocaleString("en");
+const numberOf = (count, noun) => `${number(count)} ${noun}${count === 1 ? "" : "s"}`;
 const rounded = (value) => Number(Number(value).toPrecision(3)).toString(); // NaN and Infinity come as text
 const inUnits = (value, units, step) => {
   let place = 0;
@@ -69,7 +70,7 @@ function moduleElement(module) {
   const summary = element(
     "summary", {},
     element("b", {}, module.name || picture.title),
-    element("span", { class: "cls" }, `${module.cls} · ${number(module.parameters ?? 0)} parameters${sites}${costs}`),
+    element("span", { class: "cls" }, `${module.cls} · ${numberOf(module.parameters ?? 0, "parameter")}${sites}${costs}`),
     ...dots,
   );
   const attributes = { class: module.adapted ? "module" : "module untouched", "data-path": module.path };
@@ -273,7 +274,7 @@ function callAttributes(name, closed) {
   const own = [...closed.adapted][0];
   const colours = own === undefined ? "call" : `call adapter a${own}`;
   const kept = closed.kept ? `\nkeeps ${bytes(closed.kept)}` : "";
-  return { id: name, class: colours, label: `${closed.call.slice(1, -1)}\n${closed.nodes} nodes${kept}` };
+  return { id: name, class: colours, label: `${closed.call.slice(1, -1)}\n${numberOf(closed.nodes, "node")}${kept}` };
 }
 
 function nodeAttributes(module, node, tensors) {
@@ -392,7 +393,7 @@ function start() {
   document.getElementById("adapters").append(...picture.adapters.map((adapter, place) => element(
     "li", { style: colour(place) },
     element("b", {}, adapter.name), ` ${adapter.method}${adapter.options ? ` (${adapter.options})` : ""} `,
-    element("small", {}, `${adapter.state}; ${number(adapter.sites ?? 0)} sites, ${number(adapter.parameters ?? 0)} parameters`),
+    element("small", {}, `${adapter.state}; ${numberOf(adapter.sites ?? 0, "site")}, ${numberOf(adapter.parameters ?? 0, "parameter")}`),
   )));
   const style = element("style", {}, picture.adapters.map((_, place) => `svg .a${place} { ${colour(place)}; }`).join("\n"));
   document.head.append(style);

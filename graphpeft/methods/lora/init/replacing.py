@@ -24,6 +24,7 @@ from graphpeft.files.foreign_files import CheckpointError
 from graphpeft.graph.holders import tensor_at
 from graphpeft.sites import quantisers
 from graphpeft.transaction import remember, transaction
+from graphpeft.wording import number_of
 
 _FILE = "model.safetensors"
 
@@ -100,7 +101,9 @@ def _factors(path: str, weight: Tensor, rounded: Tensor, rank: int) -> tuple[Ten
             f"{tuple(rounded.shape)}; give the file of the same model"
         )
     if rank > min(rounded.shape):
-        raise AdaptError(f"{path}.weight has {min(rounded.shape)} directions, and r is {rank}; choose a smaller r")
+        raise AdaptError(
+            f"{path}.weight has {number_of(min(rounded.shape), 'direction')}, and r is {rank}; choose a smaller r"
+        )
     U, S, Vt = torch.linalg.svd(weight.to(rounded.device, torch.float32) - rounded, full_matrices=False)
     root = S[:rank].sqrt()
     return root[:, None] * Vt[:rank], U[:, :rank] * root

@@ -25,6 +25,7 @@ from graphpeft.methods.lora.linear import LoraLeaf, LoraLinear
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.rule import OperationRule, ReplacesWeight
+from graphpeft.wording import number_of
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,8 @@ def positions_before(x: Tensor, offsets: Any, tokens: tuple[int, ...]) -> Tensor
     positions = x.shape[1] if x.ndim == 3 else 1
     if x.ndim not in (2, 3) or x.shape[0] != offsets.shape[0]:
         raise ValueError(
-            f"alora_offsets has {offsets.shape[0]} rows, and an adapted layer is given a tensor of the shape "
-            f"{tuple(x.shape)}: aLoRA is for layers that are given (rows, positions, features); name others in "
+            f"alora_offsets has {number_of(offsets.shape[0], 'row')}, and an adapted layer is given a tensor of the "
+            f"shape {tuple(x.shape)}: aLoRA is for layers that are given (rows, positions, features); name others in "
             "target_modules"
         )
     begins = positions - offsets.to(x.device).clamp(0, positions)

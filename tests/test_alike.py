@@ -1,0 +1,218 @@
+"""In half precision the laws allow what roundings move, whatever a model makes of them, and nothing more."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, find, settings
+from torch import Tensor, nn
+
+from graphpeft import LoraConfig, PeftModel, PeftType
+from graphpeft.adapters import changes
+from graphpeft.rules.plain_values import plain
+from graphpeft.testing import assert_two_adapters_act_together, laws
+from graphpeft.testing.alike import require_alike
+from graphpeft.testing.comparing import LawError, require_close
+from graphpeft.testing.generated_models import in_dtype
+from graphpeft.testing.stochastic_rounding import StochasticRounding
+from graphpeft.testing.strategies import adaptations
+
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+def values(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+# rounding at random
+
+
+@HALVES
+def test_a_result_is_one_of_the_two_numbers_beside_the_exact_one_and_their_mean_is_exact(dtype: torch.dtype):
+    x, y = values(dtype, 2, 500)
+    exact = x.double() / y.double()
+    runs = []
+    for seed in range(200):
+        with StochasticRounding(seed):
+            runs.append((x / y).double())
+    spacing = torch.finfo(dtype).eps * exact.abs()
+    assert ((torch.stack(runs) - exact).abs() <= spacing).all()
+    assert max(len(set(column)) for column in torch.stack(runs).T.tolist()) == 2
+    assert ((torch.stack(runs).mean(0) - exact).abs() <= 0.25 * spacing).all()
+
+
+@HALVES
+def test_results_that_need_no_rounding_and_single_precision_stay(dtype: torch.dtype):
+    x, single = values(dtype, 4, 4), values(torch.float32, 4)
+    with StochasticRounding(0) as mode:
+        found = (2 * x, torch.relu(x), x.T.contiguous(), torch.cat([x, x]), x.float(), torch.ones_like(x) * x)
+        products = single / 3
+        drawn = torch.rand_like(x, generator=None)
+    expected = (2 * x, torch.relu(x), x.T.contiguous(), torch.cat([x, x]), x.float(), x)
+    laws.require_equal(found, expected, "exact results")
+    assert torch.equal(products, single / 3)
+    assert drawn.dtype is dtype
+    assert mode.has_rounded
+
+
+@HALVES
+def test_what_is_written_in_place_is_rounded_too(dtype: torch.dtype):
+    x = values(dtype, 100)
+    written, copied = x.clone(), torch.empty_like(x)
+    with StochasticRounding(0):
+        assert written.add_(1e-3) is written
+        copied.copy_(x.float() + 1e-3)
+    for found in (written, copied):
+        assert ((found.double() - x.double() - 1e-3).abs() <= torch.finfo(dtype).eps * (x.abs().double() + 1e-3)).all()
+        assert not torch.equal(found, x + 1e-3)
+
+
+@HALVES
+def test_copies_of_modules_have_the_same_numbers(dtype: torch.dtype):
+    norm = nn.BatchNorm1d(30).to(dtype)
+    norm.running_mean = values(dtype, 30)
+    with StochasticRounding(0):
+        copied = copy.deepcopy(norm)
+    laws.require_equal(copied.state_dict(), norm.state_dict(), "a copy")
+
+
+@HALVES
+def test_random_numbers_are_those_without_the_mode(dtype: torch.dtype):
+    x = values(dtype, 100)
+    torch.manual_seed(0)
+    expected = nn.functional.dropout(x, 0.5)
+    torch.manual_seed(0)
+    with StochasticRounding(0):
+        assert torch.equal(nn.functional.dropout(x, 0.5), expected)
+
+
+# the bound
+
+
+@HALVES
+def test_roundings_that_a_computation_raises_are_no_difference(dtype: torch.dtype):
+    x = values(dtype, 20)
+    ways: list[Callable[[], Tensor]] = [lambda: ((x + 7) * 3 - 21) / x, lambda: (x * 3 + 21 - 21) / x]
+    with pytest.raises(LawError):
+        require_close(ways[0](), ways[1](), 1e-4, "two ways")
+    require_alike(*ways, 1e-4, "two ways")  # type: ignore[call-arg]
+
+
+@HALVES
+def test_the_same_roundings_beside_a_fault_are_one(dtype: torch.dtype):
+    x = values(dtype, 200)
+    ways: list[Callable[[], Tensor]] = [lambda: (x + 7) * 3 - 21, lambda: (x * 3.2 + 21) - 21]
+    with pytest.raises(LawError, match="two ways: by"):
+        require_alike(*ways, 1e-4, "two ways")  # type: ignore[call-arg]
+
+
+def test_in_single_precision_the_tolerance_is_the_bound():
+    x = values(torch.float32, 20)
+    with pytest.raises(LawError, match="two ways: by"):
+        require_alike(lambda: x, lambda: x * 1.001, 1e-4, "two ways")
+    require_alike(lambda: x, lambda: x * 1.00001, 1e-4, "two ways")
+
+
+@pytest.mark.parametrize(
+    "other", [lambda x: x.float(), lambda x: x[:1], lambda x: (x,), lambda x: x * torch.nan, lambda x: None]
+)
+def test_results_of_another_kind_are_no_roundings(other: Callable[[Tensor], Any]):
+    x = values(torch.bfloat16, 20)
+    with pytest.raises(LawError):
+        require_alike(lambda: other(x), lambda: x / 3, 1e-4, "two ways")
+
+
+# faults that the laws find in bfloat16
+
+
+@contextlib.contextmanager
+def changes_wrong_by(factor: float) -> Iterator[None]:
+    """Lets merging, and adding by hand, make too much of each change."""
+    of_weight, of_bias = changes._delta, changes._bias_delta
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(changes, "_delta", lambda *given: factor * of_weight(*given))
+        patch.setattr(changes, "_bias_delta", lambda *given: _times(factor, of_bias(*given)))
+        yield
+
+
+def _times(factor: float, change: Tensor | None) -> Tensor | None:
+    return None if change is None else factor * change
+
+
+@contextlib.contextmanager
+def last_site_left_out() -> Iterator[None]:
+    sites = changes.changing_sites
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(changes, "changing_sites", lambda *given: sites(*given)[:-1])
+        yield
+
+
+FAULTS: dict[str, Callable[[], Any]] = {
+    "changes wrong by 5 percent": lambda: changes_wrong_by(1.05),
+    "a site left out": last_site_left_out,
+}
+# a branch, factors of outputs, rotated inputs, and a change of the weight
+OF_EACH_KIND = [PeftType.LORA, PeftType.IA3, PeftType.OFT, PeftType.FOURIERFT]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("method", OF_EACH_KIND, ids=plain)
+def test_a_fault_of_a_method_is_found_in_one_of_the_examples_of_a_law(method: str, fault: str):
+    law = laws.assert_adapted_is_base_with_delta.__wrapped__  # type: ignore[attr-defined]  # it needn't find the site
+
+    def is_found(drawn: Any) -> bool:
+        case, config = drawn
+        half = in_dtype(case, torch.bfloat16)
+        try:
+            with FAULTS[fault]():
+                law(half.build, config, half.inputs)
+        except LawError:
+            return True
+        return False
+
+    first = settings(max_examples=settings.default.max_examples, phases=[Phase.generate], database=None)  # type: ignore[union-attr]
+    find(adaptations(method), is_found, settings=first)
+
+
+@pytest.mark.parametrize("factor", [1.01, 0.99])
+def test_one_percent_of_the_change_is_found_where_it_is_most_of_the_output(factor: float):
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)).bfloat16()
+
+    config, inputs = LoraConfig(r=4, lora_alpha=64, target_modules=["0", "2"]), (values(torch.bfloat16, 32, 16),)
+    laws.assert_adapted_is_base_with_delta(build, config, inputs)
+    with changes_wrong_by(factor), pytest.raises(LawError, match="adapted isn't base with deltas: by"):
+        laws.assert_adapted_is_base_with_delta(build, config, inputs)
+
+
+def one_layer() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8)).bfloat16()
+
+
+BESIDE = (
+    one_layer,
+    LoraConfig(r=2, target_modules=["0"]),
+    (values(torch.bfloat16, 2, 8),),
+    LoraConfig(r=1, lora_alpha=100_000, target_modules=["0"]),
+)
+"""An adapter, and another one, beside which its effect is rounded off."""
+
+
+def test_an_effect_that_is_rounded_off_beside_another_one_is_there():
+    assert_two_adapters_act_together(*BESIDE)
+
+
+def test_an_effect_that_is_not_there_beside_another_one_is_missed(monkeypatch: pytest.MonkeyPatch):
+    choose = PeftModel.set_adapter
+    monkeypatch.setattr(
+        PeftModel, "set_adapter", lambda self, name: choose(self, name if isinstance(name, str) else name[-1])
+    )
+    with pytest.raises(LawError, match="beside 'second' the other adapter has no effect"):
+        assert_two_adapters_act_together(*BESIDE)

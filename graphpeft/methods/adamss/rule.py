@@ -108,7 +108,9 @@ class Adamss(Factored, BranchRule):
         columns = self.sizes.columns
         h = F.linear(h, adamss_newB[:, :columns], adamss_newB[:, columns] if self.has_bias else None)
         made = [F.linear(F.linear(h, factors[f"adamss_A_{n}"]), factors[f"adamss_B_{n}"]) for n in range(self.count)]
-        return torch.cat(made, -1)[..., adamss_places]
+        rows = torch.cat(made, -1)
+        # of a matrix, since columns of a tensor with more dimensions take several times as long
+        return rows.reshape(-1, self.sizes.rows).index_select(1, adamss_places).reshape(rows.shape)
 
 
 def _places(groups: Sequence[Group]) -> Tensor:

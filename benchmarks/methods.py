@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from llama import loss_of, training_step
+from llama import input_gradients, loss_of, training_step
 from models import LIBRARIES, TARGETS, assert_close, copy_sharing_weights, llama
 from timing import Ratio, Row, Samples, Target, calls, measure, once, size
 from torch import nn
@@ -94,13 +94,16 @@ def _rows(method: str, base: nn.Module, tokens: torch.Tensor, rounds: int) -> It
     with torch.no_grad():
         runs = {name: functools.partial(model.eval(), input_ids=tokens) for name, model in models.items()}
         outputs = {name: run().logits for name, run in runs.items()}
+        runs["base"] = functools.partial(base, input_ids=tokens)
         assert_close(method, outputs["graphpeft"], outputs["PEFT"], 1e-4)
         samples = measure(f"{method}: forward", {name: calls(run) for name, run in runs.items()}, rounds)
     yield _row(f"{method}: forward", samples)
     steps = {name: calls(training_step(model.train(), tokens)) for name, model in models.items()}
+    steps["base"] = calls(input_gradients(base, tokens))
     yield _row(f"{method}: training step", measure(f"{method}: training step", steps, rounds))
 
 
 def _row(what: str, samples: Samples, most: float = 1.05) -> Row:
     ratio = Ratio.of(samples["graphpeft"], samples["PEFT"])
-    return Row(what, None, median(samples["PEFT"]), median(samples["graphpeft"]), "PEFT", ratio, Target.at_most(most))
+    base = median(samples["base"]) if "base" in samples else None
+    return Row(what, base, median(samples["PEFT"]), median(samples["graphpeft"]), "PEFT", ratio, Target.at_most(most))

@@ -254,3 +254,23 @@ def test_options_without_a_meaning_are_refused(options: dict[str, Any], reason: 
 
 def test_no_option_is_checked_that_is_not_used():
     assert AdamssConfig(mask_interval=0, init_weights=False).init_weights is None
+
+
+def test_each_weight_is_decomposed_once_and_what_was_found_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    seen: list[torch.Size] = []
+    by_seed = groups.svd_by_seed
+
+    def counted(weight: torch.Tensor, *options: int) -> tuple[torch.Tensor, ...]:
+        seen.append(weight.shape)
+        return by_seed(weight, *options)
+
+    monkeypatch.setattr(groups, "svd_by_seed", counted)
+    config = AdamssConfig(**OPTIONS)
+    model: Any = get_peft_model(LINEAR.build(), config)
+    assert len(seen) == 1
+    assert not model.peft_config["default"]._directions
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(LINEAR.build(), tmp_path)
+    assert len(seen) == 2
+    model.add_adapter("second", config)
+    assert len(seen) == 3

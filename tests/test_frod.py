@@ -18,7 +18,7 @@ from torch import nn
 
 import graphpeft
 from graphpeft import AdaptError, CheckpointError, FrodConfig, LoraConfig, PeftModel, PeftWarning, get_peft_model
-from graphpeft.methods.frod.mixing import mixed, mixed_product
+from graphpeft.methods.frod.mixing import mixed, mixed_product, sorted_places
 from graphpeft.methods.frod.projections import _block_of, category_of
 from graphpeft.testing import verify
 
@@ -236,6 +236,7 @@ def test_the_backward_keeps_no_matrix_of_the_size_of_the_mixing_one():
     h = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
     diagonal, values = (torch.randn(n, dtype=torch.float64, requires_grad=True) for n in (7, 4))
     places = torch.tensor([[0, 2, 2, 6], [1, 3, 3, 0]])  # one of them twice
+    order = sorted_places(places, 7)
     kept: list[torch.Tensor] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -243,13 +244,36 @@ def test_the_backward_keeps_no_matrix_of_the_size_of_the_mixing_one():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        made = mixed_product(h, diagonal, values, places)
-    assert [tensor.shape for tensor in kept] == [h.shape, diagonal.shape, values.shape, places.shape]
+        made = mixed_product(h, diagonal, values, places, *order)
+    kept_shapes = [h.shape, diagonal.shape, values.shape, places.shape, *(tensor.shape for tensor in order)]
+    assert [tensor.shape for tensor in kept] == kept_shapes
     torch.testing.assert_close(made, h @ mixed(diagonal, values, places).mT)
     for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
         for given in (h, h[0, 0].detach().requires_grad_()):
             own = (given, diagonal, values)
-            assert check(lambda *given: mixed_product(*given, places), own, check_batched_grad=True)
+            assert check(lambda *given: mixed_product(*given, places, *order), own, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 40), (40,), (0, 40)])
+def test_few_elements_are_multiplied_one_by_one_with_the_same_results(shape: tuple[int, ...]):
+    h = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    diagonal, values = (torch.randn(n, dtype=torch.float64, requires_grad=True) for n in (40, 6))
+    places = torch.tensor([[39, 2, 2, 6, 0, 2], [1, 3, 3, 0, 39, 1]])
+    made, expected = (
+        mixed_product(h, diagonal, values, places, *sorted_places(places, 40)),
+        h @ mixed(diagonal, values, places).mT,
+    )
+    torch.testing.assert_close(made, expected)
+    weights = torch.randn_like(made)
+    for ours, theirs in zip(
+        torch.autograd.grad((made * weights).sum(), (h, diagonal, values)),
+        torch.autograd.grad((expected * weights).sum(), (h, diagonal, values)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+    own = (h, diagonal, values)
+    order = sorted_places(places, 40)
+    assert not h.numel() or torch.autograd.gradgradcheck(lambda *given: mixed_product(*given, places, *order), own)
 
 
 def test_a_call_without_a_batch_is_trained():

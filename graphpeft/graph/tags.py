@@ -77,3 +77,17 @@ def own_input(graph: fx.Graph, site: str, x: fx.Node) -> fx.Node:
         name = x.meta[TAG].enters_for
         x = next(node for node in graph.nodes if node.name == name)
     return x
+
+
+def read_before(node: fx.Node) -> list[fx.Node]:
+    """Returns an operand of an operation as it is, and as it was before each adapter that has changed it, in turn.
+
+    Args:
+        node: The operand.
+    """
+    found = [node]
+    while TAG in node.meta and node.meta[TAG].enters_for is not None:
+        name = node.meta[TAG].enters_for
+        node = next(other for other in node.graph.nodes if other.name == name)
+        found.append(node)
+    return found

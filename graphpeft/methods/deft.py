@@ -93,7 +93,7 @@ class Deft(DeltaRule):
             return Q, Q
         return P, torch.relu(P)
 
-    def rewrite(
+    def rewrite(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: Any,
         y: Any,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.graph import ops
+from graphpeft.graph.changed_products import apart_in_training
 from graphpeft.graph.recorded import identity_in_evaluation, recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.delta_rule import DeltaRule
@@ -58,6 +59,13 @@ class LycorisRule(DeltaRule):
         scale = config.value_at("alpha", site.name) / config.value_at("r", site.name)
         return {"scale": scale} | {name: p for name, p in drops.items() if p}
 
+    def keeps_apart(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, apart: Any, training: Any, rank_dropout: Any = None, module_dropout: Any = None
+    ) -> Any:
+        """Returns whether the run is to keep W and ΔW apart, or dropout acts on ΔW."""
+        drops = rank_dropout is not None or module_dropout is not None
+        return apart_in_training(apart, training) if drops else apart
+
     def rewrite(
         self,
         x: Any,
@@ -69,6 +77,8 @@ class LycorisRule(DeltaRule):
         dropout: Any = None,
         rank_dropout: Any = None,
         module_dropout: Any = None,
+        *,
+        apart: Any = None,
     ) -> Any:
         """Returns y + operation(x, ΔW), in training with what dropout leaves of ΔW."""
         if rank_dropout is not None or module_dropout is not None:
@@ -76,7 +86,7 @@ class LycorisRule(DeltaRule):
             rows, dimensions = self.layout.turned(change), len(self.kernel)
             kept = after_dropout(rows, dimensions, rank_dropout, module_dropout, self.rescales, training)
             change = self.layout.turned(kept)
-        return super().rewrite(x, y, operation, training, change, bias_change, dropout)
+        return super().rewrite(x, y, operation, training, change, bias_change, dropout, apart=apart)
 
 
 @identity_in_evaluation

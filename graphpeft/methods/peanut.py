@@ -105,7 +105,7 @@ class Peanut(DeltaRule):
         """Returns s."""
         return {"scale": config.scaling}
 
-    def rewrite(
+    def rewrite(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: Any,
         y: Any,

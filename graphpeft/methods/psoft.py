@@ -24,7 +24,7 @@ from graphpeft.graph.recorded import recorded
 from graphpeft.methods.factored import Factored, sizes_of
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.matrices import svd_by_seed
-from graphpeft.methods.rotations import cayley, neumann, skew
+from graphpeft.methods.skew import cayley, neumann, skew
 from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.options import Probability, Seed, Size, Within
 from graphpeft.rules.parameter_spec import ParameterSpec

@@ -1,7 +1,4 @@
-"""Rotations of blocks of features, which OFT, BOFT and PSOFT make of skew-symmetric matrices.
-
-    Q = (1 − S)(1 + S)⁻¹                            Cayley's map of a skew S = −Sᵀ
-    Q ≈ 1 + 2 S + 2 S² + … + 2 Sⁿ⁻² + Sⁿ⁻¹          Neumann's series, of Cayley's map of −S
+"""Rotations of blocks of features, which OFT and BOFT make of skew-symmetric matrices.
 
 Source: Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", arXiv 2306.07280; and "Orthogonal
 Finetuning Made Scalable", arXiv 2506.19847.
@@ -17,8 +14,7 @@ from torch import Tensor
 
 from graphpeft.graph import ops
 from graphpeft.graph.recorded import recorded
-from graphpeft.graph.scaled_sum import add_scaled
-from graphpeft.graph.sharding import in_all
+from graphpeft.methods.skew import cayley, neumann, skew
 from graphpeft.sites.site import LeafSite
 
 
@@ -46,52 +42,6 @@ def blocks_of(
     blocks = cayley(skewed) if terms is None else neumann(skewed, terms)
     # one block in all places isn't dropped, as in PEFT
     return with_identities(blocks, drops) if drops and training and len(blocks) > 1 else blocks
-
-
-def skew(triangles: Tensor, size: int) -> Tensor:
-    """Returns the skew-symmetric matrices, (…, size, size), of which these are the upper triangles.
-
-    Args:
-        triangles: The elements above the diagonals, row after row, of shape (…, size · (size − 1) / 2).
-        size: The number of rows of a matrix.
-    """
-    rows, columns = in_all(torch.triu_indices(size, size, 1, device=triangles.device), triangles)
-    # a matrix of one row has an empty triangle
-    flat = triangles.reshape(prod(triangles.shape[:-1]), triangles.shape[-1])
-    upper = flat.new_zeros(len(flat), size, size)
-    upper[:, rows, columns] = flat
-    return (upper - upper.mT).unflatten(0, triangles.shape[:-1]) if triangles.ndim > 1 else (upper - upper.mT)[0]
-
-
-def cayley(skewed: Tensor) -> Tensor:
-    """Returns Cayley's map of skew-symmetric matrices; in half precision, it is computed in single.
-
-    Args:
-        skewed: The matrices, of shape (…, size, size).
-    """
-    wide = skewed.to(torch.promote_types(skewed.dtype, torch.float32))
-    one = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
-    return torch.linalg.solve(one + wide, one - wide, left=False).to(skewed.dtype)
-
-
-def neumann(skewed: Tensor, terms: int) -> Tensor:
-    """Returns Neumann's series for Cayley's map of the negative matrices.
-
-    Args:
-        skewed: The matrices, of shape (…, size, size).
-        terms: The number of terms. Four are the same as three, as in PEFT.
-    """
-    made = torch.eye(skewed.shape[-1], dtype=skewed.dtype, device=skewed.device).expand_as(skewed)
-    if terms > 1:
-        made = add_scaled(made, skewed, 2)
-    if terms > 2:
-        power = skewed @ skewed
-        made = add_scaled(made, power, 2)
-        for _ in range(3, terms - 1):
-            power = power @ skewed
-            made = add_scaled(made, power, 2)
-        made = made + power @ skewed
-    return made
 
 
 def with_identities(blocks: Tensor, share: float) -> Tensor:

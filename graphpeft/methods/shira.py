@@ -8,7 +8,6 @@ Source: Bhardwaj et al., "Sparse High Rank Adapters", arXiv 2406.13175; the same
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,8 +18,7 @@ from torch import Tensor, nn
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.matrices import Matrices, matrices_of
-from graphpeft.methods.placed import placed
-from graphpeft.rules.delta_rule import DeltaRule
+from graphpeft.methods.placed import Placed
 from graphpeft.rules.options import Seed, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
@@ -30,16 +28,8 @@ from graphpeft.targeting.target_config import TargetedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shira(DeltaRule):
-    """The change at one weight.
-
-    Attributes:
-        shape: The shape of ΔW.
-        columns: The number of its columns as a matrix.
-    """
-
-    shape: tuple[int, ...]
-    columns: int
+class Shira(Placed):
+    """The change at one weight."""
 
     needs_matrix: ClassVar[bool] = True
 
@@ -64,10 +54,9 @@ class Shira(DeltaRule):
         else:
             parameters["shira_weight"].normal_()
 
-    def delta(self, shira_weight: Any, shira_indices: Any) -> Any:
-        """Returns ΔW."""
-        places = shira_indices.long()  # a place in a large weight is over what its row and its column are
-        return placed(shira_weight, places[0] * self.columns + places[1], math.prod(self.shape)).reshape(self.shape)
+    def elements(self, own: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Returns the elements, and their rows and columns."""
+        return own["shira_weight"], own["shira_indices"]
 
 
 def _count(matrices: Matrices, rank: int) -> int:

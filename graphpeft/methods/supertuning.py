@@ -22,9 +22,8 @@ from graphpeft.graph.computed_weights import read_weight
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import draw, kernel_of
 from graphpeft.methods.matrices import matrices_of
-from graphpeft.methods.placed import placed
+from graphpeft.methods.placed import Placed
 from graphpeft.peft_errors import PeftWarning
-from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Number, Size, Within
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
@@ -36,16 +35,14 @@ _Share = Annotated[float, Within("a number from 0 on, and below 1", 0, math.next
 
 
 @dataclass(frozen=True, kw_only=True)
-class Supertuning(DeltaRule):
+class Supertuning(Placed):
     """The change of the chosen elements of one weight, and a product of low rank.
 
     Attributes:
-        shape: The shape of ΔW.
         kernel: The sizes of a convolution's kernel; () for matrices.
         has_product: Whether a product of low rank is added.
     """
 
-    shape: tuple[int, ...]
     kernel: tuple[int, ...] = ()
     has_product: bool = False
 
@@ -103,6 +100,14 @@ class Supertuning(DeltaRule):
         """Returns `lora_dropout`, which acts on the product's input."""
         return config.lora_dropout if self.has_product else 0.0
 
+    def elements(self, own: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Returns the elements, and their places."""
+        return own["supertuning_values"], own["supertuning_indices"]
+
+    def keeps_apart(self, apart: Any) -> Any:  # type: ignore[override]
+        """Returns whether the run is to keep the weight and its elements apart; dropout is a matter of the product."""
+        return apart
+
     def rewrite(
         self,
         x: Any,
@@ -112,42 +117,32 @@ class Supertuning(DeltaRule):
         change: Any,
         bias_change: Any = None,
         dropout: Any = None,
-        supertuning_values: Any = None,
-        supertuning_indices: Any = None,
-        supertuning_lora_A: Any = None,
-        supertuning_lora_B: Any = None,
-        scale: Any = None,
+        *,
+        apart: Any = None,
+        **own: Any,
     ) -> Any:
         """Returns y + operation(x, the elements) + operation(dropout(x), the product)."""
         if not self.has_product:
-            return super().rewrite(x, y, operation, training, change, bias_change, dropout)
-        h = self.entering(x, supertuning_values, training, None)
-        elements = self._elements(supertuning_values, supertuning_indices)
-        result = y + operation.apply(h, self.layout.turned(elements))
+            return super().rewrite(x, y, operation, training, change, bias_change, dropout, apart=apart, **own)
+        A, B, scale = own["supertuning_lora_A"], own["supertuning_lora_B"], own["scale"]
+        h = self.entering(x, A, training, None)
+        if apart is None:
+            result = y + operation.apply(h, self.layout.turned(super().delta(**own)))
+        else:
+            result = self.with_branch(x, y, operation, apart, own)
         h = h if dropout is None else F.dropout(h, dropout, training)
         if self.multiplies(operation):
-            branch = F.linear(F.linear(h, supertuning_lora_A), supertuning_lora_B) * scale
+            branch = F.linear(F.linear(h, A), B) * scale
         else:
-            product = self._product(supertuning_lora_A, supertuning_lora_B, scale)
-            branch = operation.apply(h, self.layout.turned(product))
+            branch = operation.apply(h, self.layout.turned(self._product(A, B, scale)))
         return self.leaving(result + branch, y)
 
-    def delta(
-        self,
-        supertuning_values: Any,
-        supertuning_indices: Any,
-        supertuning_lora_A: Any = None,
-        supertuning_lora_B: Any = None,
-        scale: Any = None,
-    ) -> Any:
+    def delta(self, **own: Any) -> Any:
         """Returns ΔW."""
-        elements = self._elements(supertuning_values, supertuning_indices)
+        elements = super().delta(**own)
         if not self.has_product:
             return elements
-        return elements + self._product(supertuning_lora_A, supertuning_lora_B, scale)
-
-    def _elements(self, values: Any, places: Any) -> Any:
-        return placed(values, places, math.prod(self.shape)).reshape(self.shape)
+        return elements + self._product(own["supertuning_lora_A"], own["supertuning_lora_B"], own["scale"])
 
     def _product(self, A: Any, B: Any, scale: Any) -> Any:
         product = B @ A * scale
@@ -220,4 +215,5 @@ class SupertuningConfig(TargetedConfig):
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Supertuning:
         """Returns the rule for a weight's shape."""
-        return Supertuning(shape=site.matrix_shape, kernel=kernel_of(site), has_product=self.r is not None)
+        shape, columns = site.matrix_shape, matrices_of(site).columns
+        return Supertuning(shape=shape, columns=columns, kernel=kernel_of(site), has_product=self.r is not None)

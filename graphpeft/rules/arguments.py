@@ -72,12 +72,15 @@ _AT_OPERATION = (*_AT_LEAF, *_OPERANDS)
 CHANGES = ("change", "bias_change")
 """The rule's own changes, which ``rewrite`` can ask for."""
 
-COMPUTED = frozenset((*_OPERANDS, *CHANGES))
+OPTIONAL = (*CHANGES, "apart")
+"""The values that ``rewrite`` can ask for, and that are None where there is no such thing."""
+
+COMPUTED = frozenset((*_OPERANDS, *OPTIONAL))
 """The values that are computed only for functions that name them."""
 
 _ENTER, _LEAVE = ("inputs", "training"), ("inputs", "training", "output", "entered")
 
-GIVEN = frozenset((*_AT_OPERATION, *CHANGES, *_LEAVE))
+GIVEN = frozenset((*_AT_OPERATION, *OPTIONAL, *_LEAVE))
 """The names of all values that rules' functions can get besides their own parameters and constants."""
 
 
@@ -97,7 +100,8 @@ def unknown_argument(rule: Rule, site: type, op: type, own: tuple[str, ...]) -> 
     elif op is not ops.Weight:
         is_leaf = issubclass(site, LeafSite)
         changes = CHANGES if isinstance(rule, Mergeable) and not is_leaf else ()
-        functions = {"rewrite": (*(_AT_LEAF if is_leaf else _AT_OPERATION), *changes), "enter": _INPUT}
+        functions = {"rewrite": (*(_AT_LEAF if is_leaf else _AT_OPERATION), *changes, "apart"), "enter": _INPUT}
+        functions |= {} if is_leaf else {"added": ("weight", "apart", *CHANGES), "keeps_apart": ("apart", "training")}
     if isinstance(rule, Mergeable) and issubclass(site, LeafSite):
         functions["delta"] = ("weight", "base")
     elif isinstance(rule, Mergeable):

@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 
 from graphpeft.graph import ops
+from graphpeft.graph.changed_products import apart_in_training, plus_branch, with_change
 from graphpeft.graph.ops.boundaries import Leaf
 from graphpeft.graph.recorded import recorded
+from graphpeft.rules.adds_to_weight import AddsToWeight
 from graphpeft.rules.arguments import asked_by
-from graphpeft.rules.rule import Mergeable, OperationRule
+from graphpeft.rules.rule import Mergeable
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.sites.weight_layout import WeightLayout
 
@@ -110,7 +112,7 @@ def in_dtype_of(weight: torch.Tensor, *others: Any) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class DeltaRule(WeightRule, OperationRule):
+class DeltaRule(WeightRule, AddsToWeight):
     """A rule that is just its `delta`: an author writes `parameters`, `initialise` and `delta`.
 
     Examples:
@@ -194,13 +196,38 @@ class DeltaRule(WeightRule, OperationRule):
         """
         return result.to(y.dtype) if self.casts else result
 
+    def adds_to_weight(self, operation: Any) -> bool:
+        """Returns whether an operation is a product, and its weight is as precise as the change."""
+        return isinstance(operation, ops.Linear) and not self.casts
+
+    def keeps_apart(self, apart: Any, training: Any, dropout: Any = None) -> Any:
+        """Returns whether the run is to keep W and ΔW apart, or dropout acts on what is multiplied by ΔW."""
+        return apart if dropout is None else apart_in_training(apart, training)
+
+    def added(self, weight: Any, apart: Any, change: Any) -> Any:
+        """Returns W + ΔW, or W."""
+        return with_change(apart, weight, change)
+
     def rewrite(
-        self, x: Any, y: Any, operation: Any, training: Any, change: Any, bias_change: Any = None, dropout: Any = None
+        self,
+        x: Any,
+        y: Any,
+        operation: Any,
+        training: Any,
+        change: Any,
+        bias_change: Any = None,
+        dropout: Any = None,
+        *,
+        apart: Any = None,
     ) -> Any:
         """Returns y + operation(dropout(x), change), with the change of the bias if there is one."""
         # the input of an embedding is indices, which need no cast
-        h = x if isinstance(operation, ops.Embedding) else self.entering(x, change, training, dropout)
-        result = y + operation.apply(h, change)
+        is_table = isinstance(operation, ops.Embedding)
+        h = x if is_table else self.entering(x, change, training, dropout)
+        if apart is None:
+            result = y + operation.apply(h, change)
+        else:
+            result = plus_branch(y, operation.apply_if(apart, None, h, change))
         if bias_change is not None:
             result = result + operation.beside_outputs(bias_change.to(y.dtype))
         return self.leaving(result, y)
@@ -242,6 +269,10 @@ class BranchRule(DeltaRule):
         """
         ...
 
+    def adds_to_weight(self, operation: Any) -> bool:
+        """Returns whether an operation is a product, and none with the weight in PEFT's layout, x Wᵀ."""
+        return super().adds_to_weight(operation) and not self.multiplies(operation)
+
     def fitted(self, x: Any, parameter: Any) -> Any:
         """Returns the input of which dropout drops elements, where that isn't the operation's.
 
@@ -260,11 +291,13 @@ class BranchRule(DeltaRule):
         change: Any = None,
         bias_change: Any = None,
         dropout: Any = None,
+        *,
+        apart: Any = None,
         **own: Any,
     ) -> Any:
         """Returns y + branch(dropout(x)), and for other operations y + operation(dropout(x), ΔW)."""
         if not self.multiplies(operation):
-            return super().rewrite(x, y, operation, training, change, bias_change, dropout)
+            return super().rewrite(x, y, operation, training, change, bias_change, dropout, apart=apart)
         asked = asked_by(self.branch)
         first = own[next(name for name in asked.names if name in own)]
         h = self.entering(self.fitted(x, first), first, training, dropout)

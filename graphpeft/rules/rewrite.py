@@ -15,10 +15,13 @@ from torch.fx.node import map_arg
 
 from graphpeft.graph.call_inputs import CallInput
 from graphpeft.graph.calls import CALLS, calls_of
+from graphpeft.graph.changed_products import is_apart
 from graphpeft.graph.ops import Computation, Operation, Weight
 from graphpeft.graph.ops.boundaries import Boundary, Leaf
-from graphpeft.graph.tags import TAG, Tag, changes_at, own_input, top
-from graphpeft.rules.arguments import CHANGES, Asked, asked_by
+from graphpeft.graph.recorded import as_node
+from graphpeft.graph.tags import TAG, Tag, changes_at, own_input, read_before, top
+from graphpeft.rules.adds_to_weight import own_weight
+from graphpeft.rules.arguments import OPTIONAL, Asked, asked_by
 from graphpeft.rules.code_in_graphs import RuleError, RuleTracer, given_to
 from graphpeft.rules.rule import BoundaryRule, InputRule, OperationRule, changes_bias
 
@@ -118,7 +121,8 @@ def _emit(graph: fx.Graph, op: Op, rule: Any, attributes: Sources) -> tuple[Repl
         if isinstance(op, Leaf):
             replaced = _around_leaf(graph, op, rule, x, attributes)
         else:
-            replaced = _behind(graph, op, rule, x, attributes)
+            into_weight, replaced = _behind(graph, op, rule, x, attributes)
+            entered |= into_weight
     return entered, replaced
 
 
@@ -165,24 +169,33 @@ def _over_weight(graph: fx.Graph, op: Weight, rule: Any, attributes: Sources) ->
     return {result: current}
 
 
-def _behind(graph: fx.Graph, op: Computation, rule: Any, x: fx.Node, attributes: Sources) -> Replaced:
-    """Emits the operation's new value, and returns it with the node that it replaces."""
+def _behind(graph: fx.Graph, op: Computation, rule: Any, x: fx.Node, attributes: Sources) -> tuple[Replaced, Replaced]:
+    """Emits the operation's new weight, if it gets one, and its new value; returns each with what it replaces."""
     current = top(graph, op.node, op.name)
-    before = set(graph.nodes)
-    with graph.inserting_before(current.next):
+    weight = own_weight(graph, op, rule)
+    before, behind = set(graph.nodes), current.next
+    entered: Replaced = {}
+    with graph.inserting_before(behind if weight is None else op.node):
         operands = _operands(graph, op, rule, attributes)
+        if weight is not None:
+            apart = as_node(is_apart, *(fx.Proxy(node, RuleTracer(graph)) for node in (x, weight))).node
+            operands["apart"] = _call(rule.keeps_apart, graph, {"apart": apart}, attributes, {}).node
+            entered = {_call(rule.added, graph, {**operands, "weight": weight}, attributes, {}).node: weight}
+    with graph.inserting_before(behind):
         if "plain" in asked_by(rule.rewrite).names:
             operands["plain"] = _plain(graph, op, x)
         emitted = [node for node in graph.nodes if node not in before]
-        none = {name: None for name in CHANGES if name in asked_by(rule.rewrite).names and name not in operands}
+        none = {name: None for name in OPTIONAL if name in asked_by(rule.rewrite).names and name not in operands}
         nodes = {"x": x, "y": current, **operands}
         result = _call(
             rule.rewrite, graph, nodes, {"bias": None, "base_bias": None, **attributes}, {"operation": op, **none}
         )
         _refuse_no_value(result, "rewrite")
+        for new, old in entered.items():
+            _replace(old, new, {op.node}.__contains__)
         _erase_unread(emitted)
     _replace(current, result.node, before.__contains__)
-    return {result.node: current}
+    return entered, {result.node: current}
 
 
 def _erase_unread(nodes: list[fx.Node]) -> None:
@@ -195,13 +208,18 @@ def _erase_unread(nodes: list[fx.Node]) -> None:
 def _plain(graph: fx.Graph, op: Computation, x: fx.Node) -> fx.Node:
     """Emits the operation with the module's own weight and without its bias, on the input without adapters."""
     tracer = RuleTracer(graph)
-    if x is not op.x or op.adds_computed:
+    if x is not op.x or op.adds_computed or _has_change(op):
         weight = fx.Proxy(graph.create_node("get_attr", op.weight), tracer)
         return op.apply(fx.Proxy(x, tracer), weight).node
     if op.bias is None:
         return op.node
     bias = fx.Proxy(graph.create_node("get_attr", op.bias), tracer)
     return (fx.Proxy(op.node, tracer) - op.beside_outputs(bias)).node
+
+
+def _has_change(op: Computation) -> bool:
+    """Returns whether adapters have changed an operand of an operation."""
+    return any(len(read_before(node)) > 1 for node in op.node.all_input_nodes)
 
 
 def _change(graph: fx.Graph, rule: Any, weights: Mapping[str, fx.Node], attributes: Sources) -> fx.Proxy:

@@ -14,6 +14,7 @@ from graphpeft.graph import in_place
 from graphpeft.graph.kept_forwards import set_forward
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.settings import is_number
+from graphpeft.graph.tags import read_before
 from graphpeft.graph.template import template_of
 
 
@@ -50,8 +51,11 @@ def arguments_of(node: fx.Node, *names: str) -> list[Any]:
 
 
 def path_of(value: Any) -> str | None:
-    """Returns the path of the attribute that a node reads, or None."""
-    return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else None
+    """Returns the path of the attribute that a node reads, or to which adapters have added there, or None."""
+    if not isinstance(value, fx.Node):
+        return None
+    *_, first = read_before(value)
+    return str(first.target) if first.op == "get_attr" else None
 
 
 def is_computed(option: Any) -> bool:

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graphpeft.methods.adamss import allocation
-from graphpeft.methods.adamss.groups import Group, groups_of, is_installed
+from graphpeft.methods.adamss.groups import Group, decomposed, groups_of, is_installed
 from graphpeft.methods.adamss.rule import Adamss, has_bias
 from graphpeft.methods.factored import sizes_of
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
@@ -124,6 +124,7 @@ class AdamssConfig(TargetedConfig):
         if self.use_asa:
             self._check_schedule()
         self._groups: Mapping[str, tuple[Group, ...] | str] = {}
+        self._directions: dict[str, tuple[Tensor, Tensor]] = {}
         self._averages: allocation.Averages = {}
         self._resting: set[allocation.Place] = set()
 
@@ -155,11 +156,13 @@ class AdamssConfig(TargetedConfig):
             )
         config = copy.copy(self)
         fit = [site for site in sites if not isinstance(site, LeafSite) and len(site.shape) > 1]
-        config._groups = {
+        found = {
             site.label: weights.read(site, functools.partial(groups_of, site, self))
             for site in fit
             if not sizes_of(site).stack
         }
+        config._groups = {label: groups for label, (groups, _) in found.items()}
+        config._directions = {label: directions for label, (_, directions) in found.items() if directions is not None}
         return config
 
     def groups_at(self, site: Any) -> tuple[Group, ...] | str:
@@ -169,6 +172,16 @@ class AdamssConfig(TargetedConfig):
             site: The site.
         """
         return self._groups[site.label]
+
+    def directions_of(self, site: Any, module: nn.Module) -> tuple[Tensor, Tensor]:
+        """Returns what `decomposed` gives; a decomposition for the groups is handed out once, and not kept.
+
+        Args:
+            site: The site.
+            module: The module that owns the weight.
+        """
+        found = self._directions.pop(site.label, None)
+        return decomposed(site, self, module) if found is None else found
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Adamss:
         """Returns the rule for a number of groups."""

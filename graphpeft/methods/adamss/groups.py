@@ -72,8 +72,10 @@ def rank_of(site: Any, config: Any) -> int:
     return min(config.r, rows, columns + (own_bias(site) is not None))
 
 
-def groups_of(site: Site, config: Any, module: nn.Module) -> tuple[Group, ...] | str:
-    """Returns the groups of a weight's rows, or why there are none.
+def groups_of(
+    site: Site, config: Any, module: nn.Module
+) -> tuple[tuple[Group, ...] | str, tuple[Tensor, Tensor] | None]:
+    """Returns the groups of a weight's rows, or why there are none; and what `decomposed` gives, if there are groups.
 
     Args:
         site: The site.
@@ -82,17 +84,17 @@ def groups_of(site: Site, config: Any, module: nn.Module) -> tuple[Group, ...] |
     """
     weight = read_weight(module, site.attribute)
     if weight is None or weight.is_meta:
-        return "its rows are grouped by its numbers, and it has none yet; load the model first"
+        return "its rows are grouped by its numbers, and it has none yet; load the model first", None
     name = site.attribute.replace("weight", "bias")
     if name != site.attribute and module._parameters.get(name) is not None and own_bias(site) is None:
-        return f"its {name} would change as well, and no graph shows where that is added; pass example_inputs"
-    left, _ = decomposed(site, config, module)
+        return f"its {name} would change as well, and no graph shows where that is added; pass example_inputs", None
+    left, right = decomposed(site, config, module)
     labels = _labels(left, min(config.num_subspaces, len(left)))
     sizes = torch.bincount(labels, minlength=min(config.num_subspaces, len(left)))
     if not bool(sizes.all()):
-        return f"its rows are of {int((sizes > 0).sum())} kinds, and not of num_subspaces={config.num_subspaces}"
+        return f"its rows are of {int((sizes > 0).sum())} kinds, and not of num_subspaces={config.num_subspaces}", None
     parts = [torch.where(labels == group)[0] for group in range(len(sizes))]
-    return tuple(Group(rows, _rank(left[rows.to(left.device)], config)) for rows in parts)
+    return tuple(Group(rows, _rank(left[rows.to(left.device)], config)) for rows in parts), (left, right)
 
 
 def _labels(left: Tensor, number: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft.methods.adamss.groups import Group, decomposed, fresh_factor, own_bias, rank_of, same_directions
+from graphpeft.methods.adamss.groups import Group, fresh_factor, own_bias, rank_of, same_directions
 from graphpeft.methods.factored import Factored
 from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.parameter_spec import ParameterSpec
@@ -55,7 +55,7 @@ class Adamss(Factored, BranchRule):
 
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
         """Decomposes the weight, and makes A of its left singular vectors; B is zero, or drawn."""
-        left, right = decomposed(site, config, module)
+        left, right = config.directions_of(site, module)
         parameters["adamss_newB"].copy_(right)
         groups = config.groups_at(site)
         parameters["adamss_places"].copy_(_places(groups))
@@ -74,7 +74,7 @@ class Adamss(Factored, BranchRule):
             ValueError: For such a file.
         """
         parameters["adamss_places"].copy_(_places(config.groups_at(site)))
-        _, right = decomposed(site, config, module)
+        _, right = config.directions_of(site, module)
         if not same_directions(parameters["adamss_newB"], right):
             raise ValueError(
                 "its rows are grouped by the base's weight, and the file's adamss_newB isn't what this weight gives; "
@@ -108,7 +108,9 @@ class Adamss(Factored, BranchRule):
         columns = self.sizes.columns
         h = F.linear(h, adamss_newB[:, :columns], adamss_newB[:, columns] if self.has_bias else None)
         made = [F.linear(F.linear(h, factors[f"adamss_A_{n}"]), factors[f"adamss_B_{n}"]) for n in range(self.count)]
-        return torch.cat(made, -1)[..., adamss_places]
+        rows = torch.cat(made, -1)
+        # of a matrix, since columns of a tensor with more dimensions take several times as long
+        return rows.reshape(-1, self.sizes.rows).index_select(1, adamss_places).reshape(rows.shape)
 
 
 def _places(groups: Sequence[Group]) -> Tensor:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.methods.factored import Factored, FactoredConfig, sizes_of
-from graphpeft.methods.frod.mixing import mixed, mixed_product
+from graphpeft.methods.frod.mixing import mixed, mixed_product, sorted_places
 from graphpeft.methods.frod.projections import (
     Projections,
     category_of,
@@ -62,8 +62,12 @@ class Frod(Factored, BranchRule):
             specs[name] = fixed._replace(form=FileForm(shape, _as_it_is, functools.partial(_within, size=columns)))
         # beside half precision, V isn't in single precision in PEFT's files
         specs["frod_V"] = specs["frod_V"]._replace(dtype=site.dtype, form=None)
+        unsaved: dict[str, Any] = {"is_trained": False, "is_saved": False}
+        for name, shape in {"frod_s_elements": (4, count + columns), "frod_s_starts": (2, columns)}.items():
+            key = f"{name}.{category}"
+            specs[name] = ParameterSpec(shape, key, scope=key, dtype=torch.int64, **unsaved)
         for name, shape in {"frod_U": (*stack, rows, columns), "frod_lambda_init": (*stack, columns)}.items():
-            specs[name] = ParameterSpec(shape, name, is_trained=False, is_saved=False)
+            specs[name] = ParameterSpec(shape, name, **unsaved)
         return specs
 
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
@@ -86,6 +90,7 @@ class Frod(Factored, BranchRule):
         """
         if not config.save_projection:
             self._fill_shared(parameters, site, config)
+        self._sort(parameters)
         if not self._fill_own(parameters, site, module):
             raise ValueError(
                 f"frod_V doesn't span its weight, of category {category_of(site.name)!r}; load it on the base that it "
@@ -97,6 +102,12 @@ class Frod(Factored, BranchRule):
         parameters["frod_V"].copy_(config.projections.basis(category))
         parameters["frod_s_indices"].copy_(config.projections.places[category])
         parameters["frod_s_size"].fill_(self.sizes.columns)
+        self._sort(parameters)
+
+    def _sort(self, parameters: Mapping[str, Tensor]) -> None:
+        elements, starts = sorted_places(parameters["frod_s_indices"], self.sizes.columns)
+        parameters["frod_s_elements"].copy_(elements)
+        parameters["frod_s_starts"].copy_(starts)
 
     def _fill_own(self, parameters: Mapping[str, Tensor], site: Any, module: nn.Module) -> bool:
         weight, basis = numbers_of(site, module), parameters["frod_V"].cpu()
@@ -112,7 +123,8 @@ class Frod(Factored, BranchRule):
 
     def branch(self, h: Any, frod_U: Any, frod_V: Any, **own: Any) -> Any:
         """Returns h V (S + diag(λ − λ₀))ᵀ Uᵀ."""
-        return F.linear(mixed_product(h @ self._basis(frod_V, frod_U), *self._elements(**own)), frod_U)
+        order = own["frod_s_elements"], own["frod_s_starts"]
+        return F.linear(mixed_product(h @ self._basis(frod_V, frod_U), *self._elements(**own), *order), frod_U)
 
     def _basis(self, basis: Any, unit: Any) -> Any:
         return basis.to(unit.dtype)

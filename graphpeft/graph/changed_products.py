@@ -1,0 +1,70 @@
+"""Products with a changed weight, by one product where that gives what two of them give.
+
+    x (W + ΔW)ᵀ  =  x Wᵀ + x ΔWᵀ
+
+The sum of the weights is one pass over them, however many rows x has. Each run decides, since the same graph may run on
+a few rows or on many, in single precision or in half.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from graphpeft.graph.recorded import identity_in_evaluation, recorded
+from graphpeft.graph.scaled_sum import is_captured
+
+_FEW_ROWS = 16
+"""The number of rows up to which a product with ΔW takes no longer than the sum W + ΔW, about."""
+
+
+@recorded
+def is_apart(x: Tensor, weight: Tensor) -> bool:
+    """Returns whether products with W and with ΔW are to be two.
+
+    Args:
+        x: The input of the product, (…, in).
+        weight: W.
+    """
+    # a compiler or an exporter would hold on to what this call's rows and dtypes decide
+    if is_captured() or type(weight) not in (Tensor, nn.Parameter):
+        return True
+    # in half precision, W + ΔW is W where ΔW is small
+    if weight.dtype.itemsize < 4 or torch.is_autocast_enabled(weight.device.type):
+        return True
+    return x.numel() <= _FEW_ROWS * x.shape[-1]
+
+
+@identity_in_evaluation
+@recorded
+def apart_in_training(apart: bool, training: bool) -> bool:
+    """Returns whether products are to be two, which they always are in training.
+
+    Args:
+        apart: The result of `is_apart`.
+        training: Whether the model is trained.
+    """
+    return apart or training
+
+
+@recorded
+def with_change(apart: bool, weight: Tensor, change: Tensor) -> Tensor:
+    """Returns W + ΔW, or W for two products.
+
+    Args:
+        apart: The result of `is_apart`.
+        weight: W.
+        change: ΔW.
+    """
+    return weight if apart else weight + change
+
+
+@recorded
+def plus_branch(y: Tensor, branch: Tensor | None) -> Tensor:
+    """Returns y + the branch, or y where there is no branch.
+
+    Args:
+        y: A product.
+        branch: The product with ΔW; None where y is that with W + ΔW.
+    """
+    return y if branch is None else y + branch

@@ -114,6 +114,27 @@ def test_a_planted_circle_is_seen():
     assert circles({**SOURCES, "tracing/proxy.py": SOURCES["tracing/proxy.py"] + planted})
 
 
+# sizes
+
+
+def too_long(files: Mapping[str, str]) -> list[str]:
+    """Returns the files with more lines than a reader takes in: 250 of a method, 450 of anything else."""
+    lengths = {file: source.count("\n") for file, source in files.items()}
+    return [file for file, length in lengths.items() if length > (250 if room_of(file) == "methods" else 450)]
+
+
+def test_no_file_is_longer_than_a_reader_takes_in():
+    assert too_long(SOURCES) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "most"), [("methods/hra.py", 250), ("methods/lora/config.py", 250), ("rules/rule.py", 450)]
+)
+def test_a_file_that_is_too_long_is_seen(file: str, most: int):
+    assert too_long({file: "pass\n" * most}) == []
+    assert too_long({file: "pass\n" * (most + 1)}) == [file]
+
+
 # options of methods
 
 CONFIG = re.compile(r"(^|\.)((active_)?peft_)?config$")

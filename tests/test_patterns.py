@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any, ClassVar, NamedTuple
 
 import peft
 import pytest
@@ -16,13 +18,19 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from graphpeft import (
+    DeloraConfig,
+    FourierFTConfig,
+    HiraConfig,
+    LoHaConfig,
     LoraConfig,
     LoraPerCallConfig,
     PeftModel,
+    TargetedConfig,
     get_peft_model,
     initialize_lora_eva_weights,
     trace,
 )
+from graphpeft.rules.options import Number
 from graphpeft.testing import laws
 
 pytestmark = [
@@ -256,3 +264,47 @@ def test_a_file_has_patterns_for_what_differs_alone(tmp_path: Path) -> None:
 def test_a_config_by_itself_is_read_with_its_patterns_in_their_order(tmp_path: Path) -> None:
     LoraConfig(target_modules=["up"], alpha_pattern={"up": 8, ".*": 1}).save_pretrained(tmp_path)
     assert list(LoraConfig.from_pretrained(tmp_path).alpha_pattern) == ["up", ".*"]  # type: ignore[attr-defined]
+
+
+# of any method
+
+
+@dataclass(kw_only=True)
+class ByNameConfig(TargetedConfig):
+    """Of a method that declares which of its options have patterns."""
+
+    peft_type: ClassVar[str] = "BY_NAME"
+    patterns: ClassVar[Mapping[str, str]] = {"factor": "factor_pattern"}
+    turned_option: ClassVar[str] = "is_turned"
+
+    factor: Number = 1.0
+    factor_pattern: dict[str, Number] = field(default_factory=dict)
+    is_turned: bool = False
+
+
+def test_options_that_a_method_declares_have_values_by_patterns_in_a_model_and_in_its_file() -> None:
+    config = ByNameConfig(factor_pattern={"up": 2.0, "inner.up": 3.0})
+    assert config.target_options.patterns == {"factor_pattern": {"up": 2.0, "inner.up": 3.0}}
+    assert [config.value_at("factor", name) for name in ("up", "inner.up", "down")] == [2.0, 2.0, 1.0]
+    sites = [SimpleNamespace(name=name, transposed=True) for name in ("up", "inner.up", "down")]
+    in_file: Any = config.for_file(sites)
+    assert in_file.factor_pattern == {"^up$": 2.0, r"^inner\.up$": 2.0}
+    assert in_file.is_turned
+    assert not config.is_turned
+    sites[0].transposed = False
+    assert not config.for_file(sites).is_turned  # type: ignore[attr-defined]
+    assert not config.for_file([]).is_turned  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [
+        (LoraConfig, "rank_pattern"),
+        (LoHaConfig, "alpha_pattern"),
+        (HiraConfig, "rank_pattern"),
+        (DeloraConfig, "lambda_pattern"),
+        (FourierFTConfig, "n_frequency_pattern"),
+    ],
+)
+def test_null_in_a_file_is_no_patterns(method: type[Any], option: str) -> None:
+    assert getattr(method(**{option: None}), option) == {}

@@ -29,7 +29,7 @@ from graphpeft import (
     get_peft_model,
     trace,
 )
-from graphpeft.methods.prompts.scopes import mask_with_tokens
+from graphpeft.methods.prompts.scope_masks import mask_with_tokens
 from graphpeft.testing import laws
 
 
@@ -103,7 +103,7 @@ def test_a_prompt_is_nodes_around_those_of_its_scope() -> None:
         ),
         *("add", "head", "output"),
     ]
-    assert "taken_out = graphpeft_methods_prompts_scopes_taken_out(body_1, x, 3, 'before')" in traced.code
+    assert "taken_out = graphpeft_methods_prompts_in_scope_taken_out(body_1, x, 3, 'before')" in traced.code
     assert "add = taken_out + x" in traced.code
     assert "body" in str(traced.adapter_report())
     traced.unload()

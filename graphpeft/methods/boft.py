@@ -30,7 +30,6 @@ from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 from graphpeft.rules.rule import InputRule, OperationRule, Rule
-from graphpeft.rules.trained import Biases
 from graphpeft.sites.site import LeafSite
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
@@ -55,16 +54,16 @@ class Butterfly(WeightRule):
     drops: float = 0.0
 
     adapts: ClassVar[tuple[type, ...]] = (ops.Linear, ops.Convolution, ops.Weight)
+    needs_matrix: ClassVar[bool] = True
+    adapts_calls: ClassVar[bool] = True
 
     def check(self, site: Any, config: Any) -> str | None:
         """Refuses features that don't fall into blocks, and sites where a part of the method has no place."""
-        reason = None if isinstance(site, LeafSite) else super().check(site, config)
+        reason = super().check(site, config)
         if reason is not None:
             return reason
         if isinstance(site, LeafSite) and not site.is_recoded:
             return f"its outputs are scaled without its bias, which isn't known: it is {site.kind}"
-        if not isinstance(site, LeafSite) and len(site.shape) < 2:
-            return f"its {site.attribute} of shape {tuple(site.shape)} is no matrix"
         if self.drops and site.op is ops.Weight and not config.inference_mode:
             return f"boft_dropout acts at an operation in training, and no one operation uses its {site.attribute}"
         features = rotations.features_of_row(site)
@@ -183,6 +182,7 @@ class BOFTConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.BOFT
     prefix: ClassVar[str | None] = "boft_"
+    biases_option: ClassVar[str] = "bias"
     adapts_leaves: ClassVar[bool] = True
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
@@ -211,11 +211,6 @@ class BOFTConfig(TargetedConfig):
     def starts_as_identity(self) -> bool:
         """Whether rotations are the identity and scales 1."""
         return self.init_weights
-
-    @property
-    def trained_biases(self) -> Biases:
-        """Which of the model's biases are trained."""
-        return "adapted" if self.bias == "boft_only" else self.bias
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
         """Returns the rule for a linear layer's inputs and outputs, or for a weight."""

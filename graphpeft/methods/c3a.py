@@ -21,14 +21,13 @@ from graphpeft._torch import is_transformed
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.scaled_sum import is_captured
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.methods.matrices import matrices_of, no_matrix
+from graphpeft.methods.matrices import matrices_of
 from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.options import Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 from graphpeft.rules.target_options import TargetOptions
-from graphpeft.rules.trained import Biases
 from graphpeft.targeting import pattern_values, targets
 from graphpeft.targeting.target_config import TargetedConfig
 
@@ -43,9 +42,11 @@ class C3A(BranchRule):
 
     shape: tuple[int, ...]
 
+    needs_matrix: ClassVar[bool] = True
+
     def check(self, site: Any, config: Any) -> str | None:
-        """Refuses weights that are no matrices, and blocks that don't fit."""
-        reason = super().check(site, config) or no_matrix(site)
+        """Refuses blocks that don't fit."""
+        reason = super().check(site, config)
         if reason is not None:
             return reason
         size, (_, rows, columns) = config.block_size_at(site.name), matrices_of(site)
@@ -179,6 +180,7 @@ class C3AConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.C3A
     prefix: ClassVar[str | None] = "c3a_"
+    biases_option: ClassVar[str] = "bias"
     lacks: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
     default_targets: ClassVar[targets.Defaults] = {
         **DEFAULT_TARGET_MODULES,
@@ -196,11 +198,6 @@ class C3AConfig(TargetedConfig):
     def starts_as_identity(self) -> bool:
         """Whether the rows are zero."""
         return self.init_weights is True
-
-    @property
-    def trained_biases(self) -> Biases:
-        """Which of the model's biases are trained."""
-        return "adapted" if self.bias == "c3a_only" else self.bias
 
     @property
     def target_options(self) -> TargetOptions:

@@ -11,8 +11,7 @@ Source: the same numbers as PEFT's ``tuners/deft/layer.py``.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -25,13 +24,12 @@ from graphpeft.graph.computed_weights import read_weight
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import kernel_of
-from graphpeft.methods.matrices import are_turned, as_matrices, matrices_of, no_matrix
+from graphpeft.methods.matrices import as_matrices, matrices_of
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Number, Probability, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
-from graphpeft.rules.trained import Biases
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
 
@@ -50,9 +48,11 @@ class Deft(DeltaRule):
     is_orthogonal: bool = False
     injects: bool = True
 
+    needs_matrix: ClassVar[bool] = True
+
     def check(self, site: Any, config: Any) -> str | None:
-        """Refuses weights that are no matrices, and dropout where it would act on more than R's input."""
-        reason = super().check(site, config) or no_matrix(site)
+        """Refuses dropout where it would act on more than R's input."""
+        reason = super().check(site, config)
         if reason is None and self.dropout_of(config) and site.op is not ops.Linear and not config.inference_mode:
             reason = "deft_dropout is for the input of R alone, which only a linear operation has; set it to 0"
         return reason
@@ -163,6 +163,8 @@ class DeftConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.DEFT
     prefix: ClassVar[str | None] = "deft_"
+    biases_option: ClassVar[str] = "bias"
+    turned_option: ClassVar[str] = "fan_in_fan_out"
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
         "init_scale",
@@ -186,18 +188,7 @@ class DeftConfig(TargetedConfig):
         """Whether R makes the change zero, which it does within rounding."""
         return "within rounding" if self.init_weights and not self.para else False
 
-    @property
-    def trained_biases(self) -> Biases:
-        """Which of the model's biases are trained."""
-        return "adapted" if self.bias == "deft_only" else self.bias
-
     def rule_for(self, site: Any, dtype: torch.dtype) -> Deft:
         """Returns the rule for a weight's shape."""
         is_orthogonal = self.decomposition_method == "qr"
         return Deft(kernel=kernel_of(site), is_orthogonal=is_orthogonal, injects=not self.para)
-
-    def for_file(self, sites: Sequence[Any]) -> DeftConfig:
-        """Returns the config with `fan_in_fan_out` as PEFT needs it for these sites."""
-        config = copy.deepcopy(self)
-        config.fan_in_fan_out = are_turned(sites)
-        return config

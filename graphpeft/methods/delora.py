@@ -9,8 +9,7 @@ PEFT's ``tuners/delora/layer.py``.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -20,16 +19,14 @@ from torch import Tensor, nn
 
 from graphpeft.graph.computed_weights import read_weight
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.methods.lycoris import draw, exact, kernel_of
-from graphpeft.methods.matrices import as_matrices, matrices_of, no_matrix
+from graphpeft.methods.lycoris import draw, kernel_of
+from graphpeft.methods.matrices import as_matrices, matrices_of
 from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.options import Number, Probability, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
-from graphpeft.rules.target_options import TargetOptions
-from graphpeft.rules.trained import Biases
-from graphpeft.targeting import pattern_values, targets
+from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
 
 
@@ -43,13 +40,11 @@ class Delora(BranchRule):
 
     kernel: tuple[int, ...] = ()
 
-    def check(self, site: Any, config: Any) -> str | None:
-        """Refuses weights that are no matrices."""
-        return super().check(site, config) or no_matrix(site)
+    needs_matrix: ClassVar[bool] = True
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A, B, λ and w."""
-        rank, (stack, rows, columns) = config.rank_at(site.name), matrices_of(site)
+        rank, (stack, rows, columns) = config.value_at("r", site.name), matrices_of(site)
         shapes = {"delora_A": (*stack, rank, columns), "delora_B": (*stack, rows, rank), "delora_lambda": (*stack, 1)}
         specs = {name: ParameterSpec(shape, key=name) for name, shape in shapes.items()}
         return {**specs, "delora_w_norm": ParameterSpec((*stack, columns), key="delora_w_norm", is_trained=False)}
@@ -61,14 +56,14 @@ class Delora(BranchRule):
             parameters["delora_B"].zero_()
         else:
             draw(parameters["delora_B"], site)
-        parameters["delora_lambda"].fill_(config.lambda_at(site.name))
+        parameters["delora_lambda"].fill_(config.value_at("delora_lambda", site.name))
         weight = read_weight(module, site.attribute)
         assert weight is not None
         parameters["delora_w_norm"].copy_(as_matrices(self.layout.turned(weight.detach()), site).norm(dim=-2))
 
     def constants(self, site: Any, config: Any) -> Mapping[str, float]:
         """Returns the rank."""
-        return {"rank": config.rank_at(site.name)}
+        return {"rank": config.value_at("r", site.name)}
 
     def dropout_of(self, config: Any) -> float:
         """Returns `module_dropout`, which drops elements of the branch's input in PEFT, too."""
@@ -126,6 +121,8 @@ class DeloraConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.DELORA
     prefix: ClassVar[str | None] = "delora_"
+    biases_option: ClassVar[str] = "bias"
+    patterns: ClassVar[Mapping[str, str]] = {"r": "rank_pattern", "delora_lambda": "lambda_pattern"}
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
         "delora_lambda",
@@ -139,48 +136,14 @@ class DeloraConfig(TargetedConfig):
     module_dropout: Probability = 0.0
     bias: Literal["none", "all", "delora_only"] = "none"
     init_weights: bool = True
-    rank_pattern: dict[str, Size] | None = field(default_factory=dict)
-    lambda_pattern: dict[str, Number] | None = field(default_factory=dict)
+    rank_pattern: dict[str, Size] = field(default_factory=dict)
+    lambda_pattern: dict[str, Number] = field(default_factory=dict)
 
     @property
     def starts_as_identity(self) -> bool:
         """Whether B is zero."""
         return self.init_weights
 
-    @property
-    def trained_biases(self) -> Biases:
-        """Which of the model's biases are trained."""
-        return "adapted" if self.bias == "delora_only" else self.bias
-
-    @property
-    def target_options(self) -> TargetOptions:
-        """The options that name modules, and those with patterns for their names."""
-        patterns = {"rank_pattern": self.rank_pattern or {}, "lambda_pattern": self.lambda_pattern or {}}
-        return super().target_options._replace(patterns=patterns)
-
-    def rank_at(self, name: str) -> int:
-        """Returns the rank at a site.
-
-        Args:
-            name: The site's name.
-        """
-        return pattern_values.pattern_value(self.rank_pattern or {}, name, self.r)
-
-    def lambda_at(self, name: str) -> float:
-        """Returns λ at first at a site.
-
-        Args:
-            name: The site's name.
-        """
-        return pattern_values.pattern_value(self.lambda_pattern or {}, name, self.delora_lambda)
-
     def rule_for(self, site: Any, dtype: torch.dtype) -> Delora:
         """Returns the rule for a weight's kernel, or for a matrix."""
         return Delora(kernel=kernel_of(site))
-
-    def for_file(self, sites: Sequence[Any]) -> DeloraConfig:
-        """Returns the config with patterns that mean the same in any order, since PEFT sorts them."""
-        config, names = copy.deepcopy(self), [site.name for site in sites]
-        config.rank_pattern = exact({name: self.rank_at(name) for name in names}, self.r)
-        config.lambda_pattern = exact({name: self.lambda_at(name) for name in names}, self.delora_lambda)
-        return config

@@ -20,11 +20,10 @@ from torch import nn
 from graphpeft.graph.computed_weights import read_weight
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import kernel_of
-from graphpeft.methods.matrices import are_turned, matrices_of, no_matrix
+from graphpeft.methods.matrices import matrices_of
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Seed
 from graphpeft.rules.parameter_spec import ParameterSpec
-from graphpeft.rules.trained import Biases
 from graphpeft.sites import quantisers
 from graphpeft.sites.site import LeafSite
 from graphpeft.targeting import targets
@@ -65,15 +64,12 @@ class Factored(DeltaRule):
 
     sizes: Sizes
 
+    needs_matrix: ClassVar[bool] = True
+    adapts_calls: ClassVar[bool] = True
+
     def at_site(self, site: Any, dtype: torch.dtype) -> Any:
         """Returns the rule for a site; a call's input and output may be in other dtypes than the factors."""
         return dataclasses.replace(self, casts=True) if isinstance(site, LeafSite) else super().at_site(site, dtype)
-
-    def check(self, site: Any, config: Any) -> str | None:
-        """Refuses weights that are no matrices."""
-        if isinstance(site, LeafSite):
-            return None
-        return super().check(site, config) or no_matrix(site)
 
     def dropout_of(self, config: Any) -> float:
         """Returns the option for dropout, which each method names by itself."""
@@ -121,6 +117,8 @@ class FactoredConfig(TargetedConfig):
     """
 
     adapts_leaves: ClassVar[bool] = True
+    biases_option: ClassVar[str] = "bias"
+    turned_option: ClassVar[str] = "fan_in_fan_out"
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"fan_in_fan_out", "init_weights"}
 
@@ -134,11 +132,6 @@ class FactoredConfig(TargetedConfig):
         """The probability of dropping an element of a branch's input in training."""
         return getattr(self, f"{self.method.lower()}_dropout")
 
-    @property
-    def trained_biases(self) -> Biases:
-        """Which of the model's biases are trained."""
-        return self.bias if self.bias in ("none", "all") else "adapted"
-
     def conflict(self, others: Mapping[str, Any]) -> str | None:
         """Refuses other values of `shared_options` than those of the model's other adapters, as PEFT does."""
         for option in self.shared_options:
@@ -149,12 +142,6 @@ class FactoredConfig(TargetedConfig):
                         f"{name!r}: all {self.method} adapters of a model share it, as in PEFT; give both the same"
                     )
         return None
-
-    def for_file(self, sites: Sequence[Any]) -> FactoredConfig:
-        """Returns the config with `fan_in_fan_out` as PEFT needs it for these sites."""
-        config = copy.deepcopy(self)
-        config.fan_in_fan_out = are_turned(sites)
-        return config
 
 
 @dataclass(kw_only=True)

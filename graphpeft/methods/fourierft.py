@@ -8,8 +8,7 @@ numbers as PEFT's ``tuners/fourierft/layer.py``.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.methods.matrices import Matrices, are_turned, matrices_of, no_matrix
+from graphpeft.methods.matrices import Matrices, matrices_of
 from graphpeft.methods.placed import placed
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Number, Seed, Size
@@ -26,7 +25,6 @@ from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 from graphpeft.rules.target_options import TargetOptions
-from graphpeft.rules.trained import Biases
 from graphpeft.targeting import pattern_values, targets
 from graphpeft.targeting.target_config import TargetedConfig
 
@@ -44,10 +42,11 @@ class FourierFT(DeltaRule):
     shape: tuple[int, ...]
 
     scales: ClassVar[tuple[str, ...]] = ("scale",)
+    needs_matrix: ClassVar[bool] = True
 
     def check(self, site: Any, config: Any) -> str | None:
-        """Refuses weights that are no matrices, and more frequencies than a matrix has."""
-        reason = super().check(site, config) or no_matrix(site)
+        """Refuses more frequencies than a matrix has."""
+        reason = super().check(site, config)
         if reason is None:
             reason = too_many(site, config.frequencies_at(site.name))
         return reason
@@ -140,6 +139,8 @@ class FourierFTConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.FOURIERFT
     prefix: ClassVar[str | None] = "fourierft_"
+    biases_option: ClassVar[str] = "bias"
+    turned_option: ClassVar[str] = "fan_in_fan_out"
     default_targets: ClassVar[targets.Defaults] = {
         **DEFAULT_TARGET_MODULES,
         "gpt2": ("mlp.c_proj",),
@@ -161,11 +162,6 @@ class FourierFTConfig(TargetedConfig):
         return self.init_weights
 
     @property
-    def trained_biases(self) -> Biases:
-        """Which of the model's biases are trained."""
-        return self.bias if self.bias in ("none", "all") else "adapted"
-
-    @property
     def target_options(self) -> TargetOptions:
         """The options that name modules, and those with patterns for their names."""
         patterns = {"n_frequency_pattern": self.n_frequency_pattern or {}}
@@ -182,9 +178,3 @@ class FourierFTConfig(TargetedConfig):
     def rule_for(self, site: Any, dtype: torch.dtype) -> FourierFT:
         """Returns the rule for a weight's shape."""
         return FourierFT(matrices=matrices_of(site), shape=site.matrix_shape)
-
-    def for_file(self, sites: Sequence[Any]) -> FourierFTConfig:
-        """Returns the config with `fan_in_fan_out` as PEFT needs it for these sites."""
-        config = copy.deepcopy(self)
-        config.fan_in_fan_out = are_turned(sites)
-        return config

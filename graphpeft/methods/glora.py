@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import draw, kernel_of
-from graphpeft.methods.matrices import matrices_of, no_matrix
+from graphpeft.methods.matrices import matrices_of
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Size
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
-from graphpeft.rules.trained import Biases
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
 
@@ -51,9 +50,7 @@ class Glora(DeltaRule):
     coupling_kind: Kind
     bias_kind: Kind
 
-    def check(self, site: Any, config: Any) -> str | None:
-        """Refuses weights that are no matrices."""
-        return super().check(site, config) or no_matrix(site)
+    needs_matrix: ClassVar[bool] = True
 
     def _kinds(self) -> dict[str, Kind]:
         kinds = (self.weight_kind, self.weight_kind, self.coupling_kind, self.bias_kind, self.bias_kind)
@@ -176,6 +173,7 @@ class GloraConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.GLORA
     prefix: ClassVar[str | None] = "glora_"
+    biases_option: ClassVar[str] = "bias"
     lacks: ClassVar[frozenset[str]] = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern"})
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"init_weights"}
@@ -191,11 +189,6 @@ class GloraConfig(TargetedConfig):
     def starts_as_identity(self) -> bool:
         """Whether all factors and shifts are zero."""
         return self.init_weights
-
-    @property
-    def trained_biases(self) -> Biases:
-        """Which of the model's biases are trained."""
-        return "adapted" if self.bias == "glora_only" else self.bias
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Glora:
         """Returns the rule for a weight, with or without a bias beside it."""

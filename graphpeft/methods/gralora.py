@@ -11,8 +11,7 @@ same numbers as PEFT's ``tuners/gralora/layer.py``.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -23,13 +22,11 @@ from torch import Tensor, nn
 from graphpeft.graph import ops
 from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.methods.matrices import are_turned
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Index, Number, Probability, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
-from graphpeft.rules.trained import Biases
 from graphpeft.sites.site import LeafSite
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
@@ -47,10 +44,11 @@ class Gralora(DeltaRule):
 
     adapts: ClassVar[tuple[type, ...]] = (ops.Linear, ops.Weight)
     scales: ClassVar[tuple[str, ...]] = ("scale",)
+    adapts_calls: ClassVar[bool] = True
 
     def check(self, site: Any, config: Any) -> str | None:
         """Refuses weights that are no matrices, and features that k doesn't divide."""
-        reason = None if isinstance(site, LeafSite) else super().check(site, config)
+        reason = super().check(site, config)
         if reason is None and len(_shape(site)) not in (2, 3):
             reason = f"its {site.attribute} of shape {_shape(site)} is no matrix"
         for kind, size in zip(("inputs", "outputs"), reversed(_shape(site)), strict=False):
@@ -171,8 +169,10 @@ class GraloraConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.GRALORA
     prefix: ClassVar[str | None] = "gralora_"
+    biases_option: ClassVar[str] = "bias"
     lacks: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
     adapts_leaves: ClassVar[bool] = True
+    turned_option: ClassVar[str] = "fan_in_fan_out"
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
         "fan_in_fan_out",
@@ -199,20 +199,9 @@ class GraloraConfig(TargetedConfig):
         """Whether B and G are zero."""
         return self.init_weights
 
-    @property
-    def trained_biases(self) -> Biases:
-        """Which of the model's biases are trained."""
-        return "adapted" if self.bias == "gralora_only" else self.bias
-
     def rule_for(self, site: Any, dtype: torch.dtype) -> Gralora:
         """Returns the rule of a linear operation, of a call, or of any other use of a weight."""
         if isinstance(site, LeafSite):
             return GraloraBranch(parts=self.gralora_k, casts=True)
         is_branch = site.op is site.layout is ops.Linear and not site.both_ways
         return (GraloraBranch if is_branch else Gralora)(parts=self.gralora_k)
-
-    def for_file(self, sites: Sequence[Any]) -> GraloraConfig:
-        """Returns the config with `fan_in_fan_out` as PEFT needs it for these sites."""
-        config = copy.deepcopy(self)
-        config.fan_in_fan_out = are_turned(sites)
-        return config

@@ -12,9 +12,8 @@ TwJrTz9cRS; the same numbers as PEFT's ``tuners/hira/layer.py``.
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -25,16 +24,15 @@ from torch import Tensor, nn
 from graphpeft.graph import ops
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.methods.lycoris import exact, kernel_of
+from graphpeft.methods.lycoris import kernel_of
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Probability, Size
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec, RankAxis
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
-from graphpeft.rules.target_options import TargetOptions
 from graphpeft.sites import quantisers
 from graphpeft.sites.site import LeafSite
-from graphpeft.targeting import pattern_values, targets
+from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
 
 
@@ -48,12 +46,7 @@ class Hira(DeltaRule):
 
     kernel: tuple[int, ...] = ()
 
-    def check(self, site: Any, config: Any) -> str | None:
-        """Refuses weights that are no matrices."""
-        reason = super().check(site, config)
-        if reason is None and len(site.shape) < 2:
-            reason = f"its {site.attribute} of shape {tuple(site.shape)} is no matrix"
-        return reason
+    needs_matrix: ClassVar[bool] = True
 
     def dropout_of(self, config: Any) -> float:
         """Returns the probability of dropping an element of the input of the change."""
@@ -61,8 +54,8 @@ class Hira(DeltaRule):
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A and B."""
-        is_call = isinstance(site, LeafSite)
-        rank, shape = config.rank_at(site.name), (site.out_features, site.in_features) if is_call else site.matrix_shape
+        rank = config.value_at("r", site.name)
+        shape = (site.out_features, site.in_features) if isinstance(site, LeafSite) else site.matrix_shape
         *stack, rows, columns = shape[: len(shape) - len(self.kernel)]
         shapes = (*stack, rank, columns, *self.kernel), (*stack, rows, rank, *(1,) * len(self.kernel))
         names = ("hira_A", "hira_B")
@@ -74,7 +67,7 @@ class Hira(DeltaRule):
         if not config.init_weights:
             return
         if config.init_weights == "gaussian" and not self.kernel:
-            A.normal_(std=1 / config.rank_at(site.name))
+            A.normal_(std=1 / config.value_at("r", site.name))
         else:
             for factor in A.flatten(0, -3) if A.ndim > 2 and not self.kernel else (A,):
                 nn.init.kaiming_uniform_(factor, a=5**0.5)
@@ -95,7 +88,7 @@ class HiraTable(Hira):
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A, (r, entries), and B, (features, r)."""
-        rank, (entries, features) = config.rank_at(site.name), site.matrix_shape
+        rank, (entries, features) = config.value_at("r", site.name), site.matrix_shape
         return {
             "hira_A": _spec("hira_embedding_A", (rank, entries), 0, config),
             "hira_B": _spec("hira_embedding_B", (features, rank), 1, config),
@@ -205,6 +198,8 @@ class HiraConfig(TargetedConfig):
     peft_type: ClassVar[PeftType] = PeftType.HIRA
     prefix: ClassVar[str | None] = "hira_"
     adapts_leaves: ClassVar[bool] = True
+    patterns: ClassVar[Mapping[str, str]] = {"r": "rank_pattern"}
+    turned_option: ClassVar[str] = "fan_in_fan_out"
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
         "hira_dropout",
@@ -216,35 +211,15 @@ class HiraConfig(TargetedConfig):
     hira_dropout: Probability = 0.0
     fan_in_fan_out: bool = False
     init_weights: bool | Literal["gaussian"] | None = True
-    rank_pattern: dict[str, Size] | None = field(default_factory=dict)
+    rank_pattern: dict[str, Size] = field(default_factory=dict)
 
     @property
     def starts_as_identity(self) -> bool:
         """Whether a factor is zero."""
         return bool(self.init_weights)
 
-    @property
-    def target_options(self) -> TargetOptions:
-        """The options that name modules, and the one with patterns for their names."""
-        return super().target_options._replace(patterns={"rank_pattern": self.rank_pattern or {}})
-
-    def rank_at(self, name: str) -> int:
-        """Returns the rank at a site.
-
-        Args:
-            name: The site's name.
-        """
-        return pattern_values.pattern_value(self.rank_pattern or {}, name, self.r)
-
     def rule_for(self, site: Any, dtype: torch.dtype) -> Hira:
         """Returns the rule for a call, for an embedding, for a weight's kernel, or for a matrix."""
         if isinstance(site, LeafSite):
             return HiraLeaf()
         return HiraTable() if site.layout is ops.Embedding else Hira(kernel=kernel_of(site))
-
-    def for_file(self, sites: Sequence[Any]) -> HiraConfig:
-        """Returns the config as PEFT needs it: with patterns in any order, and with `fan_in_fan_out`."""
-        config, names = copy.deepcopy(self), [site.name for site in sites]
-        config.rank_pattern = exact({name: self.rank_at(name) for name in names}, self.r)
-        config.fan_in_fan_out = bool(sites) and all(getattr(site, "transposed", False) for site in sites)
-        return config

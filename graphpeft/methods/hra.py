@@ -27,7 +27,6 @@ from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 from graphpeft.rules.rule import InputRule, Rule
-from graphpeft.rules.trained import Biases
 from graphpeft.sites.site import LeafSite
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
@@ -46,13 +45,12 @@ class Reflections(WeightRule):
     kernel: tuple[int, ...] = ()
 
     adapts: ClassVar[tuple[type, ...]] = (ops.Linear, ops.Convolution, ops.Weight)
+    needs_matrix: ClassVar[bool] = True
+    adapts_calls: ClassVar[bool] = True
 
     def check(self, site: Any, config: Any) -> str | None:
-        """Refuses vectors, and first values of which Gram and Schmidt make noise."""
-        is_call = isinstance(site, LeafSite)
-        reason = None if is_call else super().check(site, config)
-        if reason is None and not is_call and len(site.shape) < 2:
-            return f"its {site.attribute} of shape {tuple(site.shape)} is no matrix"
+        """Refuses first values of which Gram and Schmidt make noise."""
+        reason = super().check(site, config)
         if reason is None and self.are_orthonormal and config.starts_in_pairs and not config.inference_mode:
             return (
                 "apply_GS makes its vectors orthonormal; of each two that are equal, as they are at first, it makes a "
@@ -171,6 +169,7 @@ class HRAConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.HRA
     prefix: ClassVar[str | None] = "hra_"
+    biases_option: ClassVar[str] = "bias"
     adapts_leaves: ClassVar[bool] = True
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"init_weights"}
@@ -189,11 +188,6 @@ class HRAConfig(TargetedConfig):
     def starts_as_identity(self) -> Literal["within rounding"] | bool:
         """Whether the reflections undo each other, which they do within rounding."""
         return "within rounding" if self.starts_in_pairs else False
-
-    @property
-    def trained_biases(self) -> Biases:
-        """Which of the model's biases are trained."""
-        return "adapted" if self.bias == "hra_only" else self.bias
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
         """Returns the rule for a linear layer's inputs, or for a weight."""

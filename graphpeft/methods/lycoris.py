@@ -8,8 +8,7 @@ Source: Yeh et al., "Navigating Text-To-Image Customization: From LyCORIS Fine-T
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -21,8 +20,7 @@ from graphpeft.graph.recorded import identity_in_evaluation, recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Number, Probability, Size
-from graphpeft.rules.target_options import TargetOptions
-from graphpeft.targeting import pattern_values, targets
+from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
 
 T = TypeVar("T")
@@ -41,12 +39,11 @@ class LycorisRule(DeltaRule):
     rescales: bool = False
 
     scales: ClassVar[tuple[str, ...]] = ("scale",)
+    needs_matrix: ClassVar[bool] = True
 
     def check(self, site: Any, config: Any) -> str | None:
-        """Refuses weights that are no matrices, and dropout where only the weight as such is known."""
+        """Refuses dropout where only the weight as such is known."""
         reason = super().check(site, config)
-        if reason is None and len(site.shape) < 2:
-            reason = f"its {site.attribute} of shape {tuple(site.shape)} is no matrix"
         drops = config.rank_dropout or config.module_dropout
         if reason is None and drops and site.op is ops.Weight and not config.inference_mode:
             reason = (
@@ -58,7 +55,8 @@ class LycorisRule(DeltaRule):
     def constants(self, site: Any, config: Any) -> Mapping[str, float]:
         """Returns α/r, and the probabilities of dropout that aren't 0."""
         drops = {"rank_dropout": config.rank_dropout, "module_dropout": config.module_dropout}
-        return {"scale": config.alpha_at(site.name) / config.rank_at(site.name)} | {k: p for k, p in drops.items() if p}
+        scale = config.value_at("alpha", site.name) / config.value_at("r", site.name)
+        return {"scale": scale} | {name: p for name, p in drops.items() if p}
 
     def rewrite(
         self,
@@ -154,6 +152,7 @@ class LycorisConfig(TargetedConfig):
         alpha_pattern: Other α, by the same kind of patterns.
     """
 
+    patterns: ClassVar[Mapping[str, str]] = {"r": "rank_pattern", "alpha": "alpha_pattern"}
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
         "rank_dropout",
@@ -168,49 +167,3 @@ class LycorisConfig(TargetedConfig):
     use_effective_conv2d: bool = False
     rank_pattern: dict[str, Size] = field(default_factory=dict)
     alpha_pattern: dict[str, Number] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        # PEFT's type for them allows null, which files may hold
-        for name in ("rank_pattern", "alpha_pattern"):
-            if getattr(self, name) is None:
-                setattr(self, name, {})
-        super().__post_init__()
-
-    @property
-    def target_options(self) -> TargetOptions:
-        """The options that name modules, and those with patterns for their names."""
-        patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
-        return super().target_options._replace(patterns=patterns)
-
-    def rank_at(self, name: str) -> int:
-        """Returns the rank at a site.
-
-        Args:
-            name: The site's name.
-        """
-        return pattern_values.pattern_value(self.rank_pattern, name, self.r)
-
-    def alpha_at(self, name: str) -> float:
-        """Returns α at a site.
-
-        Args:
-            name: The site's name.
-        """
-        return pattern_values.pattern_value(self.alpha_pattern, name, self.alpha)
-
-    def for_file(self, sites: Sequence[Any]) -> LycorisConfig:
-        """Returns the config with patterns that mean the same in any order, since PEFT sorts them."""
-        config, names = copy.deepcopy(self), [site.name for site in sites]
-        config.rank_pattern = exact({name: self.rank_at(name) for name in names}, self.r)
-        config.alpha_pattern = exact({name: self.alpha_at(name) for name in names}, self.alpha)
-        return config
-
-
-def exact(values: Mapping[str, T], default: T) -> dict[str, T]:
-    """Returns patterns that each match one name alone, for the names whose value isn't the default.
-
-    Args:
-        values: The values by name.
-        default: The value of names that no pattern matches.
-    """
-    return {pattern_values.pattern_of(name): value for name, value in values.items() if value != default}

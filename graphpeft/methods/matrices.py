@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +47,7 @@ def as_matrices(weight: Any, site: Any) -> Any:
 
 
 def matrices_of(site: Any) -> Matrices:
-    """Returns the matrices of a site's weight; a vector, which `no_matrix` refuses, counts as a column.
+    """Returns the matrices of a site's weight; a vector, which most rules refuse, counts as a column.
 
     Args:
         site: The site; a call of a layer counts as a matrix.
@@ -58,13 +57,6 @@ def matrices_of(site: Any) -> Matrices:
     kernel, shape = kernel_of(site), site.matrix_shape
     *stack, rows, columns = (*shape[: len(shape) - len(kernel)], *(1,) * (2 - len(shape)))
     return Matrices(tuple(stack), rows, columns * math.prod(kernel))
-
-
-def no_matrix(site: Any) -> str | None:
-    """Returns that a site's weight is no matrix, as a reason to refuse it, or None."""
-    if len(site.shape) >= 2:
-        return None
-    return f"its {site.attribute} of shape {tuple(site.shape)} is no matrix"
 
 
 def svd_by_seed(weight: torch.Tensor, rank: int, steps: int, seed: int) -> tuple[torch.Tensor, ...]:
@@ -80,8 +72,3 @@ def svd_by_seed(weight: torch.Tensor, rank: int, steps: int, seed: int) -> tuple
     with torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind):
         torch.manual_seed(seed)
         return torch.svd_lowrank(weight, q=rank, niter=steps)
-
-
-def are_turned(sites: Sequence[Any]) -> bool:
-    """Returns whether all sites' weights are stored as (in, out), for which PEFT has an option `fan_in_fan_out`."""
-    return bool(sites) and all(getattr(site, "transposed", False) for site in sites)

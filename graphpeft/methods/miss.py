@@ -23,13 +23,12 @@ from torch import Tensor, nn
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import draw
-from graphpeft.methods.matrices import matrices_of, no_matrix
+from graphpeft.methods.matrices import matrices_of
 from graphpeft.rules.delta_rule import BranchRule, DeltaRule
 from graphpeft.rules.options import Probability, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
-from graphpeft.rules.trained import Biases
 from graphpeft.sites.site import LeafSite
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
@@ -47,13 +46,16 @@ class Miss(BranchRule):
     shape: tuple[int, ...]
     is_mini: bool = False
 
+    needs_matrix: ClassVar[bool] = True
+    adapts_calls: ClassVar[bool] = True
+
     def at_site(self, site: Any, dtype: torch.dtype) -> Any:
         """Returns the rule for a site; a call's input and output may be in other dtypes than the block."""
         return dataclasses.replace(self, casts=True) if isinstance(site, LeafSite) else super().at_site(site, dtype)
 
     def check(self, site: Any, config: Any) -> str | None:
-        """Refuses weights that are no matrices, and blocks that don't fit."""
-        reason = None if isinstance(site, LeafSite) else super().check(site, config) or no_matrix(site)
+        """Refuses blocks that don't fit."""
+        reason = super().check(site, config)
         if reason is not None:
             return reason
         _, rows, columns = matrices_of(site)
@@ -136,9 +138,11 @@ def in_each_block(block: Tensor, shape: tuple[int, ...]) -> Tensor:
 class MissBat(DeltaRule):
     """A block for each block of rows, which multiplies the weight so far."""
 
+    needs_matrix: ClassVar[bool] = True
+
     def check(self, site: Any, config: Any) -> str | None:
         """Refuses weights that aren't matrices of whole blocks."""
-        reason = super().check(site, config) or no_matrix(site)
+        reason = super().check(site, config)
         if reason is not None:
             return reason
         _, rows, columns = matrices_of(site)
@@ -210,6 +214,7 @@ class MissConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.MISS
     prefix: ClassVar[str | None] = "miss_"
+    biases_option: ClassVar[str] = "bias"
     adapts_leaves: ClassVar[bool] = True
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"miss_dropout"}
@@ -224,11 +229,6 @@ class MissConfig(TargetedConfig):
     def starts_as_identity(self) -> bool:
         """Whether the blocks are zero."""
         return self.init_weights is not False
-
-    @property
-    def trained_biases(self) -> Biases:
-        """Which of the model's biases are trained."""
-        return self.bias if self.bias in ("none", "all") else "adapted"
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Miss | MissBat:
         """Returns the rule for the kind of change."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import draw, kernel_of
-from graphpeft.methods.matrices import matrices_of, no_matrix
+from graphpeft.methods.matrices import matrices_of
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Number, Size, Within
 from graphpeft.rules.parameter_spec import ParameterSpec
@@ -78,10 +78,7 @@ class Peanut(DeltaRule):
     activation: str
 
     scales: ClassVar[tuple[str, ...]] = ("scale",)
-
-    def check(self, site: Any, config: Any) -> str | None:
-        """Refuses weights that are no matrices."""
-        return super().check(site, config) or no_matrix(site)
+    needs_matrix: ClassVar[bool] = True
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns the layers of the network in their order."""

@@ -50,12 +50,12 @@ class PairRotations(WeightRule, OperationRule):
     positions: int = 0
 
     adapts: ClassVar[tuple[type, ...]] = (ops.Linear, ops.Convolution, ops.Weight)
+    needs_matrix: ClassVar[bool] = True
+    adapts_calls: ClassVar[bool] = True
 
     def check(self, site: Any, config: Any) -> str | None:
-        """Refuses vectors, and features that don't fall into groups."""
-        reason = None if isinstance(site, LeafSite) else super().check(site, config)
-        if reason is None and not isinstance(site, LeafSite) and len(site.shape) < 2:
-            return f"its {site.attribute} of shape {tuple(site.shape)} is no matrix"
+        """Refuses features that don't fall into groups."""
+        reason = super().check(site, config)
         features = None if reason else _features(site)
         if features is not None and features % self.group:
             return f"its {features} output features don't fall into groups of group_size={self.group}"

@@ -8,9 +8,8 @@ Source: Bhardwaj et al., "Sparse High Rank Adapters", arXiv 2406.13175; the same
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.methods.matrices import Matrices, are_turned, matrices_of, no_matrix
+from graphpeft.methods.matrices import Matrices, matrices_of
 from graphpeft.methods.placed import placed
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Seed, Size
@@ -42,9 +41,11 @@ class Shira(DeltaRule):
     shape: tuple[int, ...]
     columns: int
 
+    needs_matrix: ClassVar[bool] = True
+
     def check(self, site: Any, config: Any) -> str | None:
-        """Refuses weights that are no matrices, and those with fewer elements than the change has."""
-        reason = super().check(site, config) or no_matrix(site)
+        """Refuses weights with fewer elements than the change has."""
+        reason = super().check(site, config)
         if reason is None and _count(matrices_of(site), config.r) > matrices_of(site).size:
             reason = f"r={config.r} makes more elements than the {matrices_of(site).size} of its {site.attribute}"
         return reason
@@ -129,6 +130,7 @@ class ShiraConfig(TargetedConfig):
     peft_type: ClassVar[PeftType] = PeftType.SHIRA
     prefix: ClassVar[str | None] = "shira_"
     lacks: ClassVar[frozenset[str]] = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern"})
+    turned_option: ClassVar[str] = "fan_in_fan_out"
     default_targets: ClassVar[targets.Defaults] = {**DEFAULT_TARGET_MODULES, "phi": ("q_proj", "v_proj")}
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
         "mask_type",
@@ -153,9 +155,3 @@ class ShiraConfig(TargetedConfig):
     def rule_for(self, site: Any, dtype: torch.dtype) -> Shira:
         """Returns the rule for a weight's shape."""
         return Shira(shape=site.matrix_shape, columns=matrices_of(site).columns)
-
-    def for_file(self, sites: Sequence[Any]) -> ShiraConfig:
-        """Returns the config with `fan_in_fan_out` as PEFT needs it for these sites."""
-        config = copy.deepcopy(self)
-        config.fan_in_fan_out = are_turned(sites)
-        return config

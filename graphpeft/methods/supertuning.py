@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from graphpeft.graph.computed_weights import read_weight
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import draw, kernel_of
-from graphpeft.methods.matrices import matrices_of, no_matrix
+from graphpeft.methods.matrices import matrices_of
 from graphpeft.methods.placed import placed
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.delta_rule import DeltaRule
@@ -49,9 +49,11 @@ class Supertuning(DeltaRule):
     kernel: tuple[int, ...] = ()
     has_product: bool = False
 
+    needs_matrix: ClassVar[bool] = True
+
     def check(self, site: Any, config: Any) -> str | None:
-        """Refuses weights that are no matrices, and a sparsity that leaves no element."""
-        reason = super().check(site, config) or no_matrix(site)
+        """Refuses a sparsity that leaves no element."""
+        reason = super().check(site, config)
         size = math.prod(site.shape)
         if reason is None and not _count(size, config):
             reason = f"sparsity={config.sparsity} leaves none of the {size} elements of its {site.attribute}; lower it"

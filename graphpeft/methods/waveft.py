@@ -22,17 +22,14 @@ from torch import Tensor, nn
 
 from graphpeft.methods.fourierft import places_drawn, too_many
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.methods.lycoris import exact
-from graphpeft.methods.matrices import Matrices, are_turned, matrices_of, no_matrix
+from graphpeft.methods.matrices import Matrices, matrices_of
 from graphpeft.methods.wavelets import band, filters_of, synthesised
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Number, Seed, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
-from graphpeft.rules.target_options import TargetOptions
-from graphpeft.rules.trained import Biases
-from graphpeft.targeting import pattern_values, targets
+from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
 from graphpeft.wording import shown
 
@@ -60,10 +57,11 @@ class WaveFT(DeltaRule):
     length: int
 
     scales: ClassVar[tuple[str, ...]] = ("scale",)
+    needs_matrix: ClassVar[bool] = True
 
     def check(self, site: Any, config: Any) -> str | None:
-        """Refuses weights that are no matrices, more coefficients than a matrix has, and filters that nobody knows."""
-        reason = super().check(site, config) or no_matrix(site) or too_many(site, config.frequencies_at(site))
+        """Refuses more coefficients than a matrix has, and filters that nobody knows."""
+        reason = super().check(site, config) or too_many(site, config.frequencies_at(site))
         if reason is None and self.length > 2 and importlib.util.find_spec("pywt") is None:
             reason = (
                 f"the filters of wavelet_family={config.wavelet_family!r} come from PyWavelets, which isn't installed; "
@@ -153,6 +151,9 @@ class WaveFTConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.WAVEFT
     prefix: ClassVar[str | None] = "waveft_"
+    biases_option: ClassVar[str] = "bias"
+    patterns: ClassVar[Mapping[str, str]] = {"n_frequency": "n_frequency_pattern"}
+    turned_option: ClassVar[str] = "fan_in_fan_out"
     default_targets: ClassVar[targets.Defaults] = {
         **{name: named for name, named in DEFAULT_TARGET_MODULES.items() if name not in _WITHOUT_DEFAULTS},
         "gpt2": ("mlp.c_proj",),
@@ -167,7 +168,7 @@ class WaveFTConfig(TargetedConfig):
     random_loc_seed: Seed = 777
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "waveft_only"] = "none"
-    n_frequency_pattern: dict[str, Size] | None = field(default_factory=dict)
+    n_frequency_pattern: dict[str, Size] = field(default_factory=dict)
     proportional_parameters: bool = False
     init_weights: bool = True
 
@@ -189,16 +190,6 @@ class WaveFTConfig(TargetedConfig):
         """Whether the coefficients are zero."""
         return self.init_weights
 
-    @property
-    def trained_biases(self) -> Biases:
-        """Which of the model's biases are trained."""
-        return "adapted" if self.bias == "waveft_only" else self.bias
-
-    @property
-    def target_options(self) -> TargetOptions:
-        """The options that name modules, and those with patterns for their names."""
-        return super().target_options._replace(patterns={"n_frequency_pattern": self.n_frequency_pattern or {}})
-
     def prepared(self, sites: Sequence[Any]) -> WaveFTConfig:
         """Returns the config that knows the numbers of coefficients in proportion to the weights' sizes."""
         config = copy.copy(self)
@@ -217,22 +208,12 @@ class WaveFTConfig(TargetedConfig):
         """
         if self.proportional_parameters:
             return self._proportional[site.weight]
-        return self._by_name(site.name)
-
-    def _by_name(self, name: str) -> int:
-        return pattern_values.pattern_value(self.n_frequency_pattern or {}, name, self.n_frequency)
+        return self.value_at("n_frequency", site.name)
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> WaveFT:
         """Returns the rule for a weight's shape."""
         length = _length_of(self.wavelet_family) if self.use_idwt else 0
         return WaveFT(matrices=matrices_of(site), shape=site.matrix_shape, length=length)
-
-    def for_file(self, sites: Sequence[Any]) -> WaveFTConfig:
-        """Returns the config with `fan_in_fan_out` and the patterns as PEFT needs them for these sites."""
-        config = copy.deepcopy(self)
-        config.fan_in_fan_out = are_turned(sites)
-        config.n_frequency_pattern = exact({site.name: self._by_name(site.name) for site in sites}, self.n_frequency)
-        return config
 
 
 def _length_of(wavelet: str) -> int:

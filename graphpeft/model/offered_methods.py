@@ -1,4 +1,4 @@
-"""Methods of configs that an adapted model has, too, while an adapter with such a config is active."""
+"""Methods that an adapted model has, too, while an adapter is active whose config offers them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from graphpeft.rules.registry import registered
 
 
 class Offered:
-    """A method of the first active adapter's config that offers it.
+    """A method that the config of the first active adapter offers that has it.
 
     Args:
         name: Its name.
@@ -29,5 +29,5 @@ class Offered:
 
 def offered_names(model: Any) -> tuple[str, ...]:
     """Returns the names of such methods of all configs, but for those of which `model` has something of its own."""
-    names = {name for config_class in registered().values() for name in config_class.offered}
+    names = {name for config_class in registered().values() for name in config_class.offered_names()}
     return tuple(sorted(name for name in names if not hasattr(model, name)))

@@ -77,8 +77,11 @@ class PeftConfig(ConfigInCalls, ConfigJson, ConfigTraining):
     prefix: ClassVar[str | None] = None
     """How the rules' names of the method's tensors begin, by which PEFT's users find these; None if they vary."""
 
+    biases_option: ClassVar[str] = ""
+    """The option for `trained_biases`: "none", "all", or any other value for "adapted"; "" if there is none."""
+
     tying_option: ClassVar[str] = ""
-    """The option that keeps tied weights tied, see `keeps_tied`; "" if the method has none."""
+    """The option for `keeps_tied`; "" if there is none."""
 
     is_resolved: ClassVar[bool] = False
     """Whether the options that depend on a model are filled in, as in the config of each adapter."""
@@ -98,6 +101,10 @@ class PeftConfig(ConfigInCalls, ConfigJson, ConfigTraining):
                     f"task_type is {shown(self.task_type)}; choose one of {[task.value for task in TaskType]}"
                 )
             self.task_type = TaskType(self.task_type)
+        for field in dataclasses.fields(self):
+            # PEFT's types for mappings allow null, which files may hold
+            if field.default_factory is dict and getattr(self, field.name) is None:
+                setattr(self, field.name, {})
         check_options(self)
 
     @property
@@ -148,8 +155,9 @@ class PeftConfig(ConfigInCalls, ConfigJson, ConfigTraining):
 
     @property
     def trained_biases(self) -> Biases:
-        """The biases of the model to train."""
-        return "none"
+        """The biases of the model to train; by default, as `biases_option` says."""
+        value = getattr(self, self.biases_option) if self.biases_option else "none"
+        return value if value in ("none", "all") else "adapted"
 
     @property
     def takes_product(self) -> bool:
@@ -158,8 +166,11 @@ class PeftConfig(ConfigInCalls, ConfigJson, ConfigTraining):
 
     @property
     def keeps_tied(self) -> bool:
-        """Whether tied weights of the model stay tied: trained copies are one tensor, and trained rows are the same."""
-        return False
+        """Whether tied weights of the model stay tied: trained copies are one tensor, and trained rows are the same.
+
+        By default, as `tying_option` says.
+        """
+        return bool(self.tying_option and getattr(self, self.tying_option))
 
     @property
     def replicated_layers(self) -> Sequence[Sequence[int]] | None:

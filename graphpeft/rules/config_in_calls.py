@@ -27,8 +27,14 @@ class ConfigInCalls:
     adds_tokens: ClassVar[bool] = False
     """Whether layers of the model are given more tokens than the call has."""
 
-    offered: ClassVar[tuple[str, ...]] = ()
-    """The names of the config's methods that an adapted model has, too, while such an adapter is active."""
+    offered: ClassVar[type[Any] | None] = None
+    """A class, made of the config, whose methods an adapted model has, too, while an adapter with it is active."""
+
+    @classmethod
+    def offered_names(cls) -> frozenset[str]:
+        """Returns the names of these methods."""
+        members = () if cls.offered is None else dir(cls.offered)
+        return frozenset(name for name in members if not name.startswith("_"))
 
     def offers(self, name: str) -> Callable[..., Any] | None:
         """Returns the method of this name that an adapted model has, or None.
@@ -36,7 +42,9 @@ class ConfigInCalls:
         Args:
             name: The name.
         """
-        return getattr(self, name) if name in self.offered else None
+        if self.offered is None or name not in self.offered_names():
+            return None
+        return getattr(self.offered(self), name)
 
     def apart_from(self, others: Mapping[str, Any]) -> str | None:
         """Returns why the adapter can't act together with others, or None.

@@ -36,6 +36,8 @@ class WeightRule(Mergeable):
         layout: The stored layout of the site's weight; `at_site` sets it.
         casts: Whether the parameters' dtype differs from the weight's; `at_site` sets it.
         adapts: The kinds of weights that the rule adapts, by `Site.layout`.
+        needs_matrix: Whether it refuses vectors.
+        adapts_calls: Whether it adapts calls of modules without a plain weight, too: a `LeafSite`.
 
     Examples:
         >>> class Factors(WeightRule):
@@ -56,6 +58,8 @@ class WeightRule(Mergeable):
     casts: bool = dataclasses.field(default=False, kw_only=True, repr=False)
 
     adapts: ClassVar[tuple[type, ...]] = (ops.Linear, ops.Convolution, ops.Weight)
+    needs_matrix: ClassVar[bool] = False
+    adapts_calls: ClassVar[bool] = False
 
     def at_site(self, site: Any, dtype: torch.dtype) -> WeightRule:
         """Returns the rule for the layout of a site's weight."""
@@ -64,13 +68,15 @@ class WeightRule(Mergeable):
         return dataclasses.replace(self, layout=site.weight_layout, casts=dtype != site.dtype)
 
     def check(self, site: Any, config: Any) -> str | None:
-        """Refuses sites without a weight, weights of other layouts, and embeddings that shorten their rows."""
+        """Refuses sites without a weight, weights of other layouts or sizes, and embeddings that shorten their rows."""
         if isinstance(site, LeafSite):
-            return f"{config.method} changes weights, and it is {site.kind}"
+            return None if self.adapts_calls else f"{config.method} changes weights, and it is {site.kind}"
         if site.layout not in self.adapts:
             return f"{config.method} isn't for the weight of a {site.layout.__name__}"
         if site.shortens:
             return f"its max_norm shortens the rows that it reads, which {config.method} doesn't know"
+        if self.needs_matrix and len(site.shape) < 2:
+            return f"its {site.attribute} of shape {tuple(site.shape)} is no matrix"
         return None
 
     def change(self, given: Mapping[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -40,6 +41,7 @@ class Within:
 
 
 _LARGEST = 3.4e38  # in single precision, in which adapters compute
+_BELOW_1 = math.nextafter(1, 0)
 
 Size = Annotated[int, Within("a positive integer", 1, 2**20)]
 """A number of dimensions, ranks or tokens. The bound is far above any model, and small enough to multiply."""
@@ -70,6 +72,9 @@ NotNegative = Annotated[float, Within("a finite number from 0 on", 0, _LARGEST)]
 
 Probability = Annotated[float, Within("a probability, 0 ≤ p ≤ 1", 0, 1)]
 """A probability, such as of dropout."""
+
+DropoutProbability = Annotated[float, Within("a probability of dropping an element, 0 ≤ p < 1", 0, _BELOW_1)]
+"""A probability of dropout that leaves something."""
 
 
 def check_options(options: Any) -> None:

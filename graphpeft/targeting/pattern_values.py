@@ -71,6 +71,16 @@ def pattern_of(name: str) -> str:
     return f"^{re.escape(name)}$"
 
 
+def exact_patterns(values: Mapping[str, T], default: T) -> dict[str, T]:
+    """Returns patterns that each match one name alone, for the names whose value isn't the default.
+
+    Args:
+        values: The values by name.
+        default: The value of names that no pattern matches.
+    """
+    return {pattern_of(name): value for name, value in values.items() if value != default}
+
+
 def name_of(pattern: str) -> str | None:
     """Returns the name of which `pattern_of` makes this key, or None for another key."""
     name = re.sub(r"\\(.)", r"\1", pattern[1:-1], flags=re.DOTALL)

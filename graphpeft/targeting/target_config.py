@@ -20,7 +20,7 @@ from graphpeft.sites.calls import boundary_site
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.layer_kinds import layers_in
 from graphpeft.sites.site import CallSite, LeafSite, Site
-from graphpeft.targeting import targets
+from graphpeft.targeting import pattern_values, targets
 from graphpeft.targeting.targeting import targeted_modules, targeted_sites
 from graphpeft.wording import joined
 
@@ -50,6 +50,15 @@ class TargetedConfig(PeftConfig):
 
     adapts_leaves: ClassVar[bool] = False
     """Whether the method's rules adapt the call of a module without a plain weight: a `LeafSite`."""
+
+    patterns: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """The options that have other values at some sites, each with the option that has these by patterns for names."""
+
+    parameters_option: ClassVar[str] = ""
+    """The option that names weights as parameters, `target_parameters` in PEFT; "" if there is none."""
+
+    turned_option: ClassVar[str] = ""
+    """The option by which files tell PEFT that weights are stored as (in, out); "" if there is none."""
 
     default_targets: ClassVar[targets.Defaults] = MappingProxyType({})
     """The default `target_modules`, by the `model_type` of the model's config, as in PEFT."""
@@ -89,7 +98,18 @@ class TargetedConfig(PeftConfig):
             self.modules_to_save,
             self.layers_to_transform,
             self.layers_pattern,
+            target_parameters=getattr(self, self.parameters_option) if self.parameters_option else None,
+            patterns={pattern: getattr(self, pattern) for pattern in self.patterns.values()},
         )
+
+    def value_at(self, option: str, name: str) -> Any:
+        """Returns the value of one of `patterns` at a site.
+
+        Args:
+            option: The option.
+            name: The site's name.
+        """
+        return pattern_values.pattern_value(getattr(self, self.patterns[option]), name, getattr(self, option))
 
     def resolved(self, model: nn.Module) -> PeftConfig:
         """Returns the config with `target_modules` filled in: the model's default, or the names for "all-linear"."""
@@ -159,8 +179,38 @@ class TargetedConfig(PeftConfig):
         return found
 
     def naming(self, sites: Sequence[Any], names: Collection[str]) -> PeftConfig:
-        """Returns a copy of the config that names exactly these sites."""
+        """Returns a copy of the config that names exactly these sites: each as a module, or as a parameter."""
         config = copy.copy(self)
-        config.target_modules = targets.exactly([site.name for site in sites], names)
         config.layers_to_transform = config.layers_pattern = None
+        # a layer's weight that was named as a parameter has no other name
+        parameters = [site for site in sites if self._names_parameter(site)]
+        modules = [site.name for site in sites if site not in parameters]
+        config.target_modules = targets.exactly(modules, names)
+        if self.parameters_option:
+            config._name_parameters([site.name for site in parameters], names)
+        return config
+
+    def _names_parameter(self, site: Any) -> bool:
+        options = self.target_options
+        return bool(options.target_parameters) and not site.is_layer and targets.match_parameter(options, site.name)
+
+    def _name_parameters(self, paths: Sequence[str], names: Collection[str]) -> None:
+        """Lets the config name exactly these parameters."""
+        vars(self)[self.parameters_option] = paths or None
+        also = sorted(
+            name for name in names if targets.match_parameter(self.target_options, name) and name not in paths
+        )
+        if also:
+            raise ValueError(f"{self.parameters_option} can't name {paths} without {also}; name them in target_modules")
+
+    def for_file(self, sites: Sequence[Any]) -> PeftConfig:
+        """Returns the config with `turned_option`, and with patterns of one name each, since PEFT sorts them."""
+        changed: dict[str, Any] = {}
+        for option, pattern in self.patterns.items():
+            values = {site.name: self.value_at(option, site.name) for site in sites}
+            changed[pattern] = pattern_values.exact_patterns(values, getattr(self, option))
+        if self.turned_option:
+            changed[self.turned_option] = bool(sites) and all(getattr(site, "transposed", False) for site in sites)
+        config = super().for_file(sites)
+        vars(config).update(changed)
         return config

@@ -12,9 +12,7 @@ numbers as PEFT's ``tuners/adalora/layer.py`` and ``model.py``.
 from __future__ import annotations
 
 import copy
-import itertools
 import math
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -23,22 +21,20 @@ import torch
 from torch import Tensor
 
 from graphpeft.graph import ops
-from graphpeft.methods.adalora import allocation
+from graphpeft.methods.adalora import allocation, option_checks, ranks_left
 from graphpeft.methods.adalora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.adalora.rule import AdaLora, AdaLoraBranch, AdaLoraLeaf, form_of
 from graphpeft.methods.lora.config import LoraConfig
+from graphpeft.methods.lora.nested import drop_unused
 from graphpeft.methods.lycoris import kernel_of
-from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.combination import Combination
 from graphpeft.rules.options import Index, NotNegative, Size, Within
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
-from graphpeft.rules.target_options import TargetOptions
 from graphpeft.rules.trained import SiteParameters
 from graphpeft.sites.site import LeafSite
 from graphpeft.targeting import targets
-from graphpeft.wording import joined, shown
 
 Share = Annotated[float, Within("a number between 0 and 1", math.nextafter(0, 1), math.nextafter(1, 0))]
 
@@ -98,6 +94,7 @@ class AdaLoraConfig(LoraConfig):
     lacks: ClassVar[frozenset[str]] = frozenset({"target_parts", "merged_quantiser"})
     changed_by_training: ClassVar[frozenset[str]] = frozenset({"rank_pattern"})
     parameters_changed_by_steps: ClassVar[frozenset[str] | None] = frozenset({"lora_E"})
+    patterns: ClassVar[Mapping[str, str]] = {}
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
     not_of_tensors: ClassVar[frozenset[str]] = LoraConfig.not_of_tensors | {
         "beta1",
@@ -136,32 +133,11 @@ class AdaLoraConfig(LoraConfig):
     def check(self) -> None:
         """Raises ValueError for options that can't be, and warns of those that have no effect."""
         super().check()
-        for name in ("r", "use_rslora", "alpha_pattern", "lora_bias"):
-            if getattr(self, name) != getattr(_LORA, name):
-                _warn(f"{name}={shown(getattr(self, name))}", "leave it out" + "; the rank is init_r" * (name == "r"))
-        if isinstance(self.init_lora_weights, str):
-            _warn(f"init_lora_weights={self.init_lora_weights!r}", "it is as True")
+        option_checks.warn_of_unused(self)
 
     def _check_values(self) -> None:
         super()._check_values()
-        for name in ("use_dora", "loftq_config"):
-            if getattr(self, name):
-                raise ValueError(f"{name} isn't for AdaLoRA, as in PEFT; leave it out")
-        if not self.total_step:
-            raise ValueError("total_step must be the number of steps of the training, from which AdaLoRA has a budget")
-        if self.tinit >= self.total_step - self.tfinal:
-            raise ValueError(
-                f"tinit={self.tinit} and tfinal={self.tfinal} leave none of the {self.total_step} steps of total_step "
-                "in which ranks are dropped; decrease tinit or tfinal, or increase total_step"
-            )
-        wrong = [key for key, mask in (self.rank_pattern or {}).items() if len(mask) != self.init_r]
-        if wrong:
-            raise ValueError(f"rank_pattern says of {joined(wrong)} which of other numbers of ranks than init_r stay")
-
-    @property
-    def target_options(self) -> TargetOptions:
-        """The options that name modules and parameters; none has patterns for their names."""
-        return super().target_options._replace(patterns={})
+        option_checks.check_values(self)
 
     @property
     def starts_as_identity(self) -> bool:
@@ -184,7 +160,7 @@ class AdaLoraConfig(LoraConfig):
     def prepared(self, sites: Sequence[Any]) -> AdaLoraConfig:
         """Returns the config with the places of the ranks that `rank_pattern` leaves."""
         config = copy.copy(self)
-        config._places = {site.label: self._left(site.label) for site in sites}
+        config._places = {site.label: ranks_left.places(self, site.label) for site in sites}
         return config
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> AdaLora:
@@ -210,7 +186,7 @@ class AdaLoraConfig(LoraConfig):
         if step < end:
             self._averages = allocation.averaged(sites, self._averages, self.beta1, self.beta2)
         if step == end or (self.tinit < step < end and step % self.deltaT == 0):
-            self.rank_pattern = self._allocated(step, end, sites)  # pyright: ignore[reportIncompatibleVariableOverride]
+            self.rank_pattern = ranks_left.after_step(self, self._averages, step, end, sites)  # pyright: ignore[reportIncompatibleVariableOverride]
         elif step < end:
             return
         if self.rank_pattern is None:
@@ -218,7 +194,7 @@ class AdaLoraConfig(LoraConfig):
         if step >= end:
             self._averages = {}
         for site, parameters in sites:
-            is_left = torch.tensor(self._mask(site.label), dtype=torch.bool)
+            is_left = ranks_left.mask(self, site.label)
             if not bool(is_left.all()):
                 parameters["lora_E"][..., ~is_left, :] = 0
 
@@ -231,36 +207,11 @@ class AdaLoraConfig(LoraConfig):
         pattern, averages = allocation.from_tensors(state)
         return {"rank_pattern": pattern or None, "_averages": averages}
 
-    def _allocated(self, step: int, end: int, sites: Sequence[SiteParameters]) -> dict[str, list[bool]]:
-        if not self._averages:
-            raise ValueError(
-                f"no importance is known at step {step}, at which ranks are dropped; call update_and_allocate after "
-                "each step"
-            )
-        count = len(sites)
-        schedule = allocation.Schedule(self.init_r * count, self.target_r * count, self.tinit, end)
-        scores = {site.label: allocation.importance(self._averages, site.label) for site, _ in sites}
-        found = allocation.kept(scores, sum(map(len, scores.values())) - schedule.budget(step))
-        left = {label: set(itertools.compress(self.places_at(label), mask)) for label, mask in found.items()}
-        return {f"{label}.lora_E": [rank in places for rank in range(self.init_r)] for label, places in left.items()}
-
-    def _left(self, label: str) -> tuple[int, ...]:
-        """Returns the places of the ranks that `rank_pattern` leaves."""
-        mask = (self.rank_pattern or {}).get(f"{label}.lora_E")
-        return (
-            tuple(range(self.init_r)) if mask is None else tuple(rank for rank, is_left in enumerate(mask) if is_left)
-        )
-
-    def _mask(self, label: str) -> list[bool]:
-        """Returns which of the ranks that a site has are left."""
-        left = self._left(label)
-        return [place in left for place in self.places_at(label)]
-
     # files
 
     def file_form(self, site: Any, name: str, spec: ParameterSpec) -> FileForm | None:
         """Returns the form with the ranks alone that are left."""
-        mask = torch.tensor(self._mask(site.label), dtype=torch.bool)
+        mask = ranks_left.mask(self, site.label)
         if bool(mask.all()):
             return None
         return form_of(spec.shape, len(spec.shape) - (1 if name == "lora_B" else 2), mask.nonzero().flatten())
@@ -268,7 +219,7 @@ class AdaLoraConfig(LoraConfig):
     def for_file(self, sites: Sequence[Any]) -> AdaLoraConfig:
         """Returns the config as PEFT reads it."""
         config = copy.deepcopy(self)
-        config.drop_unused()
+        drop_unused(config)
         layers = [site for site in sites if site.is_layer]
         config.fan_in_fan_out = bool(layers) and all(getattr(site, "transposed", False) for site in sites)
         return config
@@ -286,10 +237,3 @@ class AdaLoraConfig(LoraConfig):
         raise ValueError(
             "adapters of AdaLoRA aren't combined, as in PEFT; convert_to_lora makes LoRA of each, which are"
         )
-
-
-_LORA = LoraConfig()
-
-
-def _warn(what: str, way_out: str) -> None:
-    warnings.warn(f"{what} has no effect in AdaLoRA, as in PEFT; {way_out}", PeftWarning, stacklevel=6)

@@ -19,7 +19,6 @@ from graphpeft.graph import ops
 from graphpeft.graph.recorded import as_node
 from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora.linear import dropped_by_row, products_by_row
-from graphpeft.methods.matrices import no_matrix
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
 from graphpeft.rules.rule import RunsByRow
@@ -37,10 +36,7 @@ class AdaLora(DeltaRule):
     kernel: tuple[int, ...] = ()
 
     scales: ClassVar[tuple[str, ...]] = ("scale",)
-
-    def check(self, site: Any, config: Any) -> str | None:
-        """Refuses weights that are no matrices."""
-        return super().check(site, config) or no_matrix(site)
+    needs_matrix: ClassVar[bool] = True
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A, E and B, with as many ranks as the config's `rank_pattern` leaves."""

@@ -26,7 +26,6 @@ from graphpeft.methods.adamss.groups import Group, groups_of, is_installed
 from graphpeft.methods.adamss.rule import Adamss, has_bias
 from graphpeft.methods.factored import sizes_of
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.methods.matrices import no_matrix
 from graphpeft.rules.options import Number, Probability, Seed, Size, Within
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
@@ -155,7 +154,7 @@ class AdamssConfig(TargetedConfig):
                 "pip install 'graphpeft[clusters]'"
             )
         config = copy.copy(self)
-        fit = [site for site in sites if not isinstance(site, LeafSite) and no_matrix(site) is None]
+        fit = [site for site in sites if not isinstance(site, LeafSite) and len(site.shape) > 1]
         config._groups = {
             site.label: weights.read(site, functools.partial(groups_of, site, self))
             for site in fit

@@ -64,6 +64,7 @@ class IA3Config(TargetedConfig):
     prefix: ClassVar[str | None] = "ia3_"
     lacks: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
     adapts_leaves: ClassVar[bool] = True
+    turned_option: ClassVar[str] = "fan_in_fan_out"
     default_targets: ClassVar[targets.Defaults] = {
         name: (*others, *FEED_FORWARD[name]) for name, others in OTHERS.items()
     }
@@ -111,12 +112,6 @@ class IA3Config(TargetedConfig):
         if isinstance(named, str):
             return Pattern(named, named, "feedforward_modules").fullmatch(name) is not None
         return any(name.endswith(ending) for ending in named)
-
-    def for_file(self, sites: Sequence[Any]) -> IA3Config:
-        """Returns the config with `fan_in_fan_out` as PEFT needs it for these sites."""
-        config = copy.deepcopy(self)
-        config.fan_in_fan_out = bool(sites) and all(getattr(site, "transposed", False) for site in sites)
-        return config
 
     def combined(self, configs: Sequence[Any], sites: Sequence[Any], how: Combination) -> IA3Config:
         """Returns the config that names the targets of all.

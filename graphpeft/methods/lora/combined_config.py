@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from graphpeft.methods.lora.nested import drop_unused
 from graphpeft.methods.lora.variants.kinds import variant_of
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.combination import Combination
@@ -65,7 +66,7 @@ def combined_config(configs: Sequence[Any], sites: Sequence[Site], how: Combinat
     )
     if config.init_lora_weights not in (True, False, "gaussian"):
         config.init_lora_weights = True  # others may change the base weights, and its values come from elsewhere
-        config.drop_unused()
+        drop_unused(config)
     config.modules_to_save = _all_names([each.modules_to_save for each in configs])
     config.trainable_token_indices = _all_rows([each.trainable_token_indices for each in configs])
     targets = [{name: getattr(each, name) for name in _TARGETING} for each in configs]

@@ -9,39 +9,34 @@ Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv 2312.03732; the s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from graphpeft.methods.lora import choice, combination, combined_config, in_files, merge_aware, unsupported
+from graphpeft.methods.lora import choice, combination, combined_config, in_files, option_checks
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lora.init.initialisation import initialisation_of, traits_of
-from graphpeft.methods.lora.nested import drop_unused, give_classes, warn_of_unused
+from graphpeft.methods.lora.nested import give_classes, warn_of_unused
 from graphpeft.methods.lora.parts import with_parts
 from graphpeft.methods.lora.tied import names_with_tied, with_tied
 from graphpeft.methods.lora.variants import activated, kinds
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.combination import Combination, Part
 from graphpeft.rules.config import OWN, PeftConfig
-from graphpeft.rules.options import Index, Kind, Number, Size, Within
+from graphpeft.rules.options import DropoutProbability, Index, Kind, Number, Size
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.present_call import PresentCall
 from graphpeft.rules.registry import register
 from graphpeft.rules.report import Report
 from graphpeft.rules.rule import Rule
-from graphpeft.rules.target_options import TargetOptions
-from graphpeft.rules.trained import Biases, TableRows
+from graphpeft.rules.trained import TableRows
 from graphpeft.sites.finder import SiteFinder
-from graphpeft.targeting import targets
 from graphpeft.targeting.full_training import named_rows
 from graphpeft.targeting.target_config import TargetedConfig
 from graphpeft.targeting.targeting import targeted_sites
-
-Dropout = Annotated[float, Within("a probability of dropping an element, 0 ≤ p < 1", 0, math.nextafter(1, 0))]
 
 
 @register
@@ -114,8 +109,11 @@ class LoraConfig(TargetedConfig):
     default_targets: ClassVar[Mapping[str, tuple[str, ...] | str]] = DEFAULT_TARGET_MODULES
     peft_type: ClassVar[PeftType] = PeftType.LORA
     prefix: ClassVar[str | None] = "lora_"
+    biases_option: ClassVar[str] = "bias"
     adapts_leaves: ClassVar[bool] = True
     tying_option: ClassVar[str] = "ensure_weight_tying"
+    parameters_option: ClassVar[str] = "target_parameters"
+    patterns: ClassVar[Mapping[str, str]] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
         "fan_in_fan_out",
         "lora_dropout",
@@ -126,7 +124,7 @@ class LoraConfig(TargetedConfig):
     r: Size = 8
     target_parameters: list[str] | None = None
     lora_alpha: Number = 8
-    lora_dropout: Dropout = 0.0
+    lora_dropout: DropoutProbability = 0.0
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
@@ -162,10 +160,6 @@ class LoraConfig(TargetedConfig):
     use_qalora: bool = False
 
     def __post_init__(self) -> None:
-        # PEFT's type for them allows null, which files may hold
-        for name in ("rank_pattern", "alpha_pattern"):
-            if getattr(self, name) is None:
-                setattr(self, name, {})
         if isinstance(self.init_lora_weights, str):
             self.init_lora_weights = self.init_lora_weights.lower()  # PEFT takes "OLoRA", "MiCA" and "Gaussian", too
         give_classes(self)
@@ -176,43 +170,12 @@ class LoraConfig(TargetedConfig):
         """Raises ValueError for options of PEFT's that aren't supported: nothing is ignored in silence."""
         super().check()
         self._check_values()
-        unsupported.check(self)
+        option_checks.check_supported(self)
         initialisation_of(self.init_lora_weights)
         warn_of_unused(self)
-        if self.init_lora_weights == "loftq" and not self.loftq_config:
-            raise ValueError("init_lora_weights='loftq' needs loftq_config, such as {'loftq_bits': 4}")
-
-    def drop_unused(self) -> None:
-        """Takes out the nested options of other initialisations than the config's own."""
-        drop_unused(self)
 
     def _check_values(self) -> None:
-        merge_aware.check(self.merged_quantiser)
-        kinds.check(self)
-        if self.lora_bias and self.use_dora:
-            raise ValueError("lora_bias=True isn't for DoRA, as in PEFT: leave use_dora or lora_bias out")
-        if self.lora_bias and self.init_lora_weights not in (True, False):
-            raise ValueError(
-                f"lora_bias=True needs init_lora_weights True or False, as in PEFT, not {self.init_lora_weights!r}"
-            )
-        if self.use_dora and self.init_lora_weights == "mica":
-            raise ValueError("init_lora_weights='mica' isn't for DoRA, as in PEFT: leave use_dora out")
-
-    @property
-    def target_options(self) -> TargetOptions:
-        """The options that name modules and parameters, and those with patterns for their names."""
-        patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
-        return super().target_options._replace(target_parameters=self.target_parameters, patterns=patterns)
-
-    @property
-    def trained_biases(self) -> Biases:
-        """Which of the model's biases are trained."""
-        return self.bias if self.bias in ("none", "all") else "adapted"
-
-    @property
-    def keeps_tied(self) -> bool:
-        """Whether weights that are tied in the model stay so."""
-        return self.ensure_weight_tying
+        option_checks.check_values(self)
 
     @property
     def takes_product(self) -> bool:
@@ -227,21 +190,6 @@ class LoraConfig(TargetedConfig):
     def find_rows(self, modules: Mapping[str, nn.Module], report: Report) -> dict[str, TableRows]:
         """Returns the rows that `trainable_token_indices` names."""
         return named_rows(self.trainable_token_indices, "trainable_token_indices", modules, report)
-
-    def naming(self, sites: Sequence[Any], names: Collection[str]) -> PeftConfig:
-        """Returns the config that names these sites alone: each in `target_modules`, or as a parameter."""
-        if self.target_parameters is None:
-            return super().naming(sites, names)
-        # a layer's weight that was named as a parameter has no other name
-        kept = [s for s in sites if not s.is_layer and targets.match_parameter(self.target_options, s.name)]
-        config = super().naming([site for site in sites if site not in kept], names)
-        assert isinstance(config, LoraConfig)
-        paths = [site.name for site in kept]
-        config.target_parameters = paths or None
-        also = sorted(o for o in names if targets.match_parameter(config.target_options, o) and o not in paths)
-        if also:
-            raise ValueError(f"target_parameters can't name {paths} without {also}; name them in target_modules")
-        return config
 
     @property
     def starts_as_identity(self) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from graphpeft.methods.lora import merge_aware
 from graphpeft.methods.lora.factors import alpha_of, exact_patterns, rank_of
+from graphpeft.methods.lora.nested import drop_unused
 from graphpeft.methods.lora.parts import as_stock, of_parts, wanted_parts
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.sites.site import Site
@@ -27,7 +28,7 @@ def written(own: Any, sites: Sequence[Any]) -> Any:
     """
     config = copy.deepcopy(own)
     config.merged_quantiser = merge_aware.in_file(own.merged_quantiser)
-    config.drop_unused()
+    drop_unused(config)
     config.rank_pattern, config.alpha_pattern = exact_patterns(sites, own)
     for site in sites:
         if isinstance(site, Site) and site.parts:
@@ -87,7 +88,7 @@ def converted(own: Any, tensors: Mapping[str, Tensor], first: Mapping[str, Tenso
         )
     config = copy.deepcopy(own)
     config.init_lora_weights = True
-    config.drop_unused()
+    drop_unused(config)
     config.r, config.lora_alpha = 2 * own.r, own.lora_alpha * (2**0.5 if own.use_rslora else 2)
     config.rank_pattern = {key: 2 * rank for key, rank in own.rank_pattern.items()}
     config.alpha_pattern = {key: 2 * alpha for key, alpha in own.alpha_pattern.items()}

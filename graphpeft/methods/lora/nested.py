@@ -55,7 +55,7 @@ def warn_of_unused(config: Any) -> None:
 
 
 def drop_unused(config: Any) -> None:
-    """Takes them out."""
+    """Takes out nested options of other initialisations than the config's own, in place."""
     for name, (kind, _) in OF_INITIALISATIONS.items():
         if config.init_lora_weights != kind:
             setattr(config, name, {} if name == "loftq_config" else None)

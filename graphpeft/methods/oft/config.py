@@ -26,7 +26,6 @@ from graphpeft.rules.options import NotNegative, Probability, SizeOrZero, Within
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 from graphpeft.rules.rule import Rule
-from graphpeft.rules.trained import Biases
 from graphpeft.sites.site import LeafSite
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
@@ -71,6 +70,7 @@ class OFTConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.OFT
     prefix: ClassVar[str | None] = "oft_"
+    biases_option: ClassVar[str] = "bias"
     adapts_leaves: ClassVar[bool] = True
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
@@ -114,11 +114,6 @@ class OFTConfig(TargetedConfig):
     def starts_as_identity(self) -> bool:
         """Whether all rotations are the identity."""
         return self.init_weights
-
-    @property
-    def trained_biases(self) -> Biases:
-        """Which of the model's biases are trained."""
-        return "adapted" if self.bias == "oft_only" else self.bias
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
         """Returns the rule for an embedding's rows, or for a layer's inputs."""

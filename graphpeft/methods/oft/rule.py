@@ -33,11 +33,13 @@ class Rotation(WeightRule):
     eps: float | None = None
     drops: float = 0.0
 
+    adapts_calls: ClassVar[bool] = True
+
     key: ClassVar[str] = "oft_R.weight"
 
     def check(self, site: Any, config: Any) -> str | None:
         """Refuses sites whose features can't be rotated, and what acts in training where no operation is known."""
-        reason = None if isinstance(site, LeafSite) else super().check(site, config)
+        reason = super().check(site, config)
         if reason is None and self.size == 1:
             reason = "its features fall into blocks of one, which can't be rotated; choose another oft_block_size or r"
         for name in ("coft", "module_dropout"):
@@ -75,14 +77,13 @@ class InputRotation(Rotation, InputRule):
     groups: int = 1
 
     adapts: ClassVar[tuple[type, ...]] = (ops.Linear, ops.Convolution, ops.Weight)
+    needs_matrix: ClassVar[bool] = True
 
     def check(self, site: Any, config: Any) -> str | None:
-        """Refuses vectors, kernels of more than one position, and blocks of features of several groups."""
+        """Refuses kernels of more than one position, and blocks of features of several groups."""
         reason = super().check(site, config)
         if reason is not None or isinstance(site, LeafSite):
             return reason
-        if len(site.shape) < 2:
-            return f"its {site.attribute} of shape {tuple(site.shape)} is no matrix"
         if any(length > 1 for length in site.matrix_shape[2:]) and site.layout is ops.Convolution:
             return (
                 f"its kernel is {'×'.join(map(str, site.matrix_shape[2:]))}: positions overlap, so that no rotation of "

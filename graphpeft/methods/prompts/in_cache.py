@@ -22,13 +22,8 @@ from graphpeft.methods.prompts.caches import (
     under_one_name,
 )
 from graphpeft.methods.prompts.key_sizes import reads_those_of_others, size_in_layer
-from graphpeft.methods.prompts.placements import (
-    Placement,
-    checked_positions,
-    exceeds_positions,
-    lengthened_for,
-    shifted,
-)
+from graphpeft.methods.prompts.lengthening import checked_positions, exceeds_positions, lengthened_for, shifted
+from graphpeft.methods.prompts.placement import Placement
 from graphpeft.sites.site import CallSite
 
 

@@ -10,9 +10,10 @@ from torch import nn
 
 from graphpeft.methods.prompts.caches import other_cache_names
 from graphpeft.methods.prompts.in_cache import InCache
-from graphpeft.methods.prompts.key_sizes import sizes_in_layers
-from graphpeft.methods.prompts.placements import PromptRule
-from graphpeft.methods.prompts.prompt_config import PromptLearningConfig, sizes_in, text_config_of
+from graphpeft.methods.prompts.key_sizes import default_sizes, possible_sizes, sizes_in_layers
+from graphpeft.methods.prompts.model_sizes import text_config_of
+from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
+from graphpeft.methods.prompts.prompt_rule import PromptRule
 from graphpeft.methods.prompts.transformers_sites import GENERATOR, cache_sites
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import Rule
@@ -34,7 +35,7 @@ class PrefixConfig(PromptLearningConfig):
 
     def resolved(self, model: nn.Module) -> PrefixConfig:
         """Returns the config with the sizes of the model's keys and values filled in."""
-        sizes = {} if self.token_dim is not None else _key_sizes(model)
+        sizes = {} if self.token_dim is not None else default_sizes(text_config_of(model))
         config = super().resolved(model)
         assert isinstance(config, PrefixConfig)
         for name, size in sizes.items():
@@ -58,7 +59,7 @@ class PrefixConfig(PromptLearningConfig):
 
     def _fits_cache(self, model: nn.Module, report: Report) -> bool:
         """Returns whether the prefix can be keys and values of the model, and reports if it can't."""
-        known = _sizes_of_cache(model)
+        known = possible_sizes(text_config_of(model))
         reasons = [
             f"{name} is {getattr(self, name)}, and the model has {' or '.join(map(str, sizes))}"
             for name, sizes in known.items()
@@ -97,40 +98,3 @@ class PrefixConfig(PromptLearningConfig):
         sizes = (self.num_virtual_tokens, self.num_layers, self.num_attention_heads)
         counts = site.role == GENERATOR
         return PromptRule(self.encoder_in_use(), InCache(*sizes, other_cache_names(site.arguments), counts))
-
-
-def _key_sizes(model: nn.Module) -> dict[str, int]:
-    """Returns the sizes of keys and values where fewer heads have them than there are, as PEFT works them out."""
-    config = text_config_of(model)
-    by_layer = sizes_in_layers(config)
-    if by_layer:
-        # such a config tells no size that all layers have
-        heads, size = max(by_layer, key=lambda size: size.of_head)
-        return {"token_dim": size * heads, "num_attention_heads": heads}
-    heads = getattr(config, "num_key_value_heads", None)
-    if heads is None:
-        return {}
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return {"token_dim": size * heads, "num_attention_heads": heads}
-
-
-def _sizes_of_cache(model: nn.Module) -> dict[str, list[int]]:
-    """Returns how many heads, and layers, a model's own caches may have; a model of two parts has several numbers."""
-    config = text_config_of(model)
-    by_layer = sizes_in_layers(config)
-    # a model in which all heads share one key says so, in one way or another
-    shares = hasattr(config, "num_kv_heads") or getattr(config, "multi_query", False)
-    heads = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads", "decoder_attention_heads")
-    if by_layer:
-        heads = ()
-    elif getattr(config, "num_key_value_heads", None) is not None:
-        heads = ("num_key_value_heads",)
-    asked = {
-        "num_attention_heads": () if shares else heads,
-        "num_layers": ("num_hidden_layers", "num_layers", "n_layer", "decoder_layers", "num_decoder_layers"),
-    }
-    found = sizes_in(config, asked)
-    found["num_attention_heads"] += [
-        size.heads for size in sizes_in_layers(text_config_of(model)) if size.heads is not None
-    ]
-    return {name: sorted(set(sizes)) for name, sizes in found.items()}

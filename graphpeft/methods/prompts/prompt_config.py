@@ -16,8 +16,11 @@ from graphpeft.graph.traced_model import module_told
 from graphpeft.methods.prompts import transformers_sites
 from graphpeft.methods.prompts.caches import other_cache_names
 from graphpeft.methods.prompts.encoders import EMBEDDINGS_KEY, ENCODER_PREFIX, Encoder, NoPrompt, Table
-from graphpeft.methods.prompts.placements import LABELS, POSITIONS, InEncoding, Prepended, PromptRule
-from graphpeft.methods.prompts.scopes import SCOPE, InScope, scope_sites
+from graphpeft.methods.prompts.in_front import LABELS, POSITIONS, InEncoding, Prepended
+from graphpeft.methods.prompts.in_scope import InScope
+from graphpeft.methods.prompts.model_sizes import SIZES, sizes_in, text_config_of
+from graphpeft.methods.prompts.prompt_rule import PromptRule
+from graphpeft.methods.prompts.scope_sites import SCOPE, scope_sites
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.config import OWN, PeftConfig
 from graphpeft.rules.options import Layers, Size, Within
@@ -173,7 +176,7 @@ class PromptLearningConfig(PeftConfig):
         """Returns the config with the sizes of the model filled in as PEFT fills them in."""
         config = super().resolved(model)
         assert isinstance(config, PromptLearningConfig)
-        for name, sizes in sizes_in(text_config_of(model), _SIZES).items():
+        for name, sizes in sizes_in(text_config_of(model), SIZES).items():
             if getattr(config, name) is None:
                 setattr(config, name, next(iter(sizes), None))
         if config.prompt_scope is not None:
@@ -222,27 +225,3 @@ class PromptLearningConfig(PeftConfig):
 
 def _is_of_encoder(key: str) -> bool:
     return key.startswith(ENCODER_PREFIX) or f".{ENCODER_PREFIX}" in key
-
-
-def text_config_of(model: nn.Module) -> Any:
-    """Returns the part of a Transformers model's config that is about its text; None without a config."""
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def sizes_in(config: Any, options: Mapping[str, Sequence[str]]) -> dict[str, list[int]]:
-    """Returns the sizes in a model's config, by the names of this library's options.
-
-    Args:
-        config: The model's config.
-        options: The names of options there, in the order in which PEFT looks for them, by the names here.
-    """
-    found = {name: [getattr(config, option, None) for option in others] for name, others in options.items()}
-    return {name: [size for size in sizes if isinstance(size, int)] for name, sizes in found.items()}
-
-
-_SIZES = {
-    "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
-    "token_dim": ("hidden_size", "n_embd", "d_model"),
-    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
-}

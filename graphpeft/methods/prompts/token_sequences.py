@@ -7,33 +7,22 @@ the place. Each place has been tried on a copy of the graph.
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import networkx as nx
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from graphpeft._torch import fake_tensor, pytree
 from graphpeft.graph.calls import Call, calls_of
-from graphpeft.graph.copied_graphs import copy_graph
-from graphpeft.graph.errors import OUT_OF_MEMORY, TraceError
-from graphpeft.graph.inputs import ExampleInputs, split_inputs
-from graphpeft.graph.ops.boundaries import boundary_of
+from graphpeft.graph.errors import TraceError
+from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.template import VALUE, template_of
 from graphpeft.graph.traced_model import stands_for
-from graphpeft.methods.prompts.scopes import InScope
-from graphpeft.rules import rewrite
-from graphpeft.rules.rule import BoundaryRule
+from graphpeft.methods.prompts.dominators import dominating_nodes
+from graphpeft.methods.prompts.example_values import Ran, is_sequence, run
+from graphpeft.methods.prompts.token_trial import error_with_a_token
 from graphpeft.sites.attentions import LAYERS, attentions
-from graphpeft.sites.dataflow import as_digraph
-from graphpeft.tracing.examples import faked
-from graphpeft.tracing.random_numbers import random_python_states_kept
 from graphpeft.tracing.trace import trace
 from graphpeft.wording import joined
 
@@ -84,9 +73,9 @@ def find_token_sequence(model: nn.Module, example_inputs: ExampleInputs) -> Toke
     assert template is not None
     graph = template.graphs[template.index(traced)]
     _refuse_hidden_attentions(traced, graph)
-    ran = _run(traced, graph, example_inputs)
+    ran = run(traced, graph, example_inputs)
     queries = {attention.node: attention.query for attention in attentions(traced, graph, ran.values)}
-    dominating = _dominating(ran, queries)
+    dominating = dominating_nodes(ran, queries)
     if isinstance(model, fx.GraphModule) and not any(map(calls_of, graph.nodes)):
         reason = "the graph doesn't tell which of its nodes belong to which module, as one by graphpeft.trace does"
         raise TraceError(f"{reason}; trace the model that it was made of")
@@ -96,7 +85,7 @@ def find_token_sequence(model: nn.Module, example_inputs: ExampleInputs) -> Toke
     failed: list[str] = []
     for calls in _candidates(ran, dominating):
         paths = list(dict.fromkeys(call.path for call in calls))
-        error = _error_with_a_token(ran, calls, example_inputs)
+        error = error_with_a_token(ran, calls, example_inputs)
         if error is None:
             _, length, dim = ran.given(calls[0]).shape
             return TokenSequence(_pattern(paths, traced), dim, length)
@@ -108,64 +97,6 @@ def find_token_sequence(model: nn.Module, example_inputs: ExampleInputs) -> Toke
     )
 
 
-class _Ran(NamedTuple):
-    """A graph with the values of its nodes for example inputs, as fake tensors.
-
-    Attributes:
-        root: The module that owns the graph.
-        graph: The graph.
-        values: The value of each node, by the node's name.
-    """
-
-    root: nn.Module
-    graph: fx.Graph
-    values: Mapping[str, Any]
-
-    def given(self, call: Call) -> Any:
-        """Returns the first argument of a call, or None if it isn't known."""
-        return self.values.get(next(iter(call.arguments.values()), None) or "")
-
-    def returned(self, call: Call) -> Any:
-        """Returns the first value that a call returned, or None if it isn't known."""
-        return self.values.get(next(iter(call.returned), None) or "")
-
-
-def _run(root: nn.Module, graph: fx.Graph, example_inputs: ExampleInputs) -> _Ran:
-    args, kwargs = split_inputs(example_inputs)
-    bound = inspect.signature(root.forward).bind(*(args or ()), **kwargs)
-    bound.apply_defaults()
-    mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
-    values: dict[str, Any] = {}
-
-    class Noting(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            values[n.name] = super().run_node(n)
-            return values[n.name]
-
-    given = [faked(value, mode.from_tensor) for value in bound.arguments.values()]
-    with mode, random_python_states_kept(), _quiet_fake_tensors():
-        Noting(root, garbage_collect_values=False, graph=graph).run(*given)
-    return _Ran(root, graph, values)
-
-
-@contextlib.contextmanager
-def _quiet_fake_tensors() -> Iterator[None]:
-    """Keeps fake tensors from logging what they raise, which is an answer here."""
-    logger = logging.getLogger(fake_tensor.__name__)
-    was, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = was
-
-
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point()
-
-
-# attentions
-
-
 def _refuse_hidden_attentions(root: nn.Module, graph: fx.Graph) -> None:
     """Raises TraceError if a module that the trace has kept whole is given a sequence."""
     kept: Mapping[str, str] = getattr(root, "kept", {})
@@ -174,41 +105,14 @@ def _refuse_hidden_attentions(root: nn.Module, graph: fx.Graph) -> None:
             continue
         if isinstance(root.get_submodule(str(node.target)), LAYERS):
             continue
-        if any(_is_sequence(given.meta.get(VALUE)) for given in node.all_input_nodes):
+        if any(is_sequence(given.meta.get(VALUE)) for given in node.all_input_nodes):
             raise TraceError(
                 f"{node.target} may hold an attention, but stays one call, since {kept[str(node.target)]}; name a "
                 "module in prompt_scope yourself"
             )
 
 
-def _dominating(ran: _Ran, queries: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, set[str]]:
-    """Returns for each attention the names of the nodes that are on each way of tensors from the inputs to its query.
-
-    An attention whose query doesn't depend on the inputs is left out, such as a pooling by a parameter.
-    """
-    flow = as_digraph(ran.graph)
-    # a parameter that is read, or a shape that is asked for, brings no tokens
-    flow.remove_nodes_from([n for n in ran.graph.nodes if n.op == "get_attr" or not _has_tensors(ran.values[n.name])])
-    inputs = "the inputs"
-    flow.add_edges_from((inputs, node) for node in list(flow) if node.op == "placeholder")
-    immediate = nx.immediate_dominators(flow, inputs)
-
-    def chain(node: Any) -> Iterator[str]:
-        while node != inputs:
-            yield node.name
-            node = immediate[node]
-
-    return {attention: set(chain(query)) for attention, query in queries.items() if query in immediate}
-
-
-def _has_tensors(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
-
-
-# places
-
-
-def _candidates(ran: _Ran, dominating: Mapping[fx.Node, set[str]]) -> Iterator[list[Call]]:
+def _candidates(ran: Ran, dominating: Mapping[fx.Node, set[str]]) -> Iterator[list[Call]]:
     """Yields calls that could take virtual tokens.
 
     First single calls around most of the attentions, whose argument dominates all queries; of calls around equally
@@ -229,10 +133,10 @@ def _candidates(ran: _Ran, dominating: Mapping[fx.Node, set[str]]) -> Iterator[l
         yield outermost
 
 
-def _keeps_sequence(ran: _Ran, call: Call) -> bool:
+def _keeps_sequence(ran: Ran, call: Call) -> bool:
     """Returns whether a call maps a token sequence to one of the same shape."""
     given, returned = ran.given(call), ran.returned(call)
-    return _is_sequence(given) and _is_sequence(returned) and given.shape == returned.shape
+    return is_sequence(given) and is_sequence(returned) and given.shape == returned.shape
 
 
 def _pattern(paths: list[str], root: nn.Module) -> str:
@@ -242,50 +146,3 @@ def _pattern(paths: list[str], root: nn.Module) -> str:
         if [path for path, _ in root.named_modules() if re.fullmatch(pattern, path)] == paths:
             return pattern
     return "|".join(map(re.escape, paths))
-
-
-# trial
-
-
-@dataclass(frozen=True)
-class _OneToken(BoundaryRule):
-    """The rule that puts one virtual token of zeros into a scope."""
-
-    scope: InScope
-    dim: int
-
-    def parameters(self, site: Any, config: Any) -> dict[str, Any]:
-        return {}
-
-    def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
-        return None
-
-    def enter(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        return self.scope.enter(inputs[self.scope.sequence].new_zeros(1, self.dim), inputs, None, None)
-
-    def leave(self, output: Any, inputs: Mapping[str, Any], entered: Mapping[str, Any]) -> Any:
-        return self.scope.leave(output, inputs, entered)
-
-
-def _error_with_a_token(ran: _Ran, calls: list[Call], example_inputs: ExampleInputs) -> str | None:
-    """Returns why the model can't run with another token in each of `calls`, or None."""
-    sizes = sorted({ran.given(call).shape[2] for call in calls})
-    if len(sizes) > 1:
-        return f"their tokens have several sizes: {', '.join(map(str, sizes))}"
-    graph = copy_graph(ran.graph)
-    try:
-        for call in calls:
-            rule = _OneToken(InScope(1, "before", next(iter(call.arguments))), sizes[0])
-            rewrite.insert(graph, boundary_of(graph, call.name), rule, {}, slot=0, method="trial")
-        found = _run(ran.root, graph, example_inputs)
-    except OUT_OF_MEMORY:
-        raise
-    except Exception as error:
-        # whatever the model's code raises
-        return str(error).strip().partition("\n")[0]
-    return None if _shapes(found) == _shapes(ran) else "the model returns values of other shapes"
-
-
-def _shapes(ran: _Ran) -> list[Any]:
-    returned = ran.values[ran.graph.output_node().name]
-    return [leaf.shape if isinstance(leaf, Tensor) else None for leaf in pytree.tree_leaves(returned)]

@@ -12,24 +12,19 @@ from __future__ import annotations
 
 import copy
 import functools
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.graph.errors import TraceError
-from graphpeft.methods.prompts.caches import CACHES
-from graphpeft.methods.shadow.in_cache import first_layer_in
-from graphpeft.methods.shadow.losses import at_last_token, classifier_of, loss_of_sequences, loss_of_tokens
-from graphpeft.methods.shadow.mirror import Mirror, config_of_mirror, size_in, stack_of
+from graphpeft.methods.shadow.mirror import SIZES, stack_of
 from graphpeft.methods.shadow.rule import INPUT, Shadow, States
+from graphpeft.methods.shadow.small_model import SmallModel, small_model_for
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.options import Index, Layers, Number, Probability, Size
-from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType, TaskType
 from graphpeft.rules.present_call import PresentCall
 from graphpeft.rules.registry import register
@@ -40,8 +35,6 @@ from graphpeft.sites.calls import boundary_site
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite
 from graphpeft.targeting.targeting import targeted_modules
-
-_MODEL = "shadow_backbone"
 
 
 @register
@@ -114,10 +107,9 @@ class ShadowConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._key, self._numbers, self._width, self._layers, self._is_fed = 0, dict[str, int](), 0, 0, False
-        self._dtype, self._last = torch.float32, Last()
-        self._mirror: Mirror | None = None
-        self._classifier: Mapping[str, Tensor] = {}
+        self._small_model: SmallModel | None = None
+        self._numbers: Mapping[str, int] = {}
+        self._last = Last()
 
     def check(self) -> None:
         """Raises ValueError for what isn't supported, and for options that contradict each other, as in PEFT."""
@@ -159,23 +151,17 @@ class ShadowConfig(PeftConfig):
             ValueError: If the model is no decoder of Transformers.
         """
         config: Any = super().resolved(model)
-        own = getattr(model, "config", None)
-        if own is None or not hasattr(model, "get_input_embeddings"):
+        if getattr(model, "config", None) is None or not hasattr(model, "get_input_embeddings"):
             raise ValueError(f"Shadow is for decoders of Transformers, and {type(model).__name__} is none")
         path, name = stack_of(model)
         around = model.get_submodule(path)
         count = len(around._modules[name])  # pyright: ignore[reportArgumentType]
         if config.target_modules is None:
             config.target_modules = [".".join(filter(None, (path, name, str(number)))) for number in range(count)]
-        sizes = {option: getattr(self, option) for option in _SIZES} | {
-            "shadow_num_hidden_layers": self.shadow_num_hidden_layers or 1
-        }
-        made = config_of_mirror(around.config, sizes)
-        config._width, config._key, config._layers = size_in(own), uuid.uuid4().int >> 80, count
-        config._is_fed = self.share_embeddings and size_in(made) == config._width
-        config._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        config._mirror = Mirror(around, made, config._dtype, config._is_fed)
-        config._classifier = classifier_of(model) if self.task_type is TaskType.SEQ_CLS else {}
+        sizes = {option: getattr(self, option) for option in SIZES}
+        sizes["shadow_num_hidden_layers"] = self.shadow_num_hidden_layers or 1
+        classifies = self.task_type is TaskType.SEQ_CLS
+        config._small_model = small_model_for(model, around, count, sizes, self.share_embeddings, classifies)
         return config
 
     def find_sites(self, finder: SiteFinder, report: Report) -> Sequence[Any]:
@@ -209,60 +195,15 @@ class ShadowConfig(PeftConfig):
     # what the rule reads
 
     @property
-    def width(self) -> int:
-        """The size of the model's hidden states."""
-        return self._width
-
-    @property
     def numbers(self) -> Mapping[str, int]:
         """The numbers of the layers, by their paths."""
         return self._numbers
 
     @property
-    def key(self) -> int:
-        """What tells the adapter's states from those of another one."""
-        return self._key
-
-    @property
-    def mirror(self) -> Mirror:
+    def small_model(self) -> SmallModel:
         """The small model, without its values."""
-        assert self._mirror is not None
-        return self._mirror
-
-    @property
-    def of_model(self) -> dict[str, ParameterSpec]:
-        """The parameters of the small model, and of the projection of its hidden states, if they have another size."""
-        found = {_local(name): (f"{_MODEL}.default.{name}", shape) for name, shape in self.mirror.shapes.items()}
-        unread = {_local(name) for name in self.mirror.unread}
-        if self.mirror.size != self._width:
-            found[_PROJECTION] = ("shadow_projection.default.weight", (self._width, self.mirror.size))
-        for name, value in self._classifier.items():
-            found[f"{_HEAD}_{name}"] = (f"{_HEAD}.default.{name}", tuple(value.shape))
-        return {
-            local: ParameterSpec(
-                shape,
-                key,
-                scope=key,
-                written_once=True,
-                dtype=self._dtype,
-                is_trained=local not in unread,
-                is_counted=True,
-            )
-            for local, (key, shape) in found.items()
-        }
-
-    def draw_model(self, parameters: Mapping[str, Tensor]) -> None:
-        """Draws the first values of these.
-
-        Args:
-            parameters: The parameters of the first site, filled in place.
-        """
-        for name, drawn in self.mirror.drawn().named_parameters():
-            parameters[_local(name)].copy_(drawn)
-        if _PROJECTION in parameters:
-            parameters[_PROJECTION].copy_(nn.Linear(self.mirror.size, self._width, bias=False).weight)
-        for name, value in self._classifier.items():
-            parameters[f"{_HEAD}_{name}"].copy_(value)
+        assert self._small_model is not None
+        return self._small_model
 
     # a call
 
@@ -272,67 +213,29 @@ class ShadowConfig(PeftConfig):
         Raises:
             ValueError: If the call goes on from tokens in a cache that the small model hasn't seen.
         """
-        given, model = call.arguments, call.model
-        cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
-        kept = first_layer_in(cache, self._key, self._layers, self.mirror.config)
-        inputs = {name: given[name] for name in _INPUTS if given.get(name) is not None}
-        if not {"input_ids", "inputs_embeds"} & inputs.keys():
-            raise ValueError("Shadow's small model reads input_ids or inputs_embeds; pass one of them")
-        if self._is_fed and "inputs_embeds" not in inputs:
-            inputs["inputs_embeds"] = model.get_input_embeddings()(inputs["input_ids"])
-        if "inputs_embeds" in inputs:
-            inputs.pop("input_ids", None)
         own = call.parameters_at(0)
-        values = {name: own[_local(name)] for name in self.mirror.shapes}
-        mirror: Any = self.mirror
-        first = mirror.run(values, call.is_training, inputs, cache, kept)
-        first = F.linear(first, own[_PROJECTION]) if _PROJECTION in own else first
-        self._last.call = None
-        if given.get("labels") is not None:
-            self._last.call = functools.partial(self._loss, model, own, first, given["labels"], inputs)
-        return {INPUT: {self._key: States(first, len(self._numbers))}}
+        first = self.small_model.state(call, own)
+        self._last.loss = None
+        if call.arguments.get("labels") is not None:
+            predicts_tokens = self.task_type is TaskType.CAUSAL_LM
+            self._last.loss = functools.partial(self.small_model.loss, call, own, first, predicts_tokens)
+        return {INPUT: {self.small_model.key: States(first, len(self._numbers))}}
 
     def penalty(self, sites: Sequence[SiteParameters]) -> Tensor | None:
         """Returns the weighted loss of the small model's own prediction of the labels; None without these."""
-        last, self._last.call = self._last.call, None
+        last, self._last.loss = self._last.loss, None
         loss = None if last is None or self.auxiliary_loss_weight <= 0 else last()
         return None if loss is None else self.auxiliary_loss_weight * loss
-
-    def _loss(
-        self, model: Any, own: Mapping[str, Tensor], first: Tensor, labels: Tensor, inputs: Mapping[str, Any]
-    ) -> Tensor | None:
-        if self.task_type is TaskType.CAUSAL_LM:
-            head = model.get_output_embeddings()
-            return None if head is None else loss_of_tokens(head(first), labels)
-        if not self._classifier:
-            return None
-        pooled = at_last_token(first, inputs.get("attention_mask"))
-        return loss_of_sequences(F.linear(pooled, *(own[f"{_HEAD}_{name}"] for name in self._classifier)), labels)
 
 
 class Last:
     """What the last call leaves for its loss; a copy of a model begins without."""
 
     def __init__(self) -> None:
-        self.call: Callable[[], Tensor | None] | None = None
+        self.loss: Callable[[], Tensor | None] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Last:
         return Last()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Last, ()
-
-
-_SIZES = (
-    "shadow_num_hidden_layers",
-    "shadow_hidden_size",
-    "shadow_intermediate_size",
-    "shadow_num_attention_heads",
-)
-_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
-_PROJECTION = "shadow_projection"
-_HEAD = "shadow_head"
-
-
-def _local(name: str) -> str:
-    return f"{_MODEL}_{name.replace('.', '__')}"

@@ -1,4 +1,4 @@
-"""The small model of Shadow, of the class of the module that runs a Transformers model's layers, with fewer of them."""
+"""The module of Shadow's small model: of the class that runs the large model's layers, with fewer of them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ from graphpeft.methods.prompts.caches import CACHES
 
 _AROUND = ("model", "transformer", "decoder")
 _STACKS = ("layers", "h")
+
+SIZES = {
+    "shadow_num_hidden_layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "shadow_hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "shadow_intermediate_size": ("intermediate_size", "ffn_dim", "n_inner"),
+    "shadow_num_attention_heads": ("num_attention_heads", "n_head", "num_heads"),
+}
+"""The names of a model's sizes in its config, by the names of the method's options for them."""
 
 
 def stack_of(model: nn.Module) -> tuple[str, str]:
@@ -60,18 +68,10 @@ def size_in(config: Any) -> int:
     Raises:
         ValueError: If it tells none.
     """
-    found = next((getattr(config, name) for name in _SIZES["shadow_hidden_size"] if hasattr(config, name)), None)
+    found = next((getattr(config, name) for name in SIZES["shadow_hidden_size"] if hasattr(config, name)), None)
     if found is None:
         raise ValueError("the model's config doesn't tell the size of its hidden states")
     return int(found)
-
-
-_SIZES = {
-    "shadow_num_hidden_layers": ("num_hidden_layers", "n_layer", "num_layers"),
-    "shadow_hidden_size": ("hidden_size", "n_embd", "d_model"),
-    "shadow_intermediate_size": ("intermediate_size", "ffn_dim", "n_inner"),
-    "shadow_num_attention_heads": ("num_attention_heads", "n_head", "num_heads"),
-}
 
 
 def config_of_mirror(config: Any, options: Mapping[str, int | None]) -> Any:
@@ -86,12 +86,12 @@ def config_of_mirror(config: Any, options: Mapping[str, int | None]) -> Any:
     """
     made = copy.deepcopy(config)
     for option, value in options.items():
-        name = next((name for name in _SIZES[option] if hasattr(made, name)), None)
+        name = next((name for name in SIZES[option] if hasattr(made, name)), None)
         if value is not None and name is None:
-            raise ValueError(f"{option}={value}: the model's config has no {' or '.join(_SIZES[option])}")
+            raise ValueError(f"{option}={value}: the model's config has no {' or '.join(SIZES[option])}")
         if value is not None:
             setattr(made, str(name), value)
-    count = int(getattr(made, next(name for name in _SIZES["shadow_num_hidden_layers"] if hasattr(made, name))))
+    count = int(getattr(made, next(name for name in SIZES["shadow_num_hidden_layers"] if hasattr(made, name))))
     kinds = list(getattr(made, "layer_types", None) or ())
     if kinds:
         made.layer_types = [*kinds, *[kinds[-1]] * count][:count]

@@ -47,7 +47,7 @@ class Shadow(BoundaryRule):
 
     def parameters(self, site: CallSite, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns the factors of the change, the two small networks, and at the first layer the small model."""
-        wide, r, inner = config.width, config.r, config.update_hidden_size or config.r
+        wide, r, inner = config.small_model.width, config.r, config.update_hidden_size or config.r
         found = {
             "shadow_down": ParameterSpec((r, wide), "shadow_down.default.weight"),
             "shadow_up": ParameterSpec((wide, r), "shadow_up.default.weight"),
@@ -64,7 +64,7 @@ class Shadow(BoundaryRule):
             }
             found |= {name: spec._replace(is_trained=False, is_counted=True) for name, spec in networks.items()}
         found = {name: spec._replace(dtype=self.dtype) for name, spec in found.items()}
-        return found if config.numbers[site.owner] else {**found, **config.of_model}
+        return found if config.numbers[site.owner] else {**found, **config.small_model.parameters}
 
     def constants(self, site: CallSite, config: Any) -> Mapping[str, float]:
         """Returns α, the probability of dropout, the layer's number, and the key of the adapter's states."""
@@ -73,13 +73,13 @@ class Shadow(BoundaryRule):
             "shadow_alpha": config.shadow_alpha,
             "shadow_dropout": config.shadow_dropout,
             "shadow_layer": number,
-            "shadow_key": config.key,
+            "shadow_key": config.small_model.key,
         }
 
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
         """Draws the small model at the first layer, and then the layer's own networks, as PEFT does."""
         if not config.numbers[site.owner]:
-            config.draw_model(parameters)
+            config.small_model.draw(parameters)
         layers = [nn.Linear(*reversed(parameters[name].shape), bias=False) for name in ("shadow_down", "shadow_up")]
         parameters["shadow_down"].copy_(layers[0].weight)
         parameters["shadow_up"].copy_(layers[1].weight)

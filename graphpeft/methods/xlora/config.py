@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from graphpeft.graph import ops
 from graphpeft.methods.xlora import classifier, first_run, in_files
 from graphpeft.methods.xlora.experts import Experts, read_expert
+from graphpeft.methods.xlora.model_methods import XLoraMethods
 from graphpeft.methods.xlora.rule import XLora
 from graphpeft.methods.xlora.scalings import INPUT, Log, used
 from graphpeft.progress import over
@@ -91,18 +92,7 @@ class XLoraConfig(PeftConfig):
     runs_model: ClassVar[bool] = True
     goes_on_from_caches: ClassVar[bool] = False
     is_by_token: ClassVar[bool] = True
-    offered: ClassVar[tuple[str, ...]] = (
-        "clear_scalings_log",
-        "disable_scalings_logging",
-        "enable_scalings_logging",
-        "get_bucketed_scalings_log",
-        "get_global_scaling_weight",
-        "get_latest_scalings",
-        "get_scalings_log",
-        "set_global_scaling_weight",
-        "set_scaling_pass_value",
-        "set_topk_lora",
-    )
+    offered: ClassVar[type[Any] | None] = XLoraMethods
 
     hidden_size: Features | None = None
     adapters: dict[str, str] | None = None
@@ -134,9 +124,14 @@ class XLoraConfig(PeftConfig):
                 f"adapters has the names {names}; give at least one expert, by the names '0', '1', … as PEFT has them "
                 "in its layers"
             )
-        self._check_count(self.top_k_lora)
+        self.check_count(self.top_k_lora)
 
-    def _check_count(self, top_k_lora: int | None) -> None:
+    def check_count(self, top_k_lora: int | None) -> None:
+        """Raises ValueError for a number of experts that there aren't.
+
+        Args:
+            top_k_lora: The number; None for all.
+        """
         if top_k_lora is not None and not 1 <= top_k_lora <= len(self.adapters or ()):
             raise ValueError(f"top_k_lora is {top_k_lora}, for {number_of(len(self.adapters or ()), 'expert')}")
 
@@ -208,6 +203,11 @@ class XLoraConfig(PeftConfig):
         return self._key
 
     @property
+    def log(self) -> Log:
+        """The scalings of the model's calls."""
+        return self._log
+
+    @property
     def classifier(self) -> dict[str, ParameterSpec]:
         """The parameters of the classifier, by the rule's names."""
         return classifier.parameters(self, len(self._experts.every), len(self._layers), self._dtype)
@@ -247,61 +247,3 @@ class XLoraConfig(PeftConfig):
         """The labels of the sites whose factors are trained, each with how PEFT's names of these begin."""
         labels = self._layers if self.use_trainable_adapters else ()
         return {label: "lora_embedding_" if label in self._tables else "lora_" for label in labels}
-
-    # what an adapted model offers
-
-    def get_latest_scalings(self) -> Tensor | None:
-        """Returns the scalings of the last call, (rows, positions, layers, experts); None before any."""
-        return self._log.latest
-
-    def enable_scalings_logging(self) -> None:
-        """Lets the scalings of each call be logged."""
-        self._log.is_on = True
-
-    def disable_scalings_logging(self) -> None:
-        """Ends that; the log stays."""
-        self._log.is_on = False
-
-    def clear_scalings_log(self) -> None:
-        """Empties the log."""
-        self._log.every.clear()
-
-    def get_scalings_log(self) -> list[Tensor]:
-        """Returns the logged scalings of all calls, each of shape (rows, positions, layers, experts)."""
-        return list(self._log.every)
-
-    def get_bucketed_scalings_log(self) -> dict[int, tuple[list[int], list[Tensor]]]:
-        """Returns the logged scalings, each with its place in the log, by their number of positions."""
-        return self._log.by_length()
-
-    def set_topk_lora(self, value: int | None) -> None:
-        """Sets how many experts a token keeps at a layer.
-
-        Args:
-            value: The number; None for all.
-
-        Raises:
-            ValueError: If there are fewer.
-        """
-        self._check_count(value)
-        self.top_k_lora = value
-
-    def set_global_scaling_weight(self, weight: float) -> None:
-        """Sets by what all experts are multiplied.
-
-        Args:
-            weight: The number.
-        """
-        self.global_scaling_weight = weight
-
-    def get_global_scaling_weight(self) -> float:
-        """Returns by what all experts are multiplied."""
-        return self.global_scaling_weight
-
-    def set_scaling_pass_value(self, value: float | None) -> None:
-        """Sets all scalings of the first run.
-
-        Args:
-            value: The number; None for the same share of each expert.
-        """
-        self.scaling_pass_value = 1 / len(self.adapters or ("",)) if value is None else value

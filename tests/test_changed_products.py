@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import graphpeft
 from graphpeft import (
@@ -26,6 +27,7 @@ from graphpeft import (
     SupertuningConfig,
     get_peft_model,
 )
+from graphpeft.graph.changed_products import is_apart
 
 MANY, FEW = 17, 16
 """Numbers of rows with one product, and with two."""
@@ -202,3 +204,35 @@ def test_a_forward_that_was_set_on_a_layer_keeps_its_own_way_with_the_weight():
     rows, columns = layer.default.shira_indices.long()  # type: ignore[union-attr]
     change[rows, columns] = layer.default.shira_weight.detach()  # type: ignore[union-attr, operator]
     torch.testing.assert_close(model(x), base + x @ change.mT)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_products_that_round_float32_are_two_since_a_small_change_would_be_lost_in_the_weight(precision: str):
+    x, weight = torch.randn(MANY, 24), torch.randn(20, 24)
+    assert not is_apart(x, weight)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert is_apart(x, weight)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert not is_apart(x, weight)
+
+
+@pytest.mark.parametrize(("cls", "options"), METHODS)
+def test_on_the_meta_device_shapes_come_out(cls: Any, options: dict[str, Any]):
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(24, 20)), cls(**options, target_modules=["0"]))
+    assert model.to("meta")(torch.randn(MANY, 24, device="meta")).shape == (MANY, 20)
+
+
+@pytest.mark.parametrize(("cls", "options"), METHODS)
+@pytest.mark.parametrize("rows", [FEW, MANY])
+def test_checkpointing_without_reentrance_gives_the_same_gradients(cls: Any, options: dict[str, Any], rows: int):
+    torch.manual_seed(0)
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(24, 20)), cls(**options, target_modules=["0"]))
+    x, found = torch.randn(rows, 24), []
+    for run in (model, lambda x: checkpoint(model, x, use_reentrant=False)):
+        model.zero_grad()
+        run(x).square().sum().backward()
+        found.append([tensor.grad.clone() for tensor in model.parameters() if tensor.grad is not None])
+    assert found[0]
+    assert all(map(torch.equal, *found))

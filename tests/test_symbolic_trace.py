@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 import graphpeft
 from graphpeft import IA3Config, LoraConfig, OFTConfig, get_peft_model, trace
 from graphpeft.graph.errors import GuardError, TraceError
+from graphpeft.graph.forward_arguments import leading_to_class
 
 pytestmark = pytest.mark.quick("graph", "model")
 
@@ -179,3 +182,25 @@ def test_a_forward_that_it_would_misread_is_refused_with_the_way_out(cls: Any) -
     with pytest.raises(TraceError, match=r"graphpeft\.trace\(model, example_inputs\)"):
         fx.symbolic_trace(model)
     torch.testing.assert_close(graphpeft.trace(model, (x,))(x), model(x))
+
+
+def test_a_forward_that_is_unwrapped_and_set_on_the_model_leads_to_the_adapters():
+    model: Any = get_peft_model(Model(), LoraConfig(r=2, target_parameters=["w"], init_lora_weights=False), "one")
+    model.add_adapter("two", LoraConfig(r=3, target_parameters=["w"], init_lora_weights=False))
+    model.eval()
+    x, rows = torch.randn(2, 4), ["two", "__base__"]
+    expected = model(x), model(x, adapter_names=rows)
+    model.forward = types.MethodType(inspect.unwrap(type(model).forward), model)  # as accelerate's unwrap_model does
+    assert torch.equal(model(x), expected[0])
+    assert torch.equal(model(x, adapter_names=rows), expected[1])
+
+
+def test_what_is_unwrapped_has_the_arguments_of_the_forward():
+    class Summing(nn.Module):
+        def forward(self, x: Tensor, *rest: Tensor, scale: float = 1.0, **more: Tensor) -> Tensor:
+            return (x + sum(rest) + sum(more.values())) * scale
+
+    unwrapped = leading_to_class(Summing.forward)
+    assert inspect.signature(unwrapped) == inspect.signature(Summing.forward)
+    x = torch.ones(2)
+    assert torch.equal(unwrapped(Summing(), x, x, scale=3.0, last=x), torch.full((2,), 9.0))

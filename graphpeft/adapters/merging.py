@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.amp.autocast_mode import is_autocast_available
 
 from graphpeft.adapters import merged_codes, merged_weights
 from graphpeft.adapters.acting import let_act, override_readers
@@ -32,6 +31,7 @@ from graphpeft.adapters.exchanged import refuse_missing, resized
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.graph import overrides
+from graphpeft.graph.autocast import is_in_autocast
 from graphpeft.graph.holders import tensor_at
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join
@@ -52,7 +52,7 @@ def without_autocast(modules: Modules) -> Iterator[None]:
     """Lets changes be computed in the weights' own precision, also if the caller is in a region of autocast."""
     with contextlib.ExitStack() as stack:
         for kind in {tensor.device.type for module in modules.values() for tensor in module.parameters(recurse=False)}:
-            if is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            if is_in_autocast(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 

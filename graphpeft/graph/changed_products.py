@@ -8,9 +8,12 @@ a few rows or on many, in single precision or in half.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from graphpeft.graph.autocast import is_in_autocast
 from graphpeft.graph.recorded import identity_in_evaluation, recorded
 from graphpeft.graph.scaled_sum import is_captured
 
@@ -30,9 +33,21 @@ def is_apart(x: Tensor, weight: Tensor) -> bool:
     if is_captured() or type(weight) not in (Tensor, nn.Parameter):
         return True
     # in half precision, W + ΔW is W where ΔW is small
-    if weight.dtype.itemsize < 4 or torch.is_autocast_enabled(weight.device.type):
+    if weight.dtype.itemsize < 4 or is_in_autocast(weight.device.type) or _rounds_single_precision():
         return True
     return x.numel() <= _FEW_ROWS * x.shape[-1]
+
+
+def _rounds_single_precision() -> bool:
+    """Returns whether products of float32 numbers round them first, to TF32 or bfloat16."""
+    if not hasattr(torch.backends, "fp32_precision"):
+        return torch.get_float32_matmul_precision() != "highest"
+    # the older settings set these, too, and can't be asked where both were used
+    places: tuple[Any, ...] = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    return any(place.fp32_precision in _ROUNDED for place in places)
+
+
+_ROUNDED = frozenset({"tf32", "bf16"})
 
 
 @identity_in_evaluation

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from graphpeft import transaction
+from graphpeft.graph.forward_arguments import leading_to_class
 from graphpeft.graph.holders import distribute_adapters, without_holders
 from graphpeft.graph.kept_forwards import follow, keep_own_forward, own_forwards, step_aside, step_back
 from graphpeft.graph.sharded_classes import over_shards, under_shards
@@ -199,8 +200,7 @@ def _new_class(original: type, layers: tuple[Layer, ...]) -> type:
             if layer.kind in _AROUND_FORWARDS and "forward" in layer.namespace:
                 # callers leave out arguments that a forward doesn't take
                 namespace["forward"].__signature__ = inspect.signature(inner)
-                # torch.fx counts arguments by the code of what it unwraps
-                namespace["forward"].__wrapped__ = inner
+                namespace["forward"].__wrapped__ = leading_to_class(inner)
         # libraries dispatch on a model's class name, so the dressed class keeps it
         namespace.update(
             __module__=original.__module__,

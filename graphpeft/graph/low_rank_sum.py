@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphpeft._torch import GROUPED_MM, DisableTorchFunctionSubclass, is_transformed, make_wrapper, pytree
+from graphpeft.graph.autocast import is_in_autocast
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.scaled_sum import add_scaled, is_captured
 
@@ -145,7 +146,7 @@ class LowRankSum(Tensor):
         # a batched product in one step takes no stack of one matrix for all, as @ does
         if one_step is None or y.dtype != left.dtype or left.shape[:-2] != right.shape[:-2]:
             return self.beside(y, left @ right)
-        if torch.is_autocast_enabled(y.device.type):
+        if is_in_autocast(y.device.type):
             return self.beside(y, left @ right)
         return one_step(y, left, right, alpha=self.scale)
 

@@ -105,9 +105,10 @@ class _Hadamard(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         """Returns the gradients of the factors."""
+        saved = ctx.saved_tensors  # once, since checkpointing hands them out once
         # under autocast, a core's product is of another dtype than its factors
-        dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in ctx.saved_tensors))
-        a, b, c, d = (tensor.to(dtype) for tensor in ctx.saved_tensors)
+        dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in saved))
+        a, b, c, d = (tensor.to(dtype) for tensor in saved)
         of_first, of_second = gradients[0] * (c @ d), gradients[0] * (a @ b)
         return of_first @ b.mT, a.mT @ of_first, of_second @ d.mT, c.mT @ of_second
 

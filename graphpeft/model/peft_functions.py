@@ -1,8 +1,8 @@
 """PEFT's own ``get_peft_model_state_dict`` and ``set_peft_model_state_dict`` on a model of this library.
 
 accelerate and trl call them with any instance of ``peft.PeftModel``. They look for PEFT's layers, of which an adapted
-model has none, and so they would return nothing and set nothing. Both leave the names to the class that PEFT's table has
-for the config's `peft_type`. So where they ask for a config, they get one with an entry of its own in that table. A
+model has none, and so they would return nothing and set nothing. Both leave the names to the class that PEFT has for
+the config's `peft_type` in a table. So where they ask for a config, they get one with an entry of its own in it. A
 release of PEFT that has no such classes raises the `ValueError` that it has for unknown methods.
 """
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphpeft._torch import is_transformed
+from graphpeft.graph.autocast import is_in_autocast
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.scaled_sum import is_captured
 
@@ -128,7 +129,7 @@ def _is_by_elements(h: Tensor, diagonal: Tensor, values: Tensor) -> bool:
     """Returns whether a product is to be a sum of rows for each element, which half precision would round."""
     is_plain = h.dtype == values.dtype == diagonal.dtype and h.dtype.itemsize >= 4 and not is_transformed()
     is_few = values.numel() + diagonal.numel() <= _FEW * diagonal.numel() ** 2
-    return is_plain and is_few and not torch.is_autocast_enabled(h.device.type)
+    return is_plain and is_few and not is_in_autocast(h.device.type)
 
 
 def _by_elements(h: Tensor, values: Tensor, in_order: Tensor, starts: Tensor) -> Tensor:

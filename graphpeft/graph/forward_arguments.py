@@ -1,0 +1,53 @@
+"""A function that has a forward's arguments in its code, and calls the forward of its model's class.
+
+torch.fx counts a forward's arguments by the code of what it unwraps, and accelerate gives a model what it unwraps as a
+forward. So what the forward of a layer is said to be around has the own forward's arguments, and leads to the layers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def leading_to_class(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function with the arguments and defaults of `forward` that calls the forward of its model's class.
+
+    Args:
+        forward: A function of a class, decorated or not.
+    """
+    own: Any = inspect.unwrap(forward)
+    code = own.__code__
+    model, *names = code.co_varnames[: code.co_argcount]
+    by_name = list(code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount])
+    further = iter(code.co_varnames[code.co_argcount + code.co_kwonlyargcount :])
+    rest = next(further) if code.co_flags & inspect.CO_VARARGS else ""
+    more = next(further) if code.co_flags & inspect.CO_VARKEYWORDS else ""
+    declared = [model, *names, *([f"*{rest}"] if rest else ["*"] if by_name else []), *by_name]
+    declared += [f"**{more}"] if more else []
+    given = ", ".join(f"{name!r}: {name}" for name in (*names, *by_name))
+    passed = f"{model}, {{{given}}}, {rest or '()'}, {more or '{}'}"
+    made: dict[str, Any] = {"pass_on": _passing_on(names if rest else [], own)}
+    exec(f"def forward({', '.join(declared)}):\n    return pass_on({passed})\n", made)
+    made["forward"].__defaults__, made["forward"].__kwdefaults__ = own.__defaults__, own.__kwdefaults__
+    made["forward"].__signature__ = inspect.signature(forward)
+    return made["forward"]
+
+
+def _passing_on(positional: list[str], own: Any) -> Callable[..., Any]:
+    """Returns a function that passes on what a caller has given, and leaves defaults to the forward itself.
+
+    Args:
+        positional: The arguments that are passed by their places, since further ones follow.
+        own: The function that has the defaults.
+    """
+    parameters = inspect.signature(own, follow_wrapped=False).parameters.values()
+    defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
+
+    def pass_on(model: Any, given: dict[str, Any], rest: tuple[Any, ...], more: Mapping[str, Any]) -> Any:
+        first = [given.pop(name) for name in positional]
+        named = {name: value for name, value in given.items() if name not in defaults or value is not defaults[name]}
+        return type(model).forward(model, *first, *rest, **named, **more)
+
+    return pass_on

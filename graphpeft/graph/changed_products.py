@@ -40,10 +40,11 @@ def is_apart(x: Tensor, weight: Tensor) -> bool:
 
 def _rounds_single_precision() -> bool:
     """Returns whether products of float32 numbers round them first, to TF32 or bfloat16."""
-    if not hasattr(torch.backends, "fp32_precision"):
+    backends: Any = torch.backends
+    if not hasattr(backends, "fp32_precision"):
         return torch.get_float32_matmul_precision() != "highest"
     # the older settings set these, too, and can't be asked where both were used
-    places: tuple[Any, ...] = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    places = (backends, backends.cuda.matmul, backends.mkldnn.matmul)
     return any(place.fp32_precision in _ROUNDED for place in places)
 
 

@@ -464,7 +464,7 @@ def test_an_attention_in_a_flat_graph_is_refused() -> None:
     [
         ({"adapter_len": None}, "adapter_len is None"),
         ({"adapter_layers": None}, "adapter_layers is None"),
-        ({"adapter_layers": 4}, "there are 3 modules 'self_attn', and adapter_layers is 4"),
+        ({"adapter_layers": 4}, "adapter_layers is 4, for 3 modules 'self_attn'"),
     ],
 )
 def test_options_without_an_adapter_are_refused(options: dict[str, Any], words: str) -> None:

@@ -276,7 +276,7 @@ def test_a_model_has_pefts_methods_while_such_an_adapter_is_active() -> None:
         assert each.get_global_scaling_weight() == 2.5
     assert_close(logits(model), logits(other))
     assert model.peft_config["default"].scaling_pass_value == 0.5
-    with pytest.raises(ValueError, match="top_k_lora is 3, and there are 2 experts"):
+    with pytest.raises(ValueError, match="top_k_lora is 3, for 2 experts"):
         model.set_topk_lora(3)
     model.add_adapter("lora", LoraConfig(target_modules=["q_proj"]))
     model.set_adapter("lora")
@@ -480,7 +480,7 @@ def test_other_layers_and_methods_are_refused(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no experts": ({"adapters": None}, "adapters has the names"),
     "other names": ({"adapters": {"math": "folder"}}, r"by the names '0', '1', …"),
-    "too many": ({"top_k_lora": 3}, "top_k_lora is 3, and there are 2 experts"),
+    "too many": ({"top_k_lora": 3}, "top_k_lora is 3, for 2 experts"),
 }
 
 

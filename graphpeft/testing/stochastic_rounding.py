@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graphpeft._torch import TorchDispatchMode, pytree
 
@@ -28,6 +28,8 @@ class StochasticRounding(TorchDispatchMode):
         self.has_rounded, self._generator = False, torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(cls not in (Tensor, nn.Parameter) for cls in types):
+            return NotImplemented  # a class of tensors, such as quantised ones, says by which operations it computes
         kwargs = kwargs or {}
         written, draws = _written(func, args, kwargs), torch.Tag.nondeterministic_seeded in func.tags
         has_half = any(map(_is_half, pytree.tree_leaves((args, kwargs))))
@@ -37,7 +39,7 @@ class StochasticRounding(TorchDispatchMode):
         try:
             exact = None if draws else func(*wide_args, **wide_kwargs)
         except (RuntimeError, NotImplementedError):
-            exact = None  # a kernel for half precision alone
+            exact = None  # a kernel for half precision alone: its results are moved to numbers beside them
         result = func(*args, **kwargs)
         wide_written = [None] * len(written) if exact is None else _written(func, wide_args, wide_kwargs)
         for tensor, wide in zip(written, wide_written, strict=True):

@@ -1,4 +1,4 @@
-"""A change that is a whole matrix: a linear operation multiplies by W + ΔW, in the runs in which that loses nothing."""
+"""A change that is a whole matrix: a linear operation multiplies by W + ΔW, in runs on many rows in single precision."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def assert_rounded_once(adapted: Any) -> int:
 
 @pytest.mark.parametrize("method", [method for method in METHODS if METHODS[method].merges], ids=plain)
 @given(data=st.data())
-@settings(max_examples=settings.default.max_examples // 4)  # type: ignore[union-attr]
+@settings(max_examples=settings().max_examples // 4)
 def test_each_merged_weight_is_rounded_once(method: str, data: Any):
     drawn, config = data.draw(adaptations(method))
     case = in_dtype(drawn, torch.bfloat16)

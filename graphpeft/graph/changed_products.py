@@ -1,4 +1,4 @@
-"""Products with a changed weight, by one product where that gives what two of them give.
+"""Products with a changed weight: one product in single precision, and two where W + ΔW would round the change off.
 
     x (W + ΔW)ᵀ  =  x Wᵀ + x ΔWᵀ
 
@@ -18,7 +18,7 @@ from graphpeft.graph.recorded import identity_in_evaluation, recorded
 from graphpeft.graph.scaled_sum import is_captured
 
 _FEW_ROWS = 16
-"""The number of rows up to which a product with ΔW takes no longer than the sum W + ΔW, about."""
+"""Up to about this number of rows, a second product is no slower than the sum W + ΔW."""
 
 
 @recorded

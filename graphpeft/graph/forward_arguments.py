@@ -1,7 +1,8 @@
 """A function that has a forward's arguments in its code, and calls the forward of its model's class.
 
-torch.fx counts a forward's arguments by the code of what it unwraps, and accelerate gives a model what it unwraps as a
-forward. So what the forward of a layer is said to be around has the own forward's arguments, and leads to the layers.
+Libraries unwrap a decorated forward: torch.fx counts the arguments of the innermost function, and accelerate sets that
+function as the model's forward. The function here serves both: its arguments are the own forward's, and a call of it
+runs the adapters.
 """
 
 from __future__ import annotations

@@ -81,8 +81,8 @@ def reshard(modules: Iterable[nn.Module]) -> None:
 def scale(parameter: torch.Tensor, factors: torch.Tensor) -> None:
     """Multiplies a trained parameter by factors, in place, in a forward.
 
-    Where FSDP has gathered the parameter for this forward, what is written into it is lost with it. So what the process
-    keeps of it is multiplied, too.
+    FSDP gathers a copy of the parameter for a forward, and frees it afterwards. So the shard of the process is
+    multiplied, too.
 
     Args:
         parameter: The parameter, as the forward reads it.
@@ -101,7 +101,7 @@ def _scale_gathered(parameter: torch.Tensor, factors: torch.Tensor) -> None:
         kept, elements = flat
         if storage_key(kept) != storage_key(parameter):
             kept.mul_(factors.reshape(-1)[elements].to(kept))
-        # one of several views, all of which autograd would refuse after a write that it sees
+        # by `data`: after a write that autograd sees, it refuses all views of the gathered parameters
         parameter.data.mul_(factors)
         return
     if sharded is not None:

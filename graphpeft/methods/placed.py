@@ -55,7 +55,7 @@ class Placed(DeltaRule):
         """Returns whether an operation is a product with a weight whose elements are in the order of the places."""
         return super().adds_to_weight(operation) and self.layout.exchanged is None
 
-    def added(self, weight: Any, apart: Any, **own: Any) -> Any:  # type: ignore[override]
+    def added(self, weight: Any, apart: Any, **own: Any) -> Any:  # type: ignore[override]  # a rule is given the arguments that it names
         """Returns W with its new elements, or W."""
         return _with_values(apart, weight, *self.elements(own))
 

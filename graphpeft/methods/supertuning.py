@@ -104,7 +104,7 @@ class Supertuning(Placed):
         """Returns the elements, and their places."""
         return own["supertuning_values"], own["supertuning_indices"]
 
-    def keeps_apart(self, apart: Any) -> Any:  # type: ignore[override]
+    def keeps_apart(self, apart: Any) -> Any:  # type: ignore[override]  # a rule is given the arguments that it names
         """Returns whether the run is to keep the weight and its elements apart; dropout is a matter of the product."""
         return apart
 

@@ -100,7 +100,8 @@ def difference(found: Any, expected: Any, tolerance: float) -> str | None:
         expected: A value like `found`.
         tolerance: As for `require_close`.
     """
-    rounding = ROUNDING.get(getattr(expected, "dtype", None), 0.0)  # type: ignore[arg-type]
+    dtype = getattr(expected, "dtype", None)
+    rounding = 0.0 if dtype is None else ROUNDING.get(dtype, 0.0)
     return apart(found, expected, max(tolerance, rounding) if tolerance else 0.0)
 
 

@@ -51,7 +51,7 @@ def arguments_of(node: fx.Node, *names: str) -> list[Any]:
 
 
 def path_of(value: Any) -> str | None:
-    """Returns the path of the attribute that a node reads, or to which adapters have added there, or None."""
+    """Returns the path of the attribute that a node reads, with or without changes by adapters, or None."""
     if not isinstance(value, fx.Node):
         return None
     *_, first = read_before(value)

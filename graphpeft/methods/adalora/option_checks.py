@@ -1,4 +1,4 @@
-"""Options of AdaLoRA that can't be, and those of LoRA that have no effect in it."""
+"""Checks of AdaLoRA's options: refusals of values, and warnings of LoRA's options that have no effect in it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A context in front of the input, with labels of its own, and the loss over the labels of both.
 
-The types of tokens say which of them are labels: those of 4, 8, …. Earlier labels weigh less.
+A token whose type is a positive multiple of 4 is a label. Earlier labels weigh less.
 """
 
 from __future__ import annotations

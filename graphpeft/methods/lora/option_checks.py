@@ -1,4 +1,4 @@
-"""Options of LoRA that can't be: those that are supported with their default alone, and contradictions."""
+"""Checks of LoRA's options: refusals of options without support, and of contradictions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products with a changed weight: one product in single precision, and two where W + ΔW would round the change off.
+"""Products with a changed weight: one in single precision, and two where W + ΔW would round the change off.
 
     x (W + ΔW)ᵀ  =  x Wᵀ + x ΔWᵀ
 

@@ -1,4 +1,4 @@
-"""A change that is a whole matrix: a linear operation multiplies by W + ΔW, in runs on many rows in single precision."""
+"""A change that is a whole matrix: in single precision, a linear operation multiplies many rows by W + ΔW."""
 
 from __future__ import annotations
 

@@ -47,6 +47,40 @@ def test_a_result_is_one_of_the_two_numbers_beside_the_exact_one_and_their_mean_
     assert ((torch.stack(runs).mean(0) - exact).abs() <= 0.25 * spacing).all()
 
 
+class Named(nn.Parameter):
+    """A class of parameters that computes as tensors do, such as bitsandbytes' `Params4bit`."""
+
+
+@HALVES
+def test_a_class_that_computes_as_tensors_do_is_rounded(dtype: torch.dtype):
+    x, weight = values(dtype, 2, 500)
+    with StochasticRounding(0), torch.no_grad():
+        # made under a mode, a tensor shows its class to modes
+        found = weight.detach().as_subclass(Named).detach() / x
+    assert not torch.equal(found, weight / x)
+
+
+@HALVES
+def test_a_class_that_says_how_it_computes_is_rounded_in_its_operations(dtype: torch.dtype):
+    x, inner = values(dtype, 2, 500)
+    seen = []
+
+    class Wrapped(Tensor):
+        @staticmethod
+        def __new__(cls) -> Tensor:
+            return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=dtype)
+
+        @classmethod
+        def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*(inner if isinstance(arg, cls) else arg for arg in args), **(kwargs or {}))
+
+    with StochasticRounding(0):
+        found = Wrapped() / x
+    assert seen == [torch.ops.aten.div.Tensor]
+    assert not torch.equal(found, inner / x)
+
+
 @HALVES
 def test_results_that_need_no_rounding_and_single_precision_stay(dtype: torch.dtype):
     x, single = values(dtype, 4, 4), values(torch.float32, 4)

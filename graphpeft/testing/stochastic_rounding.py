@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from graphpeft._torch import TorchDispatchMode, pytree
 
@@ -28,8 +28,8 @@ class StochasticRounding(TorchDispatchMode):
         self.has_rounded, self._generator = False, torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(cls not in (Tensor, nn.Parameter) for cls in types):
-            return NotImplemented  # a class of tensors, such as quantised ones, says by which operations it computes
+        if any(cls.__torch_dispatch__ is not Tensor.__torch_dispatch__ for cls in types):
+            return NotImplemented  # a class of tensors, such as torchao's, says by which operations it computes
         kwargs = kwargs or {}
         written, draws = _written(func, args, kwargs), torch.Tag.nondeterministic_seeded in func.tags
         has_half = any(map(_is_half, pytree.tree_leaves((args, kwargs))))

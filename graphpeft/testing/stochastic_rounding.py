@@ -28,7 +28,7 @@ class StochasticRounding(TorchDispatchMode):
         self.has_rounded, self._generator = False, torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(cls.__torch_dispatch__ is not Tensor.__torch_dispatch__ for cls in types):
+        if any(cls.__torch_dispatch__ is not vars(Tensor)["__torch_dispatch__"] for cls in types):
             return NotImplemented  # a class of tensors, such as torchao's, says by which operations it computes
         kwargs = kwargs or {}
         written, draws = _written(func, args, kwargs), torch.Tag.nondeterministic_seeded in func.tags

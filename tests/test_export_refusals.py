@@ -153,6 +153,45 @@ def of_two(x, y):
     return x * 2 if x.shape[0] > y.shape[0] else x
 
 
+def many(x, y):
+    return x * 2 if x.shape[0] <= 500 else x
+
+
+def many_halves(x, y):
+    return x * 2 if x.shape[0] // 2 <= 300 else x
+
+
+def even(x, y):
+    return x * 2 if x.shape[0] % 2 == 0 else x
+
+
+def all_but_one(x, y):
+    return x * 2 if x.shape[0] != 37 else x
+
+
+def oblong(x, y):
+    return x * 2 if x.shape[0] != x.shape[1] else x
+
+
+def few_elements(x, y):
+    return x * 2 if x.shape[0] * x.shape[1] < 50 else x
+
+
+def alike(x, y):
+    return x * 2 if x.shape[1] == y.shape[0] else x
+
+
+CONDITIONS = {
+    many: r"x\.shape\[0\] <= 500\. .*0: .*max=500\)",
+    many_halves: r"\(x\.shape\[0\]//2\) <= 300\. .*max=601\)",
+    even: r"Mod\(x\.shape\[0\], 2\) == 0",
+    all_but_one: r"x\.shape\[0\] != 37\. .*max=36\)",
+    oblong: r"x\.shape\[0\] != x\.shape\[1\]",
+    few_elements: r"x\.shape\[0\]\*x\.shape\[1\] < 50\. .*max=\d+\)",
+    alike: r"x\.shape\[1\] == y\.shape\[0\]\. Use format='pt2'",
+}
+
+
 class By(nn.Module):
     """Computes what a function does."""
 
@@ -175,6 +214,46 @@ def test_a_file_that_doesnt_see_where_the_model_decides_otherwise_isnt_left(func
     graphpeft.export(By(function), example, path, format, dynamic=limited)
     # a program checks its inputs itself
     graphpeft.export(By(function), example, tmp_path / "checked.pt2")
+
+
+@pytest.mark.parametrize("function", CONDITIONS, ids=lambda function: function.__name__)
+def test_the_condition_under_which_a_file_is_right_is_told(function, tmp_path):
+    example = (torch.randn(4, 5), torch.randn(5))
+    refused(By(function), example, tmp_path / "m.onnx", f"it is right where {CONDITIONS[function]}", format="onnx")
+    graphpeft.export(By(function), example, tmp_path / "checked.pt2")
+
+
+def test_a_file_is_exported_with_the_limit_that_the_refusal_names(tmp_path):
+    example = (torch.randn(4, 5), torch.randn(5))
+    with pytest.raises(ExportError) as error:
+        graphpeft.export(By(many), example, tmp_path / "m.onnx", "onnx")
+    dynamic = str(error.value).partition("dynamic=")[2].partition(", or use")[0]
+    assert graphpeft.export(By(many), example, tmp_path / "m.onnx", "onnx", dynamic=eval(dynamic)).checked
+
+
+def test_a_model_that_raises_itself_where_its_program_doesnt_hold_is_exported(tmp_path):
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(20, 5))
+
+        def forward(self, x):
+            return x + self.table[: x.shape[0]]
+
+    report = graphpeft.export(Positions(), (torch.randn(4, 5),), tmp_path / "m.onnx", "onnx")
+    assert report.checked
+
+
+def test_a_condition_that_only_very_large_sizes_break_is_told_in_a_warning(tmp_path):
+    class Long(nn.Module):
+        def forward(self, x):
+            return x * 2 if x.shape[0] <= 1_000_000 else x
+
+    x = torch.randn(4, 5)
+    with pytest.warns(graphpeft.PeftWarning, match=r"right where x\.shape\[0\] <= 1000000; larger sizes weren't tried"):
+        graphpeft.export(Long(), (x,), tmp_path / "m.onnx", "onnx")
+    rows = torch.export.Dim("rows", max=100)
+    graphpeft.export(Long(), (x,), tmp_path / "m.onnx", "onnx", dynamic={"x": {0: rows}})
 
 
 class Bessel(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from graphpeft._torch import pytree
 from graphpeft.adapters.plan import HALVES
+from graphpeft.exporting import sizes
 from graphpeft.exporting.carriers import Case
 from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example, Shape, can_call
 from graphpeft.exporting.formats.format import Export, Format, Runner
 from graphpeft.exporting.root import in_plain_containers
+from graphpeft.peft_errors import PeftWarning
 from graphpeft.wording import joined
 
 TOLERANCE = 1e-4
@@ -85,7 +88,7 @@ def _others(form: Format, export: Export, example: Example) -> Iterator[Example]
     """Yields the example in other sizes that both the model and its program accept."""
     if not form.has_graph:
         return
-    for choices in export.program.other_shapes(example.shapes):
+    for choices in sizes.accepted(export.program, example.shapes):
         others = [example.sized(shapes) for shapes in dict.fromkeys(choices) if shapes != example.shapes]
         accepted = (one for one in others if all(_is_accepted(case, export, one) for case in export.prepared.cases))
         yield from itertools.islice(accepted, 1)
@@ -97,17 +100,30 @@ def _refuse_unchecked_decisions(run: Runner, export: Export, example: Example, t
     PyTorch's program refuses such sizes, but files for other runtimes don't contain its checks.
     """
     case = export.prepared.cases[0]
-    for shapes in export.program.extreme_shapes(example.shapes):
-        sized = example.sized(shapes)
+    tried, too_large = sizes.breaks(export.program, example.shapes)
+    for one in tried:
+        sized = example.sized(one.shapes)
         if can_call(export.runnable, case.full(sized)) or not can_call(_expected_by_probe(case, export), sized):
             continue
         if _is_silently_wrong(run, case, sized, case.expected(export.probe, sized), tolerance):
-            raise ExportError(
-                f"on inputs of the shapes {list(shapes)} the model decides otherwise than on the example, and what was "
-                "exported doesn't see that, but returns something else. Limit the sizes, as in "
-                'dynamic={"x": {0: torch.export.Dim("rows", min=3)}}, or use format=\'pt2\', which refuses others; '
-                "check=False exports it all the same"
-            )
+            raise ExportError(_of_break(one))
+    if too_large:
+        warnings.warn(
+            f"the file is right where {joined(too_large)}; larger sizes weren't tried, since they need much memory, "
+            "and the file doesn't refuse them. Limit the sizes by dynamic=, or use format='pt2', which refuses others",
+            PeftWarning,
+            stacklevel=4,
+        )
+
+
+def _of_break(found: sizes.Break) -> str:
+    holds = f": it is right where {found.condition}" if found.condition else ""
+    limit = f"Limit the sizes, as in dynamic={found.mend}, or use" if found.mend else "Use"
+    return (
+        f"on inputs of the shapes {list(found.shapes)} the model decides otherwise than on the example, and what was "
+        f"exported doesn't see that, but returns something else{holds}. {limit} format='pt2', which refuses others; "
+        "check=False exports it all the same"
+    )
 
 
 def _is_silently_wrong(run: Runner, case: Case, example: Example, expected: Any, tolerance: float) -> bool:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import linecache
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from torch.export.graph_signature import TensorArgument
 from graphpeft._torch import OpOverload, argument_names, pytree
 from graphpeft.exporting.carriers import Prepared
 from graphpeft.exporting.errors import ExportError, in_short
-from graphpeft.exporting.example import Example, Shape, names
+from graphpeft.exporting.example import Example, names
 from graphpeft.graph.errors import GuardError, TraceError
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.wording import number_of
@@ -71,76 +70,6 @@ class Program(NamedTuple):
         """Returns the operators that draw random numbers, each with the path of the module that calls it."""
         nodes = [node for node in self.exported.graph.nodes if node.op == "call_function" and _draws(node)]
         return list(dict.fromkeys(f"{node.target} in {path_of(node) or 'the model'}" for node in nodes))
-
-    def other_shapes(self, shapes: Sequence[Shape]) -> list[list[tuple[Shape, ...]]]:
-        """Returns a list of larger shapes and a list of smaller shapes for the model's own inputs.
-
-        Later shapes of a list are for programs that don't accept the earlier shapes.
-        """
-        own = [one.shape for one in self.inputs[: len(shapes)]]
-        sizes = dict(_solved(own, shapes))
-        first = {symbol for shape in own for symbol in _symbols_of(shape[:1])}
-        larger = [{symbol: self._limited(symbol, more(size)) for symbol, size in sizes.items()} for more in _MORE]
-        ones = {symbol: self._limited(symbol, 1) for symbol in sizes}
-        smaller = [ones, {symbol: ones[symbol] if symbol in first else size for symbol, size in sizes.items()}]
-        return [
-            [tuple(map(functools.partial(_evaluated, values), own, shapes)) for values in choices]
-            for choices in (larger, smaller)
-        ]
-
-    def extreme_shapes(self, shapes: Sequence[Shape]) -> list[tuple[Shape, ...]]:
-        """Returns shapes in which only one dynamic size differs: it is 1, above all other sizes, or above its limit."""
-        own = [one.shape for one in self.inputs[: len(shapes)]]
-        sizes = dict(_solved(own, shapes))
-        found = []
-        for symbol, size in sizes.items():
-            limit = self._limited(symbol, _FAR * max(size, 1)) + 1
-            wanted = [1, max(sizes.values()) + 1, *([limit] if limit <= _FAR * size else [])]
-            found += [tuple(map(functools.partial(_evaluated, {**sizes, symbol: one}), own, shapes)) for one in wanted]
-        return [one for one in dict.fromkeys(found) if one != tuple(shapes)]
-
-    def _limited(self, symbol: Any, size: int) -> int:
-        """Returns the size nearest to `size` that the program allows."""
-        limits = self.exported.range_constraints.get(symbol)
-        if limits is None:
-            return size
-        # PyTorch specialises on 0 and 1, but a program with the lower limit 2 can still run with size 1
-        least = 1 if limits.lower <= 2 else int(limits.lower)
-        return max(least, min(size, int(limits.upper)) if limits.upper.is_Integer else size)
-
-
-_MORE: tuple[Callable[[int], int], ...] = (lambda size: size + 1, lambda size: 2 * size, lambda size: size - 1)
-"""Sizes to try besides the example's; a model may need an even size, or allow no larger size."""
-
-
-_FAR = 8
-"""Sizes above a limit are tried up to this multiple of the example's size, since larger inputs may exhaust memory."""
-
-
-def _symbols_of(shape: tuple[Any, ...]) -> set[Any]:
-    return {symbol for size in shape if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}
-
-
-def _solved(symbolic: Sequence[tuple[Any, ...]], shapes: Sequence[Shape]) -> Iterator[tuple[Any, int]]:
-    """Yields the value of each symbol for inputs of these shapes, if some size depends on no other symbol."""
-    import sympy  # here, since importing it takes longer than importing this library
-
-    for shape, known in zip(symbolic, shapes, strict=True):
-        for size, number in zip(shape, known, strict=True):
-            symbols = _symbols_of((size,))
-            if len(symbols) == 1:
-                [symbol] = symbols
-                # sympy assumes symbols to be positive, so it finds no solution for a size of 0
-                solutions = [number] if size.node.expr == symbol else sympy.solve(size.node.expr - number, symbol)
-                yield from ((symbol, int(solution)) for solution in solutions[:1])
-
-
-def _evaluated(values: Mapping[Any, int], symbolic: tuple[Any, ...], shape: Shape) -> Shape:
-    """Returns a shape with these values of symbols; a size that depends on other symbols is the size in `shape`."""
-    return tuple(
-        int(size.node.expr.subs(values)) if (symbols := _symbols_of((size,))) and symbols <= values.keys() else number
-        for size, number in zip(symbolic, shape, strict=True)
-    )
 
 
 def path_of(node: fx.Node) -> str:

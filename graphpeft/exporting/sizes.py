@@ -1,0 +1,253 @@
+"""The sizes of inputs at which an exported file is checked: sizes that its program accepts, and sizes that it refuses.
+
+PyTorch's exporter follows one way through a model. Where the way depends on sizes, the program has a condition, such as
+``x.shape[1] <= 500``, and refuses sizes that break it. Files for other runtimes don't contain the conditions.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from graphpeft.exporting.example import Shape
+from graphpeft.exporting.program import Program
+
+_MORE: tuple[Callable[[int], int], ...] = (lambda size: size + 1, lambda size: 2 * size, lambda size: size - 1)
+"""Sizes to try besides the example's; a model may need an even size, or allow no larger size."""
+
+_FAR, _LARGE = 8, 2_048
+"""Sizes up to this multiple of the example's, or up to this number, are tried; larger inputs may exhaust memory."""
+
+_NEAR = 8
+"""Sizes at most this far from the example's are looked at one by one, for conditions such as a divisibility."""
+
+_HIGHEST_DEGREE = 4
+"""The highest degree of polynomials in one size whose roots are computed."""
+
+_DOUBLINGS = 24
+"""How often a size is doubled, or halved, to find one that breaks a condition."""
+
+
+class Break(NamedTuple):
+    """Sizes at which a program may not hold.
+
+    Attributes:
+        shapes: The shapes of the model's own inputs.
+        condition: The condition that they break, in Python; empty if none is known.
+        mend: The argument ``dynamic`` that excludes them; empty if there is none.
+    """
+
+    shapes: tuple[Shape, ...]
+    condition: str = ""
+    mend: str = ""
+
+
+class Place(NamedTuple):
+    """A dimension of an input whose size is a symbol."""
+
+    input: int
+    dim: int
+
+
+def accepted(program: Program, shapes: Sequence[Shape]) -> list[list[tuple[Shape, ...]]]:
+    """Returns a list of larger shapes and a list of smaller shapes for the model's own inputs.
+
+    Later shapes of a list are for programs that don't accept the earlier shapes.
+
+    Args:
+        program: The program.
+        shapes: The shapes of the example.
+    """
+    own = [one.shape for one in program.inputs[: len(shapes)]]
+    sizes = dict(_solved(own, shapes))
+    first = _of_batches(own)
+    larger = [{symbol: _limited(program, symbol, more(size)) for symbol, size in sizes.items()} for more in _MORE]
+    ones = {symbol: _limited(program, symbol, 1) for symbol in sizes}
+    smaller = [ones, {symbol: ones[symbol] if symbol in first else size for symbol, size in sizes.items()}]
+    return [
+        [tuple(map(functools.partial(_evaluated, values), own, shapes)) for values in choices]
+        for choices in (larger, smaller)
+    ]
+
+
+def breaks(program: Program, shapes: Sequence[Shape]) -> tuple[list[Break], list[str]]:
+    """Returns sizes at which a program may not hold, and the conditions that only larger sizes than are tried break.
+
+    Where a condition names several sizes, each of them breaks it once. One size in each is another than the example's:
+    the nearest one that breaks a condition, one that is elsewhere the same size, 1, or a size above all others.
+
+    Args:
+        program: The program.
+        shapes: The shapes of the example.
+    """
+    own = [one.shape for one in program.inputs[: len(shapes)]]
+    sizes = dict(_solved(own, shapes))
+    places = {symbol: _places(own, symbol) for symbol in sizes}
+    names = {symbol: _name(program, found[0]) for symbol, found in places.items() if found}
+    found, too_large = [], []
+    for condition in _conditions(program, sizes):
+        for symbol in sorted(condition.free_symbols, key=str):
+            size = _nearest_break(condition, symbol, sizes)
+            text = _text(condition, names)
+            if size is None:
+                continue
+            if size > max(_FAR * sizes[symbol], _LARGE):
+                too_large.append(text)
+                continue
+            batches = {one: min(sizes[one], 2) for one in _of_batches(own) & sizes.keys() - condition.free_symbols}
+            values = {**sizes, **batches, symbol: size}
+            tried = tuple(map(functools.partial(_evaluated, values), own, shapes))
+            found.append(Break(tried, text, _mend(program, len(shapes), places[symbol], size, sizes[symbol])))
+    found += _apart(program, shapes, places)
+    for symbol in sizes:
+        for size in (1, max(sizes.values()) + 1):
+            found.append(Break(tuple(map(functools.partial(_evaluated, {**sizes, symbol: size}), own, shapes))))
+    by_shapes = {one.shapes: one for one in reversed(found) if one.shapes != tuple(shapes)}
+    return list(reversed(by_shapes.values())), list(dict.fromkeys(too_large))
+
+
+def _conditions(program: Program, sizes: Mapping[Any, int]) -> list[Any]:
+    """Returns the conditions of a program that name some of these sizes, and no others, as sympy's expressions."""
+    import sympy  # here, since importing it takes longer than importing this library
+
+    guards: list[Any] = []
+    for node in program.exported.graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if mode is not None and mode.shape_env is not None:
+            guards = [guard.expr for guard in mode.shape_env.guards]
+            break
+    for symbol in sizes:
+        limits = program.exported.range_constraints.get(symbol)
+        if limits is not None and limits.upper.is_Integer:
+            guards.append(sympy.Le(symbol, limits.upper))
+        if limits is not None and limits.lower > 2:
+            guards.append(sympy.Ge(symbol, limits.lower))
+    return [one for one in dict.fromkeys(guards) if one.free_symbols and one.free_symbols <= sizes.keys()]
+
+
+def _nearest_break(condition: Any, symbol: Any, sizes: Mapping[Any, int]) -> int | None:
+    """Returns the size nearest to the example's at which a condition doesn't hold, if one is found."""
+    import sympy
+
+    alone = condition.subs({other: size for other, size in sizes.items() if other != symbol})
+    size = sizes[symbol]
+
+    def breaks_it(one: int) -> bool:
+        return alone.subs(symbol, one) == sympy.false
+
+    near = range(max(1, size - _NEAR), size + _NEAR + 1)
+    far = (one for k in range(_DOUBLINGS) for one in (size << k, max(1, size >> k)))
+    wanted = {*near, *far, *sizes.values(), *_roots(alone, symbol)}
+    broken = sorted((one for one in wanted if one >= 1 and breaks_it(one)), key=lambda one: abs(one - size))
+    if not broken or breaks_it(size):
+        return None
+    inside, outside = size, broken[0]
+    while abs(outside - inside) > 1:
+        middle = (inside + outside) // 2
+        inside, outside = (inside, middle) if breaks_it(middle) else (middle, outside)
+    return outside
+
+
+def _roots(condition: Any, symbol: Any) -> Iterator[int]:
+    """Yields whole numbers beside the roots of a relation between polynomials."""
+    import sympy
+
+    if not hasattr(condition, "rel_op"):
+        return
+    try:
+        polynomial: Any = sympy.Poly(condition.lhs - condition.rhs, symbol)
+    except sympy.PolynomialError:
+        return
+    for root in polynomial.nroots() if polynomial.degree() <= _HIGHEST_DEGREE else ():
+        if root.is_real:
+            yield from (round(root) + more for more in (-1, 0, 1))
+
+
+def _apart(program: Program, shapes: Sequence[Shape], places: Mapping[Any, Sequence[Place]]) -> Iterator[Break]:
+    """Yields shapes in which one of several sizes that a program takes for equal is another."""
+    for found in places.values():
+        for place in found[1:]:
+            for size in (shapes[place.input][place.dim] + 1, 1):
+                changed = [list(shape) for shape in shapes]
+                changed[place.input][place.dim] = size
+                yield Break(tuple(map(tuple, changed)), f"{_name(program, found[0])} == {_name(program, place)}")
+
+
+def _places(symbolic: Sequence[tuple[Any, ...]], symbol: Any) -> list[Place]:
+    return [
+        Place(number, dim)
+        for number, shape in enumerate(symbolic)
+        for dim, size in enumerate(shape)
+        if isinstance(size, torch.SymInt) and size.node.expr == symbol
+    ]
+
+
+def _name(program: Program, place: Place) -> str:
+    return f"{program.inputs[place.input].name}.shape[{place.dim}]"
+
+
+def _text(condition: Any, names: Mapping[Any, str]) -> str:
+    """Returns a condition in Python, with the inputs' dimensions in the place of symbols."""
+    import sympy
+
+    named = condition.subs({symbol: sympy.Symbol(name) for symbol, name in names.items()}, simultaneous=True)
+    return f"{named.lhs} {named.rel_op} {named.rhs}" if hasattr(named, "rel_op") else str(named)
+
+
+def _mend(program: Program, own: int, places: Sequence[Place], size: int, example: int) -> str:
+    """Returns the argument ``dynamic`` that limits a size, if its inputs are arguments themselves."""
+    inputs = program.inputs[:own]
+    if not places or any("." in one.name for one in inputs):
+        return ""
+    limit = f"max={size - 1}" if size > example else f"min={size + 1}"
+    entries = []
+    for number, one in enumerate(inputs):
+        dims = dict.fromkeys(one.dynamic, "torch.export.Dim.AUTO")
+        if number == places[0].input:
+            dims[places[0].dim] = f'torch.export.Dim("size", {limit})'
+        spec = ", ".join(f"{dim}: {text}" for dim, text in dims.items())
+        entries.append(f'"{one.name}": {{{spec}}}' if dims else f'"{one.name}": None')
+    return f"{{{', '.join(entries)}}}"
+
+
+def _limited(program: Program, symbol: Any, size: int) -> int:
+    """Returns the size nearest to `size` that a program allows."""
+    limits = program.exported.range_constraints.get(symbol)
+    if limits is None:
+        return size
+    # PyTorch specialises on 0 and 1, but a program with the lower limit 2 can still run with size 1
+    least = 1 if limits.lower <= 2 else int(limits.lower)
+    return max(least, min(size, int(limits.upper)) if limits.upper.is_Integer else size)
+
+
+def _of_batches(symbolic: Iterable[tuple[Any, ...]]) -> set[Any]:
+    return {symbol for shape in symbolic for symbol in _symbols_of(shape[:1])}
+
+
+def _symbols_of(shape: tuple[Any, ...]) -> set[Any]:
+    return {symbol for size in shape if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}
+
+
+def _solved(symbolic: Sequence[tuple[Any, ...]], shapes: Sequence[Shape]) -> Iterator[tuple[Any, int]]:
+    """Yields the value of each symbol for inputs of these shapes, if some size depends on no other symbol."""
+    import sympy
+
+    for shape, known in zip(symbolic, shapes, strict=True):
+        for size, number in zip(shape, known, strict=True):
+            symbols = _symbols_of((size,))
+            if len(symbols) == 1:
+                [symbol] = symbols
+                # sympy assumes symbols to be positive, so it finds no solution for a size of 0
+                solutions = [number] if size.node.expr == symbol else sympy.solve(size.node.expr - number, symbol)
+                yield from ((symbol, int(solution)) for solution in solutions[:1])
+
+
+def _evaluated(values: Mapping[Any, int], symbolic: tuple[Any, ...], shape: Shape) -> Shape:
+    """Returns a shape with these values of symbols; a size that depends on other symbols is the size in `shape`."""
+    return tuple(
+        int(size.node.expr.subs(values)) if (symbols := _symbols_of((size,))) and symbols <= values.keys() else number
+        for size, number in zip(symbolic, shape, strict=True)
+    )

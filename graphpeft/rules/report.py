@@ -57,6 +57,9 @@ class Report:
             lines += ["", f"which sites learn can't be told: {self.learning}"]
         if self._own_code():
             lines += ["", *text_table(("runs its own code on changed weights", "because"), self._own_code())]
+        if self._fixed():
+            lines += ["", *text_table(("graph of", "is for calls with"), self._fixed())]
+            lines += ["", "for calls with another value, give example_inputs that pass it"]
         if self.fully_trained:
             lines += ["", f"fully trained: {', '.join(self.fully_trained)}"]
         if self._dead_beside():
@@ -85,6 +88,11 @@ class Report:
         sites = [adapted.site for adapted in self.adapted]
         rows = [(site.region or "the model", site.own_code) for site in sites if site.own_code is not None]
         return list(dict.fromkeys(rows))
+
+    def _fixed(self) -> list[tuple[str, str]]:
+        """Returns the modules whose graphs are for calls with one value of some arguments, with these."""
+        sites = [adapted.site for adapted in self.adapted]
+        return list(dict.fromkeys((site.region or "the model", ", ".join(site.fixed)) for site in sites if site.fixed))
 
     def _dead_beside(self) -> list[tuple[str, str]]:
         """Returns the tensors beside the sites that no gradient reaches, with the reasons."""

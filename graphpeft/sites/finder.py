@@ -14,6 +14,7 @@ from graphpeft.graph import in_place, ops
 from graphpeft.graph.computed_weights import computed_from, read_weight
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.forward_classes import class_of_forward
+from graphpeft.graph.guards import fixed_arguments
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.ops import convolution
 from graphpeft.graph.own_forward import call_on_weights
@@ -210,6 +211,7 @@ class SiteFinder:
             bias_conflict=conflict,
             both_ways=uses.both_ways,
             own_code=self._why_own_code(region),
+            fixed=self._fixed_arguments(region),
             computed=computed_from(module, attribute),
             set_forward=computes_otherwise(module) if self.templates[region].calls_set_forward else None,
         )
@@ -219,6 +221,12 @@ class SiteFinder:
             return None
         error = self.regions.errors.get(region)
         return str(error) if error is not None else "an adapter of it runs it so"
+
+    def _fixed_arguments(self, region: str) -> tuple[str, ...]:
+        """Returns the arguments of a recorded forward that can have one value alone; a graph's report has its own."""
+        if region in self.regions.graphs or kind_of_layer(stands_for(self.modules[region])) is not None:
+            return ()
+        return fixed_arguments(self.templates[region].graphs)
 
     def _is_called_beside(self, region: str, owner: str, uses: WeightUses) -> bool:
         """Returns whether a region calls a weight's owner in other nodes than the site's, or the owner has hooks."""

@@ -233,6 +233,7 @@ def test_explain_tells_what_would_be_adapted(here: Path, capsys: pytest.CaptureF
     assert main([*arguments, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [site["parameters"] for site in told["adapted"]] == [24, 18]
+    assert [(site["unmergeable"], site["fixed_arguments"]) for site in told["adapted"]] == [(None, [])] * 2
 
 
 def test_explain_takes_a_saved_config_and_changes_of_it(here: Path, capsys: pytest.CaptureFixture[str]):

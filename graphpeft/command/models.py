@@ -47,7 +47,13 @@ def explain(source: str, config: str | None, method: str, options: tuple[str, ..
     told = {
         "method": report.method,
         "adapted": [
-            {"site": each.site.label, "op": each.site.op.__name__, "parameters": each.parameter_count}
+            {
+                "site": each.site.label,
+                "op": each.site.op.__name__,
+                "parameters": each.parameter_count,
+                "unmergeable": each.unmergeable,
+                "fixed_arguments": list(each.site.fixed),
+            }
             for each in report.adapted
         ],
         "fully_trained": report.fully_trained,

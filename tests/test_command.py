@@ -23,6 +23,7 @@ import graphpeft
 from graphpeft import LoHaConfig, LoraConfig, TaskType, get_peft_model
 from graphpeft.command import graphpeft as command
 from graphpeft.command import main
+from graphpeft.command.sources import config_from
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{begins}")
@@ -405,7 +406,17 @@ def test_a_saved_adapter_of_a_transformers_model_is_exported(here: Path, capsys:
         (["explain", "models_of_mine:base", "--method", "NONE"], 2, "there is no method 'NONE'"),
         (["explain", "models_of_mine:base", "--set", "q=1"], 2, "has no option 'q'"),
         (["explain", "models_of_mine:base", "--set", "r"], 2, "write NAME=VALUE"),
-        (["explain", "models_of_mine:base", "--set", "r=two"], 2, "r must be int"),
+        (["explain", "models_of_mine:base", "--set", "r=two"], 2, "r must be int, not 'two'"),
+        (
+            ["explain", "models_of_mine:base", "--set", "layers_to_transform=a"],
+            2,
+            """not 'a'; as JSON, write layers_to_transform='["name", …]'""",
+        ),
+        (
+            ["explain", "models_of_mine:base", "--set", "rank_pattern=a"],
+            2,
+            """not 'a'; as JSON, write rank_pattern='{"name": value, …}'""",
+        ),
         (["explain", "models_of_mine:base", "--config", "no-such-folder"], 2, "no-such-folder"),
         (["explain", "models_of_mine:base", "--config", "models_of_mine.py"], 2, "models_of_mine.py isn't JSON"),
         (["merge", "no-such-folder", "m.safetensors"], 2, "no-such-folder"),
@@ -430,6 +441,27 @@ def test_a_name_that_is_a_number_is_a_name(
 ):
     assert main(["explain", "models_of_mine:base", "--set", f"target_modules={given}", "--json"]) == 0
     assert [each["site"] for each in json.loads(capsys.readouterr().out)["adapted"]] == sites
+
+
+@pytest.mark.quick("command")
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("target_parameters=mix", ["mix"]),
+        ("target_parameters=mix,", ["mix"]),
+        ("target_parameters=mix,0,", ["mix", "0"]),
+        ('target_parameters=["mix"]', ["mix"]),
+        ("target_modules=qkv", "qkv"),
+        ("target_modules=qkv,", {"qkv"}),
+        ("layers_to_transform=3", 3),
+        ("layers_to_transform=3,4", [3, 4]),
+        ("exclude_modules=0,", {"0"}),
+    ],
+)
+def test_an_option_is_read_as_what_it_takes(given: str, read: Any):
+    name, _, _ = given.partition("=")
+    config: Any = config_from(None, "LORA", [given])
+    assert getattr(config, name) == read
 
 
 @pytest.mark.quick("command")

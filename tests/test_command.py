@@ -314,15 +314,6 @@ def test_merge_makes_the_folder_of_its_file(here: Path):
     assert (here / "new" / "folder" / "merged.safetensors").is_file()
 
 
-@pytest.mark.parametrize("words", [["merge", "adapter", "m.safetensors"], ["show", "adapter", "m.html"]], ids=" ".join)
-def test_an_adapter_without_a_base_tells_how_to_give_one(
-    words: list[str], here: Path, capsys: pytest.CaptureFixture[str]
-):
-    saved(here / "adapter")
-    assert main(words) == 2
-    assert "--base" in capsys.readouterr().err
-
-
 def test_a_config_alone_is_not_measured(here: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["show", "models_of_mine:base", "m.html", "--set", "target_modules=0", "--measure"]) == 2
     assert "name an adapted MODEL" in capsys.readouterr().err
@@ -462,6 +453,26 @@ def test_an_option_is_read_as_what_it_takes(given: str, read: Any):
     name, _, _ = given.partition("=")
     config: Any = config_from(None, "LORA", [given])
     assert getattr(config, name) == read
+
+
+@pytest.mark.quick("command")
+@pytest.mark.parametrize(
+    ("arguments", "way_out"),
+    [
+        (["show", "adapter"], "write a function that returns PeftModel.from_pretrained(base, 'adapter')"),
+        (["export", "adapter", "m.pt2"], "write a function that returns PeftModel.from_pretrained(base, 'adapter')"),
+        (["merge", "adapter", "m.safetensors"], "name it by --base"),
+        (["convert", "adapter", "lora"], "name it by --base"),
+    ],
+)
+def test_an_adapter_without_a_base_tells_the_way_that_the_subcommand_has(
+    arguments: list[str], way_out: str, here: Path, capsys: pytest.CaptureFixture[str]
+):
+    saved(here / "adapter")
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert way_out in error
+    assert ("--base" in error) == ("--base" in way_out)
 
 
 @pytest.mark.quick("command")

@@ -27,6 +27,10 @@ from graphpeft.wording import joined
 _FUNCTION = re.compile(r"(?P<module>\w+(\.\w+)*):(?P<function>\w+)")
 
 
+NO_BASE = "the adapter's config doesn't say what its base model is"
+"""Why an adapter alone is no model."""
+
+
 class Given(NamedTuple):
     """A model, and inputs with which it can be called; None if nothing tells of any."""
 
@@ -51,9 +55,8 @@ def model_from(source: str) -> Given:
     config = _config_in(source)
     if not config.base_model_name_or_path:
         raise click.UsageError(
-            f"{source}: the adapter's config doesn't say what its base model is; for merge and convert, name the base "
-            "by --base; otherwise write a function that returns the adapted model, and name it as "
-            "package.module:function"
+            f"{source}: {NO_BASE}; write a function that returns PeftModel.from_pretrained(base, {source!r}), and name "
+            "it as package.module:function"
         )
     return _with_inputs(class_for(config).from_pretrained(source))
 

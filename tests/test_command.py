@@ -456,6 +456,28 @@ def test_an_option_is_read_as_what_it_takes(given: str, read: Any):
 
 
 @pytest.mark.quick("command")
+def test_show_tells_of_a_config_that_cannot_be_applied_and_is_exit_code_1(
+    here: Path, capsys: pytest.CaptureFixture[str]
+):
+    arguments = ["show", "models_of_mine:base", "x.html", "--set", "target_modules=1x"]
+    assert main(arguments) == 1
+    printed = capsys.readouterr()
+    assert "nothing in Sequential matches '1x'" in printed.err
+    assert printed.err.startswith("graphpeft show: ")
+    assert (here / "x.html").exists()
+    assert main([*arguments, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["problems"] == [printed.err.removeprefix("graphpeft show: ").strip()]
+    assert main(["show", "models_of_mine:base", "x.html", "--set", "target_modules=1,", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out).keys() == {"picture"}
+
+
+@pytest.mark.quick("command")
+def test_show_names_sites_that_are_refused(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["show", "models_of_mine:base", "x.html", "--method", "ROAD", "--set", "target_modules=0,"]) == 1
+    assert capsys.readouterr().err.startswith("graphpeft show: 0: its 4 output features don't fall into groups")
+
+
+@pytest.mark.quick("command")
 @pytest.mark.parametrize(
     ("arguments", "way_out"),
     [

@@ -15,8 +15,10 @@ from graphpeft.command.sources import config_from, model_from, needed_inputs
 from graphpeft.exporting import CARRIERS, FORMATS
 from graphpeft.exporting import export as export_model
 from graphpeft.model.adapt import explain as explain_model
+from graphpeft.rules.report import Report
 from graphpeft.showing import show as show_model
 from graphpeft.tracing.trace import trace as trace_model
+from graphpeft.wording import joined
 
 source = click.argument("source", metavar="MODEL")
 
@@ -63,8 +65,14 @@ def explain(source: str, config: str | None, method: str, options: tuple[str, ..
         "learning": _learning(report.learning),
     }
     tell(told, as_json, report)
-    if report.refused or report.nothing_matched:
+    if _problems(report):
         raise click.exceptions.Exit(1)
+
+
+def _problems(report: Report) -> list[str]:
+    """Returns why a config can't be applied."""
+    refused = [f"{refusal.name}: {refusal.reason}" for refusal in report.refused]
+    return [report.nothing_matched] if report.nothing_matched else refused
 
 
 def _learning(learning: Any) -> Any:
@@ -100,7 +108,8 @@ def show(
 ) -> None:
     """Draws a MODEL as a page of HTML, with what a config would do to it; without PATH, in the browser.
 
-    An adapted MODEL is drawn as it is. A PATH that ends with .json is for Google's Model Explorer.
+    An adapted MODEL is drawn as it is. A PATH that ends with .json is for Google's Model Explorer. If the config can't
+    be applied, stderr tells why, and the exit code is 1.
 
     \b
       graphpeft show runs/checkpoint-100 picture.html --measure
@@ -117,7 +126,11 @@ def show(
             )
         shown = explain_model(given.model, config_from(config, method, options), example_inputs=given.example_inputs)
     picture = show_model(shown, path, example_inputs=needed_inputs(given, source) if measure else None)
-    tell({"picture": str(picture.path)}, as_json, picture)
+    problems = _problems(shown) if isinstance(shown, Report) else []
+    tell({"picture": str(picture.path), **({"problems": problems} if problems else {})}, as_json, picture)
+    if problems:
+        click.echo(f"graphpeft show: {joined(problems, '; ')}", err=True)
+        raise click.exceptions.Exit(1)
 
 
 @click.command()

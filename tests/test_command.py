@@ -380,7 +380,8 @@ def test_a_saved_adapter_of_a_transformers_model_is_exported(here: Path, capsys:
 @pytest.mark.parametrize(
     ("arguments", "code", "reason"),
     [
-        (["export", "models_of_mine:made", "m.onnx"], 1, "m.onnx is to end with .pt2"),
+        (["export", "models_of_mine:made", "m.onnx", "--format", "pt2"], 1, "m.onnx is to end with .pt2"),
+        (["export", "models_of_mine:made", "m.tflite"], 1, "m.tflite is to end with .pt2 for format='pt2'"),
         (["export", "models_of_mine:half", "m.pt2"], 2, "returned int"),
         (["export", "models_of_mine:none", "m.pt2"], 2, "no attribute 'none'"),
         (["export", "nothing_here:made", "m.pt2"], 2, "No module named 'nothing_here'"),
@@ -495,6 +496,14 @@ def test_an_adapter_without_a_base_tells_the_way_that_the_subcommand_has(
     error = capsys.readouterr().err
     assert way_out in error
     assert ("--base" in error) == ("--base" in way_out)
+
+
+@pytest.mark.parametrize(("path", "format"), [("m.onnx", "onnx"), ("m.pt2", "pt2"), ("m.safetensors", "safetensors")])
+def test_export_takes_the_format_of_the_suffix(path: str, format: str, here: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["export", "models_of_mine:made", path, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["format"] == format
+    assert (here / path).exists()
 
 
 @pytest.mark.quick("command")

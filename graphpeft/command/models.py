@@ -12,7 +12,7 @@ import click
 from graphpeft.adapters.state import adapters_of
 from graphpeft.command.printing import as_json, tell
 from graphpeft.command.sources import config_from, model_from, needed_inputs
-from graphpeft.exporting import CARRIERS, FORMATS
+from graphpeft.exporting import CARRIERS, FORMATS, formats_of
 from graphpeft.exporting import export as export_model
 from graphpeft.model.adapt import explain as explain_model
 from graphpeft.rules.report import Report
@@ -180,21 +180,27 @@ def verify(source: str, config: str | None, method: str, options: tuple[str, ...
 @click.command()
 @source
 @click.argument("path", metavar="PATH")
-@click.option("--format", "format_", default="pt2", show_default=True, type=click.Choice(FORMATS), help="The format.")
+@click.option(
+    "--format", "format_", type=click.Choice(FORMATS), help="The format; if left out, that of PATH's suffix, or pt2."
+)
 @click.option(
     "--adapters", default="merged", show_default=True, type=click.Choice(CARRIERS), help="How adapters are carried."
 )
 @click.option("--fixed", is_flag=True, help="Keep all sizes of the inputs as the example has them.")
 @click.option("--unchecked", is_flag=True, help="Don't run and compare what was written.")
 @as_json
-def export(source: str, path: str, format_: str, adapters: str, fixed: bool, unchecked: bool, as_json: bool) -> None:
+def export(
+    source: str, path: str, format_: str | None, adapters: str, fixed: bool, unchecked: bool, as_json: bool
+) -> None:
     """Writes a MODEL, adapted or not, to the file PATH, which runs without graphpeft, and checks it.
 
     \b
-      graphpeft export runs/checkpoint-100 model.onnx --format onnx
+      graphpeft export runs/checkpoint-100 model.onnx
       graphpeft export my.models:build model.pt2 --adapters inputs
     """
     given = model_from(source)
+    of_suffix = formats_of(Path(path).suffix)
+    format_ = format_ or (of_suffix[0] if len(of_suffix) == 1 else "pt2")
     report = export_model(
         given.model, needed_inputs(given, source), path, format_, adapters, dynamic=not fixed, check=not unchecked
     )

@@ -24,7 +24,7 @@ from graphpeft.exporting.carriers import CARRIERS, Prepared
 from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example
 from graphpeft.exporting.export_report import ExportReport
-from graphpeft.exporting.formats import FORMATS
+from graphpeft.exporting.formats import FORMATS, formats_of
 from graphpeft.exporting.formats.format import Export, Format
 from graphpeft.exporting.program import Dynamic, Input
 from graphpeft.graph.errors import GuardError, TraceError
@@ -34,7 +34,7 @@ from graphpeft.passes.optimization import optimize
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.progress import steps
 
-__all__ = ["CARRIERS", "FORMATS", "ExportError", "ExportReport", "export", "export_adapter"]
+__all__ = ["CARRIERS", "FORMATS", "ExportError", "ExportReport", "export", "export_adapter", "formats_of"]
 
 
 def export(
@@ -167,7 +167,9 @@ def _known(table: Mapping[str, Any], name: str, argument: str) -> Any:
 def _refuse_path(form: Format, name: str, path: Path) -> None:
     if path.suffix not in form.suffixes:
         wanted = " or ".join(suffix or "no suffix" for suffix in form.suffixes)
-        raise ExportError(f"{path.name} is to end with {wanted} for format={name!r}")
+        others = " or ".join(f"format={other!r}" for other in formats_of(path.suffix))
+        hint = f"; {path.suffix or 'no suffix'} is for {others}" if others else ""
+        raise ExportError(f"{path.name} is to end with {wanted} for format={name!r}{hint}")
     if path.exists() and path.is_dir() == bool(path.suffix):
         there, wanted = ("a folder", "a file") if path.suffix else ("a file", "a folder")
         raise ExportError(f"{path} is {there}, and format={name!r} would write {wanted} there; choose another path")

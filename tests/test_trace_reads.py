@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from graphpeft import GuardError, LoraConfig, TraceError, explain, get_peft_model, trace
+from graphpeft.graph import ops
 from graphpeft.testing import laws
 
 pytestmark = pytest.mark.quick("tracing")
@@ -536,13 +537,13 @@ def test_another_argument_than_the_default_of_the_trace_is_refused_or_followed(n
     assert not torch.equal(other.to(base.dtype), base)
     adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["w"]))
     by_example, without = [trace(model, (X,))], [trace(model), adapted]
-    is_number = isinstance(OTHERS[name], int | float)
+    is_number = isinstance(OTHERS[name], float)
     for graph in (*by_example, *without):
         assert torch.equal(graph(X), base)
     for graph in by_example if is_number else (*by_example, *without):
         with pytest.raises(GuardError, match=f"the argument '{name}'"):
             graph(X, **{name: OTHERS[name]})
-    # no example says that a number is left out in each call
+    # no example says that such a number is left out in each call
     for graph in without if is_number else ():
         assert torch.equal(graph(X, **{name: OTHERS[name]}), other)
     with_example = get_peft_model(
@@ -611,15 +612,32 @@ def test_a_number_that_was_left_out_stays_so_where_code_could_tell_the_differenc
             made(X, scale=3.0)
 
 
+class Strided(nn.Module):
+    """Convolves with a stride that has a default."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 3, 3))
+
+    def forward(self, x, stride=1):
+        return F.conv1d(x, self.w, stride=stride)
+
+
+def test_a_whole_number_that_was_left_out_is_known_to_what_it_is_given_to():
+    [row] = explain(Strided(), LoraConfig(r=2, target_modules=["w"])).adapted
+    assert row.site.op is ops.Convolution
+    assert row.site.fixed == ("stride=1",)
+
+
 def test_explain_names_the_arguments_that_have_one_value_alone():
     config = LoraConfig(r=2, target_modules=["w"])
     report = explain(WithOptions(), config)
     [row] = report.adapted
-    assert row.site.fixed == ("sizes=(1, 2)", "dtype=torch.float32", "table={'k': 3}")
-    assert "the model  sizes=(1, 2), dtype=torch.float32, table={'k': 3}" in str(report)
+    assert row.site.fixed == ("sizes=(1, 2)", "dtype=torch.float32", "table={'k': 3}", "times=2")
+    assert "the model  sizes=(1, 2), dtype=torch.float32, table={'k': 3}, times=2" in str(report)
     assert "give example_inputs that pass it" in str(report)
     given = explain(WithOptions(), config, example_inputs=(X, 2.0, (3, 2)))
-    assert given.adapted[0].site.fixed == (*row.site.fixed[1:], "times=2", "phase=1.0")
+    assert given.adapted[0].site.fixed == (*row.site.fixed[1:], "phase=1.0")
     report = explain(Deciding(), config)
     assert report.adapted[0].site.fixed == ()
     assert "give example_inputs" not in str(report)

@@ -72,12 +72,12 @@ class Arguments:
         """Returns whether a default is recorded as if it were given, so that other numbers can be, too.
 
         That needs no example call, which could be without it, and a forward that can't tell the difference: decorators
-        and hooks can.
+        and hooks can. A whole number may say which operation it is, as a stride or a dimension, and is to be known.
         """
         root = self._tracer.session.root
         return (
             self._example is None
-            and isinstance(parameter.default, int | float | complex)
+            and isinstance(parameter.default, float | complex)
             and parameter.kind is not parameter.POSITIONAL_ONLY
             and not hasattr(root.forward, "__wrapped__")
             and not (root._forward_pre_hooks_with_kwargs or root._forward_hooks_with_kwargs)

@@ -287,6 +287,18 @@ def test_an_operator_of_the_model_itself_that_onnx_lacks_is_named_with_it(tmp_pa
     refused(Bessel(), (torch.randn(2, 4),), tmp_path / "m.onnx", match, format="onnx")
 
 
+def test_an_operator_that_pytorch_fails_to_translate_is_named_with_the_failure(tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        error = torch.onnx.errors.OnnxExporterError(
+            "While executing call_function[target=torch.ops.aten.linear.default]"
+        )
+        raise error from ValueError("Cannot view a tensor")
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    match = r"^PyTorch can't translate aten\.linear\.default to ONNX as 0 \(Linear\) calls it: ValueError: Cannot view"
+    refused(nn.Sequential(nn.Linear(4, 4)), (torch.randn(2, 4),), tmp_path / "m.onnx", match, format="onnx")
+
+
 class Squeezing(nn.Module):
     """Takes a dimension off if its size is 1, which ONNX does without asking."""
 

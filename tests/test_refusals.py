@@ -19,6 +19,7 @@ import transformers
 from models import FUNCTIONAL, LLAMA, MLP, VIT, Example, llama_config, output
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import parametrize
 
 import graphpeft
 from graphpeft import AdaptError, CheckpointError, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
@@ -124,6 +125,15 @@ def test_targets_that_match_nothing_get_near_misses(build: Callable[[], Any]) ->
     model = build()
     with refused(model, AdaptError, "nothing in ", " matches ['hed', 'upp']; near misses: head, up"):
         get_peft_model(model, LoraConfig(target_modules=["upp", "hed"]), "second")
+
+
+def test_a_tensor_that_a_parametrization_computes_is_named_with_its_original() -> None:
+    model = nn.Sequential(nn.Linear(4, 6))
+    parametrize.register_parametrization(model[0], "weight", nn.Tanh())
+    original = "0.parametrizations.weight.original"
+    with refused(model, AdaptError, f"a parametrization computes it, from {original}: name that, or the layer"):
+        get_peft_model(model, LoraConfig(target_modules=[], target_parameters=["0.weight"]))
+    get_peft_model(model, LoraConfig(target_modules=[], target_parameters=[original]))
 
 
 @in_any_state

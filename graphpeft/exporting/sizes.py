@@ -136,7 +136,10 @@ def _nearest_break(condition: Any, symbol: Any, sizes: Mapping[Any, int]) -> int
     size = sizes[symbol]
 
     def breaks_it(one: int) -> bool:
-        return alone.subs(symbol, one) == sympy.false
+        try:
+            return alone.subs(symbol, one) == sympy.false
+        except ZeroDivisionError:  # a divisor in the condition is 0 at this size
+            return False
 
     near = range(max(1, size - _NEAR), size + _NEAR + 1)
     far = (one for k in range(_DOUBLINGS) for one in (size << k, max(1, size >> k)))

@@ -299,11 +299,21 @@ def _spelling(wanted: Any, names: list[str]) -> str | None:
     """Returns a hint if the targets would match in another spelling, else None."""
     if not names:
         return "; a layer by itself has no name: adapt the model that it is part of, or nn.Sequential(layer)"
+    ends = tuple(_original(entry) for entry in ([wanted] if isinstance(wanted, str) else wanted))
+    originals = [name for name in names if name.endswith(ends)]
+    if originals:
+        return f"; a parametrization computes it, from {joined(originals)}: name that, or the layer in target_modules"
     if isinstance(wanted, str):
         if targets.unmatched([wanted], names):
             return None
         return f"; a text is a regular expression for a whole name: write [{wanted!r}] for all names that end so"
     return "; 'all-linear' is written without a list" if any(map(targets.is_all_linear, wanted)) else None
+
+
+def _original(name: str) -> str:
+    """Returns the name of the tensor from which `torch.nn.utils.parametrize` would compute another."""
+    path, _, attribute = name.rpartition(".")
+    return join(path, f"parametrizations.{attribute}.original")
 
 
 def unmatched_entries(config: PeftConfig, modules: Mapping[str, nn.Module], report: Report) -> list[str]:

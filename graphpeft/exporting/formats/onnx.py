@@ -31,6 +31,7 @@ from graphpeft.graph.calls import calls_of
 from graphpeft.graph.paths import join
 from graphpeft.graph.template import template_of
 from graphpeft.graph.traced_model import stands_for
+from graphpeft.wording import joined
 
 _ABOUT = "graphpeft"
 
@@ -202,7 +203,12 @@ def _refusal(error: BaseException, export: Export) -> str:
     if found is None:
         return f"the model can't be translated to ONNX: {in_short(causes[-1])}. format='pt2' holds any operator"
     operator = found[1] or found[2]
-    modules = ", ".join(_modules_with(operator, export))
+    modules = joined(_modules_with(operator, export))
+    if "No ONNX function found" not in str(causes[-1]):
+        return (
+            f"PyTorch can't translate {operator} to ONNX as {modules} calls it: {in_short(causes[-1])}. Replace it in "
+            "the model, or export with format='pt2', which holds any operator"
+        )
     return (
         f"ONNX has no operator for {operator}, which {modules} calls. Replace it in the model by others, register a "
         "translation with torch.onnx, or export with format='pt2', which holds any operator"

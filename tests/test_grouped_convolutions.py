@@ -148,7 +148,8 @@ def test_explain_tells_which_convolutions_cannot_be_merged_and_why():
     model = nn.Sequential(nn.Conv1d(4, 8, 3, groups=2), nn.Tanh(), nn.Conv1d(8, 8, 1, groups=2), nn.Conv1d(8, 4, 1))
     report = explain(model, LoraConfig(r=4, target_modules=["0", "2", "3"]))
     reason, also, merges = (row.unmergeable for row in report.adapted)
-    assert reason == also is not None
+    assert reason is not None
+    assert also == reason
     assert merges is None
     lines = str(report).splitlines()
     assert lines[-3:-1] == ["can't be merged  because", f"───────────────  {'─' * len(reason)}"]

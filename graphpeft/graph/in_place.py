@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -184,6 +185,9 @@ def dressed_class(original: type, layers: tuple[Layer, ...]) -> type:
     return dressed
 
 
+@torch.compiler.disable(
+    reason="Python calls functions while it makes a class, in which no compiler must look for graphs"
+)
 def _new_class(original: type, layers: tuple[Layer, ...]) -> type:
     added = (Dressed, *(base for layer in layers for base in layer.bases))
     # repeating a base of the original class would break the method resolution order

@@ -276,14 +276,19 @@ def layers_of(module: nn.Module) -> tuple[Layer, ...]:
     Raises:
         RuntimeError: If other code has replaced the class of a dressed module.
     """
-    cls = under_shards(type(module))
-    own = cls.__dict__.get("_graphpeft_layers")
-    if own is None and hasattr(cls, "_graphpeft_layers"):
+    own = under_shards(type(module)).__dict__.get("_graphpeft_layers")
+    if is_class_exchanged(module):
         raise RuntimeError(
             f"the class of an adapted {original_class(module).__name__} was exchanged since it was adapted, as "
             "parametrizations do; take that off first, or do it before adapting"
         )
     return own or ()
+
+
+def is_class_exchanged(module: nn.Module) -> bool:
+    """Returns whether other code has replaced the class of a dressed module by one that derives from it."""
+    cls = under_shards(type(module))
+    return "_graphpeft_layers" not in cls.__dict__ and hasattr(cls, "_graphpeft_layers")
 
 
 def put_on(module: nn.Module, layer: Layer) -> None:

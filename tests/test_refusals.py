@@ -837,3 +837,25 @@ def test_a_module_at_two_paths_is_named_by_the_first_one_and_other_names_get_a_w
     found = model(x)
     model.merge_adapter()
     torch.testing.assert_close(model(x), found, rtol=1e-4, atol=1e-5)
+
+
+class _OwnWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Any) -> Any:
+        return x @ self.w
+
+
+@pytest.mark.parametrize("name", ["model", "modules_to_save", "prefix", "base_model", "save_pretrained"])
+def test_an_adapter_of_the_models_own_weight_has_no_name_of_an_adapted_models_attribute(name: str) -> None:
+    config, match = LoraConfig(target_modules=["w"]), f"attribute '{name}' already; choose another adapter name"
+    base = _OwnWeight()
+    with refused(base, AdaptError, match):
+        get_peft_model(base, config, name)
+    model: Any = get_peft_model(base, config)
+    with refused(model, AdaptError, match):
+        model.add_adapter(name, config)
+    inside: Any = get_peft_model(nn.Sequential(_OwnWeight()), config, name)
+    inside.add_adapter(f"{name}_", config)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
+import itertools
 import reprlib
+import textwrap
 from collections.abc import Collection, Sequence
 
 
@@ -48,7 +50,7 @@ def number_of(count: int, one: str, several: str = "") -> str:
 def text_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[str] = frozenset()
 ) -> list[str]:
-    """Returns the lines of a table in plain text.
+    """Returns the lines of a table in plain text; in its widest column, cells are wrapped where lines would be long.
 
     Args:
         header: The names of the columns.
@@ -56,12 +58,26 @@ def text_table(
         numbers: The columns whose cells are at the right.
     """
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    ruled = [header, ["─" * width for width in widths], *rows]
+    widest = widths.index(max(widths))
+    most = max(widths[widest] - sum(widths) - 2 * (len(widths) - 1) + _WIDTH, _NARROWEST)
+    table = [[_wrapped(cell, most) if n == widest else [cell] for n, cell in enumerate(row)] for row in (header, *rows)]
+    widths[widest] = max(len(line) for row in table for line in row[widest])
+    table.insert(1, [["─" * width] for width in widths])
     aligned = [str.rjust if name in numbers else str.ljust for name in header]
     return [
-        "  ".join(align(cell, width) for align, cell, width in zip(aligned, row, widths, strict=True)).rstrip()
-        for row in ruled
+        "  ".join(align(cell, width) for align, cell, width in zip(aligned, line, widths, strict=True)).rstrip()
+        for row in table
+        for line in itertools.zip_longest(*row, fillvalue="")
     ]
+
+
+_WIDTH, _NARROWEST = 120, 40
+"""How wide a table is to be, and how narrow its widest column may become for that."""
+
+
+def _wrapped(cell: str, width: int) -> list[str]:
+    # paths and code stay whole
+    return textwrap.wrap(cell, width, break_long_words=False, break_on_hyphens=False) if len(cell) > width else [cell]
 
 
 def as_html(report: object) -> str:

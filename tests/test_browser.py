@@ -244,6 +244,12 @@ def test_a_closed_call_opens_by_a_click_on_both_sides(browser: Any, tmp_path: Pa
     assert opened.count(f'.cluster[data-name="cluster:{name.removeprefix("call:")}"]') >= 2
 
 
+def test_a_page_tells_why_nothing_is_kept(browser: Any, tmp_path: Path):
+    model = nn.Sequential(nn.Linear(3, 3)).requires_grad_(False)
+    opened = Opened(browser, graphpeft.show(model, tmp_path / "m.html", example_inputs=(torch.randn(2, 3),)).path)
+    assert "since no parameter requires a gradient" in opened.tab.inner_text("p.remark")
+
+
 def test_refusals_are_told(browser: Any, tmp_path: Path):
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     report = explain(model, LoraConfig(target_modules=["0", "1"]))

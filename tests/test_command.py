@@ -23,6 +23,7 @@ import graphpeft
 from graphpeft import LoHaConfig, LoraConfig, TaskType, get_peft_model
 from graphpeft.command import graphpeft as command
 from graphpeft.command import main
+from graphpeft.command.sources import config_from
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{begins}")
@@ -233,6 +234,7 @@ def test_explain_tells_what_would_be_adapted(here: Path, capsys: pytest.CaptureF
     assert main([*arguments, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [site["parameters"] for site in told["adapted"]] == [24, 18]
+    assert [(site["unmergeable"], site["fixed_arguments"]) for site in told["adapted"]] == [(None, [])] * 2
 
 
 def test_explain_takes_a_saved_config_and_changes_of_it(here: Path, capsys: pytest.CaptureFixture[str]):
@@ -312,15 +314,6 @@ def test_merge_makes_the_folder_of_its_file(here: Path):
     assert (here / "new" / "folder" / "merged.safetensors").is_file()
 
 
-@pytest.mark.parametrize("words", [["merge", "adapter", "m.safetensors"], ["show", "adapter", "m.html"]], ids=" ".join)
-def test_an_adapter_without_a_base_tells_how_to_give_one(
-    words: list[str], here: Path, capsys: pytest.CaptureFixture[str]
-):
-    saved(here / "adapter")
-    assert main(words) == 2
-    assert "--base" in capsys.readouterr().err
-
-
 def test_a_config_alone_is_not_measured(here: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["show", "models_of_mine:base", "m.html", "--set", "target_modules=0", "--measure"]) == 2
     assert "name an adapted MODEL" in capsys.readouterr().err
@@ -387,7 +380,8 @@ def test_a_saved_adapter_of_a_transformers_model_is_exported(here: Path, capsys:
 @pytest.mark.parametrize(
     ("arguments", "code", "reason"),
     [
-        (["export", "models_of_mine:made", "m.onnx"], 1, "m.onnx is to end with .pt2"),
+        (["export", "models_of_mine:made", "m.onnx", "--format", "pt2"], 1, "m.onnx is to end with .pt2"),
+        (["export", "models_of_mine:made", "m.tflite"], 1, "m.tflite is to end with .pt2 for format='pt2'"),
         (["export", "models_of_mine:half", "m.pt2"], 2, "returned int"),
         (["export", "models_of_mine:none", "m.pt2"], 2, "no attribute 'none'"),
         (["export", "nothing_here:made", "m.pt2"], 2, "No module named 'nothing_here'"),
@@ -404,7 +398,17 @@ def test_a_saved_adapter_of_a_transformers_model_is_exported(here: Path, capsys:
         (["explain", "models_of_mine:base", "--method", "NONE"], 2, "there is no method 'NONE'"),
         (["explain", "models_of_mine:base", "--set", "q=1"], 2, "has no option 'q'"),
         (["explain", "models_of_mine:base", "--set", "r"], 2, "write NAME=VALUE"),
-        (["explain", "models_of_mine:base", "--set", "r=two"], 2, "r must be int"),
+        (["explain", "models_of_mine:base", "--set", "r=two"], 2, "r must be int, not 'two'"),
+        (
+            ["explain", "models_of_mine:base", "--set", "layers_to_transform=a"],
+            2,
+            """not 'a'; as JSON, write layers_to_transform='["name", …]'""",
+        ),
+        (
+            ["explain", "models_of_mine:base", "--set", "rank_pattern=a"],
+            2,
+            """not 'a'; as JSON, write rank_pattern='{"name": value, …}'""",
+        ),
         (["explain", "models_of_mine:base", "--config", "no-such-folder"], 2, "no-such-folder"),
         (["explain", "models_of_mine:base", "--config", "models_of_mine.py"], 2, "models_of_mine.py isn't JSON"),
         (["merge", "no-such-folder", "m.safetensors"], 2, "no-such-folder"),
@@ -429,6 +433,77 @@ def test_a_name_that_is_a_number_is_a_name(
 ):
     assert main(["explain", "models_of_mine:base", "--set", f"target_modules={given}", "--json"]) == 0
     assert [each["site"] for each in json.loads(capsys.readouterr().out)["adapted"]] == sites
+
+
+@pytest.mark.quick("command")
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("target_parameters=mix", ["mix"]),
+        ("target_parameters=mix,", ["mix"]),
+        ("target_parameters=mix,0,", ["mix", "0"]),
+        ('target_parameters=["mix"]', ["mix"]),
+        ("target_modules=qkv", "qkv"),
+        ("target_modules=qkv,", {"qkv"}),
+        ("layers_to_transform=3", 3),
+        ("layers_to_transform=3,4", [3, 4]),
+        ("exclude_modules=0,", {"0"}),
+    ],
+)
+def test_an_option_is_read_as_what_it_takes(given: str, read: Any):
+    name, _, _ = given.partition("=")
+    config: Any = config_from(None, "LORA", [given])
+    assert getattr(config, name) == read
+
+
+@pytest.mark.quick("command")
+def test_show_tells_of_a_config_that_cannot_be_applied_and_is_exit_code_1(
+    here: Path, capsys: pytest.CaptureFixture[str]
+):
+    arguments = ["show", "models_of_mine:base", "x.html", "--set", "target_modules=1x"]
+    assert main(arguments) == 1
+    printed = capsys.readouterr()
+    assert "nothing in Sequential matches '1x'" in printed.err
+    assert printed.err.startswith("graphpeft show: ")
+    assert (here / "x.html").exists()
+    assert main([*arguments, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["problems"] == [printed.err.removeprefix("graphpeft show: ").strip()]
+    assert main(["show", "models_of_mine:base", "x.html", "--set", "target_modules=1,", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out).keys() == {"picture"}
+
+
+@pytest.mark.quick("command")
+def test_show_names_sites_that_are_refused(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["show", "models_of_mine:base", "x.html", "--method", "ROAD", "--set", "target_modules=0,"]) == 1
+    assert capsys.readouterr().err.startswith("graphpeft show: 0: its 4 output features don't fall into groups")
+
+
+@pytest.mark.quick("command")
+@pytest.mark.parametrize(
+    ("arguments", "way_out"),
+    [
+        (["show", "adapter"], "write a function that returns PeftModel.from_pretrained(base, 'adapter')"),
+        (["export", "adapter", "m.pt2"], "write a function that returns PeftModel.from_pretrained(base, 'adapter')"),
+        (["merge", "adapter", "m.safetensors"], "name it by --base"),
+        (["convert", "adapter", "lora"], "name it by --base"),
+    ],
+)
+def test_an_adapter_without_a_base_tells_the_way_that_the_subcommand_has(
+    arguments: list[str], way_out: str, here: Path, capsys: pytest.CaptureFixture[str]
+):
+    saved(here / "adapter")
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert way_out in error
+    assert ("--base" in error) == ("--base" in way_out)
+
+
+@pytest.mark.parametrize(("path", "format"), [("m.onnx", "onnx"), ("m.pt2", "pt2"), ("m.safetensors", "safetensors")])
+def test_export_takes_the_format_of_the_suffix(path: str, format: str, here: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["export", "models_of_mine:made", path, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["format"] == format
+    assert (here / path).exists()
 
 
 @pytest.mark.quick("command")

@@ -185,6 +185,41 @@ def test_the_report_names_the_sizes_that_can_change_and_what_was_checked(tmp_pat
     assert "adapter 'second'  (1, 1)" in str(report)
 
 
+class Places(torch.nn.Module):
+    """Adds the vectors of at most 500 places, and hides some of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.places, self.layer = torch.nn.Parameter(torch.randn(500, 8)), torch.nn.Linear(8, 4)
+
+    def forward(self, x, shown):
+        return self.layer(x + self.places[: x.shape[1]]) * shown[..., None]
+
+
+class Joined(torch.nn.Module):
+    """Joins what it is given, which is to be as long as something else is short."""
+
+    def forward(self, x, both):
+        return torch.cat([x, x[:, 1:]], 1) + both
+
+
+@pytest.mark.parametrize("format", ["pt2", "onnx"])
+def test_each_size_that_can_change_has_a_letter_and_its_limits_once(format, tmp_path):
+    example = (torch.randn(2, 7, 8), torch.ones(2, 7))
+    report = graphpeft.export(Places(), example, tmp_path / f"m.{format}", format)
+    assert report.inputs == {"x": "(a, b ≤ 500, 8)", "shown": "(a, b)"}
+    limits = {"x": {1: torch.export.Dim("rows", min=4, max=9)}, "shown": {1: torch.export.Dim("rows", min=4, max=9)}}
+    report = graphpeft.export(Places(), example, tmp_path / f"m.{format}", format, dynamic=limits)
+    assert report.inputs == {"x": "(2, 4 ≤ a ≤ 9, 8)", "shown": "(2, a)"}
+
+
+def test_a_size_that_follows_from_another_is_told_by_its_letter(tmp_path):
+    long = torch.export.Dim("long", min=4, max=40)
+    dynamic = {"x": {1: long}, "both": {1: 2 * long - 1}}
+    report = graphpeft.export(Joined(), (torch.randn(2, 7), torch.randn(2, 13)), tmp_path / "m.pt2", dynamic=dynamic)
+    assert report.inputs == {"x": "(2, 4 ≤ a ≤ 40)", "both": "(2, 2*a - 1)"}
+
+
 def test_an_example_of_one_row_and_one_token_serves_any_number_of_both(tmp_path):
     example = {"input_ids": LLAMA.tensor()[:1, :1], "use_cache": False}
     model = LLAMA.adapted()
@@ -383,7 +418,7 @@ class Fixed(torch.nn.Module):
 
 
 def test_a_batch_that_the_model_fixes_is_a_warning(tmp_path):
-    with pytest.warns(UserWarning, match=r"the batch isn't dynamic, .*x \(3, s\d+\)"):
+    with pytest.warns(UserWarning, match=r"the batch isn't dynamic, .*x \(3, a\)"):
         graphpeft.export(Fixed(), (torch.randn(3, 4),), tmp_path / "model.pt2")
 
 

@@ -101,7 +101,12 @@ def test_unknown_formats_and_ways_are_named_with_those_that_there_are(tmp_path):
 
 
 def test_a_path_ends_as_its_format_does(tmp_path):
-    refused(HAND_WRITTEN.adapted(), HAND_WRITTEN.example(), tmp_path / "m.onnx", r"is to end with \.pt2")
+    refused(
+        HAND_WRITTEN.adapted(),
+        HAND_WRITTEN.example(),
+        tmp_path / "m.onnx",
+        r"to end with \.pt2 .*; \.onnx is for format='onnx'",
+    )
 
 
 @pytest.mark.parametrize("way", ["baked", "inputs", "rows"])
@@ -177,6 +182,16 @@ def few_elements(x, y):
     return x * 2 if x.shape[0] * x.shape[1] < 50 else x
 
 
+def both(x, y):
+    return x * 2 if x.shape[0] > 4 and x.shape[1] > 9 else x
+
+
+def one_of_three(x, y):
+    if x.shape[0] < 8:
+        return x
+    return x + 0 if x.shape[0] < 16 else x * 2
+
+
 def alike(x, y):
     return x * 2 if x.shape[1] == y.shape[0] else x
 
@@ -184,10 +199,12 @@ def alike(x, y):
 CONDITIONS = {
     many: r"x\.shape\[0\] <= 500\. .*0: .*max=500\)",
     many_halves: r"\(x\.shape\[0\]//2\) <= 300\. .*max=601\)",
-    even: r"Mod\(x\.shape\[0\], 2\) == 0",
+    even: r"Mod\(x\.shape\[0\], 2\) == 0\. Use format='pt2'",
     all_but_one: r"x\.shape\[0\] != 37\. .*max=36\)",
-    oblong: r"x\.shape\[0\] != x\.shape\[1\]",
-    few_elements: r"x\.shape\[0\]\*x\.shape\[1\] < 50\. .*max=\d+\)",
+    oblong: r"x\.shape\[0\] != x\.shape\[1\]\. Use format='pt2'",
+    both: r"x\.shape\[1\] <= 9\. .*1: .*max=9\)",
+    one_of_three: r"x\.shape\[0\] < 16\. .*max=15\)",
+    few_elements: r"x\.shape\[0\]\*x\.shape\[1\] < 50\. Use format='pt2'",
     alike: r"x\.shape\[1\] == y\.shape\[0\]\. Use format='pt2'",
 }
 
@@ -208,7 +225,8 @@ class By(nn.Module):
 def test_a_file_that_doesnt_see_where_the_model_decides_otherwise_isnt_left(function, format, tmp_path):
     example = (torch.randn(4, 5), torch.randn(2))
     path = tmp_path / f"m{SUFFIXES[format]}"
-    refused(By(function), example, path, "decides otherwise than on the example, .*Limit the sizes", format=format)
+    advice = "Use format='pt2'" if function is of_two else "Limit the sizes"
+    refused(By(function), example, path, f"decides otherwise than on the example, .*{advice}", format=format)
     rows = torch.export.Dim("rows", min=3, max=9)
     limited = {"x": {0: rows}, "y": None}
     graphpeft.export(By(function), example, path, format, dynamic=limited)
@@ -229,6 +247,48 @@ def test_a_file_is_exported_with_the_limit_that_the_refusal_names(tmp_path):
         graphpeft.export(By(many), example, tmp_path / "m.onnx", "onnx")
     dynamic = str(error.value).partition("dynamic=")[2].partition(", or use")[0]
     assert graphpeft.export(By(many), example, tmp_path / "m.onnx", "onnx", dynamic=eval(dynamic)).checked
+
+
+AUTO = torch.export.Dim.AUTO
+
+
+@pytest.mark.parametrize("function", [oblong, few_elements, alike, both], ids=lambda function: function.__name__)
+def test_sizes_that_the_caller_leaves_open_are_tried_too(function, tmp_path):
+    example = (torch.randn(4, 5), torch.randn(5))
+    open_sizes = {"x": {0: AUTO, 1: AUTO}, "y": {0: AUTO}}
+    refused(By(function), example, tmp_path / "m.onnx", "it is right where", format="onnx", dynamic=open_sizes)
+
+
+def test_sizes_beyond_the_callers_limits_are_not_tried(tmp_path):
+    rows = torch.export.Dim("rows", max=12)
+    dynamic = {"x": {0: rows, 1: AUTO}, "y": None}
+    assert graphpeft.export(By(many), (torch.randn(4, 5), torch.randn(5)), tmp_path / "m.onnx", "onnx", dynamic=dynamic)
+
+
+class OfFrames(nn.Module):
+    """Has a product for each frame, so that a program has one number of frames."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return torch.stack([self.linear(frame) for frame in x.unbind(1)]).sum(0)
+
+
+def test_onnxruntime_refuses_a_size_that_the_program_fixes(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    report = graphpeft.export(OfFrames(), (torch.randn(3, 4, 6),), tmp_path / "m.onnx", "onnx")
+    session = runtime.InferenceSession(str(report.path))
+    session.run(None, {"x": torch.randn(5, 4, 6).numpy()})
+    with pytest.raises(Exception, match="index: 1 Got: 6 Expected: 4"):
+        session.run(None, {"x": torch.randn(5, 6, 6).numpy()})
+
+
+@pytest.mark.long
+def test_a_file_that_takes_sizes_which_its_program_fixes_isnt_left(tmp_path):
+    path = tmp_path / "m.pt2"
+    refused(OfFrames(), (torch.randn(3, 4, 6),), path, r"right where x\.shape\[1\] == 4\. Use", format="aoti")
 
 
 def test_a_model_that_raises_itself_where_its_program_doesnt_hold_is_exported(tmp_path):

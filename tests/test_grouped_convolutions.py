@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from graphpeft import LoraConfig, PeftModel, get_peft_model
+from graphpeft import AdaptError, LoraConfig, PeftModel, explain, get_peft_model
 from graphpeft.testing import laws
 
 pytestmark = pytest.mark.quick("methods")
@@ -141,3 +142,19 @@ def test_adapters_within_groups_have_no_combination_across_them():
     model, _ = _with_two(2)
     with pytest.raises(ValueError, match="features in groups, which divide only one of the ranks"):
         model.add_weighted_adapter(["one", "two"], [0.5, 2.0], "both", combination_type="cat")
+
+
+def test_explain_tells_which_convolutions_cannot_be_merged_and_why():
+    model = nn.Sequential(nn.Conv1d(4, 8, 3, groups=2), nn.Tanh(), nn.Conv1d(8, 8, 1, groups=2), nn.Conv1d(8, 4, 1))
+    report = explain(model, LoraConfig(r=4, target_modules=["0", "2", "3"]))
+    reason, also, merges = (row.unmergeable for row in report.adapted)
+    assert reason is not None
+    assert also == reason
+    assert merges is None
+    lines = str(report).splitlines()
+    assert lines[-3:-1] == ["can't be merged  because", f"───────────────  {'─' * len(reason)}"]
+    assert lines[-1] == f"0, 2             {reason}"
+    adapted: Any = get_peft_model(model, LoraConfig(r=4, target_modules=["0", "2", "3"]))
+    with pytest.raises(AdaptError, match=re.escape(reason)):
+        adapted.merge_and_unload()
+    assert "can't be merged" not in str(explain(nn.Sequential(nn.Conv1d(4, 8, 3)), LoraConfig(target_modules=["0"])))

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 import graphpeft
-from graphpeft import LoraConfig, progress
+from graphpeft import LoHaConfig, LoraConfig, progress
+from graphpeft.testing import verify
 
 pytestmark = pytest.mark.quick("progress")
 
@@ -86,6 +87,16 @@ def of_trace() -> None:
     graphpeft.trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), (torch.randn(2, 4),))
 
 
+def of_verify() -> None:
+    config = LoraConfig(r=2, target_modules=["0"])
+    verify(nn.Sequential(nn.Linear(4, 4)), config, (torch.randn(2, 4),), quiet=True)
+
+
+def of_conversion() -> None:
+    model = graphpeft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoHaConfig(r=2, target_modules=["0"]))
+    graphpeft.convert_to_lora(model, 2, progressbar=True)
+
+
 def of_explain() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     graphpeft.explain(model, LoraConfig(target_modules=["0"]), example_inputs=(torch.randn(2, 4),))
@@ -93,10 +104,16 @@ def of_explain() -> None:
 
 @pytest.mark.parametrize(
     ("work", "told"),
-    [(of_trace, ["tracing"]), (of_explain, ["finding operations", "checking what learns"])],
+    [
+        (of_trace, ["tracing"]),
+        (of_explain, ["finding operations", "checking what learns"]),
+        (of_verify, ["1 a fresh adapter changes no output", "9 two adapters act together"]),
+        (of_conversion, ["converting to LoRA"]),
+    ],
 )
 def test_long_work_tells_what_it_does(
     work: Callable[[], Any], told: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown = written(monkeypatch, work, is_terminal=True, seconds=0)
     assert all(each in shown for each in told)
+    assert written(monkeypatch, work, is_terminal=False, seconds=0) == ""

@@ -20,11 +20,13 @@ import graphpeft
 from graphpeft import (
     LoHaConfig,
     LoraConfig,
+    PeftModel,
     PrefixTuningConfig,
     TaskType,
     TrainableTokensConfig,
     explain,
     get_peft_model,
+    show,
 )
 from graphpeft.adapters.adapting import modules_of
 from graphpeft.graph.tags import TAG
@@ -247,6 +249,28 @@ def test_kept_bytes_are_those_that_autograd_keeps_by_node():
     # GELU keeps its input, and has no graph
     assert drawn(picture, "1").kept == 7 * 5 * 4
     assert picture.model.kept == 7 * 2 * 4 + 7 * 5 * 4
+
+
+def test_a_picture_tells_once_why_nothing_is_kept(tmp_path: Path):
+    x = torch.randn(7, 6)
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(6, 5)), LoraConfig(r=2, target_modules=["0"]))
+    assert picture_of(model, (x,)).remark == ""
+    model.save_pretrained(tmp_path)
+    loaded: Any = PeftModel.from_pretrained(nn.Sequential(nn.Linear(6, 5)), tmp_path)
+    told = (
+        "nothing is kept for the backward, since no parameter requires a gradient; to measure training, load the "
+        "adapter with is_trainable=True"
+    )
+    picture = picture_of(loaded, (x,))
+    assert picture.remark == told
+    assert picture.model.kept == 0
+    show(loaded, tmp_path / "picture.json", example_inputs=(x,))
+    assert (tmp_path / "picture.json").read_text(encoding="utf-8").count(told) == 1
+    assert picture_of(loaded).remark == ""
+    trained: Any = PeftModel.from_pretrained(nn.Sequential(nn.Linear(6, 5)), tmp_path, is_trainable=True)
+    assert picture_of(trained, (x,)).remark == ""
+    frozen = nn.Sequential(nn.Linear(6, 5)).requires_grad_(False)
+    assert picture_of(frozen, (x,)).remark == told.partition(";")[0]
 
 
 @pytest.mark.parametrize("traced", [False, True])

@@ -100,19 +100,39 @@ def hooked() -> nn.Module:
     return layer
 
 
-@pytest.mark.parametrize(
-    ("forward", "part"),
-    [
-        (lambda self, x: self.part(x[..., 0].long() % 4) @ self.part.weight.T, nn.Embedding(4, 4)),
-        (lambda self, x: F.linear(self.part(x), self.part.weight.to(x.dtype)), nn.Linear(4, 4)),
-        (lambda self, x: F.linear(self.part(x), self.part.weight), hooked()),
-        (lambda self, x: self.part(x, x, x)[0] @ self.part.in_proj_weight.T, nn.MultiheadAttention(4, 2)),
-    ],
-    ids=["embedding", "cast", "hooked", "attention"],
-)
-def test_a_weight_that_is_read_beside_calls_that_are_more_than_an_operation_is_refused(forward, part):
-    with pytest.raises(AdaptError, match=r"weight is used in .*, and its module is called as well"):
-        get_peft_model(module_of(forward, part=part), lora("part"))
+READ_BESIDE_CALLS = {
+    "embedding": (lambda self, x: self.part(x[..., 0].long() % 4) @ self.part.weight.T, lambda: nn.Embedding(4, 4)),
+    "cast": (lambda self, x: F.linear(self.part(x), self.part.weight.to(x.dtype)), lambda: nn.Linear(4, 4)),
+    "hooked": (lambda self, x: F.linear(self.part(x), self.part.weight), hooked),
+    "attention": (
+        lambda self, x: self.part(x, x, x)[0] @ self.part.in_proj_weight.T,
+        lambda: nn.MultiheadAttention(4, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize(("forward", "part"), READ_BESIDE_CALLS.values(), ids=READ_BESIDE_CALLS)
+def test_a_weight_that_is_read_beside_calls_that_are_more_than_an_operation_is_adapted_in_both(forward, part):
+    assert_adapted_truly(module_of(forward, part=part()), "part")
+
+
+@pytest.mark.parametrize("part", [nn.Embedding(4, 4), nn.Linear(4, 4)])
+def test_such_a_weight_is_refused_where_the_graph_around_has_another_site(part):
+    def forward(self, x):
+        found = self.part(x[..., 0].long() % 4 if isinstance(self.part, nn.Embedding) else x)
+        return F.linear(x, self.first) + found @ self.part.weight.T.exp()
+
+    model = module_of(forward, part=part, first=weight())
+    assert_adapted_truly(model, "part")
+    with pytest.raises(AdaptError, match=r"its module is called as well; adapt a graph of the whole model, graphpeft"):
+        get_peft_model(model, lora("part", "first"))
+    assert_adapted_truly(trace(model, (X,)), "part", "first")
+
+
+def test_a_weight_whose_rows_calls_shorten_is_refused_where_it_is_read_beside_them():
+    model = module_of(READ_BESIDE_CALLS["embedding"][0], part=nn.Embedding(4, 4, max_norm=0.5))
+    with pytest.raises(AdaptError, match=r"its weight is used in .*, and its module is called as well"):
+        get_peft_model(model, lora("part"))
 
 
 def test_a_weight_that_is_called_and_read_is_adapted_in_both_uses():

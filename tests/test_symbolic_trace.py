@@ -37,6 +37,18 @@ class Model(nn.Module):
         return y * scale + F.linear(x, self.skip.weight, self.skip.bias)
 
 
+class Flipping(nn.Module):
+    """Decides on an argument that can be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skip = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, flips: bool = False) -> Tensor:
+        y = F.linear(x, self.skip.weight)
+        return -y if flips else y
+
+
 def lora(*targets: str, **options: Any) -> LoraConfig:
     return LoraConfig(
         **{"r": 2, "lora_alpha": 5, "target_modules": list(targets), "init_lora_weights": False} | options
@@ -142,10 +154,16 @@ def test_a_default_stays_a_default_where_layers_alone_are_adapted() -> None:
 
 
 def test_a_decision_of_an_adapted_graph_stays_checked() -> None:
-    model, x = adapted(Model, lora("skip")), torch.randn(2, 4)
+    model, x = adapted(Flipping, lora("skip")), torch.randn(2, 4)
     for each in (model, fx.symbolic_trace(model)):
-        with pytest.raises(GuardError, match="the argument 'scale'"):
-            each(x, scale=3.0)
+        with pytest.raises(GuardError, match="the argument 'flips'"):
+            each(x, flips=True)
+
+
+def test_a_default_stays_a_default_where_a_function_reads_the_weight() -> None:
+    model, x = adapted(Model, lora("skip")), torch.randn(2, 4)
+    for scale in (2.0, 3.0):
+        torch.testing.assert_close(fx.symbolic_trace(model)(x, scale=scale), model(x, scale=scale))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import functools
 import pickle
 from typing import Any, cast
 
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from graphpeft import GuardError, LoraConfig, TraceError, get_peft_model, trace
+from graphpeft import GuardError, LoraConfig, TraceError, explain, get_peft_model, trace
+from graphpeft.graph import ops
 from graphpeft.testing import laws
 
 pytestmark = pytest.mark.quick("tracing")
@@ -534,10 +536,16 @@ def test_another_argument_than_the_default_of_the_trace_is_refused_or_followed(n
     base, other = model(X), model(X, **{name: OTHERS[name]})
     assert not torch.equal(other.to(base.dtype), base)
     adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["w"]))
-    for graph in (trace(model, (X,)), adapted):
+    by_example, without = [trace(model, (X,))], [trace(model), adapted]
+    is_number = isinstance(OTHERS[name], float)
+    for graph in (*by_example, *without):
         assert torch.equal(graph(X), base)
+    for graph in by_example if is_number else (*by_example, *without):
         with pytest.raises(GuardError, match=f"the argument '{name}'"):
             graph(X, **{name: OTHERS[name]})
+    # no example says that such a number is left out in each call
+    for graph in without if is_number else ():
+        assert torch.equal(graph(X, **{name: OTHERS[name]}), other)
     with_example = get_peft_model(
         copy.deepcopy(model), LoraConfig(r=2, target_modules=["w"]), example_inputs=given_example(name)
     )
@@ -549,6 +557,101 @@ def test_a_tensor_in_the_place_of_a_default_is_refused():
     graph: Any = trace(WithOptions(), (X,))
     with pytest.raises(GuardError, match="the argument 'scale'"):
         graph(X, torch.tensor([0.5, 1.0, 1.5, 2.0]))
+
+
+def decides(x, w, scale=2.0):
+    return F.linear(x, w) if scale > 1 else F.linear(x, w) * scale
+
+
+class Deciding(nn.Module):
+    """Decides on a number that has a default."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x, scale=2.0):
+        return decides(x, self.w, scale)
+
+
+def test_a_decision_on_a_number_that_was_left_out_is_checked():
+    model = Deciding()
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["w"]))
+    assert torch.equal(adapted(X, 3.0), model(X, 3.0))
+    with pytest.raises(GuardError, match="scale > 1"):
+        adapted(X, 0.5)
+
+
+def doubling(forward):
+    """Doubles what a call without the keyword `scale` returns."""
+
+    @functools.wraps(forward)
+    def decorated(self, *args, **kwargs):
+        return forward(self, *args, **kwargs) * (1 if "scale" in kwargs else 2)
+
+    return decorated
+
+
+class Decorated(Deciding):
+    """Tells a number that is given from one that is left out."""
+
+    forward = doubling(Deciding.forward)
+
+
+def given_twice(module, args, kwargs, output):
+    return output * (1 if "scale" in kwargs else 2)
+
+
+def test_a_number_that_was_left_out_stays_so_where_code_could_tell_the_difference():
+    hooked = Deciding()
+    hooked.register_forward_hook(given_twice, with_kwargs=True)
+    for model, make in ((Decorated(), trace), (Decorated(), adapted_at_w), (hooked, trace)):
+        made = make(copy.deepcopy(model))
+        assert torch.equal(made(X), model(X))
+        with pytest.raises(GuardError, match="the argument 'scale'"):
+            made(X, scale=3.0)
+
+
+class Strided(nn.Module):
+    """Convolves with a stride that has a default."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 3, 3))
+
+    def forward(self, x, stride=1):
+        return F.conv1d(x, self.w, stride=stride)
+
+
+def test_a_whole_number_that_was_left_out_is_known_to_what_it_is_given_to():
+    [row] = explain(Strided(), LoraConfig(r=2, target_modules=["w"])).adapted
+    assert row.site.op is ops.Convolution
+    assert row.site.fixed == ("stride=1",)
+
+
+def test_explain_names_the_arguments_that_have_one_value_alone():
+    config = LoraConfig(r=2, target_modules=["w"])
+    report = explain(WithOptions(), config)
+    [row] = report.adapted
+    assert row.site.fixed == ("sizes=(1, 2)", "dtype=torch.float32", "table={'k': 3}", "times=2")
+    assert "the model  sizes=(1, 2), dtype=torch.float32, table={'k': 3}, times=2" in str(report)
+    assert "give example_inputs that pass it" in str(report)
+    given = explain(WithOptions(), config, example_inputs=(X, 2.0, (3, 2)))
+    assert given.adapted[0].site.fixed == (*row.site.fixed[1:], "phase=1.0")
+    report = explain(Deciding(), config)
+    assert report.adapted[0].site.fixed == ()
+    assert "give example_inputs" not in str(report)
+
+
+def test_explain_names_no_arguments_of_layers_and_of_graphs():
+    layer = nn.ConvTranspose1d(4, 4, 3)
+    for model, name in ((layer, "weight"), (trace(WithOptions()), "w")):
+        config = LoraConfig(r=2, target_modules=None, target_parameters=[name])
+        assert explain(nn.Sequential(model), config).adapted[0].site.fixed == ()
+
+
+def adapted_at_w(model):
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["w"]))
 
 
 class Upwards(nn.Module):

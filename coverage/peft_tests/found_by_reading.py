@@ -55,6 +55,12 @@ READ: tuple[Reason, ...] = (
         "mixed batches in training, with DoRA, and of the base alone",
         test="batches_(length|training|lora_with_dora)",
     ),
+    Reason(INSIDE, "`_get_monteclora_loss`", error="no attribute '_get_monteclora_loss'"),
+    Reason(
+        OPEN,
+        "rows of a table have their first values with `low_cpu_mem_usage`",
+        test="test_load_model_low_cpu_mem_usage.*trainable_tokens",
+    ),
     Reason(OPEN, "a prefix that fits no layer of Gemma 4", test="gemma4_raises_if_all"),
     Reason(WRONG, "`generate` refuses `task_ids`", error="model_kwargs` are not used by the model: \\['task_ids'"),
     Reason(

@@ -11,7 +11,7 @@ from safetensors.torch import save_model
 
 from graphpeft.adapters.saved_adapter import SavedAdapter, read
 from graphpeft.command.printing import as_json, tell
-from graphpeft.command.sources import model_from
+from graphpeft.command.sources import NO_BASE, model_from
 from graphpeft.files.foreign_files import CheckpointError
 from graphpeft.files.hub import WEIGHTS_NAME
 from graphpeft.methods import save_as_lora
@@ -137,9 +137,11 @@ def convert(adapter: str, path: str, rank: float, base: str | None, as_json: boo
 
 def _adapted(adapter: str, base: str | None) -> Any:
     try:
-        read(adapter)
+        saved = read(adapter)
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     if base is None:
+        if not saved.config.base_model_name_or_path:
+            raise click.UsageError(f"{adapter}: {NO_BASE}; name it by --base")
         return model_from(adapter).model
     return PeftModel.from_pretrained(model_from(base).model, Path(adapter) if Path(adapter).exists() else adapter)

@@ -12,11 +12,13 @@ import click
 from graphpeft.adapters.state import adapters_of
 from graphpeft.command.printing import as_json, tell
 from graphpeft.command.sources import config_from, model_from, needed_inputs
-from graphpeft.exporting import CARRIERS, FORMATS
+from graphpeft.exporting import CARRIERS, FORMATS, formats_of
 from graphpeft.exporting import export as export_model
 from graphpeft.model.adapt import explain as explain_model
+from graphpeft.rules.report import Report
 from graphpeft.showing import show as show_model
 from graphpeft.tracing.trace import trace as trace_model
+from graphpeft.wording import joined
 
 source = click.argument("source", metavar="MODEL")
 
@@ -47,7 +49,13 @@ def explain(source: str, config: str | None, method: str, options: tuple[str, ..
     told = {
         "method": report.method,
         "adapted": [
-            {"site": each.site.label, "op": each.site.op.__name__, "parameters": each.parameter_count}
+            {
+                "site": each.site.label,
+                "op": each.site.op.__name__,
+                "parameters": each.parameter_count,
+                "unmergeable": each.unmergeable,
+                "fixed_arguments": list(each.site.fixed),
+            }
             for each in report.adapted
         ],
         "fully_trained": report.fully_trained,
@@ -57,8 +65,14 @@ def explain(source: str, config: str | None, method: str, options: tuple[str, ..
         "learning": _learning(report.learning),
     }
     tell(told, as_json, report)
-    if report.refused or report.nothing_matched:
+    if _problems(report):
         raise click.exceptions.Exit(1)
+
+
+def _problems(report: Report) -> list[str]:
+    """Returns why a config can't be applied."""
+    refused = [f"{refusal.name}: {refusal.reason}" for refusal in report.refused]
+    return [report.nothing_matched] if report.nothing_matched else refused
 
 
 def _learning(learning: Any) -> Any:
@@ -94,7 +108,8 @@ def show(
 ) -> None:
     """Draws a MODEL as a page of HTML, with what a config would do to it; without PATH, in the browser.
 
-    An adapted MODEL is drawn as it is. A PATH that ends with .json is for Google's Model Explorer.
+    An adapted MODEL is drawn as it is. A PATH that ends with .json is for Google's Model Explorer. If the config can't
+    be applied, stderr tells why, and the exit code is 1.
 
     \b
       graphpeft show runs/checkpoint-100 picture.html --measure
@@ -111,7 +126,11 @@ def show(
             )
         shown = explain_model(given.model, config_from(config, method, options), example_inputs=given.example_inputs)
     picture = show_model(shown, path, example_inputs=needed_inputs(given, source) if measure else None)
-    tell({"picture": str(picture.path)}, as_json, picture)
+    problems = _problems(shown) if isinstance(shown, Report) else []
+    tell({"picture": str(picture.path), **({"problems": problems} if problems else {})}, as_json, picture)
+    if problems:
+        click.echo(f"graphpeft show: {joined(problems, '; ')}", err=True)
+        raise click.exceptions.Exit(1)
 
 
 @click.command()
@@ -161,21 +180,27 @@ def verify(source: str, config: str | None, method: str, options: tuple[str, ...
 @click.command()
 @source
 @click.argument("path", metavar="PATH")
-@click.option("--format", "format_", default="pt2", show_default=True, type=click.Choice(FORMATS), help="The format.")
+@click.option(
+    "--format", "format_", type=click.Choice(FORMATS), help="The format; if left out, that of PATH's suffix, or pt2."
+)
 @click.option(
     "--adapters", default="merged", show_default=True, type=click.Choice(CARRIERS), help="How adapters are carried."
 )
 @click.option("--fixed", is_flag=True, help="Keep all sizes of the inputs as the example has them.")
 @click.option("--unchecked", is_flag=True, help="Don't run and compare what was written.")
 @as_json
-def export(source: str, path: str, format_: str, adapters: str, fixed: bool, unchecked: bool, as_json: bool) -> None:
+def export(
+    source: str, path: str, format_: str | None, adapters: str, fixed: bool, unchecked: bool, as_json: bool
+) -> None:
     """Writes a MODEL, adapted or not, to the file PATH, which runs without graphpeft, and checks it.
 
     \b
-      graphpeft export runs/checkpoint-100 model.onnx --format onnx
+      graphpeft export runs/checkpoint-100 model.onnx
       graphpeft export my.models:build model.pt2 --adapters inputs
     """
     given = model_from(source)
+    of_suffix = formats_of(Path(path).suffix)
+    format_ = format_ or (of_suffix[0] if len(of_suffix) == 1 else "pt2")
     report = export_model(
         given.model, needed_inputs(given, source), path, format_, adapters, dynamic=not fixed, check=not unchecked
     )

@@ -27,6 +27,10 @@ from graphpeft.wording import joined
 _FUNCTION = re.compile(r"(?P<module>\w+(\.\w+)*):(?P<function>\w+)")
 
 
+NO_BASE = "the adapter's config doesn't say what its base model is"
+"""Why an adapter alone is no model."""
+
+
 class Given(NamedTuple):
     """A model, and inputs with which it can be called; None if nothing tells of any."""
 
@@ -51,9 +55,8 @@ def model_from(source: str) -> Given:
     config = _config_in(source)
     if not config.base_model_name_or_path:
         raise click.UsageError(
-            f"{source}: the adapter's config doesn't say what its base model is; for merge and convert, name the base "
-            "by --base; otherwise write a function that returns the adapted model, and name it as "
-            "package.module:function"
+            f"{source}: {NO_BASE}; write a function that returns PeftModel.from_pretrained(base, {source!r}), and name "
+            "it as package.module:function"
         )
     return _with_inputs(class_for(config).from_pretrained(source))
 
@@ -129,7 +132,7 @@ def config_from(config: str | None, method: str, options: Sequence[str]) -> Peft
     Args:
         config: A folder or a file with an `adapter_config.json`; None without one.
         method: The method, if there is no config.
-        options: Further options as NAME=VALUE; a value is JSON, or text where the option takes that alone.
+        options: Further options as NAME=VALUE; a value is JSON, text, or names with commas between them.
 
     Raises:
         click.ClickException: If there is no such method, option or value, or the config can't be read.
@@ -138,12 +141,13 @@ def config_from(config: str | None, method: str, options: Sequence[str]) -> Peft
         read = _config_in(config)
         given = dict(_option(type(read), option) for option in options)
         # a saved config is for inference, and what is told here is how it trains
-        return _with(functools.partial(dataclasses.replace, read), read.method, {"inference_mode": False, **given})
+        build = functools.partial(dataclasses.replace, read)
+        return _with(build, type(read), read.method, {"inference_mode": False, **given})
     classes = registered()
     if method.upper() not in classes:
         raise click.UsageError(f"there is no method {method!r}; there are {', '.join(sorted(classes))}")
     cls = classes[method.upper()]
-    return _with(cls, method, dict(_option(cls, option) for option in options))
+    return _with(cls, cls, method, dict(_option(cls, option) for option in options))
 
 
 def _config_in(source: str) -> PeftConfig:
@@ -154,23 +158,45 @@ def _config_in(source: str) -> PeftConfig:
         raise click.ClickException(str(error)) from error
 
 
-def _with(build: Callable[..., PeftConfig], method: str, options: dict[str, Any]) -> PeftConfig:
+def _with(build: Callable[..., PeftConfig], cls: type, method: str, options: dict[str, Any]) -> PeftConfig:
     try:
         return build(**options)
     except (TypeError, ValueError) as error:
-        raise click.UsageError(f"{method}: {error}") from error
+        unread = next((name for name, value in options.items() if not admits(cls, name, value)), None)
+        forms = [form for empty, form in _JSON_FORMS if unread is not None and admits(cls, unread, empty)]
+        hint = f"; as JSON, write {unread}='{forms[0]}'" if forms else ""
+        raise click.UsageError(f"{method}: {error}{hint}") from error
+
+
+_JSON_FORMS = ([], '["name", …]'), ({}, '{"name": value, …}')
+"""An empty list and an empty dict, each with its form in JSON."""
 
 
 def _option(cls: type, text: str) -> tuple[str, Any]:
     name, is_given, value = text.partition("=")
     if not is_given:
         raise click.UsageError(f"--set {text}: write NAME=VALUE, such as r=16 or target_modules='[\"qkv\"]'")
+    read = _ways_to_read(value)
+    return name, next((each for each in read if admits(cls, name, each)), read[0])
+
+
+def _ways_to_read(value: str) -> list[Any]:
+    """Returns what the text of an option can mean, the likeliest first."""
+    entries = value.removesuffix(",").split(",")
+    # a module may be called 0, as in target_modules=0, and one name is a list where only a list will do
+    read = [entries, value] if "," in value else [value, entries]
+    read.append([_json_or_text(entry) for entry in entries])
     try:
-        read = json.loads(value)
+        return [json.loads(value), *read]
     except ValueError:
-        read = value.split(",") if "," in value else value
-    # a module may be called 0, as in target_modules=0
-    return name, value if not admits(cls, name, read) and admits(cls, name, value) else read
+        return read
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def needed_inputs(given: Given, source: str) -> Any:

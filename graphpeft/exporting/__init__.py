@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from graphpeft.exporting.carriers import CARRIERS, Prepared
 from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example
 from graphpeft.exporting.export_report import ExportReport
-from graphpeft.exporting.formats import FORMATS
+from graphpeft.exporting.formats import FORMATS, formats_of
 from graphpeft.exporting.formats.format import Export, Format
-from graphpeft.exporting.program import Dynamic, Input
+from graphpeft.exporting.program import Dynamic, Program
 from graphpeft.graph.errors import GuardError, TraceError
 from graphpeft.graph.paths import unwrapped
 from graphpeft.model.peft_model import PeftModel
@@ -34,7 +34,7 @@ from graphpeft.passes.optimization import optimize
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.progress import steps
 
-__all__ = ["CARRIERS", "FORMATS", "ExportError", "ExportReport", "export", "export_adapter"]
+__all__ = ["CARRIERS", "FORMATS", "ExportError", "ExportReport", "export", "export_adapter", "formats_of"]
 
 
 def export(
@@ -102,10 +102,10 @@ def export(
             with tempfile.TemporaryDirectory() as scratch:
                 raise with_that_of_base(error, model, form, given, dynamic, Path(scratch) / target.name) from error
         if form.has_graph and dynamic is True:
-            _warn_of_fixed_batch(made.program.inputs[: len(given.tensors)])
+            _warn_of_fixed_batch(made.program, len(given.tensors))
         files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
         sizes = {target.parent / file.relative_to(folder): file.stat().st_size for file in files}
-    inputs = {one.name: str(one) for one in made.program.inputs[: len(given.tensors)]} if form.has_graph else {}
+    inputs = _shapes(made.program, len(given.tensors)) if form.has_graph else {}
     placed = {name: target.parent / file.name for name, file in adapter_files.items()}
     return ExportReport(format, adapters, target, sizes, placed, inputs, tuple(found))
 
@@ -167,7 +167,9 @@ def _known(table: Mapping[str, Any], name: str, argument: str) -> Any:
 def _refuse_path(form: Format, name: str, path: Path) -> None:
     if path.suffix not in form.suffixes:
         wanted = " or ".join(suffix or "no suffix" for suffix in form.suffixes)
-        raise ExportError(f"{path.name} is to end with {wanted} for format={name!r}")
+        others = " or ".join(f"format={other!r}" for other in formats_of(path.suffix))
+        hint = f"; {path.suffix or 'no suffix'} is for {others}" if others else ""
+        raise ExportError(f"{path.name} is to end with {wanted} for format={name!r}{hint}")
     if path.exists() and path.is_dir() == bool(path.suffix):
         there, wanted = ("a folder", "a file") if path.suffix else ("a file", "a folder")
         raise ExportError(f"{path} is {there}, and format={name!r} would write {wanted} there; choose another path")
@@ -182,9 +184,14 @@ def _refuse_example(source: Any, given: Example) -> None:
         raise ExportError(f"the model can't be called with example_inputs: {type(error).__name__}: {error}") from error
 
 
-def _warn_of_fixed_batch(inputs: Sequence[Input]) -> None:
-    if not any(0 in one.dynamic for one in inputs):
-        shapes = ", ".join(f"{one.name} {one}" for one in inputs)
+def _shapes(program: Program, own: int) -> dict[str, str]:
+    """Returns the shapes of the model's own inputs, which are the first, by name."""
+    return {one.name: shape for one, shape in zip(program.inputs[:own], program.shapes(), strict=False)}
+
+
+def _warn_of_fixed_batch(program: Program, own: int) -> None:
+    if not any(0 in one.dynamic for one in program.inputs[:own]):
+        shapes = ", ".join(f"{name} {shape}" for name, shape in _shapes(program, own).items())
         warnings.warn(
             f"the batch isn't dynamic, since the model fixes the first size of its inputs: {shapes}",
             PeftWarning,

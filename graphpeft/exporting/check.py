@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +18,9 @@ from graphpeft.exporting.carriers import Case
 from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example, Shape, can_call
 from graphpeft.exporting.formats.format import Export, Format, Runner
+from graphpeft.exporting.program import exported
 from graphpeft.exporting.root import in_plain_containers
+from graphpeft.graph.errors import GuardError, TraceError
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.wording import joined
 
@@ -57,7 +60,7 @@ def checked(form: Format, export: Export, path: Any, example: Example) -> list[C
             if not difference <= tolerance:
                 raise ExportError(_of_difference(form, export, difference, tolerance, _where(case, sized)))
             found.append(Checked(case.name, sized.shapes, difference))
-    if form.has_graph and not form.checks_inputs and export.dynamic is True:
+    if form.has_graph and not form.checks_inputs and export.dynamic is not False:
         _refuse_unchecked_decisions(run, export, example, tolerance)
     return found
 
@@ -97,23 +100,45 @@ def _others(form: Format, export: Export, example: Example) -> Iterator[Example]
 def _refuse_unchecked_decisions(run: Runner, export: Export, example: Example, tolerance: float) -> None:
     """Raises ExportError if a file silently returns wrong results for sizes at which the model branches otherwise.
 
-    PyTorch's program refuses such sizes, but files for other runtimes don't contain its checks.
+    PyTorch's program refuses such sizes, but files for other runtimes don't contain its checks. Where another way of
+    the model gives the same results, it may have further conditions, so it is traced, too.
     """
-    case = export.prepared.cases[0]
-    tried, too_large = sizes.breaks(export.program, example.shapes)
-    for one in tried:
+    case, are_given = export.prepared.cases[0], export.dynamic is not True
+    tried, too_large = sizes.breaks(export.program, example.shapes, are_given)
+    ways, known = 0, {example.shapes}
+    while tried:
+        one = tried.pop(0)
         sized = example.sized(one.shapes)
-        if can_call(export.runnable, case.full(sized)) or not can_call(_expected_by_probe(case, export), sized):
+        if one.shapes in known or not _is_refused_by_program_alone(case, export, sized):
             continue
+        known.add(one.shapes)
         if _is_silently_wrong(run, case, sized, case.expected(export.probe, sized), tolerance):
             raise ExportError(_of_break(one))
+        if one.is_own and ways < _MOST_WAYS:
+            ways += 1
+            with contextlib.suppress(ExportError, GuardError, TraceError):
+                more, larger = sizes.breaks(exported(export.prepared, sized, export.dynamic), one.shapes, are_given)
+                tried += more
+                too_large += larger
     if too_large:
-        warnings.warn(
-            f"the file is right where {joined(too_large)}; larger sizes weren't tried, since they need much memory, "
-            "and the file doesn't refuse them. Limit the sizes by dynamic=, or use format='pt2', which refuses others",
-            PeftWarning,
-            stacklevel=4,
-        )
+        _warn_of_untried(list(dict.fromkeys(too_large)))
+
+
+_MOST_WAYS = 8
+"""How many other ways through a model are traced to find further conditions, since a trace can take a minute."""
+
+
+def _is_refused_by_program_alone(case: Case, export: Export, sized: Example) -> bool:
+    return not can_call(export.runnable, case.full(sized)) and can_call(_expected_by_probe(case, export), sized)
+
+
+def _warn_of_untried(conditions: list[str]) -> None:
+    warnings.warn(
+        f"the file is right where {joined(conditions)}; larger sizes weren't tried, since they need much memory, and "
+        "the file doesn't refuse them. Limit the sizes by dynamic=, or use format='pt2', which refuses others",
+        PeftWarning,
+        stacklevel=5,
+    )
 
 
 def _of_break(found: sizes.Break) -> str:

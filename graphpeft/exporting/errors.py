@@ -13,7 +13,7 @@ class ExportError(PeftError, ValueError):
         ...     export(nn.Linear(2, 2), (torch.randn(1, 2),), "model.bin", "onnx")
         ... except ExportError as error:
         ...     print(error)
-        model.bin is to end with .onnx for format='onnx'
+        model.bin is to end with .onnx for format='onnx'; .bin is for format='state_dict'
     """
 
 

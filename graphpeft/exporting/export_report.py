@@ -19,7 +19,8 @@ class ExportReport:
         path: The file, or the folder.
         files: The size of each file, in bytes.
         adapter_files: The file of each adapter by adapter name, if adapters are inputs.
-        inputs: The shape of each of the model's inputs by input name, with symbols for dynamic sizes.
+        inputs: The shape of each of the model's inputs by input name, with letters for dynamic sizes, such as
+            ``(a, b ≤ 500, 8)``.
         checked: The comparisons with the model; empty if `export` was called with ``check=False``.
 
     Examples:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import linecache
+import string
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -43,9 +45,6 @@ class Input(NamedTuple):
         """The dynamic dimensions."""
         return tuple(dim for dim, size in enumerate(self.shape) if isinstance(size, torch.SymInt))
 
-    def __str__(self) -> str:
-        return f"({', '.join(str(size) for size in self.shape)}{',' if len(self.shape) == 1 else ''})"
-
 
 class Program(NamedTuple):
     """An exported model.
@@ -66,10 +65,41 @@ class Program(NamedTuple):
             if limit is not None and not limit.upper.is_Integer:
                 limits[size.node.expr] = type(limit)(limit.lower, size.node.hint)
 
+    def shapes(self) -> list[str]:
+        """Returns the shape of each input, with a letter for each dynamic size, and its limits where it comes first."""
+        sizes = [size.node.expr for one in self.inputs for size in one.shape if isinstance(size, torch.SymInt)]
+        letters = _letters(symbol for size in sizes for symbol in sorted(size.free_symbols, key=str))
+        limits = dict(self.exported.range_constraints)
+        return [_tuple_of(_text(size, letters, limits) for size in one.shape) for one in self.inputs]
+
     def draws(self) -> list[str]:
         """Returns the operators that draw random numbers, each with the path of the module that calls it."""
         nodes = [node for node in self.exported.graph.nodes if node.op == "call_function" and _draws(node)]
         return list(dict.fromkeys(f"{node.target} in {path_of(node) or 'the model'}" for node in nodes))
+
+
+def _letters(symbols: Iterable[Any]) -> dict[Any, Any]:
+    import sympy  # here, since importing it takes longer than importing this library
+
+    rounds = (f"{letter}{number or ''}" for number in itertools.count() for letter in string.ascii_lowercase)
+    return {symbol: sympy.Symbol(name, integer=True) for symbol, name in zip(dict.fromkeys(symbols), rounds)}  # noqa: B905
+
+
+def _text(size: Any, letters: Mapping[Any, Any], limits: dict[Any, Any]) -> str:
+    """Returns a size as text; takes its limits out of `limits`, so that they are told once."""
+    if not isinstance(size, torch.SymInt):
+        return str(size)
+    text, limit = str(size.node.expr.subs(letters, simultaneous=True)), limits.pop(size.node.expr, None)
+    if limit is None or not size.node.expr.is_Symbol:  # which has the limits of its symbols
+        return text
+    # PyTorch's own lowest limit is 2, with which a program runs on a size of 1, too
+    least, most = limit.lower > 2, limit.upper.is_Integer
+    return f"{f'{limit.lower} ≤ ' if least else ''}{text}{f' ≤ {limit.upper}' if most else ''}"
+
+
+def _tuple_of(sizes: Iterable[str]) -> str:
+    listed = list(sizes)
+    return f"({', '.join(listed)}{',' if len(listed) == 1 else ''})"
 
 
 def path_of(node: fx.Node) -> str:

@@ -7,6 +7,7 @@ PyTorch's exporter follows one way through a model. Where the way depends on siz
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,10 @@ _MORE: tuple[Callable[[int], int], ...] = (lambda size: size + 1, lambda size: 2
 """Sizes to try besides the example's; a model may need an even size, or allow no larger size."""
 
 _FAR, _LARGE = 8, 2_048
-"""Sizes up to this multiple of the example's, or up to this number, are tried; larger inputs may exhaust memory."""
+"""Sizes up to this multiple of the example's, or up to this number, are tried; larger inputs may exhaust memory.
+
+Above the multiple, batches have two rows at most.
+"""
 
 _NEAR = 8
 """Sizes at most this far from the example's are looked at one by one, for conditions such as a divisibility."""
@@ -38,11 +42,13 @@ class Break(NamedTuple):
         shapes: The shapes of the model's own inputs.
         condition: The condition that they break, in Python; empty if none is known.
         mend: The argument ``dynamic`` that excludes them; empty if there is none.
+        is_own: Whether the model's own code decides by the condition, and not code of PyTorch that it calls.
     """
 
     shapes: tuple[Shape, ...]
     condition: str = ""
     mend: str = ""
+    is_own: bool = False
 
 
 class Place(NamedTuple):
@@ -67,69 +73,81 @@ def accepted(program: Program, shapes: Sequence[Shape]) -> list[list[tuple[Shape
     larger = [{symbol: _limited(program, symbol, more(size)) for symbol, size in sizes.items()} for more in _MORE]
     ones = {symbol: _limited(program, symbol, 1) for symbol in sizes}
     smaller = [ones, {symbol: ones[symbol] if symbol in first else size for symbol, size in sizes.items()}]
-    return [
-        [tuple(map(functools.partial(_evaluated, values), own, shapes)) for values in choices]
-        for choices in (larger, smaller)
-    ]
+    return [[_shapes_with(values, own, shapes) for values in choices] for choices in (larger, smaller)]
 
 
-def breaks(program: Program, shapes: Sequence[Shape]) -> tuple[list[Break], list[str]]:
+def breaks(program: Program, shapes: Sequence[Shape], are_given: bool) -> tuple[list[Break], list[str]]:
     """Returns sizes at which a program may not hold, and the conditions that only larger sizes than are tried break.
 
-    Where a condition names several sizes, each of them breaks it once. One size in each is another than the example's:
-    the nearest one that breaks a condition, one that is elsewhere the same size, 1, or a size above all others.
+    One size in each is another than the example's: the nearest one that breaks a condition, one that the program fixes,
+    one that is elsewhere the same size, 1, or a size above all others.
 
     Args:
         program: The program.
         shapes: The shapes of the example.
+        are_given: Whether the caller has given the dynamic sizes, so that a program's limits may be the caller's. What
+            follows from these is no condition of the program.
     """
     own = [one.shape for one in program.inputs[: len(shapes)]]
     sizes = dict(_solved(own, shapes))
-    places = {symbol: _places(own, symbol) for symbol in sizes}
-    names = {symbol: _name(program, found[0]) for symbol, found in places.items() if found}
-    found, too_large = [], []
-    for condition in _conditions(program, sizes):
+    places = {symbol: each for symbol in sizes if (each := _places(own, symbol))}
+    found: list[Break] = []
+    too_large: dict[tuple[Any, int], str] = {}
+    for condition, is_own in _conditions(program, sizes, are_given).items():
+        text = _text(condition, {symbol: _name(program, each[0]) for symbol, each in places.items()})
         for symbol in sorted(condition.free_symbols, key=str):
-            size = _nearest_break(condition, symbol, sizes)
-            text = _text(condition, names)
+            broken = _broken(condition, symbol, sizes)
+            size = min(broken, key=lambda one: abs(one - sizes[symbol]), default=None)
             if size is None:
                 continue
             if size > max(_FAR * sizes[symbol], _LARGE):
-                too_large.append(text)
+                too_large.setdefault((symbol, size), text)
                 continue
-            batches = {one: min(sizes[one], 2) for one in _of_batches(own) & sizes.keys() - condition.free_symbols}
-            values = {**sizes, **batches, symbol: size}
-            tried = tuple(map(functools.partial(_evaluated, values), own, shapes))
-            found.append(Break(tried, text, _mend(program, len(shapes), places[symbol], size, sizes[symbol])))
+            is_far = size > _FAR * sizes[symbol]
+            others = _of_batches(own) & sizes.keys() - condition.free_symbols if is_far else ()
+            small = {one: min(sizes[one], 2) for one in others}
+            tried = _shapes_with({**sizes, **small, symbol: size}, own, shapes)
+            mend = _mend(program, len(shapes), places.get(symbol, ()), broken, sizes[symbol])
+            found.append(Break(tried, text, mend if len(condition.free_symbols) == 1 else "", is_own))
     found += _apart(program, shapes, places)
-    for symbol in sizes:
-        for size in (1, max(sizes.values()) + 1):
-            found.append(Break(tuple(map(functools.partial(_evaluated, {**sizes, symbol: size}), own, shapes))))
+    if not are_given:
+        found += _beyond_fixed(program, shapes)
+        found += [
+            Break(_shapes_with({**sizes, symbol: size}, own, shapes))
+            for symbol in sizes
+            for size in (1, max(sizes.values()) + 1)
+        ]
     by_shapes = {one.shapes: one for one in reversed(found) if one.shapes != tuple(shapes)}
-    return list(reversed(by_shapes.values())), list(dict.fromkeys(too_large))
+    return list(reversed(by_shapes.values())), list(too_large.values())
 
 
-def _conditions(program: Program, sizes: Mapping[Any, int]) -> list[Any]:
-    """Returns the conditions of a program that name some of these sizes, and no others, as sympy's expressions."""
+def _conditions(program: Program, sizes: Mapping[Any, int], are_given: bool) -> dict[Any, bool]:
+    """Returns the conditions of a program that name some of these sizes, and no others, as sympy's expressions.
+
+    Each has whether the model's own code decides by it.
+    """
     import sympy  # here, since importing it takes longer than importing this library
 
-    guards: list[Any] = []
-    for node in program.exported.graph.nodes:
-        mode = getattr(node.meta.get("val"), "fake_mode", None)
-        if mode is not None and mode.shape_env is not None:
-            guards = [guard.expr for guard in mode.shape_env.guards]
-            break
-    for symbol in sizes:
+    found: dict[Any, bool] = {}
+    values = (node.meta.get("val") for node in program.exported.graph.nodes)
+    environments = (value.fake_mode.shape_env for value in values if hasattr(value, "fake_mode"))
+    for guard in getattr(next(environments, None), "guards", ()):
+        found[guard.expr] = found.get(guard.expr, False) or _is_of_model(guard.sloc.framework_loc)
+    for symbol in () if are_given else sizes:
         limits = program.exported.range_constraints.get(symbol)
         if limits is not None and limits.upper.is_Integer:
-            guards.append(sympy.Le(symbol, limits.upper))
+            found.setdefault(sympy.Le(symbol, limits.upper), True)
         if limits is not None and limits.lower > 2:
-            guards.append(sympy.Ge(symbol, limits.lower))
-    return [one for one in dict.fromkeys(guards) if one.free_symbols and one.free_symbols <= sizes.keys()]
+            found.setdefault(sympy.Ge(symbol, limits.lower), True)
+    return {one: is_own for one, is_own in found.items() if one.free_symbols and one.free_symbols <= sizes.keys()}
 
 
-def _nearest_break(condition: Any, symbol: Any, sizes: Mapping[Any, int]) -> int | None:
-    """Returns the size nearest to the example's at which a condition doesn't hold, if one is found."""
+def _is_of_model(frame: Any) -> bool:
+    return not getattr(frame, "filename", "").startswith(os.path.join(os.path.dirname(torch.__file__), ""))
+
+
+def _broken(condition: Any, symbol: Any, sizes: Mapping[Any, int]) -> set[int]:
+    """Returns some sizes at which a condition doesn't hold, the nearest one to the example's among them."""
     import sympy
 
     alone = condition.subs({other: size for other, size in sizes.items() if other != symbol})
@@ -144,14 +162,14 @@ def _nearest_break(condition: Any, symbol: Any, sizes: Mapping[Any, int]) -> int
     near = range(max(1, size - _NEAR), size + _NEAR + 1)
     far = (one for k in range(_DOUBLINGS) for one in (size << k, max(1, size >> k)))
     wanted = {*near, *far, *sizes.values(), *_roots(alone, symbol)}
-    broken = sorted((one for one in wanted if one >= 1 and breaks_it(one)), key=lambda one: abs(one - size))
+    broken = {one for one in wanted if one >= 1 and breaks_it(one)}
     if not broken or breaks_it(size):
-        return None
-    inside, outside = size, broken[0]
+        return set()
+    inside, outside = size, min(broken, key=lambda one: abs(one - size))
     while abs(outside - inside) > 1:
         middle = (inside + outside) // 2
         inside, outside = (inside, middle) if breaks_it(middle) else (middle, outside)
-    return outside
+    return {*broken, outside}
 
 
 def _roots(condition: Any, symbol: Any) -> Iterator[int]:
@@ -169,14 +187,28 @@ def _roots(condition: Any, symbol: Any) -> Iterator[int]:
             yield from (round(root) + more for more in (-1, 0, 1))
 
 
+def _beyond_fixed(program: Program, shapes: Sequence[Shape]) -> Iterator[Break]:
+    """Yields shapes in which a size is larger by 1 than the one that the program fixes."""
+    for number, (one, shape) in enumerate(zip(program.inputs[: len(shapes)], shapes, strict=True)):
+        for dim, size in enumerate(one.shape):
+            if not isinstance(size, torch.SymInt):
+                condition = f"{_name(program, Place(number, dim))} == {size}"
+                yield Break(_changed(shapes, Place(number, dim), shape[dim] + 1), condition)
+
+
 def _apart(program: Program, shapes: Sequence[Shape], places: Mapping[Any, Sequence[Place]]) -> Iterator[Break]:
     """Yields shapes in which one of several sizes that a program takes for equal is another."""
     for found in places.values():
         for place in found[1:]:
+            condition = f"{_name(program, found[0])} == {_name(program, place)}"
             for size in (shapes[place.input][place.dim] + 1, 1):
-                changed = [list(shape) for shape in shapes]
-                changed[place.input][place.dim] = size
-                yield Break(tuple(map(tuple, changed)), f"{_name(program, found[0])} == {_name(program, place)}")
+                yield Break(_changed(shapes, place, size), condition, is_own=True)
+
+
+def _changed(shapes: Sequence[Shape], place: Place, size: int) -> tuple[Shape, ...]:
+    changed = [list(shape) for shape in shapes]
+    changed[place.input][place.dim] = size
+    return tuple(map(tuple, changed))
 
 
 def _places(symbolic: Sequence[tuple[Any, ...]], symbol: Any) -> list[Place]:
@@ -200,17 +232,22 @@ def _text(condition: Any, names: Mapping[Any, str]) -> str:
     return f"{named.lhs} {named.rel_op} {named.rhs}" if hasattr(named, "rel_op") else str(named)
 
 
-def _mend(program: Program, own: int, places: Sequence[Place], size: int, example: int) -> str:
-    """Returns the argument ``dynamic`` that limits a size, if its inputs are arguments themselves."""
+def _mend(program: Program, own: int, places: Sequence[Place], broken: set[int], example: int) -> str:
+    """Returns the argument ``dynamic`` that excludes sizes, if these are all above or all below the example's."""
     inputs = program.inputs[:own]
-    if not places or any("." in one.name for one in inputs):
+    above = min((size for size in broken if size > example), default=None)
+    below = max((size for size in broken if size < example), default=None)
+    # where there are such sizes near by on both sides, as for even ones, no limit excludes all of them
+    is_between = above is not None and below is not None and above - below <= 2 * _NEAR
+    if not places or is_between or any("." in one.name for one in inputs):
         return ""
-    limit = f"max={size - 1}" if size > example else f"min={size + 1}"
+    limits = [f"min={below + 1}"] if below is not None else []
+    limits += [f"max={above - 1}"] if above is not None else []
     entries = []
     for number, one in enumerate(inputs):
         dims = dict.fromkeys(one.dynamic, "torch.export.Dim.AUTO")
         if number == places[0].input:
-            dims[places[0].dim] = f'torch.export.Dim("size", {limit})'
+            dims[places[0].dim] = f'torch.export.Dim("size", {", ".join(limits)})'
         spec = ", ".join(f"{dim}: {text}" for dim, text in dims.items())
         entries.append(f'"{one.name}": {{{spec}}}' if dims else f'"{one.name}": None')
     return f"{{{', '.join(entries)}}}"
@@ -246,6 +283,10 @@ def _solved(symbolic: Sequence[tuple[Any, ...]], shapes: Sequence[Shape]) -> Ite
                 # sympy assumes symbols to be positive, so it finds no solution for a size of 0
                 solutions = [number] if size.node.expr == symbol else sympy.solve(size.node.expr - number, symbol)
                 yield from ((symbol, int(solution)) for solution in solutions[:1])
+
+
+def _shapes_with(values: Mapping[Any, int], symbolic: Any, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
+    return tuple(map(functools.partial(_evaluated, values), symbolic, shapes))
 
 
 def _evaluated(values: Mapping[Any, int], symbolic: tuple[Any, ...], shape: Shape) -> Shape:

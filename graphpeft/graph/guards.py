@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import traceback
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -20,6 +21,7 @@ from torch.fx.node import has_side_effect
 
 from graphpeft._torch import pytree
 from graphpeft.graph.errors import GuardError
+from graphpeft.wording import shortened
 
 _WAY_OUT = (
     "Trace or adapt the model again, with example_inputs like this call's and its modules in their present modes."
@@ -83,6 +85,13 @@ def refuse(reason: str) -> NoReturn:
 
 def _shown(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+
+
+def fixed_arguments(graphs: Iterable[fx.Graph]) -> tuple[str, ...]:
+    """Returns the arguments that must have one value in all calls of some graph, each as ``name=value``."""
+    checks = [node.args for graph in graphs for node in graph.nodes if node.target is expect]
+    found = [(value.target, expected) for value, expected, _ in checks if getattr(value, "op", None) == "placeholder"]
+    return tuple(dict.fromkeys(f"{name}={shortened(_shown(expected))}" for name, expected in found))
 
 
 def kind(value: Any) -> str:

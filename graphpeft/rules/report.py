@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from graphpeft.rules.adapted_site import AdaptedSite
-from graphpeft.wording import as_html, number_of, text_table
+from graphpeft.wording import as_html, joined, number_of, text_table
 
 
 class Refusal(NamedTuple):
@@ -57,6 +57,11 @@ class Report:
             lines += ["", f"which sites learn can't be told: {self.learning}"]
         if self._own_code():
             lines += ["", *text_table(("runs its own code on changed weights", "because"), self._own_code())]
+        if self._unmergeable():
+            lines += ["", *text_table(("can't be merged", "because"), self._unmergeable())]
+        if self._fixed():
+            lines += ["", *text_table(("graph of", "is for calls with"), self._fixed())]
+            lines += ["", "for calls with another value, give example_inputs that pass it"]
         if self.fully_trained:
             lines += ["", f"fully trained: {', '.join(self.fully_trained)}"]
         if self._dead_beside():
@@ -85,6 +90,19 @@ class Report:
         sites = [adapted.site for adapted in self.adapted]
         rows = [(site.region or "the model", site.own_code) for site in sites if site.own_code is not None]
         return list(dict.fromkeys(rows))
+
+    def _unmergeable(self) -> list[tuple[str, str]]:
+        """Returns the sites whose change can't be merged into their weights, by reason."""
+        sites: dict[str, list[str]] = {}
+        for adapted in self.adapted:
+            if adapted.unmergeable is not None:
+                sites.setdefault(adapted.unmergeable, []).append(adapted.site.label)
+        return [(joined(labels, most=3), reason) for reason, labels in sites.items()]
+
+    def _fixed(self) -> list[tuple[str, str]]:
+        """Returns the modules whose graphs are for calls with one value of some arguments, with these."""
+        sites = [adapted.site for adapted in self.adapted]
+        return list(dict.fromkeys((site.region or "the model", ", ".join(site.fixed)) for site in sites if site.fixed))
 
     def _dead_beside(self) -> list[tuple[str, str]]:
         """Returns the tensors beside the sites that no gradient reaches, with the reasons."""

@@ -69,6 +69,7 @@ def _of_module(picture: Picture, module: DrawnModule) -> list[tuple[str, str]]:
     told = [("class", module.cls), ("parameters", f"{module.parameters:,}")]
     told += [("kept for the backward", f"{module.kept:,} bytes")] if module.kept is not None else []
     told += [("seconds of a forward", f"{module.seconds:.6f}")] if module.seconds is not None else []
+    told += [("remark", picture.remark)] if picture.remark and module is picture.model else []
     for each in module.trained:
         told.append((f"{picture.adapters[each.adapter].name} trains", each.tensors))
     return told

@@ -202,6 +202,7 @@ class Picture:
         adapters: The adapters.
         refused: The names that can't be adapted.
         skipped: The names that a config leaves out.
+        remark: What is to be known of all costs that were measured, if anything.
     """
 
     title: str
@@ -210,6 +211,7 @@ class Picture:
     adapters: list[DrawnAdapter]
     refused: Sequence[DrawnRefusal] = ()
     skipped: Sequence[str] = ()
+    remark: str = ""
 
     def to_json(self) -> str:
         """Returns the picture as JSON, without what is empty."""

@@ -67,7 +67,15 @@ def _of_model(model: nn.Module, example_inputs: ExampleInputs | None) -> Picture
         _drawn_adapter(name, adapter, _state_of(name, state), modules) for name, adapter in state.by_name.items()
     ]
     tree_of_all = tree(modules, drawn, _trained(state.by_name.values()), costs)
-    return Picture(_title(model), tree_of_all, gallery.graphs, adapters)
+    remark = _why_nothing_is_kept(model, names) if tree_of_all.kept == 0 else ""
+    return Picture(_title(model), tree_of_all, gallery.graphs, adapters, remark=remark)
+
+
+def _why_nothing_is_kept(model: nn.Module, adapters: list[str]) -> str:
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return ""
+    mend = "; to measure training, load the adapter with is_trainable=True" if adapters else ""
+    return f"nothing is kept for the backward, since no parameter requires a gradient{mend}"
 
 
 def _of_report(report: Report) -> Picture:

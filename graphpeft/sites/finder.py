@@ -14,6 +14,7 @@ from graphpeft.graph import in_place, ops
 from graphpeft.graph.computed_weights import computed_from, read_weight
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.forward_classes import class_of_forward
+from graphpeft.graph.guards import fixed_arguments
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.ops import convolution
 from graphpeft.graph.own_forward import call_on_weights
@@ -54,6 +55,7 @@ class SiteFinder:
         self.modules, self.templates = self.regions.modules, self.regions.templates
         self.readers = Readers(self.regions)
         self._around_forwards = AroundForwards(self.modules)
+        self._with_sites: set[str] = set()
 
     def find(self, owner: str, attribute: str) -> Site:
         """Returns the site of a weight.
@@ -77,12 +79,15 @@ class SiteFinder:
         readers = self.readers.of(owner, attribute)
         region, uses = self._region(owner, attribute, readers)
         is_read = region in readers or (region in self.regions.graphs and region != owner)
+        if self._is_more_than_operations(region, owner, uses):
+            uses = self._uses_of_own_forward_anew(region, owner, attribute, uses)
         caller = self._caller_outside(region, owner) if is_read else None
         if caller is not None:
             raise NoSiteError(
                 f"its {attribute} is read by {region or 'the model'}, and its module is called by "
                 f"{caller or 'the model'}"
             )
+        self._with_sites.add(region)
         return self._site(region, owner, attribute, weight, uses)
 
     def _region(self, owner: str, attribute: str, readers: list[str]) -> tuple[str, WeightUses]:
@@ -141,6 +146,29 @@ class SiteFinder:
             self.templates[region] = template
         return uses
 
+    def _is_more_than_operations(self, region: str, owner: str, uses: WeightUses) -> bool:
+        """Returns whether a weight is used by calls of its module that no operation stands for, and beside them."""
+        return uses.is_called_beside or (region != owner and self._is_called_beside(region, owner, uses))
+
+    def _uses_of_own_forward_anew(self, region: str, owner: str, attribute: str, uses: WeightUses) -> WeightUses:
+        """Returns the uses of a weight in a graph that calls the region's own forward, in place of its recorded graph.
+
+        Raises:
+            NoSiteError: If the region's graph has other sites or another adapter already, if an embedding shortens rows
+                of the weight itself, or if there is no such graph.
+        """
+        using = f"used in {', '.join(uses.others)}" if uses.others else "used in another way"
+        reason = f"its {attribute} is {using}, and its module is called as well"
+        has_graph = region in self._with_sites or region in self.regions.graphs or region in self.regions.known
+        if not has_graph and not uses.shortens:
+            recorded = self.templates.pop(region)
+            found = self._uses_of_own_forward(region, owner, attribute)
+            if found is not None:
+                self.regions.errors[region] = TraceError(f"it calls {owner}, and uses its {attribute} beside that")
+                return found
+            self.templates[region] = recorded
+        raise NoSiteError(f"{reason}; adapt a graph of the whole model, graphpeft.trace(model, example_inputs)")
+
     def _caller_outside(self, region: str, owner: str) -> str | None:
         """Returns a module around `owner` that calls it, other than the region that reads its weight, or None."""
         graphs = self.templates[region].graphs
@@ -158,9 +186,6 @@ class SiteFinder:
         return None
 
     def _site(self, region: str, owner: str, attribute: str, weight: torch.Tensor, uses: WeightUses) -> Site:
-        if uses.is_called_beside or (region != owner and self._is_called_beside(region, owner, uses)):
-            using = f"used in {', '.join(uses.others)}" if uses.others else "used in another way"
-            raise NoSiteError(f"its {attribute} is {using}, and its module is called as well")
         if uses.is_unused:
             raise NoSiteError(f"no output depends on what is computed with its {attribute}")
         module, around = self.modules[owner], self.modules[region]
@@ -190,6 +215,7 @@ class SiteFinder:
             bias_conflict=conflict,
             both_ways=uses.both_ways,
             own_code=self._why_own_code(region),
+            fixed=self._fixed_arguments(region),
             computed=computed_from(module, attribute),
             set_forward=computes_otherwise(module) if self.templates[region].calls_set_forward else None,
         )
@@ -214,6 +240,12 @@ class SiteFinder:
             return None
         error = self.regions.errors.get(region)
         return str(error) if error is not None else "an adapter of it runs it so"
+
+    def _fixed_arguments(self, region: str) -> tuple[str, ...]:
+        """Returns the arguments of a recorded forward that can have one value alone; a graph's report has its own."""
+        if region in self.regions.graphs or kind_of_layer(stands_for(self.modules[region])) is not None:
+            return ()
+        return fixed_arguments(self.templates[region].graphs)
 
     def _is_called_beside(self, region: str, owner: str, uses: WeightUses) -> bool:
         """Returns whether a region calls a weight's owner in other nodes than the site's, or the owner has hooks."""

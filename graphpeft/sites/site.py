@@ -68,6 +68,7 @@ class Site(NamedTuple):
         computed: How the weight is computed from other tensors; None if it is a parameter.
         set_forward: Why a forward that was set on the layer isn't known to compute what its class does; or None.
         own_code: Why the region has no graph of its operations, and runs its own code on the changed weight; or None.
+        fixed: The arguments of the region's forward that can have one value alone, each as ``name=value``.
 
     Examples:
         >>> report = explain(nn.Sequential(nn.Linear(8, 16)), LoraConfig(r=2, target_modules=["0"]))
@@ -99,6 +100,7 @@ class Site(NamedTuple):
     own_code: str | None = None
     computed: Computed | None = None
     set_forward: str | None = None
+    fixed: tuple[str, ...] = ()
 
     way_out = "narrow target_modules, or leave targets out with exclude_modules where the method has it"
 
@@ -229,6 +231,7 @@ class LeafSite(NamedTuple):
     named = None
     redrawn = ()
     own_code = None
+    fixed = ()
     way_out = Site.way_out
 
     @property
@@ -310,6 +313,7 @@ class CallSite(NamedTuple):
     prefix = ""
     redrawn = ()
     own_code = None
+    fixed = ()
     way_out = "name another module in prompt_scope"
     unmergeable = "the adapter changes what modules are given or return, not weights"
 

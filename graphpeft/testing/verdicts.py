@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from tqdm import tqdm
-
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.graph.errors import GuardError, TraceError
+from graphpeft.progress import steps
 from graphpeft.testing.comparing import LawError
 from graphpeft.wording import as_html, text_table
 
@@ -91,13 +91,13 @@ def verified(subject: str, laws: Sequence[Law], progress: bool, quiet: bool) -> 
     Args:
         subject: The subject of the laws, for the table.
         laws: The laws.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar in a terminal.
         quiet: Whether not to print the table.
     """
     verdicts = []
-    with tqdm(laws, disable=not progress, leave=False) as bar:
-        for law in bar:
-            bar.set_description(law.text)
+    with steps(len(laws)) if progress else contextlib.nullcontext(_nothing) as step:
+        for law in laws:
+            step(law.text)
             start = time.perf_counter()
             outcome, why = ("doesn't apply", law.silent) if law.silent else _outcome(law)
             verdicts.append(Verdict(law.text, outcome, why, time.perf_counter() - start))
@@ -105,6 +105,10 @@ def verified(subject: str, laws: Sequence[Law], progress: bool, quiet: bool) -> 
     if not quiet:
         print(found)  # noqa: T201
     return found
+
+
+def _nothing(_: str) -> None:
+    pass
 
 
 def _outcome(law: Law) -> tuple[Outcome, str]:

@@ -36,7 +36,7 @@ def verify(
         config: The config.
         example_inputs: A tuple of positional or a dict of keyword arguments of the model.
         others: Other inputs, of other sizes, for which a trace of the model must compute the same or raise GuardError.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar, on stderr in a terminal.
         quiet: Whether not to print the table.
 
     Returns:

@@ -59,7 +59,7 @@ class Arguments:
                 keywords |= {key: self._argument(key, _EXTRA, value) for key, value in given.items()}
             else:
                 value = self._argument(name, parameter.default, bound.get(name, parameter.default))
-                if name in by_name:
+                if name in by_name or (isinstance(value, fx.Proxy) and self._stays_open(parameter)):
                     keywords[name] = value
                 elif name in bound or (self._example is None and parameter.default is parameter.empty):
                     positional.append(value)
@@ -67,6 +67,21 @@ class Arguments:
                     # the example omits this argument, so the forward runs with the default
                     self._tracer.decide(value, parameter.default, f"the argument {name!r}")
         return positional, keywords
+
+    def _stays_open(self, parameter: inspect.Parameter) -> bool:
+        """Returns whether a default is recorded as if it were given, so that other numbers can be, too.
+
+        That needs no example call, which could be without it, and a forward that can't tell the difference: decorators
+        and hooks can. A whole number may say which operation it is, as a stride or a dimension, and is to be known.
+        """
+        root = self._tracer.session.root
+        return (
+            self._example is None
+            and isinstance(parameter.default, float | complex)
+            and parameter.kind is not parameter.POSITIONAL_ONLY
+            and not hasattr(root.forward, "__wrapped__")
+            and not (root._forward_pre_hooks_with_kwargs or root._forward_hooks_with_kwargs)
+        )
 
     def _bound(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns all example arguments by parameter name, and the keyword arguments of the example."""

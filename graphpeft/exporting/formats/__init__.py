@@ -22,3 +22,8 @@ FORMATS: Mapping[str, Format] = {
     "state_dict": STATE_DICT,
 }
 """The formats by name."""
+
+
+def formats_of(suffix: str) -> list[str]:
+    """Returns the names of the formats whose files can end with a suffix, such as ``".onnx"``."""
+    return [name for name, format in FORMATS.items() if suffix in format.suffixes]

@@ -26,7 +26,7 @@ from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example
 from graphpeft.exporting.formats.format import Export, Runner
 from graphpeft.exporting.formats.output_names import output_names
-from graphpeft.exporting.program import path_of
+from graphpeft.exporting.program import Input, path_of
 from graphpeft.graph.calls import calls_of
 from graphpeft.graph.paths import join
 from graphpeft.graph.template import template_of
@@ -57,6 +57,8 @@ class Onnx:
         graph = translated.model.graph
         _rename(graph, list(graph.inputs), [one.name for one in program.inputs])
         _rename(graph, list(graph.outputs), names)
+        for value, one in zip(graph.inputs, program.inputs, strict=True):
+            _fix_sizes(value, one)
         for value in [value for value in graph.inputs if value.name in export.prepared.defaults]:
             _make_optional(graph, value, export.prepared.defaults[value.name])
         translated.model.metadata_props[_ABOUT] = about
@@ -143,6 +145,13 @@ def _rename(graph: Any, values: list[Any], names: list[str]) -> None:
             value.name = f"{value.name}.inside"
     for value, name in zip(values, names, strict=True):
         value.name = name
+
+
+def _fix_sizes(value: Any, given: Input) -> None:
+    """Gives an input the sizes that the program fixes: PyTorch writes some of them as symbols, which fit any size."""
+    ir = importlib.import_module("onnx_ir")
+    sizes = zip(value.shape, given.shape, strict=True)
+    value.shape = ir.Shape([size if isinstance(size, int) else symbol for symbol, size in sizes])
 
 
 def _make_optional(graph: Any, value: Any, default: Tensor) -> None:

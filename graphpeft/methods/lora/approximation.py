@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from graphpeft.adapters.adapting import planned, refuse
 from graphpeft.adapters.file_names import keys
@@ -21,7 +20,7 @@ from graphpeft.adapters.plan import Plan
 from graphpeft.adapters.state import Adapter, Modules
 from graphpeft.methods.lora.combination import as_factors, padded
 from graphpeft.methods.lora.config import LoraConfig
-from graphpeft.progress import SECONDS
+from graphpeft.progress import over
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.rule import Combines
 from graphpeft.targeting import pattern_values
@@ -69,8 +68,9 @@ def approximated(
         TypeError: If a change is no product of two matrices.
     """
     by_weight = by_weight_of(plan_of(model, config, name).sites)
-    steps = tqdm(by_weight.items(), desc="converting to LoRA", unit="weight", delay=SECONDS, disable=not progressbar)
-    products = {weight: _approximated(target, change_of(target), rank) for weight, target in steps}
+    weights: Iterable[Any] = by_weight.items()
+    shown = over(weights, "converting to LoRA", "weights") if progressbar else weights
+    products = {weight: _approximated(target, change_of(target), rank) for weight, target in shown}
     ranks: dict[str, int] = {}
     for weight, target in by_weight.items():
         ranks[target.site.name] = max(ranks.get(target.site.name, 0), products[weight].rank)

@@ -408,6 +408,7 @@ function start() {
     place.append(element("details", { class: "refusals" },
       element("summary", {}, `${picture.skipped.length} left out by the config`), element("p", {}, picture.skipped.join(", "))));
   }
+  if (picture.remark) place.append(element("p", { class: "remark" }, picture.remark));
   place.append(moduleElement(picture.model));
   document.getElementById("search").addEventListener("input", (event) => search(event.target.value));
   document.getElementById("sides").addEventListener("change", (event) => (document.body.className = { both: "", before: "only-before", after: "only-after" }[event.target.value]));

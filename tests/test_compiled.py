@@ -368,3 +368,25 @@ def test_an_export_that_is_compiled_ahead_of_time(tmp_path: Path) -> None:
     model: Any = get_peft_model(Few(), LoraConfig(r=2, lora_alpha=5, target_modules=FEW, init_lora_weights=False))
     # which runs what it has written, and compares
     graphpeft.export(model.eval(), inputs(), tmp_path / "model.pt2", "aoti", "baked")
+
+
+class _OwnWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+        self.weight = nn.Parameter(torch.randn(4, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.linear(x)) @ self.weight
+
+
+def test_the_first_call_of_a_compiled_model_can_be_a_mixed_batch():
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"init_lora_weights": False}
+    config = LoraConfig(r=3, lora_alpha=7, target_modules=["weight", "linear"], **options)
+    model = get_peft_model(_OwnWeight().eval(), config, "one")
+    model.add_adapter("two", LoraConfig(r=2, lora_alpha=5, target_modules=["linear"], **options))
+    x, names = torch.randn(3, 6), ["one", "__base__", "two"]
+    found = torch.compile(model, backend="aot_eager")(x, adapter_names=names)
+    assert_close(found, model(x, adapter_names=names))

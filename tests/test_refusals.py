@@ -22,7 +22,16 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import graphpeft
-from graphpeft import AdaptError, CheckpointError, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from graphpeft import (
+    AdaptError,
+    CheckpointError,
+    LoraConfig,
+    NoMatchingPeftModuleError,
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+)
 
 pytestmark = pytest.mark.quick("wording", "rules", "targeting")
 
@@ -801,3 +810,52 @@ def test_a_damaged_pickle_is_named(saved: Path) -> None:
     model = fresh()
     with refused(model, CheckpointError, "adapter_model.bin"):
         PeftModel.from_pretrained(model, saved, use_safetensors=False)
+
+
+class _AtTwoPaths(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = self.first
+        self.out = nn.Linear(4, 4)
+
+    def forward(self, x: Any) -> Any:
+        return self.out(self.second(self.first(x)))
+
+
+def test_a_module_at_two_paths_is_named_by_the_first_one_and_other_names_get_a_warning() -> None:
+    with pytest.raises(
+        NoMatchingPeftModuleError, match=r"nothing in _AtTwoPaths matches \['second'\].* has first, out"
+    ):
+        get_peft_model(_AtTwoPaths(), LoraConfig(target_modules=["second"]))
+    with pytest.warns(
+        graphpeft.PeftWarning, match="names what has no effect on _AtTwoPaths: 'second' in target_modules"
+    ):
+        get_peft_model(_AtTwoPaths(), LoraConfig(target_modules=["second", "out"]))
+    model: Any = get_peft_model(_AtTwoPaths(), LoraConfig(target_modules=["first"], init_lora_weights=False))
+    x = torch.randn(3, 4)
+    found = model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), found, rtol=1e-4, atol=1e-5)
+
+
+class _OwnWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Any) -> Any:
+        return x @ self.w
+
+
+@pytest.mark.parametrize("name", ["model", "modules_to_save", "prefix", "base_model", "save_pretrained"])
+def test_an_adapter_of_the_models_own_weight_has_no_name_of_an_adapted_models_attribute(name: str) -> None:
+    config, match = LoraConfig(target_modules=["w"]), f"attribute '{name}' already; choose another adapter name"
+    base = _OwnWeight()
+    with refused(base, AdaptError, match):
+        get_peft_model(base, config, name)
+    model: Any = get_peft_model(base, config)
+    with refused(model, AdaptError, match):
+        model.add_adapter(name, config)
+    inside: Any = get_peft_model(nn.Sequential(_OwnWeight()), config, name)
+    inside.add_adapter(f"{name}_", config)

@@ -29,6 +29,7 @@ from graphpeft import (
     TraceError,
     explain,
     get_peft_model,
+    optimize,
     trace,
 )
 from graphpeft.graph import ops
@@ -718,11 +719,41 @@ def test_a_module_with_attributes_of_a_graph_module_is_refused():
         get_peft_model(model, lora("w"))
 
 
-def test_a_class_that_somebody_exchanged_after_adapting_is_an_error():
-    adapted = get_peft_model(nn.Sequential(nn.Linear(4, 4)), lora("0"))
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "disable": lambda model: model.disable_adapter().__enter__(),
+    "unload": lambda model: model.unload(),
+    "merge": lambda model: model.merge_adapter(),
+    "activate": lambda model: model.set_adapter([]),
+    "delete": lambda model: model.delete_adapter("default"),
+    "add": lambda model: model.add_adapter("other", lora("0")),
+    "save": lambda model: model.save_pretrained("never"),
+    "optimize": lambda model: optimize(model),
+    "mixed batch": lambda model: model(X, adapter_names=["default", "__base__"]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_class_that_somebody_exchanged_after_adapting_is_an_error(change):
+    base = nn.Sequential(nn.Linear(4, 4))
+    expected = base(X)
+    adapted: Any = get_peft_model(base, lora("0", init_lora_weights=False))
     nn.utils.parametrizations.weight_norm(adapted[0])
-    with pytest.raises(RuntimeError, match="was exchanged since it was adapted"), adapted.disable_adapter():
-        pass
+    before = adapted(X)
+    match = "the class of 0 was exchanged since it was adapted, for a ParametrizedLinear, .*take that off first, as"
+    with pytest.raises(AdaptError, match=match):
+        CHANGES[change](adapted)
+    assert torch.equal(adapted(X), before)
+    nn.utils.parametrize.remove_parametrizations(adapted[0], "weight")
+    torch.testing.assert_close(adapted.unload()(X), expected)
+    assert type(base[0]) is nn.Linear
+
+
+def test_a_class_that_somebody_exchanged_after_merging_is_an_error():
+    adapted: Any = get_peft_model(nn.Sequential(nn.Linear(4, 4)), lora("0"))
+    adapted.merge_adapter()
+    nn.utils.parametrizations.weight_norm(adapted[0])
+    with pytest.raises(AdaptError, match="the class of 0 was exchanged since it was adapted"):
+        adapted.unmerge_adapter()
 
 
 def test_an_adapted_module_with_a_parametrised_tensor_can_be_copied():

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
+from graphpeft.adapters.exchanged import refuse_exchanged_classes
 from graphpeft.adapters.graphs import names_of_others, slots_for, templates_with
 from graphpeft.adapters.padded_inputs import keep_padded
 from graphpeft.adapters.plan import AdaptError
@@ -25,8 +26,10 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
     """Makes exactly the adapters `wanted` act, in their order; those that are merged are in the weights already.
 
     Raises:
-        AdaptError: If two of them have overrides of the same tensor; the model is as it was.
+        AdaptError: If two of them have overrides of the same tensor, or other code has replaced the class of an adapted
+            module; the model is as it was.
     """
+    refuse_exchanged_classes(modules, adapters)
     readers = override_readers(adapters, wanted)
     in_graphs = [name for name in wanted if name not in adapters.merged]
     seats = slots_for(adapters, in_graphs, modules)

@@ -11,6 +11,7 @@ from torch import nn
 
 from graphpeft.adapters import adapter_names, lifecycle
 from graphpeft.adapters.empty_tensors import empty
+from graphpeft.adapters.exchanged import refuse_exchanged_classes
 from graphpeft.adapters.merging import with_originals
 from graphpeft.adapters.plan import AdaptError, NoMatchingPeftModuleError, Plan, make_plan
 from graphpeft.adapters.replication import Replication, replicate
@@ -162,6 +163,8 @@ def planned(
 ) -> Plan:
     """Returns what `config` does to a model, which may be adapted, and may have an adapter of this name."""
     state = adapters_of(model)
+    if state is not None:
+        refuse_exchanged_classes(modules_of(model), state)
     with contextlib.ExitStack() as stack:
         if state is not None and state.merged and type(config).measured is not PeftConfig.measured:
             stack.enter_context(with_originals(modules_of(model), state))

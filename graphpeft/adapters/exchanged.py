@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -97,6 +97,23 @@ def _lost(expected: Collection[str], found: Collection[str]) -> str | None:
     return None if len(found) >= len(expected) else next(path for path in expected if path not in found)
 
 
+def refuse_exchanged_classes(modules: Modules, adapters: Adapters) -> None:
+    """Raises AdaptError if other code has replaced the class of a module at which adapters are to change."""
+    owners = {path for name, adapter in adapters.by_name.items() for path, _ in adapter.tensor_names(name)}
+    _refuse_exchanged_classes(modules, owners | adapters.lifted.keys())
+
+
+def _refuse_exchanged_classes(modules: Modules, paths: Set[str]) -> None:
+    for path in sorted(paths & modules.keys()):
+        module = modules[path]
+        if in_place.is_class_exchanged(module):
+            raise AdaptError(
+                f"the class of {path or 'the model'} was exchanged since it was adapted, for a "
+                f"{type(module).__name__}, as parametrizations do; take that off first, as "
+                "torch.nn.utils.parametrize.remove_parametrizations does, or put it on before you adapt the model"
+            )
+
+
 def refuse_missing(modules: Modules, adapter: Adapter, name: str, reads: bool = True) -> None:
     """Raises AdaptError if a tensor of an adapter is no longer on the model, or its weight has another size.
 
@@ -109,7 +126,7 @@ def refuse_missing(modules: Modules, adapter: Adapter, name: str, reads: bool = 
     for path, attribute in adapter.tensor_names(name):
         if path not in modules:
             raise AdaptError(_gone(path, attribute, name))
-        in_place.layers_of(modules[path])
+    _refuse_exchanged_classes(modules, {path for path, _ in adapter.tensor_names(name)})
     refuse_exchanged(modules, adapter, name)
     if not reads:
         return

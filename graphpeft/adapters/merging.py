@@ -27,7 +27,7 @@ from graphpeft.adapters.changes import (
     there_to_write,
 )
 from graphpeft.adapters.empty_tensors import refuse_empty
-from graphpeft.adapters.exchanged import refuse_missing, resized
+from graphpeft.adapters.exchanged import refuse_exchanged_classes, refuse_missing, resized
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.graph import overrides
@@ -66,6 +66,7 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
         AdaptError: If a weight is tied to another one, which would change too, or two adapters have overrides of the
             same tensor.
     """
+    refuse_exchanged_classes(modules, adapters)
     reshard(modules.values())
     merged = list(dict.fromkeys(names))
     _refuse_merging(modules, adapters, merged)
@@ -129,6 +130,7 @@ def unmerge(modules: Modules, adapters: Adapters) -> None:
     """Gives all weights the values that they had before `merge_in_place`, bit for bit."""
     if not adapters.merged:
         return
+    refuse_exchanged_classes(modules, adapters)
     _take_out(modules, adapters)
     let_act(modules, adapters, list(adapters.read))
 

@@ -113,7 +113,10 @@ def _names_of(code: CodeType) -> Iterator[str]:
 @functools.lru_cache(maxsize=4096)
 def _in_source(tree: ast.AST, first: str | None) -> Paths:
     found: list[tuple[str, bool]] = []
+    of_metadata = {id(read) for node, _ in _nodes_in(tree) if (read := _asked_for_metadata(node)) is not None}
     for node, parent in _nodes_in(tree):
+        if id(node) in of_metadata:
+            continue
         if isinstance(node, ast.Call) and _is_getattr(node):
             found += [(f"*.{name}", False) for name in _names_asked_for(node, first)]
         if isinstance(node, ast.Attribute) and node.attr in _ALL_PARAMETERS and not _is_of_signature(node):
@@ -126,6 +129,16 @@ def _in_source(tree: ast.AST, first: str | None) -> Paths:
             is_called = isinstance(parent, ast.Call) and _is_called(node, parent)
             found += _as_paths(*_names(node, first), is_called)
     return tuple(found)
+
+
+def _asked_for_metadata(node: ast.AST) -> ast.expr | None:
+    """Returns ``x.parameters`` of ``next(x.parameters()).dtype``, or None."""
+    match node:
+        case ast.Attribute(
+            value=ast.Call(func=ast.Name(id="next"), args=[ast.Call(func=ast.Attribute(attr="parameters") as read), *_])
+        ) if node.attr in METADATA_ATTRIBUTES:
+            return read
+    return None
 
 
 def _as_paths(names: list[str], of_first: bool, is_called: bool) -> Iterator[tuple[str, bool]]:

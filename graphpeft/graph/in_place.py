@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -184,6 +185,9 @@ def dressed_class(original: type, layers: tuple[Layer, ...]) -> type:
     return dressed
 
 
+@torch.compiler.disable(
+    reason="Python calls functions while it makes a class, in which no compiler must look for graphs"
+)
 def _new_class(original: type, layers: tuple[Layer, ...]) -> type:
     added = (Dressed, *(base for layer in layers for base in layer.bases))
     # repeating a base of the original class would break the method resolution order
@@ -272,14 +276,19 @@ def layers_of(module: nn.Module) -> tuple[Layer, ...]:
     Raises:
         RuntimeError: If other code has replaced the class of a dressed module.
     """
-    cls = under_shards(type(module))
-    own = cls.__dict__.get("_graphpeft_layers")
-    if own is None and hasattr(cls, "_graphpeft_layers"):
+    own = under_shards(type(module)).__dict__.get("_graphpeft_layers")
+    if is_class_exchanged(module):
         raise RuntimeError(
             f"the class of an adapted {original_class(module).__name__} was exchanged since it was adapted, as "
             "parametrizations do; take that off first, or do it before adapting"
         )
     return own or ()
+
+
+def is_class_exchanged(module: nn.Module) -> bool:
+    """Returns whether other code has replaced the class of a dressed module by one that derives from it."""
+    cls = under_shards(type(module))
+    return "_graphpeft_layers" not in cls.__dict__ and hasattr(cls, "_graphpeft_layers")
 
 
 def put_on(module: nn.Module, layer: Layer) -> None:

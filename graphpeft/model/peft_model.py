@@ -21,6 +21,7 @@ from graphpeft.adapters.exchanged import refuse_lost
 from graphpeft.adapters.given_inputs import given_in_call
 from graphpeft.adapters.loading import has_adapter, load, load_again, load_over
 from graphpeft.adapters.plan import AdaptError
+from graphpeft.adapters.state import adapters_of
 from graphpeft.adapters.trainable import set_trainable_now
 from graphpeft.graph import call_inputs, in_place
 from graphpeft.graph.inputs import ExampleInputs
@@ -32,7 +33,7 @@ from graphpeft.model.generating_methods import GeneratingMethods
 from graphpeft.model.given_model import check_model
 from graphpeft.model.merging_methods import MergingMethods
 from graphpeft.model.offered_methods import offered_names
-from graphpeft.model.other_names import free_names
+from graphpeft.model.other_names import OtherNames, free_names
 from graphpeft.model.reference_copies import copy_left_out
 from graphpeft.model.saving_methods import SavingMethods
 from graphpeft.model.set_forwards import with_set_forward
@@ -425,4 +426,14 @@ def give_methods(model: nn.Module, task: TaskType | None) -> None:
     bases = (PeftModel, *(methods for methods, name in further.items() if hasattr(model, name)))
     if is_of_diffusers(model):
         bases = (DiffusersMethods, *bases)
-    in_place.exchange(model, layers_with(bases, task, free_names(model), offered_names(model)))
+    offered = offered_names(model)
+    _refuse_names_of_methods(model, (*bases, OtherNames), offered)
+    in_place.exchange(model, layers_with(bases, task, free_names(model), offered))
+
+
+def _refuse_names_of_methods(model: nn.Module, bases: tuple[type, ...], offered: tuple[str, ...]) -> None:
+    """Raises AdaptError if an adapter of the model's own tensors has the name of what every adapted model has."""
+    state = adapters_of(model)
+    for name in state.by_name if state is not None else ():
+        if name in model._modules and (name in offered or any(hasattr(cls, name) for cls in bases)):
+            raise AdaptError(f"an adapted model has an attribute {name!r} already; choose another adapter name")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from graphpeft.adapters.adapting import known_adapters, modules_of
+from graphpeft.adapters.exchanged import refuse_exchanged_classes
 from graphpeft.adapters.graphs import by_region, worn_in
 from graphpeft.adapters.state import Adapters, Modules
 from graphpeft.graph.template import wear_template
@@ -69,7 +70,8 @@ def optimize(model: nn.Module, passes: Iterable[str] | None = None) -> PassRepor
         The sites of active adapters that each pass changed, and the sites that it left, with the reasons.
 
     Raises:
-        AdaptError: If the model has no adapters.
+        AdaptError: If the model has no adapters, or other code has replaced the class of an adapted module; the model
+            is unchanged.
         ValueError: If a name isn't the name of a pass; the model is unchanged.
         TypeError: If `passes` is a string; the model is unchanged.
 
@@ -88,6 +90,7 @@ def optimize(model: nn.Module, passes: Iterable[str] | None = None) -> PassRepor
 
 def _applied(modules: Modules, state: Adapters, names: tuple[str, ...]) -> dict[str, Optimized]:
     """Applies passes to the graphs of the acting adapters; returns the results by the paths of their regions."""
+    refuse_exchanged_classes(modules, state)
     sites = [adapted for name in state.acting for adapted in state.by_name[name].sites]
     done = {
         region: optimized(worn_in(state, region, modules), modules[region], names)

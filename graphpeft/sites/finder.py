@@ -23,6 +23,7 @@ from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
 from graphpeft.graph.template import Template, runs_graph, template_of
 from graphpeft.graph.traced_model import plain_attribute, stands_for
 from graphpeft.peft_errors import PeftWarning
+from graphpeft.sites.around_forwards import AroundForwards
 from graphpeft.sites.layer_kinds import kind_of_layer
 from graphpeft.sites.quantised import described, is_quantised
 from graphpeft.sites.readers import Readers
@@ -53,6 +54,7 @@ class SiteFinder:
         self.regions = Regions(model, known, example_inputs)
         self.modules, self.templates = self.regions.modules, self.regions.templates
         self.readers = Readers(self.regions)
+        self._around_forwards = AroundForwards(self.modules)
         self._with_sites: set[str] = set()
 
     def find(self, owner: str, attribute: str) -> Site:
@@ -192,6 +194,8 @@ class SiteFinder:
         conflict = uses.bias_conflict
         if uses.bias is not None and not _is_parameter(around, uses.bias):
             conflict = f"its bias {uses.bias} is no parameter"
+        if kind is None or region != owner:
+            self._refuse_reads_around(region, owner, attribute, kind is not None)
         if kind is None:
             self._warn_of_other_entries(region, owner, attribute)
         return Site(
@@ -215,6 +219,21 @@ class SiteFinder:
             computed=computed_from(module, attribute),
             set_forward=computes_otherwise(module) if self.templates[region].calls_set_forward else None,
         )
+
+    def _refuse_reads_around(self, region: str, owner: str, attribute: str, is_layer: bool) -> None:
+        """Raises NoSiteError if hooks or a ``__call__`` may read a weight around the graph, where no adapter acts."""
+        runs_inside = self.templates[region].calls_own_forward
+
+        def skips(path: str) -> bool:
+            # the region's own code reads the changed weight wherever it goes; a layer whose weight is read isn't called
+            is_inside = path != region and (not region or path.startswith(f"{region}."))
+            return (runs_inside and is_inside) or (is_layer and path == owner)
+
+        around = self._around_forwards.reading(owner, attribute, skips)
+        if around is not None:
+            raise NoSiteError(
+                f"its {attribute} may be read by {around.description} too, where no adapter acts; {around.way_out}"
+            )
 
     def _why_own_code(self, region: str) -> str | None:
         if not self.templates[region].calls_own_forward:

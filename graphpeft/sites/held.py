@@ -132,7 +132,7 @@ def held_outside(
         modules: The model's modules by path.
         held: The objects that some modules hold beside modules, parameters and plain values, by path.
     """
-    known: dict[int, list[_Held]] = {}
+    known: dict[int, list[Held]] = {}
     holdings = []
     for path, of_module in held.items():
         if not of_module or is_of_pytorch(modules[path]):
@@ -140,7 +140,7 @@ def held_outside(
         for name, value in of_module.items():
             # many modules hold the same config
             if id(value) not in known:
-                known[id(value)] = list(_reached_from(value))
+                known[id(value)] = list(reached_from(value))
             holdings += [(path, name, inner, codes) for inner, codes in known[id(value)]]
     if not holdings:
         return {}  # the case of nearly all models
@@ -159,12 +159,13 @@ def held_outside(
     return found
 
 
-_Held = tuple[Any, frozenset[CodeType]]
+Held = tuple[Any, frozenset[CodeType]]
 """A module or a parameter, with the code objects on the way to it."""
 
 
-def _reached_from(start: Any) -> Iterator[_Held]:
-    waiting: list[_Held] = [(start, frozenset())]
+def reached_from(start: Any) -> Iterator[Held]:
+    """Yields the modules and parameters that a value leads to, each with the code objects on the way to it."""
+    waiting: list[Held] = [(start, frozenset())]
     seen: dict[int, Any] = {}
     while waiting:
         value, codes = waiting.pop()

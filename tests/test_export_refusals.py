@@ -170,6 +170,14 @@ def even(x, y):
     return x * 2 if x.shape[0] % 2 == 0 else x
 
 
+def no_hundred(x, y):
+    return x * 2 if x.shape[0] % 100 != 0 else x
+
+
+def some(x, y):
+    return x * 2 if 3 <= x.shape[0] <= 40 else x
+
+
 def all_but_one(x, y):
     return x * 2 if x.shape[0] != 37 else x
 
@@ -200,6 +208,8 @@ CONDITIONS = {
     many: r"x\.shape\[0\] <= 500\. .*0: .*max=500\)",
     many_halves: r"\(x\.shape\[0\]//2\) <= 300\. .*max=601\)",
     even: r"Mod\(x\.shape\[0\], 2\) == 0\. Use format='pt2'",
+    no_hundred: r"Mod\(x\.shape\[0\], 100\) != 0\. Use format='pt2'",
+    some: r"x\.shape\[0\] .* [340]+\. .*min=3, max=40\)",
     all_but_one: r"x\.shape\[0\] != 37\. .*max=36\)",
     oblong: r"x\.shape\[0\] != x\.shape\[1\]\. Use format='pt2'",
     both: r"x\.shape\[1\] <= 9\. .*1: .*max=9\)",
@@ -241,12 +251,24 @@ def test_the_condition_under_which_a_file_is_right_is_told(function, tmp_path):
     graphpeft.export(By(function), example, tmp_path / "checked.pt2")
 
 
-def test_a_file_is_exported_with_the_limit_that_the_refusal_names(tmp_path):
+@pytest.mark.parametrize("function", [many, some], ids=lambda function: function.__name__)
+def test_a_file_is_exported_with_the_limit_that_the_refusal_names(function, tmp_path):
     example = (torch.randn(4, 5), torch.randn(5))
     with pytest.raises(ExportError) as error:
-        graphpeft.export(By(many), example, tmp_path / "m.onnx", "onnx")
+        graphpeft.export(By(function), example, tmp_path / "m.onnx", "onnx")
     dynamic = str(error.value).partition("dynamic=")[2].partition(", or use")[0]
-    assert graphpeft.export(By(many), example, tmp_path / "m.onnx", "onnx", dynamic=eval(dynamic)).checked
+    assert graphpeft.export(By(function), example, tmp_path / "m.onnx", "onnx", dynamic=eval(dynamic)).checked
+
+
+def test_further_ways_than_are_tried_are_told(tmp_path):
+    def thresholds(x, y):
+        for size in (6, 8, 10, 12, 14, 16, 18, 20, 22, 24):
+            if x.shape[0] < size:
+                return x + 0
+        return x * 2
+
+    with pytest.warns(graphpeft.PeftWarning, match="ways by sizes, of which 8 were tried for further conditions"):
+        graphpeft.export(By(thresholds), (torch.randn(4, 5), torch.randn(5)), tmp_path / "m.onnx", "onnx")
 
 
 AUTO = torch.export.Dim.AUTO

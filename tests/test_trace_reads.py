@@ -582,6 +582,27 @@ def test_a_decision_on_a_number_that_was_left_out_is_checked():
         adapted(X, 0.5)
 
 
+class AskingAttributes(nn.Module):
+    """Asks what a number that has a default is, by an attribute that tensors have."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x, scale=2.0):
+        y = F.linear(x, self.w) * scale
+        return y + 100 if hasattr(scale, "dim") else y
+
+
+def test_a_tensor_in_the_place_of_a_number_that_was_left_out_is_refused():
+    model = AskingAttributes()
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["w"]))
+    for scale in (3.0, 3):
+        assert torch.equal(adapted(X, scale), model(X, scale))
+    with pytest.raises(GuardError, match=r"the argument 'scale': that is a tensor .*and was a number"):
+        adapted(X, torch.tensor(3.0))
+
+
 def doubling(forward):
     """Doubles what a call without the keyword `scale` returns."""
 

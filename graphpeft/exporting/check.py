@@ -114,14 +114,19 @@ def _refuse_unchecked_decisions(run: Runner, export: Export, example: Example, t
         known.add(one.shapes)
         if _is_silently_wrong(run, case, sized, case.expected(export.probe, sized), tolerance):
             raise ExportError(_of_break(one))
-        if one.is_own and ways < _MOST_WAYS:
-            ways += 1
+        ways += one.is_own
+        if one.is_own and ways <= _MOST_WAYS:
             with contextlib.suppress(ExportError, GuardError, TraceError):
                 more, larger = sizes.breaks(exported(export.prepared, sized, export.dynamic), one.shapes, are_given)
                 tried += more
                 too_large += larger
     if too_large:
-        _warn_of_untried(list(dict.fromkeys(too_large)))
+        _warn(
+            f"the file is right where {joined(list(dict.fromkeys(too_large)))}; larger sizes weren't tried, since they "
+            "need much memory"
+        )
+    if ways > _MOST_WAYS:
+        _warn(f"the model has {ways} ways by sizes, of which {_MOST_WAYS} were tried for further conditions")
 
 
 _MOST_WAYS = 8
@@ -132,10 +137,9 @@ def _is_refused_by_program_alone(case: Case, export: Export, sized: Example) -> 
     return not can_call(export.runnable, case.full(sized)) and can_call(_expected_by_probe(case, export), sized)
 
 
-def _warn_of_untried(conditions: list[str]) -> None:
+def _warn(untried: str) -> None:
     warnings.warn(
-        f"the file is right where {joined(conditions)}; larger sizes weren't tried, since they need much memory, and "
-        "the file doesn't refuse them. Limit the sizes by dynamic=, or use format='pt2', which refuses others",
+        f"{untried}, and the file doesn't refuse others. Limit the sizes by dynamic=, or use format='pt2', which does",
         PeftWarning,
         stacklevel=5,
     )

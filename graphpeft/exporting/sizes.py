@@ -26,7 +26,7 @@ Above the multiple, batches have two rows at most.
 """
 
 _NEAR = 8
-"""Sizes at most this far from the example's are looked at one by one, for conditions such as a divisibility."""
+"""Sizes at most this far from the example's, or as far as a number in a condition, are looked at one by one."""
 
 _HIGHEST_DEGREE = 4
 """The highest degree of polynomials in one size whose roots are computed."""
@@ -93,22 +93,31 @@ def breaks(program: Program, shapes: Sequence[Shape], are_given: bool) -> tuple[
     places = {symbol: each for symbol in sizes if (each := _places(own, symbol))}
     found: list[Break] = []
     too_large: dict[tuple[Any, int], str] = {}
-    for condition, is_own in _conditions(program, sizes, are_given).items():
+    conditions = _conditions(program, sizes, are_given)
+    broken = {
+        (condition, symbol): sizes_that_break
+        for condition in conditions
+        for symbol in sorted(condition.free_symbols, key=str)
+        if (sizes_that_break := _broken(condition, symbol, sizes))
+    }
+    for (condition, symbol), wrong in broken.items():
         text = _text(condition, {symbol: _name(program, each[0]) for symbol, each in places.items()})
-        for symbol in sorted(condition.free_symbols, key=str):
-            broken = _broken(condition, symbol, sizes)
-            size = min(broken, key=lambda one: abs(one - sizes[symbol]), default=None)
-            if size is None:
-                continue
-            if size > max(_FAR * sizes[symbol], _LARGE):
-                too_large.setdefault((symbol, size), text)
-                continue
-            is_far = size > _FAR * sizes[symbol]
-            others = _of_batches(own) & sizes.keys() - condition.free_symbols if is_far else ()
-            small = {one: min(sizes[one], 2) for one in others}
-            tried = _shapes_with({**sizes, **small, symbol: size}, own, shapes)
-            mend = _mend(program, len(shapes), places.get(symbol, ()), broken, sizes[symbol])
-            found.append(Break(tried, text, mend if len(condition.free_symbols) == 1 else "", is_own))
+        size = min(wrong, key=lambda one: abs(one - sizes[symbol]))
+        is_far = size > _FAR * sizes[symbol]
+        if is_far and size > _LARGE:
+            too_large.setdefault((symbol, size), text)
+            continue
+        others = _of_batches(own) & sizes.keys() - condition.free_symbols if is_far else ()
+        small = {one: min(sizes[one], 2) for one in others}
+        tried = _shapes_with({**sizes, **small, symbol: size}, own, shapes)
+        # a limit must exclude what breaks any condition on this size alone
+        alone = [each for (other, own_symbol), each in broken.items() if other.free_symbols == {own_symbol} == {symbol}]
+        # PyTorch doesn't infer from limits that a remainder is another one
+        is_alone = condition.free_symbols == {symbol} and not _has_remainder(condition)
+        mend = (
+            _mend(program, len(shapes), places.get(symbol, ()), set().union(*alone), sizes[symbol]) if is_alone else ""
+        )
+        found.append(Break(tried, text, mend, conditions[condition]))
     found += _apart(program, shapes, places)
     if not are_given:
         found += _beyond_fixed(program, shapes)
@@ -156,7 +165,9 @@ def _broken(condition: Any, symbol: Any, sizes: Mapping[Any, int]) -> set[int]:
         except ZeroDivisionError:  # a divisor in the condition is 0 at this size
             return False
 
-    near = range(max(1, size - _NEAR), size + _NEAR + 1)
+    divisors = (abs(int(number)) for number in condition.atoms(sympy.Integer))
+    reach = max([_NEAR, *(one for one in divisors if one <= _LARGE)])
+    near = range(max(1, size - reach), size + reach + 1)
     far = (one for k in range(_DOUBLINGS) for one in (size << k, max(1, size >> k)))
     wanted = {*near, *far, *sizes.values(), *_roots(alone, symbol)}
     broken = {one for one in wanted if one >= 1 and breaks_it(one)}
@@ -167,6 +178,12 @@ def _broken(condition: Any, symbol: Any, sizes: Mapping[Any, int]) -> set[int]:
         middle = (inside + outside) // 2
         inside, outside = (inside, middle) if breaks_it(middle) else (middle, outside)
     return {*broken, outside}
+
+
+def _has_remainder(condition: Any) -> bool:
+    import sympy
+
+    return any(type(function).__name__.endswith("Mod") for function in condition.atoms(sympy.Function))
 
 
 def _roots(condition: Any, symbol: Any) -> Iterator[int]:
@@ -234,8 +251,8 @@ def _mend(program: Program, own: int, places: Sequence[Place], broken: set[int],
     inputs = program.inputs[:own]
     above = min((size for size in broken if size > example), default=None)
     below = max((size for size in broken if size < example), default=None)
-    # where there are such sizes near by on both sides, as for even ones, no limit excludes all of them
-    is_between = above is not None and below is not None and above - below <= 2 * _NEAR
+    # between odd sizes, only one is left
+    is_between = above is not None and below is not None and above - below <= 2
     if not places or is_between or any("." in one.name for one in inputs):
         return ""
     limits = [f"min={below + 1}"] if below is not None else []

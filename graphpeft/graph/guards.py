@@ -78,6 +78,23 @@ def expect_present(value: Any, decision: str) -> None:
         raise GuardError(f"{decision}: that is None now, and was not when the graph was recorded. {_WAY_OUT}")
 
 
+@has_side_effect
+def expect_number(value: Any, decision: str) -> None:
+    """Raises `GuardError` unless `value` is a number of Python's, as it was in the trace.
+
+    A tensor in its place may have attributes by which the traced code would have decided otherwise.
+    """
+    if isinstance(value, fx.Proxy):
+        value.tracer.create_proxy("call_function", expect_number, (value, decision), {})
+    elif type(value) not in _NUMBERS:
+        raise GuardError(
+            f"{decision}: that is {_shown(value)} now, and was a number when the graph was recorded. {_WAY_OUT}"
+        )
+
+
+_NUMBERS = (bool, int, float, complex, torch.SymBool, torch.SymInt, torch.SymFloat)
+
+
 def refuse(reason: str) -> NoReturn:
     """Raises `GuardError` for a reason other than a changed value."""
     raise GuardError(f"{reason}. {_WAY_OUT}")

@@ -121,6 +121,8 @@ def _decision(node: fx.Node) -> tuple[str, str] | None:
     """Returns the line and the value of a check, or None for another node."""
     if node.target is guards.expect_present:
         return str(node.args[1]), "given"
+    if node.target is guards.expect_number:
+        return str(node.args[1]), "a number"
     if node.target is guards.expect:
         answer: Any = node.args[1]
         return str(node.args[2]), repr(answer)

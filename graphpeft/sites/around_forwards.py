@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Set
+from types import MethodType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -59,6 +60,7 @@ class AroundForwards:
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._modules = modules
+        self._of_owners: dict[int, list[Any]] = {}
 
     def reading(self, owner: str, attribute: str, skips: Callable[[str], bool]) -> Around | None:
         """Returns what may read a tensor around a forward, or None.
@@ -84,7 +86,7 @@ class AroundForwards:
     def _found(self, paths: Mapping[int, str]) -> Iterator[Around]:
         for hooks in FORWARD_HOOKS_OF_ALL:
             for hook in hooks.values():
-                yield _of_hook(None, "a hook of all modules", _REMOVED, hook, nn.Module, paths)
+                yield self._of_hook(None, "a hook of all modules", _REMOVED, hook, nn.Module, paths)
         for path, module in self._modules.items():
             cls = in_place.original_class(module)
             names = _read_by_call(cls)
@@ -93,19 +95,27 @@ class AroundForwards:
                 yield Around(path, description, _TRACED if path else _INTO_FORWARD, names, {path}, set())
             for kind, (said, way_out) in _KINDS.items():
                 for hook in vars(module)[kind].values():
-                    yield _of_hook(path, f"a {said} of {path or 'the model'}", way_out, hook, cls, paths)
+                    yield self._of_hook(path, f"a {said} of {path or 'the model'}", way_out, hook, cls, paths)
 
+    def _of_hook(
+        self, path: str | None, description: str, way_out: str, hook: Any, cls: type, paths: Mapping[int, str]
+    ) -> Around:
+        functions = functions_around(hook, _without_forward(cls))
+        held = self._held(hook) if functions else []
+        places = {paths[id(value)] for value in held if id(value) in paths}
+        if path is not None:
+            places.add(path)
+        in_hand = {id(value) for value in held if isinstance(value, nn.Parameter)}
+        return Around(path, f"{description} ({name_of(hook)})", way_out, read_by_any(functions), places, in_hand)
 
-def _of_hook(
-    path: str | None, description: str, way_out: str, hook: Any, cls: type, paths: Mapping[int, str]
-) -> Around:
-    functions = functions_around(hook, _without_forward(cls))
-    held = [value for value, _ in reached_from(hook)] if functions else []
-    places = {paths[id(value)] for value in held if id(value) in paths}
-    if path is not None:
-        places.add(path)
-    in_hand = {id(value) for value in held if isinstance(value, nn.Parameter)}
-    return Around(path, f"{description} ({name_of(hook)})", way_out, read_by_any(functions), places, in_hand)
+    def _held(self, hook: Any) -> list[Any]:
+        """Returns all that a hook leads to; one walk serves all methods of an object, which may have much."""
+        if not isinstance(hook, MethodType):
+            return [value for value, _ in reached_from(hook)]
+        owner = hook.__self__
+        if id(owner) not in self._of_owners:
+            self._of_owners[id(owner)] = [owner, *(value for value, _ in reached_from(owner))]
+        return [*self._of_owners[id(owner)], *(value for value, _ in reached_from(hook.__func__))]
 
 
 def _reads(around: Around, owner: str, attribute: str) -> bool:

@@ -87,8 +87,9 @@ class SiteFinder:
                 f"its {attribute} is read by {region or 'the model'}, and its module is called by "
                 f"{caller or 'the model'}"
             )
+        site = self._site(region, owner, attribute, weight, uses)
         self._with_sites.add(region)
-        return self._site(region, owner, attribute, weight, uses)
+        return site
 
     def _region(self, owner: str, attribute: str, readers: list[str]) -> tuple[str, WeightUses]:
         """Returns the path of the smallest module whose graph uses a weight, and the graph's uses of the weight.
@@ -159,15 +160,18 @@ class SiteFinder:
         """
         using = f"used in {', '.join(uses.others)}" if uses.others else "used in another way"
         reason = f"its {attribute} is {using}, and its module is called as well"
+        if uses.shortens:
+            raise NoSiteError(f"{reason}, which shortens its rows by max_norm")
         has_graph = region in self._with_sites or region in self.regions.graphs or region in self.regions.known
-        if not has_graph and not uses.shortens:
+        if not has_graph:
             recorded = self.templates.pop(region)
             found = self._uses_of_own_forward(region, owner, attribute)
             if found is not None:
                 self.regions.errors[region] = TraceError(f"it calls {owner}, and uses its {attribute} beside that")
                 return found
             self.templates[region] = recorded
-        raise NoSiteError(f"{reason}; adapt a graph of the whole model, graphpeft.trace(model, example_inputs)")
+        others = f", and {region or 'the model'} has a graph for other weights" if has_graph else ""
+        raise NoSiteError(f"{reason}{others}; adapt a graph of the whole model, graphpeft.trace(model, example_inputs)")
 
     def _caller_outside(self, region: str, owner: str) -> str | None:
         """Returns a module around `owner` that calls it, other than the region that reads its weight, or None."""

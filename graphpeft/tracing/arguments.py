@@ -12,6 +12,7 @@ import torch.fx as fx
 
 from graphpeft._torch import pytree
 from graphpeft.code.identity_checks import compares_objects, is_identity_compared, may_be_compared
+from graphpeft.graph import guards
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.template import SIMPLE
 from graphpeft.tracing.recorder import Recorder
@@ -59,7 +60,10 @@ class Arguments:
                 keywords |= {key: self._argument(key, _EXTRA, value) for key, value in given.items()}
             else:
                 value = self._argument(name, parameter.default, bound.get(name, parameter.default))
-                if name in by_name or (isinstance(value, fx.Proxy) and self._stays_open(parameter)):
+                if name in by_name:
+                    keywords[name] = value
+                elif isinstance(value, fx.Proxy) and self._stays_open(parameter):
+                    guards.expect_number(value, f"the argument {name!r}")
                     keywords[name] = value
                 elif name in bound or (self._example is None and parameter.default is parameter.empty):
                     positional.append(value)

@@ -27,7 +27,7 @@ _ARITHMETIC = frozenset((
 ))  # fmt: skip
 """Arithmetic operations. Integers in other operations are sizes, indices or flags."""
 
-_GUARDS = (guards.expect, guards.expect_present)
+_GUARDS = (guards.expect, guards.expect_present, guards.expect_number)
 
 
 def make_settings(graph: fx.Graph, lines: Mapping[str, str]) -> Reads:

@@ -50,7 +50,7 @@ def _checks(graph: fx.Graph, numbers: dict[Hashable, int], but: Callable[[fx.Nod
     return {known[node] for node in graph.nodes if node.target in _CHECKS and not but(node)}
 
 
-_CHECKS = (guards.expect, guards.expect_present)
+_CHECKS = (guards.expect, guards.expect_present, guards.expect_number)
 
 
 def _expression(node: fx.Node, known: Mapping[fx.Node, Hashable], numbers: dict[Hashable, int]) -> Hashable:

@@ -41,7 +41,7 @@ from graphpeft.tracing.recorder import ErrorT
 from graphpeft.tracing.session import RecordAgain, Session
 from graphpeft.tracing.type_checks import refuse_type_checks
 
-_GUARDS = (guards.expect, guards.expect_present)
+_GUARDS = (guards.expect, guards.expect_present, guards.expect_number)
 """Functions that check a decision."""
 
 _EFFECTS = (operator.setitem, leave_autocast, leave_gradients)

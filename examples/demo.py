@@ -192,7 +192,7 @@ def cases() -> list[Case]:
             known=next_characters(english, alphabet),
             unseen=next_characters(python, alphabet),
             config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type=TaskType.CAUSAL_LM),
-            base_training=Training(steps=280, learning_rate=5e-3),
+            base_training=Training(steps=400, learning_rate=5e-3),
             adapter_training=Training(steps=420, learning_rate=1e-2),
         ),
     ]

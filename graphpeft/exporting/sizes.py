@@ -214,9 +214,9 @@ def _apart(program: Program, shapes: Sequence[Shape], places: Mapping[Any, Seque
     """Yields shapes in which one of several sizes that a program takes for equal is another."""
     for found in places.values():
         for place in found[1:]:
-            condition = f"{_name(program, found[0])} == {_name(program, place)}"
-            for size in (shapes[place.input][place.dim] + 1, 1):
-                yield Break(_changed(shapes, place, size), condition, is_own=True)
+            # 1 would be no decision, where operations broadcast it
+            larger = _changed(shapes, place, shapes[place.input][place.dim] + 1)
+            yield Break(larger, f"{_name(program, found[0])} == {_name(program, place)}", is_own=True)
 
 
 def _changed(shapes: Sequence[Shape], place: Place, size: int) -> tuple[Shape, ...]:

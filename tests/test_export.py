@@ -350,6 +350,37 @@ def test_a_spec_of_sizes_is_for_all_arguments(tmp_path):
         graphpeft.export(HAND_WRITTEN.base(), HAND_WRITTEN.example(), tmp_path / "model.pt2", dynamic=({}, {}))
 
 
+class Difference(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, x, y):
+        return self.linear(x) - 2 * y
+
+
+def adapted_difference():
+    config = graphpeft.LoraConfig(r=2, lora_alpha=6, target_modules=["linear"], init_lora_weights=False)
+    return graphpeft.get_peft_model(Difference(), config).eval()
+
+
+def test_one_tensor_that_is_given_twice_is_two_inputs_of_a_program(tmp_path):
+    model, (x, y) = adapted_difference(), torch.randn(2, 3, 4)
+    graphpeft.export(model, (TENSOR, TENSOR), tmp_path / "model.pt2")
+    found = torch.export.load(tmp_path / "model.pt2").module()(x, y)
+    torch.testing.assert_close(found, model(x, y).detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapters", ["merged", "inputs"])
+def test_one_tensor_that_is_given_twice_is_two_inputs_of_a_graph_in_onnx(adapters, tmp_path):
+    model, (x, y) = adapted_difference(), torch.randn(2, 3, 4)
+    graphpeft.export(model, (TENSOR, TENSOR), tmp_path / "model.onnx", "onnx", adapters=adapters)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for other in (y, y[:1]):
+        [found] = session.run(None, {"x": x.numpy(), "y": other.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model(x, other).detach(), rtol=1e-5, atol=1e-5)
+
+
 class Sum(torch.nn.Module):
     def forward(self, x, *more, scale=None, **named):
         for tensor in (*more, *named.values()):

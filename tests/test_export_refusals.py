@@ -267,7 +267,7 @@ def test_further_ways_than_are_tried_are_told(tmp_path):
                 return x + 0
         return x * 2
 
-    with pytest.warns(graphpeft.PeftWarning, match="ways by sizes, of which 8 were tried for further conditions"):
+    with pytest.warns(graphpeft.PeftWarning, match="further branches were looked for behind 8 of these"):
         graphpeft.export(By(thresholds), (torch.randn(4, 5), torch.randn(5)), tmp_path / "m.onnx", "onnx")
 
 

@@ -126,7 +126,10 @@ def _refuse_unchecked_decisions(run: Runner, export: Export, example: Example, t
             "need much memory"
         )
     if ways > _MOST_WAYS:
-        _warn(f"the model has {ways} ways by sizes, of which {_MOST_WAYS} were tried for further conditions")
+        _warn(
+            f"the model branches at {ways} sizes without another result, and further branches were looked for behind "
+            f"{_MOST_WAYS} of these"
+        )
 
 
 _MOST_WAYS = 8

@@ -76,6 +76,21 @@ class Example(NamedTuple):
         args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: _sized(tensor, next(wanted)), tuple(self))
         return Example(args, kwargs)
 
+    def apart(self) -> Example:
+        """Returns the example with a tensor of its own for each input.
+
+        PyTorch's exporter takes a tensor that is given twice for one input, and computes with the last one.
+        """
+        seen: set[int] = set()
+
+        def own(tensor: Tensor) -> Tensor:
+            is_new = id(tensor) not in seen
+            seen.add(id(tensor))
+            return tensor if is_new else tensor.clone()
+
+        args, kwargs = pytree.tree_map_only(Tensor, own, tuple(self))
+        return Example(args, kwargs)
+
     def call(self, function: Callable[..., Any]) -> Any:
         """Calls a function without gradients on copies of the inputs, so that the function may write into them."""
         with torch.no_grad():

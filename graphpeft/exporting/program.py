@@ -82,7 +82,9 @@ def _letters(symbols: Iterable[Any]) -> dict[Any, Any]:
     import sympy  # here, since importing it takes longer than importing this library
 
     rounds = (f"{letter}{number or ''}" for number in itertools.count() for letter in string.ascii_lowercase)
-    return {symbol: sympy.Symbol(name, integer=True) for symbol, name in zip(dict.fromkeys(symbols), rounds)}  # noqa: B905
+    return {
+        symbol: sympy.Symbol(name, integer=True) for symbol, name in zip(dict.fromkeys(symbols), rounds, strict=False)
+    }
 
 
 def _text(size: Any, letters: Mapping[Any, Any], limits: dict[Any, Any]) -> str:
@@ -139,7 +141,7 @@ def exported(prepared: Prepared, example: Example, dynamic: Dynamic) -> Program:
         GuardError: If the model is a traced graph, and branches otherwise on this example than on its own.
         ExportError: If PyTorch can't export the model, or can't export it with these dynamic sizes.
     """
-    full = prepared.cases[0].full(example)
+    full = prepared.cases[0].full(example).apart()
     prepared.root.name_arguments(full.kwargs)
     shapes = _spec(prepared, example, full, dynamic)
     try:

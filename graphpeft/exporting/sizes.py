@@ -1,38 +1,28 @@
 """The sizes of inputs at which an exported file is checked: sizes that its program accepts, and sizes that it refuses.
 
-PyTorch's exporter follows one way through a model. Where the way depends on sizes, the program has a condition, such as
-``x.shape[1] <= 500``, and refuses sizes that break it. Files for other runtimes don't contain the conditions.
+A program refuses sizes that break its conditions (`conditions.py`), which files for other runtimes don't contain.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from graphpeft.exporting import conditions
 from graphpeft.exporting.example import Shape
 from graphpeft.exporting.program import Program
 
 _MORE: tuple[Callable[[int], int], ...] = (lambda size: size + 1, lambda size: 2 * size, lambda size: size - 1)
 """Sizes to try besides the example's; a model may need an even size, or allow no larger size."""
 
-_FAR, _LARGE = 8, 2_048
-"""Sizes up to this multiple of the example's, or up to this number, are tried; larger inputs may exhaust memory.
+_FAR = 8
+"""Sizes up to this multiple of the example's are tried, however large: larger inputs may exhaust memory.
 
-Above the multiple, batches have two rows at most.
+Above the multiple, sizes that aren't large are tried, with batches of two rows at most.
 """
-
-_NEAR = 8
-"""Sizes at most this far from the example's, or as far as a number in a condition, are looked at one by one."""
-
-_HIGHEST_DEGREE = 4
-"""The highest degree of polynomials in one size whose roots are computed."""
-
-_DOUBLINGS = 24
-"""How often a size is doubled, or halved, to find one that breaks a condition."""
 
 
 class Break(NamedTuple):
@@ -88,141 +78,108 @@ def breaks(program: Program, shapes: Sequence[Shape], are_given: bool) -> tuple[
         are_given: Whether the caller has given the dynamic sizes, so that a program's limits may be the caller's. What
             follows from these is no condition of the program.
     """
-    own = [one.shape for one in program.inputs[: len(shapes)]]
-    sizes = dict(_solved(own, shapes))
-    places = {symbol: each for symbol in sizes if (each := _places(own, symbol))}
+    inputs = _Inputs(program, shapes)
+    found, too_large = _of_conditions(inputs, are_given)
+    found += _apart(inputs)
+    if not are_given:
+        found += _beyond_fixed(inputs)
+        # PyTorch takes a size that is open for more than 1, which is no condition that it tells
+        found += [Break(inputs.with_({symbol: 1})) for symbol in inputs.sizes]
+    by_shapes = {one.shapes: one for one in reversed(found) if one.shapes != inputs.shapes}
+    return list(reversed(by_shapes.values())), too_large
+
+
+class _Inputs:
+    """The model's own inputs, with the dynamic sizes that are known.
+
+    Args:
+        program: The program.
+        shapes: The shapes of the example.
+    """
+
+    def __init__(self, program: Program, shapes: Sequence[Shape]) -> None:
+        self.exported, self.own, self.shapes = program.exported, program.inputs[: len(shapes)], tuple(shapes)
+        self.symbolic = [one.shape for one in self.own]
+        self.sizes = dict(_solved(self.symbolic, shapes))
+        self.places = {symbol: _places(self.symbolic, symbol) for symbol in self.sizes}
+
+    def with_(self, sizes: Mapping[Any, int]) -> tuple[Shape, ...]:
+        """Returns the example's shapes with other values of some symbols."""
+        return _shapes_with({**self.sizes, **sizes}, self.symbolic, self.shapes)
+
+    def with_one(self, place: Place, size: int) -> tuple[Shape, ...]:
+        """Returns the example's shapes with another size at one place."""
+        changed = [list(shape) for shape in self.shapes]
+        changed[place.input][place.dim] = size
+        return tuple(map(tuple, changed))
+
+    def name(self, place: Place) -> str:
+        """Returns the Python of a size."""
+        return f"{self.own[place.input].name}.shape[{place.dim}]"
+
+    def text(self, condition: Any) -> str:
+        """Returns the Python of a condition."""
+        names = {symbol: self.name(places[0]) for symbol, places in self.places.items() if places}
+        return conditions.as_text(condition, names)
+
+
+def _of_conditions(inputs: _Inputs, are_given: bool) -> tuple[list[Break], list[str]]:
+    """Returns the nearest sizes that break each condition, and the conditions whose nearest ones are too large."""
+    known = _conditions(inputs, are_given)
+    broken = {
+        (condition, symbol): values
+        for condition in known
+        for symbol in sorted(condition.free_symbols, key=str)
+        if (values := conditions.breaking(condition, symbol, inputs.sizes))
+    }
     found: list[Break] = []
     too_large: dict[tuple[Any, int], str] = {}
-    conditions = _conditions(program, sizes, are_given)
-    broken = {
-        (condition, symbol): sizes_that_break
-        for condition in conditions
-        for symbol in sorted(condition.free_symbols, key=str)
-        if (sizes_that_break := _broken(condition, symbol, sizes))
-    }
-    for (condition, symbol), wrong in broken.items():
-        text = _text(condition, {symbol: _name(program, each[0]) for symbol, each in places.items()})
-        size = min(wrong, key=lambda one: abs(one - sizes[symbol]))
-        is_far = size > _FAR * sizes[symbol]
-        if is_far and size > _LARGE:
-            too_large.setdefault((symbol, size), text)
+    for (condition, symbol), values in broken.items():
+        example = inputs.sizes[symbol]
+        size = min(values, key=lambda one: abs(one - example))
+        is_far = size > _FAR * example
+        if is_far and size > conditions.LARGE:
+            too_large.setdefault((symbol, size), inputs.text(condition))
             continue
-        others = _of_batches(own) & sizes.keys() - condition.free_symbols if is_far else ()
-        small = {one: min(sizes[one], 2) for one in others}
-        tried = _shapes_with({**sizes, **small, symbol: size}, own, shapes)
-        # a limit must exclude what breaks any condition on this size alone
-        alone = [each for (other, own_symbol), each in broken.items() if other.free_symbols == {own_symbol} == {symbol}]
+        others = _of_batches(inputs.symbolic) & inputs.sizes.keys() - condition.free_symbols if is_far else ()
+        tried = inputs.with_({**{one: min(inputs.sizes[one], 2) for one in others}, symbol: size})
         # PyTorch doesn't infer from limits that a remainder is another one
-        is_alone = condition.free_symbols == {symbol} and not _has_remainder(condition)
-        mend = (
-            _mend(program, len(shapes), places.get(symbol, ()), set().union(*alone), sizes[symbol]) if is_alone else ""
-        )
-        found.append(Break(tried, text, mend, conditions[condition]))
-    found += _apart(program, shapes, places)
-    if not are_given:
-        found += _beyond_fixed(program, shapes)
-        # PyTorch takes a size that is open for more than 1, which is no condition that it tells
-        found += [Break(_shapes_with({**sizes, symbol: 1}, own, shapes)) for symbol in sizes]
-    by_shapes = {one.shapes: one for one in reversed(found) if one.shapes != tuple(shapes)}
-    return list(reversed(by_shapes.values())), list(too_large.values())
+        is_limit = condition.free_symbols == {symbol} and not conditions.has_remainder(condition)
+        # a limit must exclude what breaks any condition on this size alone
+        alone = [each for (other, own), each in broken.items() if other.free_symbols == {own} == {symbol}]
+        mend = _mend(inputs, symbol, set().union(*alone)) if is_limit else ""
+        found.append(Break(tried, inputs.text(condition), mend, known[condition]))
+    return found, list(too_large.values())
 
 
-def _conditions(program: Program, sizes: Mapping[Any, int], are_given: bool) -> dict[Any, bool]:
-    """Returns the conditions of a program that name some of these sizes, and no others, as sympy's expressions.
-
-    Each has whether the model's own code decides by it.
-    """
-    import sympy  # here, since importing it takes longer than importing this library
-
-    found: dict[Any, bool] = {}
-    values = (node.meta.get("val") for node in program.exported.graph.nodes)
-    environments = (value.fake_mode.shape_env for value in values if hasattr(value, "fake_mode"))
-    for guard in getattr(next(environments, None), "guards", ()):
-        found[guard.expr] = found.get(guard.expr, False) or _is_of_model(guard.sloc.framework_loc)
-    for symbol in () if are_given else sizes:
-        limits = program.exported.range_constraints.get(symbol)
-        if limits is not None and limits.upper.is_Integer:
-            found.setdefault(sympy.Le(symbol, limits.upper), True)
-        if limits is not None and limits.lower > 2:
-            found.setdefault(sympy.Ge(symbol, limits.lower), True)
-    return {one: is_own for one, is_own in found.items() if one.free_symbols and one.free_symbols <= sizes.keys()}
+def _conditions(inputs: _Inputs, are_given: bool) -> dict[Any, bool]:
+    """Returns the conditions on known sizes alone, each with whether the model's own code decides by it."""
+    found = conditions.guards(inputs.exported)
+    for symbol in () if are_given else inputs.sizes:
+        for limit in conditions.limits(inputs.exported, symbol):
+            found.setdefault(limit, True)
+    return {
+        one: is_own for one, is_own in found.items() if one.free_symbols and one.free_symbols <= inputs.sizes.keys()
+    }
 
 
-def _is_of_model(frame: Any) -> bool:
-    return not getattr(frame, "filename", "").startswith(os.path.join(os.path.dirname(torch.__file__), ""))
-
-
-def _broken(condition: Any, symbol: Any, sizes: Mapping[Any, int]) -> set[int]:
-    """Returns some sizes at which a condition doesn't hold, the nearest one to the example's among them."""
-    import sympy
-
-    alone = condition.subs({other: size for other, size in sizes.items() if other != symbol})
-    size = sizes[symbol]
-
-    def breaks_it(one: int) -> bool:
-        try:
-            return alone.subs(symbol, one) == sympy.false
-        except ZeroDivisionError:  # a divisor in the condition is 0 at this size
-            return False
-
-    divisors = (abs(int(number)) for number in condition.atoms(sympy.Integer))
-    reach = max([_NEAR, *(one for one in divisors if one <= _LARGE)])
-    near = range(max(1, size - reach), size + reach + 1)
-    far = (one for k in range(_DOUBLINGS) for one in (size << k, max(1, size >> k)))
-    wanted = {*near, *far, *sizes.values(), *_roots(alone, symbol)}
-    broken = {one for one in wanted if one >= 1 and breaks_it(one)}
-    if not broken or breaks_it(size):
-        return set()
-    inside, outside = size, min(broken, key=lambda one: abs(one - size))
-    while abs(outside - inside) > 1:
-        middle = (inside + outside) // 2
-        inside, outside = (inside, middle) if breaks_it(middle) else (middle, outside)
-    return {*broken, outside}
-
-
-def _has_remainder(condition: Any) -> bool:
-    import sympy
-
-    return any(type(function).__name__.endswith("Mod") for function in condition.atoms(sympy.Function))
-
-
-def _roots(condition: Any, symbol: Any) -> Iterator[int]:
-    """Yields whole numbers beside the roots of a relation between polynomials."""
-    import sympy
-
-    if not hasattr(condition, "rel_op"):
-        return
-    try:
-        polynomial: Any = sympy.Poly(condition.lhs - condition.rhs, symbol)
-    except sympy.PolynomialError:
-        return
-    for root in polynomial.nroots() if polynomial.degree() <= _HIGHEST_DEGREE else ():
-        if root.is_real:
-            yield from (round(root) + more for more in (-1, 0, 1))
-
-
-def _beyond_fixed(program: Program, shapes: Sequence[Shape]) -> Iterator[Break]:
+def _beyond_fixed(inputs: _Inputs) -> Iterator[Break]:
     """Yields shapes in which a size is larger by 1 than the one that the program fixes."""
-    for number, (one, shape) in enumerate(zip(program.inputs[: len(shapes)], shapes, strict=True)):
-        for dim, size in enumerate(one.shape):
+    for number, shape in enumerate(inputs.symbolic):
+        for dim, size in enumerate(shape):
             if not isinstance(size, torch.SymInt):
-                condition = f"{_name(program, Place(number, dim))} == {size}"
-                yield Break(_changed(shapes, Place(number, dim), shape[dim] + 1), condition)
+                place = Place(number, dim)
+                larger = inputs.with_one(place, inputs.shapes[number][dim] + 1)
+                yield Break(larger, f"{inputs.name(place)} == {size}")
 
 
-def _apart(program: Program, shapes: Sequence[Shape], places: Mapping[Any, Sequence[Place]]) -> Iterator[Break]:
+def _apart(inputs: _Inputs) -> Iterator[Break]:
     """Yields shapes in which one of several sizes that a program takes for equal is another."""
-    for found in places.values():
-        for place in found[1:]:
-            # 1 would be no decision, where operations broadcast it
-            larger = _changed(shapes, place, shapes[place.input][place.dim] + 1)
-            yield Break(larger, f"{_name(program, found[0])} == {_name(program, place)}", is_own=True)
-
-
-def _changed(shapes: Sequence[Shape], place: Place, size: int) -> tuple[Shape, ...]:
-    changed = [list(shape) for shape in shapes]
-    changed[place.input][place.dim] = size
-    return tuple(map(tuple, changed))
+    for places in inputs.places.values():
+        for place in places[1:]:
+            condition = f"{inputs.name(places[0])} == {inputs.name(place)}"
+            yield Break(inputs.with_one(place, inputs.shapes[place.input][place.dim] + 1), condition, is_own=True)
+            yield Break(inputs.with_one(place, 1), condition)  # which operations broadcast
 
 
 def _places(symbolic: Sequence[tuple[Any, ...]], symbol: Any) -> list[Place]:
@@ -234,31 +191,18 @@ def _places(symbolic: Sequence[tuple[Any, ...]], symbol: Any) -> list[Place]:
     ]
 
 
-def _name(program: Program, place: Place) -> str:
-    return f"{program.inputs[place.input].name}.shape[{place.dim}]"
-
-
-def _text(condition: Any, names: Mapping[Any, str]) -> str:
-    """Returns a condition in Python, with the inputs' dimensions in the place of symbols."""
-    import sympy
-
-    named = condition.subs({symbol: sympy.Symbol(name) for symbol, name in names.items()}, simultaneous=True)
-    return f"{named.lhs} {named.rel_op} {named.rhs}" if hasattr(named, "rel_op") else str(named)
-
-
-def _mend(program: Program, own: int, places: Sequence[Place], broken: set[int], example: int) -> str:
-    """Returns the argument ``dynamic`` that excludes sizes, if these are all above or all below the example's."""
-    inputs = program.inputs[:own]
+def _mend(inputs: _Inputs, symbol: Any, broken: set[int]) -> str:
+    """Returns the argument ``dynamic`` that keeps a size between the nearest ones that break a condition on it."""
+    example, places = inputs.sizes[symbol], inputs.places[symbol]
     above = min((size for size in broken if size > example), default=None)
     below = max((size for size in broken if size < example), default=None)
-    # between odd sizes, only one is left
-    is_between = above is not None and below is not None and above - below <= 2
-    if not places or is_between or any("." in one.name for one in inputs):
+    is_one_size = above is not None and below is not None and above - below <= 2
+    if not places or is_one_size or any("." in one.name for one in inputs.own):
         return ""
     limits = [f"min={below + 1}"] if below is not None else []
     limits += [f"max={above - 1}"] if above is not None else []
     entries = []
-    for number, one in enumerate(inputs):
+    for number, one in enumerate(inputs.own):
         dims = dict.fromkeys(one.dynamic, "torch.export.Dim.AUTO")
         if number == places[0].input:
             dims[places[0].dim] = f'torch.export.Dim("size", {", ".join(limits)})'

@@ -197,7 +197,7 @@ class Places(torch.nn.Module):
 
 
 class Joined(torch.nn.Module):
-    """Joins what it is given, which is to be as long as something else is short."""
+    """Has one input whose length follows from another's: 2n - 1 for n."""
 
     def forward(self, x, both):
         return torch.cat([x, x[:, 1:]], 1) + both

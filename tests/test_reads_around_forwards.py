@@ -131,10 +131,23 @@ def test_a_weight_that_a_hook_reads_too_is_refused_and_a_trace_has_the_hook(name
     assert_merged_is_unmerged(trace(Around(hooked(READING[name])), (X,)))
 
 
-def test_a_hook_of_the_model_that_reads_a_weight_inside_is_seen():
+INSIDE: dict[str, Callable[[Any], Tensor]] = {
+    "path": lambda module: module.inner.w,
+    "get_parameter": lambda module: module.get_parameter("inner.w"),
+    "get_submodule": lambda module: module.get_submodule("inner").w,
+    "parameters": lambda module: next(p for p in module.parameters() if p.shape == (6, 6)),
+    "modules": lambda module: next(m.w for m in module.modules() if isinstance(m, Product)),
+    "children": lambda module: next(m.w for m in module.children() if isinstance(m, Product)),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_a_hook_of_the_model_that_reads_a_weight_inside_is_seen(name):
+    read = INSIDE[name]
+
     def reading() -> nn.Module:
         model: Any = Around(hooked(lambda _: None))
-        model.register_forward_pre_hook(lambda module, args: (args[0] @ module.inner.w,))
+        model.register_forward_pre_hook(lambda module, args: (args[0] @ read(module),))
         return model
 
     assert_refused(reading(), "its w may be read by a forward pre-hook of the model")
@@ -153,10 +166,14 @@ def before_products(module: Any, args: tuple[Tensor]) -> Any:
     return before(module, args) if isinstance(module, Product) else None
 
 
-@pytest.fixture
-def hook_of_all() -> Iterator[None]:
+def before_those_with_parameters(module: Any, args: tuple[Tensor]) -> Any:
+    return (args[0] * sum(p.sum() for p in module.parameters(recurse=False)),) if hasattr(module, "w") else None
+
+
+@pytest.fixture(params=[before_products, before_those_with_parameters])
+def hook_of_all(request: pytest.FixtureRequest) -> Iterator[None]:
     register: Any = register_module_forward_pre_hook
-    handle = register(before_products)
+    handle = register(request.param)
     yield
     handle.remove()
 

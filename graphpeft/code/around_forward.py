@@ -34,7 +34,7 @@ def read_by_any(functions: Iterable[FunctionType]) -> set[str]:
 
 
 def _parts(start: Any) -> Iterator[Any]:
-    """Yields the functions behind something that is called, and the objects to which they are bound."""
+    """Yields the functions that run in a call of an object, and the objects that hold them."""
     kind = type(start)
     if issubclass(kind, functools.partial):
         yield from start.args
@@ -47,10 +47,10 @@ def _parts(start: Any) -> Iterator[Any]:
         yield start
     else:
         yield start
-        yield from _parts(getattr(kind, "__call__", None))  # noqa: B004
+        yield from _parts(kind.__call__)
 
 
 def _read_by(function: FunctionType) -> set[str]:
     in_source = {path.removeprefix("*.") for path, _ in paths_in(function, has_self=False)}
-    # the source of a lambda is that of its lines, which hold other code, too
+    # Python has a lambda's source by lines, with the code around it
     return in_source & read_by(function) if function.__name__ == "<lambda>" else in_source

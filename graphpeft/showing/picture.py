@@ -202,7 +202,7 @@ class Picture:
         adapters: The adapters.
         refused: The names that can't be adapted.
         skipped: The names that a config leaves out.
-        remark: What is to be known of all costs that were measured, if anything.
+        remark: A sentence on all measured costs; empty if there is none.
     """
 
     title: str

@@ -39,8 +39,8 @@ class Around(NamedTuple):
         description: A description for a person.
         way_out: What lets adapters act, for a person.
         names: The names of the attributes that it may read, with `ANY` if that may be any.
-        places: The paths of the modules of which it may read attributes.
-        parameters: The ids of the parameters that it has in hand.
+        places: The paths of the modules whose attributes it may read.
+        parameters: The ids of the parameters that it holds itself, as in a closure.
     """
 
     path: str | None
@@ -118,15 +118,21 @@ class AroundForwards:
         return [*self._of_owners[id(owner)], *(value for value, _ in reached_from(hook.__func__))]
 
 
+_WALKS = {"modules", "named_modules", "children", "named_children", "get_submodule"}
+"""Methods that lead from a module to modules inside, whichever they are."""
+
+
 def _reads(around: Around, owner: str, attribute: str) -> bool:
-    if around.path is None and attribute in around.names:
-        return True
-    if around.path == owner and ANY in around.names:
-        return True
-    return attribute in around.names and any(
-        all(name.isdigit() or name in around.names for name in within(owner, place).split(".") if name)
-        for place in around.places
-        if not place or owner == place or owner.startswith(f"{place}.")
+    above = [place for place in around.places if not place or owner == place or owner.startswith(f"{place}.")]
+    if ANY in around.names:
+        return around.path is None or bool(above)
+    return attribute in around.names and (
+        around.path is None
+        or (bool(above) and not around.names.isdisjoint(_WALKS))
+        or any(
+            all(name.isdigit() or name in around.names for name in within(owner, place).split(".") if name)
+            for place in above
+        )
     )
 
 

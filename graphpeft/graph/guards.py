@@ -92,6 +92,9 @@ def expect_number(value: Any, decision: str) -> None:
         )
 
 
+CHECKS = (expect, expect_present, expect_number)
+"""The checks of single values, which a trace records."""
+
 _NUMBERS = (bool, int, float, complex, torch.SymBool, torch.SymInt, torch.SymFloat)
 
 

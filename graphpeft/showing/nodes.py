@@ -20,7 +20,7 @@ from graphpeft.graph.template import LINE, VALUE
 from graphpeft.showing.picture import DrawnGraph, DrawnNode
 from graphpeft.wording import shortened
 
-CHECKS = (guards.expect, guards.expect_each, guards.expect_present, guards.expect_number, expect_settings)
+CHECKS = (*guards.CHECKS, guards.expect_each, expect_settings)
 """Functions whose nodes check decisions of a trace, and compute nothing."""
 
 MODES = ("evaluation", "training")

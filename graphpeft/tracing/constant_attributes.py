@@ -27,8 +27,6 @@ _ARITHMETIC = frozenset((
 ))  # fmt: skip
 """Arithmetic operations. Integers in other operations are sizes, indices or flags."""
 
-_GUARDS = (guards.expect, guards.expect_present, guards.expect_number)
-
 
 def make_settings(graph: fx.Graph, lines: Mapping[str, str]) -> Reads:
     """Makes constants of the attributes that the graph decides on and of those that are sizes, indices or flags.
@@ -59,7 +57,7 @@ def _derived_from(graph: fx.Graph, read: list[fx.Node]) -> dict[fx.Node, None]:
         if node in derived or not node.op.startswith("call_") or node.op == "call_module" or not inputs:
             continue
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if node.target in _GUARDS or writes(node.target) or is_random(name) or draws(node.target):
+        if node.target in guards.CHECKS or writes(node.target) or is_random(name) or draws(node.target):
             continue
         if all(source in derived for source in inputs) and VALUE in node.meta and is_plain(node.meta[VALUE]):
             derived[node] = None
@@ -82,7 +80,7 @@ def _make_constants(derived: dict[fx.Node, None], fixed: set[fx.Node]) -> None:
         user.args, user.kwargs = map_arg(
             (user.args, user.kwargs), lambda used: used.meta[VALUE] if used in fixed else used
         )
-        if user.target in _GUARDS and not isinstance(user.args[0], fx.Node):
+        if user.target in guards.CHECKS and not isinstance(user.args[0], fx.Node):
             user.graph.erase_node(user)
     for node in reversed(derived):
         if not node.users:

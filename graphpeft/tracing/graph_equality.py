@@ -47,10 +47,7 @@ def _checks(graph: fx.Graph, numbers: dict[Hashable, int], but: Callable[[fx.Nod
     known: dict[fx.Node, Hashable] = {}
     for node in graph.nodes:
         known[node] = _expression(node, known, numbers)
-    return {known[node] for node in graph.nodes if node.target in _CHECKS and not but(node)}
-
-
-_CHECKS = (guards.expect, guards.expect_present, guards.expect_number)
+    return {known[node] for node in graph.nodes if node.target in guards.CHECKS and not but(node)}
 
 
 def _expression(node: fx.Node, known: Mapping[fx.Node, Hashable], numbers: dict[Hashable, int]) -> Hashable:
@@ -69,7 +66,7 @@ def _nodes_in(arguments: object) -> list[fx.Node]:
 
 def _is_effect(node: fx.Node) -> bool:
     is_call = node.op.startswith("call_")
-    return is_call and node.target not in _CHECKS and writes(node.target)
+    return is_call and node.target not in guards.CHECKS and writes(node.target)
 
 
 def _writes_into_new_tensor(node: fx.Node) -> bool:

@@ -41,9 +41,6 @@ from graphpeft.tracing.recorder import ErrorT
 from graphpeft.tracing.session import RecordAgain, Session
 from graphpeft.tracing.type_checks import refuse_type_checks
 
-_GUARDS = (guards.expect, guards.expect_present, guards.expect_number)
-"""Functions that check a decision."""
-
 _EFFECTS = (operator.setitem, leave_autocast, leave_gradients)
 """Functions called for their side effects, whose result None needs no check."""
 
@@ -196,7 +193,7 @@ class ValueTracer(fx.Tracer):
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         if kind in ("placeholder", "output"):
             return proxy
-        if target in _GUARDS:
+        if target in guards.CHECKS:
             proxy.node.meta[VALUE] = None  # a check passes for the example, so it needn't run
             return proxy
         self._has_drawn |= draws(target)

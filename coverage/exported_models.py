@@ -178,7 +178,7 @@ MODELS: dict[str, Model] = {
         window_size=4,
     ),
     "ViT": timm_model("vit_tiny_patch16_224", ["qkv", "attn.proj", "fc1"], img_size=32, embed_dim=24, num_heads=2),
-    "ConvNeXt": timm_model("convnext_atto", ["fc1", "fc2"], depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)),
+    "ConvNeXt": timm_model("convnext_atto", ["fc1", "fc2"], size=64, depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)),
     "Swin": timm_model(
         "swin_tiny_patch4_window7_224",
         ["qkv", "proj", "fc1"],

@@ -1009,6 +1009,22 @@ def test_adapters_that_are_not_merged_act_on_beside_those_that_are():
     assert torch.equal(output(model, text()), both)
 
 
+def test_one_that_is_merged_acts_before_one_that_cannot_be():
+    model = with_adapters(graphpeft, LLAMA.build(), {"r": 4, "target_modules": ["q_proj", "up_proj"]})
+    model.add_adapter("lily", graphpeft.LilyConfig(r=2, init_weights=False, target_modules=["q_proj"]))
+    model.set_adapter(["lily", "u"])
+    both = output(model, text())
+    with pytest.raises(
+        AdaptError, match=r"by 'lily' depends on the weight itself.* name 'u' before 'lily' in set_adapter"
+    ):
+        model.merge_adapter(["u"])
+    assert torch.equal(output(model, text()), both)
+    model.set_adapter(["u", "lily"])
+    both = output(model, text())
+    model.merge_adapter(["u"])
+    assert near(output(model, text()), both, 1e-5)
+
+
 def test_adapters_are_merged_in_the_order_in_which_they_act():
     targets: dict[str, Any] = {"target_modules": ["q_proj", "up_proj"]}
     model = with_adapters(graphpeft, LLAMA.build(), {"r": 4} | targets, {"r": 2, "use_dora": True} | targets)

@@ -40,7 +40,7 @@ from graphpeft.graph.template import refuse_other_options, template_of
 from graphpeft.graph.values import loaded, written
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.arguments import Asked
-from graphpeft.rules.rule import changes_bias
+from graphpeft.rules.rule import Mergeable, OperationRule
 from graphpeft.sites import quantisers
 from graphpeft.sites.site import Site
 from graphpeft.transaction import remember, set_attribute, set_item
@@ -257,12 +257,14 @@ def _refuse_in_part(adapters: Adapters, names: list[str]) -> None:
     for one, other in itertools.product(merged, left):
         overtakes = one in adapters.active[adapters.active.index(other) :]
         reads = {"weight", "base"} if overtakes else {"base"}
+        way_out = f", name {one!r} before {other!r} in set_adapter" if overtakes else ""
         for weight in asked[one].keys() & asked[other].keys():
             for name in (one, other):
                 if reads & asked[name][weight]:
                     raise AdaptError(
-                        f"the change of {weight} by {name!r} depends on the weight itself, so {one!r} can't be merged "
-                        f"without {other!r}, which acts there, too; merge all that are active, or activate others"
+                        f"what is done with {weight} by {name!r} depends on the weight itself, so {one!r} can't be "
+                        f"merged without {other!r}, which acts there, too; merge all that are active{way_out}, or "
+                        "activate others"
                     )
 
 
@@ -270,11 +272,19 @@ def _asked_of_weights(adapter: Adapter) -> dict[str, set[str]]:
     """Returns what the changes of an adapter ask for, by their weights' paths, tied ones among them."""
     asked: dict[str, set[str]] = {}
     for adapted in (*adapter.weight_sites, *adapter.coded_sites):
-        functions = [adapted.rule.delta, *([adapted.rule.bias_delta] if changes_bias(adapted.rule) else [])]
-        of = {"weight": "weight", "base": "base", "base_bias": "base"}
-        reads = {kind for name, kind in of.items() for each in map(Asked, functions) if each.may_be(name)}
-        asked.setdefault(adapted.site.weight, set()).update(reads)
+        asked.setdefault(adapted.site.weight, set()).update(_asked_by(adapted.rule))
     return asked
+
+
+def _asked_by(rule: Any) -> set[str]:
+    """Returns what a rule asks for: ``weight``, the changes before its own, and ``base``, the module's weight."""
+    if isinstance(rule, Mergeable):
+        asks, functions = set[str](), [rule.delta, *([rule.bias_delta] if rule.changes_bias else [])]
+    else:
+        # whether it adds to what it is given, as most do, or multiplies that, nothing tells
+        asks, functions = {"weight"}, [rule.rewrite if isinstance(rule, OperationRule) else rule.enter]
+    of = {"weight": "weight", "base": "base", "base_bias": "base", "plain": "base"}
+    return asks | {kind for name, kind in of.items() for each in map(Asked, functions) if each.may_be(name)}
 
 
 def _refuse_merging(modules: Modules, adapters: Adapters, names: list[str]) -> None:

@@ -1166,6 +1166,19 @@ def test_a_layer_that_is_handed_to_a_checkpoint_is_called_there():
     laws.assert_adapted_is_base_with_delta(lambda: seeded(nn.Sequential, seeded(Checkpointing)), config, (X4,))
 
 
+@pytest.mark.parametrize("options", [{"modules_to_save": ["1"]}, {"target_modules": ["0", "1"], "kasa_config": {}}])
+def test_a_weight_in_whose_place_an_adapter_has_another_is_not_pruned_and_stays(options: dict[str, Any]):
+    base = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    model: Any = get_peft_model(base, LoraConfig(**{"r": 2, "target_modules": ["0"]} | options))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"weight of a Linear is an adapter's .* weight_orig .*merge_and_unload"):
+        prune.l1_unstructured(model[1], "weight", amount=0.5)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.disable_adapters()
+    assert torch.equal(model[1].weight, before["1.weight"])
+
+
 def test_a_weight_that_was_pruned_after_adapting_is_not_merged_into():
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
     prune.l1_unstructured(model[0], "weight", amount=0.5)

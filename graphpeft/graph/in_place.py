@@ -111,10 +111,18 @@ class Dressed:
         """Registers a parameter; with a weight that tensor parallelism has sharded, it shards adapters' tensors alike.
 
         Raises:
-            RuntimeError: If tensor parallelism asks for that and adapters have tensors in the place of the module's.
+            RuntimeError: If tensor parallelism asks for that and adapters have tensors in the place of the module's, or
+                pruning for one of these under another name, before it deletes the module's own.
         """
         module: Any = super()
         if not is_asked_by(_TENSOR_PARALLEL):
+            for own, parameter in self.__dict__["_parameters"].items():
+                if param is not None and param is not parameter and own != name and param is getattr(self, own):
+                    raise RuntimeError(
+                        f"{own} of a {self._graphpeft_original.__name__} is an adapter's tensor while that is active, "
+                        f"so {name} can't be made of it, as pruning does; do that before you adapt the model, or after "
+                        "merge_and_unload()"
+                    )
             module.register_parameter(name, param)
             return
         if "weight" not in self.__dict__["_parameters"] or any(each.kind in _READ for each in self._graphpeft_layers):

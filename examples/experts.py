@@ -1,9 +1,10 @@
-"""Adapts the experts of a mixture, a small Qwen3-MoE of Transformers, from this project's English to its Python.
+"""Adapts the experts of a mixture, a small Qwen3-MoE of Transformers, from scikit-learn's English to its Python.
 
     train a base on English ─▶ LoRA on the stacks of all experts and on attention ─▶ predict Python
 
-The text is that of this repository, one character at a time. The experts' weights are parameters of three dimensions;
-each expert gets an adapter of its own. Takes about 20 s on one core. Run it with ``python examples/experts.py``.
+The texts are descriptions and modules of scikit-learn, one character at a time. The experts' weights are parameters of
+three dimensions; each expert gets an adapter of its own. Takes about 25 s on one core. Run it with
+``python examples/experts.py``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import sklearn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +20,6 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import graphpeft
 
-PROJECT = Path(__file__).resolve().parent.parent
 LENGTH = 48  # characters that the model sees
 
 
@@ -56,10 +57,14 @@ def base(characters: int) -> nn.Module:
 
 
 def texts() -> tuple[str, str]:
-    """Returns English and Python of this repository."""
-    english = [PROJECT / "LICENSE", PROJECT / "README.md", *sorted(PROJECT.glob("docs/*.md"))]
-    python = sorted(PROJECT.glob("graphpeft/methods/**/*.py"))
-    return tuple("\n".join(file.read_text(encoding="utf-8") for file in files) for files in (english, python))
+    """Returns the English that describes scikit-learn's data sets, and the Python of its linear models."""
+    package = Path(sklearn.__file__).parent
+    descriptions = sorted(package.glob("datasets/descr/*.rst"))
+    modules = sorted(package.glob("linear_model/*.py"))
+    english, python = (
+        "\n".join(file.read_text(encoding="utf-8") for file in files) for files in (descriptions, modules)
+    )
+    return english, python
 
 
 def windows(text: str, alphabet: str) -> Tensor:
@@ -112,7 +117,7 @@ def main() -> Result:
     report = model.adapter_report()
     stacks = [adapted.site for adapted in report.adapted if adapted.site.label.endswith("down_proj")]
     experts = sum(len(model.get_parameter(site.label)) for site in stacks)
-    train(model, seen, steps=160, rate=1e-2)
+    train(model, seen, steps=260, rate=1e-2)
     trainable, total = model.get_nb_trainable_parameters()
     return Result(before, accuracy(model, unseen), experts, trainable / total)
 

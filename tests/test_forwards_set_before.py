@@ -72,6 +72,14 @@ def compiled(model: Any) -> None:
     model.first.forward = torch.compile(model.first.forward, backend="eager")
 
 
+def generated(model: Any) -> None:
+    namespace: dict[str, Any] = {"F": F, "layer": model.first}
+    exec("def forward(x):\n    return 2 * F.linear(x, layer.weight, layer.bias)", namespace)
+    forward = namespace["forward"]
+    assert forward.__module__ is None
+    model.first.forward = forward
+
+
 def the_same_again(model: Any) -> None:
     model.first.forward = lambda x: F.linear(x, model.first.weight, model.first.bias)
 
@@ -100,7 +108,7 @@ def around_the_models(model: Any) -> None:
     model.forward = lambda x: old(-x)
 
 
-OTHER = [a_lambda, a_method, a_partial, around_the_old_one, deciding, with_more_arguments]
+OTHER = [a_lambda, a_method, a_partial, around_the_old_one, deciding, with_more_arguments, generated]
 """Forwards of the layer that compute something else than its class."""
 SAME = [compiled, the_same_again, handing_on, of_a_parent, around_a_parents, of_the_model, around_the_models]
 SetForward = Callable[[Any], None]

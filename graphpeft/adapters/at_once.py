@@ -143,13 +143,13 @@ def _values_by_row(
 ) -> dict[str, fx.Node]:
     """Emits the reading of the adapters' parameters and numbers, for the rows of the operation's input."""
     with graph.inserting_before(op.node):
-        rows = graph.call_function(_rows_of, (op.x,))
         holder = graph.create_node("get_attr", owner)
+        rows = graph.call_function(_rows_of, (op.x, holder))
         values = {name: graph.call_method("stacked", (rows, holder, prefix + name, where)) for name in parameters}
         return values | {
             name: graph.call_method("number", (rows, holder, prefix + name, missing)) for name, missing in constants
         }
 
 
-def _rows_of(x: torch.Tensor) -> RowParameters:
-    return present().of(x)
+def _rows_of(x: torch.Tensor, module: nn.Module) -> RowParameters:
+    return present().of(x, module)

@@ -58,7 +58,8 @@ def in_turn(plain: Template, module: nn.Module, region: str, adapters: Adapters,
                 f"{region or 'the model'} is given tensors of the shapes {[tuple(t.shape) for t in tensors]}, of which "
                 "it isn't known which are rows of the batch; call it for one adapter at a time"
             )
-        groups = present().of(tensors[0]).groups()
+        batch = present()
+        groups = batch.of(tensors[0], module).groups()
         results = []
         for name, rows in groups.items():
             index = torch.tensor(rows, device=tensors[0].device)
@@ -67,7 +68,8 @@ def in_turn(plain: Template, module: nn.Module, region: str, adapters: Adapters,
             given = [taken[id(leaf)] if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
             own_args, own_kwargs = pytree.tree_unflatten(given, structure)
             # regions inside have the same adapter for all of these rows
-            own = Rows((), present().runners, {len(rows): RowAdapters((name,) * len(rows), adapters)}, adapters)
+            of_one = {len(rows): RowAdapters((name,) * len(rows), adapters)}
+            own = Rows((), batch.runners, of_one, adapters, batch.modules)
             with taken_along(functools.partial(ROWS.during, own)), given_to_rows(rows):
                 owner = overrides.with_tensors(module, reading_of(name)(module)) if has_others else module
                 results.append(forward_with(name)(owner, *own_args, **own_kwargs))

@@ -105,7 +105,7 @@ def mixed(
     by_count = {len(names): RowAdapters(names, adapters)}
     if repeats > 1:
         by_count[len(names) * repeats] = RowAdapters(tuple(name for name in names for _ in range(repeats)), adapters)
-    return taken_along(functools.partial(ROWS.during, Rows(wanted, runners, by_count, adapters)))
+    return taken_along(functools.partial(ROWS.during, Rows(wanted, runners, by_count, adapters, modules)))
 
 
 def _refuse_unknown(adapters: Adapters, names: tuple[str, ...]) -> None:

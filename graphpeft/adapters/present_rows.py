@@ -41,8 +41,8 @@ class PresentRows(Protocol):
         """The names of the adapters that some row has."""
         ...
 
-    def of(self, tensor: torch.Tensor) -> RowParameters:
-        """Returns the parameters of the adapters of the rows of `tensor`."""
+    def of(self, tensor: torch.Tensor, module: nn.Module) -> RowParameters:
+        """Returns the parameters of the adapters of the rows of `tensor`, which `module` is given."""
         ...
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from graphpeft.adapters.adapter_names import BASE
 from graphpeft.adapters.plan import AdaptError
-from graphpeft.adapters.state import Adapters
+from graphpeft.adapters.state import Adapters, Modules
 from graphpeft.graph.holders import Holder, as_number
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.wording import joined, number_of
@@ -106,6 +106,7 @@ class Rows:
 
     Attributes:
         by_count: The adapters of rows, by the number of rows that a tensor may have.
+        modules: Returns the model's modules by path.
     """
 
     def __init__(
@@ -114,8 +115,10 @@ class Rows:
         runners: Mapping[int, Runner],
         by_count: dict[int, RowAdapters],
         adapters: Adapters,
+        modules: Callable[[], Modules],
     ) -> None:
         self._names, self._runners, self.by_count, self._adapters = names, runners, by_count, adapters
+        self.modules = modules
 
     @property
     def runners(self) -> Mapping[int, Runner]:
@@ -147,8 +150,12 @@ class Rows:
         """The names of the adapters that some row has."""
         return self._names
 
-    def of(self, tensor: torch.Tensor) -> RowAdapters:
+    def of(self, tensor: torch.Tensor, module: nn.Module) -> RowAdapters:
         """Returns the adapters of the rows of `tensor`.
+
+        Args:
+            tensor: The tensor.
+            module: The module that is given it.
 
         Raises:
             ValueError: If it has another number of rows.
@@ -157,8 +164,9 @@ class Rows:
         if count not in self.by_count:
             *fewer, most = self.by_count
             wanted = " or ".join([*map(str, fewer), number_of(most, "row")])
+            path = next((path for path, known in self.modules().items() if known is module), "")
             raise ValueError(
-                f"adapter_names names {wanted}, and an adapted module is given a tensor of the shape "
+                f"adapter_names names {wanted}, and {path or 'the model'} is given a tensor of the shape "
                 f"{tuple(tensor.shape)}; name one adapter for each row of the batch, which must be the first dimension "
                 "there"
             )

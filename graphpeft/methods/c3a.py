@@ -91,8 +91,8 @@ def convolved(x: Tensor, kernel: Tensor) -> Tensor:
         x: The input, (…, in).
         kernel: The rows of all blocks, (out / b, in / b, b).
     """
-    if torch.compiler.is_exporting():
-        # formats for other runtimes have no complex numbers
+    # formats for other runtimes have no complex numbers, and some builds of PyTorch no transforms of empty batches
+    if torch.compiler.is_exporting() or not x.numel():
         return nn.functional.linear(x, circulant(kernel))
     # compilers choose themselves what to save; torch.func has no rule for a Function
     if is_captured() or is_transformed():

@@ -92,7 +92,7 @@ class Regions:
         except NeedsInputsError:
             # a PyTorch layer may choose in each call how it computes, as an attention its fast path, and a recording
             # would fix one way, so the layer runs its own code
-            is_of_pytorch = in_place.original_class(module).forward.__module__.startswith("torch.nn.")
+            is_of_pytorch = (in_place.original_class(module).forward.__module__ or "").startswith("torch.nn.")
             if self.example_inputs is None or is_of_pytorch:
                 raise
             template = None

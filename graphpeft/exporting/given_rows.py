@@ -33,16 +33,20 @@ class GivenRows:
     def __init__(self, name: str, rows: Tensor) -> None:
         self._name, self._rows = name, rows
 
-    def of(self, tensor: Tensor) -> RowParameters:
+    def of(self, tensor: Tensor, module: nn.Module) -> RowParameters:
         """Returns the adapters' parameters for the rows of `tensor`.
+
+        Args:
+            tensor: The tensor.
+            module: The module that is given it.
 
         Raises:
             ValueError: If `tensor` has another number of rows.
         """
         if not tensor.ndim or tensor.shape[0] != self._rows.shape[0]:
             raise ValueError(
-                f"adapter_rows has {number_of(self._rows.shape[0], 'row')}, and an adapted module is given a tensor "
-                f"of the shape {tuple(tensor.shape)}, whose first dimension must be the batch"
+                f"adapter_rows has {number_of(self._rows.shape[0], 'row')}, and an adapted {type(module).__name__} is "
+                f"given a tensor of the shape {tuple(tensor.shape)}, whose first dimension must be the batch"
             )
         return self
 

@@ -262,7 +262,7 @@ def _refuse_in_part(adapters: Adapters, names: list[str]) -> None:
             for name in (one, other):
                 if reads & asked[name][weight]:
                     raise AdaptError(
-                        f"what is done with {weight} by {name!r} depends on the weight itself, so {one!r} can't be "
+                        f"the change of {weight} by {name!r} depends on the weight itself, so {one!r} can't be "
                         f"merged without {other!r}, which acts there, too; merge all that are active{way_out}, or "
                         "activate others"
                     )

@@ -44,6 +44,14 @@ def test_the_backward_keeps_the_input_and_the_rows_alone(size: int):
         assert not gradient.any()
 
 
+def test_an_empty_batch_has_the_type_of_any_other():
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(6, 8)), C3AConfig(block_size=2, target_modules=["0"]))
+    x = torch.randn(2, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x[:0]).dtype == model(x).dtype
+    assert convolved(x[:0].bfloat16(), torch.randn(4, 3, 2)).dtype == torch.bfloat16
+
+
 def test_two_active_adapters_add_up():
     (x,) = LINEAR.inputs()
     model: Any = get_peft_model(nn.Sequential(nn.Linear(6, 8)), C3AConfig(block_size=2, target_modules=["0"]))

@@ -29,7 +29,7 @@ from oracle import (
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
-from graphpeft import LoraConfig, check_learning, explain, get_peft_model, hotswap_adapter, trace
+from graphpeft import AdaptError, IA3Config, LoraConfig, check_learning, explain, get_peft_model, hotswap_adapter, trace
 from graphpeft.sites.quantised import is_quantised
 from graphpeft.testing import laws, verify
 
@@ -396,6 +396,20 @@ def test_one_whose_backward_has_it_is_adapted_at_its_weight_and_merges():
     laws.perturbed(adapted)
     expected = adapted(x)
     assert_close(adapted.merge_and_unload()(x), expected, 1e-5)
+
+
+def test_none_is_merged_into_codes_past_one_that_multiplies_what_the_layer_gives():
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"target_modules": ["0"]}
+    config = LoraConfig(r=2, lora_alpha=6, init_lora_weights=False, **options)
+    model: Any = get_peft_model(MAKERS["bitsandbytes fp4"](), config, adapter_name="u")
+    model.add_adapter("w", IA3Config(feedforward_modules=[], init_ia3_weights=False, **options))
+    model.set_adapter(["w", "u"])
+    x = torch.randn(4, 64)
+    before = model(x)
+    with pytest.raises(AdaptError, match=r"change of 0.weight by 'w' depends on .* name 'u' before 'w' in set_adapter"):
+        model.merge_adapter(["u"])
+    assert torch.equal(model(x), before)
 
 
 def test_a_weight_without_a_gradient_is_no_parameter_to_adapt():

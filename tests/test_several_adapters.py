@@ -1026,6 +1026,15 @@ def test_one_that_is_merged_acts_before_one_that_cannot_be():
     assert near(output(model, text()), both, 1e-5)
 
 
+@pytest.mark.parametrize("names", [["w", "u"], ["u", "w"]])
+def test_no_order_lets_one_be_merged_beside_one_that_reads_the_base(names: list[str]):
+    model = with_adapters(graphpeft, LLAMA.build(), {"r": 4, "target_modules": ["q_proj", "up_proj"]})
+    model.add_adapter("w", graphpeft.HiraConfig(r=2, target_modules=["q_proj"], init_weights=False))
+    model.set_adapter(names)
+    with pytest.raises(AdaptError, match="merge all that are active, or activate others"):
+        model.merge_adapter(["u"])
+
+
 def test_adapters_are_merged_in_the_order_in_which_they_act():
     targets: dict[str, Any] = {"target_modules": ["q_proj", "up_proj"]}
     model = with_adapters(graphpeft, LLAMA.build(), {"r": 4} | targets, {"r": 2, "use_dora": True} | targets)

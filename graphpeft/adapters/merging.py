@@ -42,7 +42,7 @@ from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.arguments import Asked
 from graphpeft.rules.rule import Mergeable, OperationRule
 from graphpeft.sites import quantisers
-from graphpeft.sites.site import Site
+from graphpeft.sites.site import LeafSite, Site
 from graphpeft.transaction import remember, set_attribute, set_item
 from graphpeft.wording import joined
 
@@ -257,8 +257,9 @@ def _refuse_in_part(adapters: Adapters, names: list[str]) -> None:
     for one, other in itertools.product(merged, left):
         overtakes = one in adapters.active[adapters.active.index(other) :]
         reads = {"weight", "base"} if overtakes else {"base"}
-        way_out = f", name {one!r} before {other!r} in set_adapter" if overtakes else ""
         for weight in asked[one].keys() & asked[other].keys():
+            in_order = overtakes and "base" not in asked[one][weight] | asked[other][weight]
+            way_out = f", name {one!r} before {other!r} in set_adapter" if in_order else ""
             for name in (one, other):
                 if reads & asked[name][weight]:
                     raise AdaptError(
@@ -271,7 +272,9 @@ def _refuse_in_part(adapters: Adapters, names: list[str]) -> None:
 def _asked_of_weights(adapter: Adapter) -> dict[str, set[str]]:
     """Returns what the changes of an adapter ask for, by their weights' paths, tied ones among them."""
     asked: dict[str, set[str]] = {}
-    for adapted in (*adapter.weight_sites, *adapter.coded_sites):
+    # those too whose weight it can't be merged into, since another may be
+    sites: list[Any] = [adapted for adapted in adapter.sites if isinstance(adapted.site, Site | LeafSite)]
+    for adapted in sites:
         asked.setdefault(adapted.site.weight, set()).update(_asked_by(adapted.rule))
     return asked
 

@@ -120,7 +120,7 @@ class Dressed:
                 if param is not None and param is not parameter and own != name and param is getattr(self, own):
                     raise RuntimeError(
                         f"{own} of a {self._graphpeft_original.__name__} is an adapter's tensor while that is active, "
-                        f"so {name} can't be made of it, as pruning does; do that before you adapt the model, or after "
+                        f"so it can't become {name} too, as by pruning; do that before you adapt the model, or after "
                         "merge_and_unload()"
                     )
             module.register_parameter(name, param)

@@ -91,9 +91,12 @@ def convolved(x: Tensor, kernel: Tensor) -> Tensor:
         x: The input, (…, in).
         kernel: The rows of all blocks, (out / b, in / b, b).
     """
-    # formats for other runtimes have no complex numbers, and some builds of PyTorch no transforms of empty batches
-    if torch.compiler.is_exporting() or not x.numel():
+    if torch.compiler.is_exporting():
+        # formats for other runtimes have no complex numbers
         return nn.functional.linear(x, circulant(kernel))
+    if not x.numel():
+        # some builds of PyTorch have no transforms of empty batches
+        return nn.functional.linear(x.to(kernel.dtype), circulant(kernel)).to(x.dtype)
     # compilers choose themselves what to save; torch.func has no rule for a Function
     if is_captured() or is_transformed():
         return _convolved(x, kernel)

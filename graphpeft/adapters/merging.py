@@ -272,7 +272,7 @@ def _refuse_in_part(adapters: Adapters, names: list[str]) -> None:
 def _asked_of_weights(adapter: Adapter) -> dict[str, set[str]]:
     """Returns what the changes of an adapter ask for, by their weights' paths, tied ones among them."""
     asked: dict[str, set[str]] = {}
-    # those too whose weight it can't be merged into, since another may be
+    # sites without a merge, too: another adapter may be merged into their weight
     sites: list[Any] = [adapted for adapted in adapter.sites if isinstance(adapted.site, Site | LeafSite)]
     for adapted in sites:
         asked.setdefault(adapted.site.weight, set()).update(_asked_by(adapted.rule))
@@ -284,7 +284,7 @@ def _asked_by(rule: Any) -> set[str]:
     if isinstance(rule, Mergeable):
         asks, functions = set[str](), [rule.delta, *([rule.bias_delta] if rule.changes_bias else [])]
     else:
-        # whether it adds to what it is given, as most do, or multiplies that, nothing tells
+        # such a rule may multiply its input, and then depends on earlier changes
         asks, functions = {"weight"}, [rule.rewrite if isinstance(rule, OperationRule) else rule.enter]
     of = {"weight": "weight", "base": "base", "base_bias": "base", "plain": "base"}
     return asks | {kind for name, kind in of.items() for each in map(Asked, functions) if each.may_be(name)}

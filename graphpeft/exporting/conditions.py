@@ -120,7 +120,7 @@ def _roots(condition: Any, symbol: Any) -> Iterator[int]:
 
 
 def has_remainder(condition: Any) -> bool:
-    """Returns whether a condition is on a remainder, such as that of an even size."""
+    """Returns whether a condition contains a remainder, such as ``s27 % 2 == 0``."""
     import sympy
 
     return any(type(function).__name__.endswith("Mod") for function in condition.atoms(sympy.Function))

@@ -112,7 +112,7 @@ class Dressed:
 
         Raises:
             RuntimeError: If tensor parallelism asks for that and adapters have tensors in the place of the module's, or
-                pruning for one of these under another name, before it deletes the module's own.
+                if `param` is such a tensor under another name: pruning would delete the module's own next.
         """
         module: Any = super()
         if not is_asked_by(_TENSOR_PARALLEL):

@@ -36,8 +36,10 @@ class Hook(NamedTuple):
 
 def hook_of(forward: Any) -> Hook | None:
     """Returns what a forward knows if it is one of tensor parallelism; else None."""
-    is_known = isinstance(forward, types.FunctionType) and forward.__module__  # generated code has no __module__
-    if not is_known or not forward.__module__.startswith("transformers.distributed."):
+    if not isinstance(forward, types.FunctionType):
+        return None
+    python_module = forward.__module__ or ""  # generated code has none
+    if not python_module.startswith("transformers.distributed."):
         return None
     cells = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
     known = {name: cells[name].cell_contents for name in ("self", "mesh", "original_forward") if name in cells}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,17 @@ def test_info_prints_a_line_for_each_fact(tmp_path: Path, capsys: pytest.Capture
     lines = [line.split(None, 1) for line in capsys.readouterr().out.splitlines()]
     told = {words[0]: words[1] for words in lines if len(words) == 2}
     assert (told["method"], told["options"], told["targets"]) == ("LORA", "r=2, α=3, init_lora_weights=False", "0")
+
+
+@pytest.mark.quick("command")
+def test_info_without_an_adapter_tells_versions(capsys: pytest.CaptureFixture[str]):
+    assert main(["info", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["graphpeft"] == graphpeft.__version__
+    assert told["torch"] == torch.__version__
+    assert told["python"] == platform.python_version()
+    assert main(["info"]) == 0
+    assert f"graphpeft        {graphpeft.__version__}\n" in capsys.readouterr().out
 
 
 def test_a_method_that_peft_lacks_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,4 +1,4 @@
-"""Subcommands about a saved adapter: ``info``, ``merge`` and ``convert``."""
+"""Subcommands about a saved adapter: ``info``, ``merge`` and ``convert``; ``info`` tells versions, too."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import click
 from safetensors.torch import save_model
 
 from graphpeft.adapters.saved_adapter import SavedAdapter, read
+from graphpeft.command.environment import environment
 from graphpeft.command.printing import as_json, tell
 from graphpeft.command.sources import NO_BASE, model_from
 from graphpeft.files.foreign_files import CheckpointError
@@ -26,16 +27,17 @@ base_option = click.option("--base", metavar="MODEL", help="The base model; the 
 
 
 @click.command()
-@click.argument("adapter", metavar="ADAPTER")
+@click.argument("adapter", metavar="[ADAPTER]", required=False)
 @as_json
-def info(adapter: str, as_json: bool) -> None:
-    """Tells what a saved ADAPTER is: a folder, or a repository on the Hub.
+def info(adapter: str | None, as_json: bool) -> None:
+    """Tells what a saved ADAPTER is, a folder or a repository on the Hub; without one, which versions are installed.
 
     \b
       graphpeft info runs/checkpoint-100
       graphpeft info my-name/my-adapter --json
+      graphpeft info
     """
-    tell(_info(adapter), as_json)
+    tell(environment() if adapter is None else _info(adapter), as_json)
 
 
 def _info(adapter: str) -> dict[str, Any]:

@@ -673,6 +673,30 @@ def test_extra_arguments_may_follow_defaults():
     assert torch.equal(trace(positional, (X, None, X))(X, None, 2 * X), X * (2 * X))
 
 
+UNLIMITED = float("inf")
+
+
+class _Clipped(nn.Module):
+    def forward(self, x: torch.Tensor, limit: float = UNLIMITED) -> torch.Tensor:
+        return x * 2 if limit is UNLIMITED else x.clamp(max=limit)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("example", [None, (X,)])
+def test_a_default_is_the_object_that_the_model_declares(by_name: bool, example: tuple[torch.Tensor] | None):
+    def forward(self: Any, x: torch.Tensor, limit: float = UNLIMITED) -> torch.Tensor:
+        return self.inner(x @ self.w, limit)
+
+    def forward_by_name(self: Any, x: torch.Tensor, *, limit: float = UNLIMITED) -> torch.Tensor:
+        return self.inner(x @ self.w, limit)
+
+    model = module_of(forward_by_name if by_name else forward, w=weight(), inner=_Clipped())
+    before = model(X)
+    get_peft_model(model, lora("w"), example_inputs=example)
+    for adapted in (model, copy.deepcopy(model)):
+        torch.testing.assert_close(adapted(X), before)
+
+
 # threads, classes and other people's code
 
 

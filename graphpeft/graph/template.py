@@ -85,7 +85,9 @@ class Template:
                 self.fixed |= node.meta.get(FIXED, {})
         self._back: tuple[Hashable, Template] | None = None
         self._derived: weakref.WeakValueDictionary[Hashable, Template] = weakref.WeakValueDictionary()
-        self._forwards = [compiled(self, code.src, code.globals) for code in self.codes]
+        self._forwards = [
+            compiled(self, graph, code.src, code.globals) for graph, code in zip(graphs, self.codes, strict=True)
+        ]
         self._layer_for = functools.lru_cache(maxsize=_MOST_NAMES)(self._layer_with)
         self._forward_for = functools.lru_cache(maxsize=_MOST_NAMES)(self._forward_with)
 

@@ -228,6 +228,29 @@ def test_a_tensor_of_the_rules_own_is_refused_before_anything_changes() -> None:
     assert set(model.state_dict()) == {"0.weight", "0.bias"}
 
 
+def test_a_rule_that_switches_gradients_off_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def delta(self: Any, w: Any) -> Any:
+        with torch.no_grad():
+            norm = w.norm()
+        return w / (1 + norm)
+
+    monkeypatch.setattr(OwnTensor, "delta", delta)
+    model = nn.Sequential(nn.Linear(6, 6))
+    with pytest.raises(AdaptError, match=r"OwnTensor of .*computes under torch.no_grad\(\).*call detach\(\)"):
+        get_peft_model(model, OwnTensorConfig(target_modules=["0"]))
+    assert type(model[0]) is nn.Linear
+
+    monkeypatch.setattr(OwnTensor, "delta", lambda self, w: w / (1 + w.detach().norm()))
+    with torch.no_grad():  # the mode in which a model is adapted is no matter of the rule
+        adapted: Any = get_peft_model(model, OwnTensorConfig(target_modules=["0"]))
+    with torch.no_grad():
+        adapted[0].default.w.fill_(0.5)
+    x = torch.randn(2, 6)
+    adapted(x).sum().backward()
+    expected = x.sum(0).expand(6, 6) / (1 + 0.5 * 6)
+    torch.testing.assert_close(adapted[0].default.w.grad, expected)
+
+
 @pytest.mark.parametrize("case", [CONV_1D, CONV_2D, CONV_3D, POINTWISE], ids=str)
 def test_a_delta_is_that_of_a_stored_weight_for_transposed_convolutions_too(case: Case) -> None:
     plain: Any = case.build().get_submodule("0")

@@ -16,6 +16,19 @@ from graphpeft.rules.arguments import asked_by
 class RuleTracer(GraphAppendingTracer):
     """Appends the operations of a rule's code on proxies to a graph."""
 
+    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+        """Returns the proxy of a new node.
+
+        Raises:
+            RuleError: If the rule has switched gradients off, which a graph alone would not know of.
+        """
+        if not torch.is_grad_enabled():
+            raise RuleError(
+                "it computes under torch.no_grad(), which a graph can't hold; call detach() on what is to have no "
+                "gradient, or compute it in a function that is `recorded`"
+            )
+        return super().create_proxy(*args, **kwargs)
+
     def create_arg(self, a: Any) -> Any:
         """Returns an argument of a node.
 

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.fx as fx
 from torch.fx.node import map_arg
 
@@ -83,7 +84,10 @@ def insert(
         ChangedInputError: If it asks for an argument as it was given, and an earlier adapter changes that.
     """
     before = set(graph.nodes)
-    entered, replaced = _emit(graph, op, rule, {**attributes, **{name: CallInput(name) for name in rule.call_inputs}})
+    with torch.enable_grad():  # whatever the caller's mode is, the rule's code alone may choose another
+        entered, replaced = _emit(
+            graph, op, rule, {**attributes, **{name: CallInput(name) for name in rule.call_inputs}}
+        )
     calls = op.around if isinstance(op, Boundary) else calls_of(op.node)
     place = max((tag.place for tag in changes_at(graph, op.name)), default=0) + 1
     for node in [node for node in graph.nodes if node not in before]:
@@ -322,7 +326,7 @@ def replace(
     """
     assert not isinstance(op, Weight)
     users = set(op.node.users) - (op.inside if isinstance(op, Leaf) else set())
-    with graph.inserting_before(op.node.next):
+    with torch.enable_grad(), graph.inserting_before(op.node.next):
         result = _call(function, graph, {**nodes, "x": op.x, "y": op.node}, paths, {"operation": op})
     _replace(op.node, result.node, users.__contains__)
 

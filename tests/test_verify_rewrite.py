@@ -287,3 +287,8 @@ def test_an_exported_module_is_rewritten_in_the_mode_that_it_has():
     model = torch.export.export(Functions().eval(), ROWS[0]).module()
     found = verify_rewrite(model, Renaming(), ROWS[0], modes=(model.training,), progress=False, quiet=True)
     assert found.holds, found
+
+
+def test_a_rewrite_that_returns_no_module_is_refused():
+    with pytest.raises(TypeError, match="the rewrite returned a str; it returns a module, a PassResult, or None"):
+        verify_rewrite(Functions(), lambda module: "rewritten", ROWS[0], progress=False, quiet=True)

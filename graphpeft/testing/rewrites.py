@@ -54,6 +54,7 @@ def verify_rewrite(
         The table; its `holds` is True if no law fails.
 
     Raises:
+        TypeError: If the rewrite returns no module.
         Exception: If the rewrite itself raises.
 
     >>> traced = fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
@@ -260,7 +261,10 @@ def _rewritten(rewrite: Rewrite, model: nn.Module) -> nn.Module:
     result = rewrite(model)
     if result is None:
         return model
-    return getattr(result, "graph_module", result)
+    rewritten = getattr(result, "graph_module", result)
+    if not isinstance(rewritten, nn.Module):
+        raise TypeError(f"the rewrite returned a {type(result).__name__}; it returns a module, a PassResult, or None")
+    return rewritten
 
 
 def _in_mode(model: nn.Module, training: bool) -> nn.Module:

@@ -1033,6 +1033,12 @@ def test_no_order_lets_one_be_merged_beside_one_that_reads_the_base(names: list[
     model.set_adapter(names)
     with pytest.raises(AdaptError, match="merge all that are active, or activate others"):
         model.merge_adapter(["u"])
+    # the one that reads the base finds it as it is, and what is left reads no weight
+    both = output(model, text())
+    model.merge_adapter(["w"])
+    assert near(output(model, text()), both, 1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(output(model, text()), both)
 
 
 def test_adapters_are_merged_in_the_order_in_which_they_act():

@@ -248,19 +248,19 @@ def _refuse_unread(modules: Modules, adapters: Adapters, names: list[str]) -> No
 def _refuse_in_part(adapters: Adapters, names: list[str]) -> None:
     """Raises AdaptError if adapters would be merged beside active ones, and a change depends on the other's.
 
-    What is merged acts first. So a change of the weight so far is another one if that reverses the order of the two;
-    one of the base is another one in any case, since merging changes what the module has.
+    What is merged acts first. So a change of the weight so far is another one if that reverses the order of the two.
+    A change of the base that goes on acting is another one in any case, since merging changes what the module has.
     """
     merged = [*adapters.merged, *names]
     left = [name for name in adapters.active if name not in merged]
     asked = {name: _asked_of_weights(adapters.by_name[name]) for name in (*merged, *left) if left}
     for one, other in itertools.product(merged, left):
         overtakes = one in adapters.active[adapters.active.index(other) :]
-        reads = {"weight", "base"} if overtakes else {"base"}
+        so_far = {"weight"} if overtakes else set[str]()
         for weight in asked[one].keys() & asked[other].keys():
-            in_order = overtakes and "base" not in asked[one][weight] | asked[other][weight]
+            in_order = overtakes and "base" not in asked[other][weight]
             way_out = f", name {one!r} before {other!r} in set_adapter" if in_order else ""
-            for name in (one, other):
+            for name, reads in ((one, so_far), (other, {"base", *so_far})):
                 if reads & asked[name][weight]:
                     raise AdaptError(
                         f"the change of {weight} by {name!r} depends on the weight itself, so {one!r} can't be "

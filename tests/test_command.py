@@ -37,6 +37,7 @@ pytestmark = [
         "no gradient",
         "Failed to load the CUDA",
         "Setting boft_n",
+        "LoRA adapter added to ConvNd layer with groups",
     )
 ]
 
@@ -178,6 +179,8 @@ class Matrix(nn.Module):
         (Matrix, "matrix", False),
         (lambda: nn.Sequential(Matrix()), "matrix", True),
         (lambda: nn.Sequential(nn.Conv1d(2, 4, 3)), "0", True),
+        (lambda: nn.Sequential(nn.Conv1d(3, 3, 3, groups=3)), "0", False),  # a rank that the groups don't divide
+        (lambda: nn.Sequential(nn.Conv1d(2, 2, 3, groups=2)), "0", True),
     ],
 )
 def test_whether_peft_reads_it_is_what_peft_does(

@@ -97,7 +97,22 @@ def _for_peft(saved: SavedAdapter) -> str:
         factor = saved.tensors.get(f"{_TENSORS}{path}.lora_A.weight")
         if factor is not None and factor.ndim > 2:
             return f"no: it has no adapters for the kernels of convolutions without a layer, such as {entry}"
+    if layer := _in_groups(saved):
+        return f"not on a layer whose groups don't divide the rank, as {layer} may be: it refuses such a rank"
     return "yes"
+
+
+def _in_groups(saved: SavedAdapter) -> str:
+    """Returns a convolution that has one input for each output, and factors that PEFT's have without groups alone."""
+    if saved.config.method != PeftType.LORA.value:
+        return ""
+    for name, first in saved.tensors.items():
+        layer, found, _ = name.removeprefix(_TENSORS).rpartition(".lora_A.weight")
+        second = saved.tensors.get(f"{_TENSORS}{layer}.lora_B.weight")
+        # PEFT's B is of rank / groups, and nothing in the file tells a layer of one channel from one in groups
+        if found and second is not None and first.ndim > 2 and first.shape[1] == 1 < first.shape[0] == second.shape[1]:
+            return layer
+    return ""
 
 
 def _refuse_half_pairs(tensors: Iterable[str], adapter: str) -> None:

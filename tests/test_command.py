@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -36,6 +37,7 @@ pytestmark = [
         "no gradient",
         "Failed to load the CUDA",
         "Setting boft_n",
+        "LoRA adapter added to ConvNd layer with groups",
     )
 ]
 
@@ -59,6 +61,12 @@ def half():
 
 def raises():
     return {}["head"]
+
+def leaves():
+    raise SystemExit(7)
+
+layer = torch.nn.Linear(4, 4)
+number = 5
 
 def asserts():
     assert False
@@ -171,6 +179,8 @@ class Matrix(nn.Module):
         (Matrix, "matrix", False),
         (lambda: nn.Sequential(Matrix()), "matrix", True),
         (lambda: nn.Sequential(nn.Conv1d(2, 4, 3)), "0", True),
+        (lambda: nn.Sequential(nn.Conv1d(3, 3, 3, groups=3)), "0", False),  # a rank that the groups don't divide
+        (lambda: nn.Sequential(nn.Conv1d(2, 2, 3, groups=2)), "0", True),
     ],
 )
 def test_whether_peft_reads_it_is_what_peft_does(
@@ -385,6 +395,91 @@ def test_a_saved_adapter_of_a_transformers_model_is_exported(here: Path, capsys:
     assert json.loads(capsys.readouterr().out)["checked"]
 
 
+def test_a_bias_of_lora_is_no_half_of_a_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    saved(tmp_path, LoraConfig(r=2, target_modules=["0"], lora_bias=True))  # the tensors of PEFT's, which warns of them
+    assert main(["info", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tensors"] == 3
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["merge", "adapter", "taken"],
+        ["merge", "adapter", "folder.safetensors"],
+        ["convert", "adapter", "taken"],
+        ["convert", "adapter", "base/../adapter"],
+    ],
+)
+def test_nothing_is_written_in_the_place_of_something_else(
+    arguments: list[str], here: Path, capsys: pytest.CaptureFixture[str]
+):
+    saved_llama(here)
+    (here / "taken").write_text("as it was")
+    (here / "folder.safetensors").mkdir()
+    before = (here / "adapter" / "adapter_model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert main(arguments) == 2  # Transformers' save_pretrained logs about a file, and returns
+    assert f"{arguments[2]} is " in capsys.readouterr().err
+    assert (here / "taken").read_text() == "as it was"
+    assert not list((here / "folder.safetensors").iterdir())
+    assert (here / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_convert_tells_how_far_outputs_move(here: Path, capsys: pytest.CaptureFixture[str]):
+    config = LoHaConfig(r=4, target_modules=["0"], init_weights=False)
+    saved(here / "adapter", config)
+    found = []
+    for rank, base in (("1", "base"), ("4", "base"), ("1", "alone")):
+        assert (
+            main(["convert", "adapter", f"lora-{rank}", "--rank", rank, "--base", f"models_of_mine:{base}", "--json"])
+            == 0
+        )
+        found.append(json.loads(capsys.readouterr().out)["deviation"])
+    assert found[0] > 0.01
+    assert found[1] < 1e-5
+    assert found[2] == "not known: nothing tells of example inputs"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"base_model_name_or_path": "/nowhere/a base"}, "base_model_name_or_path is '/nowhere/a base', which isn't"),
+        ({"task_type": None, "auto_mapping": None}, "neither task_type nor auto_mapping tells"),
+    ],
+)
+def test_a_base_that_cannot_be_found_is_told_by_file_and_key(
+    changes: dict[str, Any], reason: str, here: Path, capsys: pytest.CaptureFixture[str]
+):
+    saved_llama(here)
+    file = here / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    capsys.readouterr()
+    for arguments, way_out in ((["merge", "adapter", "m"], "name it by --base"), (["show", "adapter"], "a function")):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert f"adapter/adapter_config.json: {reason}" in error
+        assert way_out in error
+
+
+def test_the_folder_of_a_base_is_told_as_a_model_of_transformers(here: Path, capsys: pytest.CaptureFixture[str]):
+    saved_llama(here)
+    capsys.readouterr()
+    assert main(["explain", "base"]) == 2
+    assert "write hf:base" in capsys.readouterr().err
+
+
+def test_a_method_beside_a_config_of_another_is_an_error(here: Path, capsys: pytest.CaptureFixture[str]):
+    saved(here / "adapter")
+    assert main(["explain", "models_of_mine:base", "--config", "adapter", "--method", "lora"]) == 0
+    assert main(["explain", "models_of_mine:base", "--config", "adapter", "--method", "LOHA"]) == 2
+    assert "adapter is of the method LORA; leave --method LOHA out" in capsys.readouterr().err
+
+
+def test_a_config_beside_an_adapted_model_is_told(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["show", "models_of_mine:made", "picture.html", "--set", "r=2"]) == 0
+    assert "warning: models_of_mine:made is adapted, and drawn as it is" in capsys.readouterr().err
+
+
 # errors
 
 
@@ -427,6 +522,15 @@ def test_a_saved_adapter_of_a_transformers_model_is_exported(here: Path, capsys:
         (["explain", "models_of_mine:raises"], 1, "KeyError: 'head'"),
         (["trace", "models_of_mine:asserts"], 1, "AssertionError"),
         (["nothing"], 2, "No such command 'nothing'"),
+        (["trace", "models_of_mine:raises"], 1, "models_of_mine:raises raised KeyError: 'head'"),
+        (["trace", "models_of_mine:leaves"], 1, "models_of_mine:leaves left Python with exit code 7"),
+        (["trace", "models_of_mine:number"], 2, "models_of_mine:number is no function, but of int"),
+        (["trace", "models_of_mine:layer"], 2, "models_of_mine:layer is no function, but of Linear"),
+        (["export", "models_of_mine:made", "m.ONNX"], 1, "m.ONNX is to end with .onnx for format='onnx'"),
+        (["explain", "models_of_mine:base", "--method", ""], 2, "there is no method ''"),
+        (["convert", "adapter", "lora", "--rank", "2.7"], 2, "2.7 is neither a whole number, the rank, nor a share"),
+        (["convert", "adapter", "lora", "--rank", "inf"], 2, "inf is neither a whole number, the rank, nor a share"),
+        (["convert", "adapter", "lora", "--rank", "0"], 2, "0 is no rank: the least is 1"),
     ],
 )
 def test_an_error_is_one_line_and_a_code(
@@ -460,6 +564,16 @@ def test_a_name_that_is_a_number_is_a_name(
         ("layers_to_transform=3", 3),
         ("layers_to_transform=3,4", [3, 4]),
         ("exclude_modules=0,", {"0"}),
+        ("target_modules=q, v", {"q", "v"}),
+        ("target_modules=['q', 'v']", {"q", "v"}),
+        ("target_modules=None", None),
+        ("target_modules=.*[qv]", ".*[qv]"),
+        ("use_dora=True", True),
+        ("use_dora=true", True),
+        ("init_lora_weights=False", False),
+        ("init_lora_weights=gaussian", "gaussian"),
+        ("lora_dropout=.1", 0.1),
+        ("rank_pattern={'q': 3}", {"q": 3}),
     ],
 )
 def test_an_option_is_read_as_what_it_takes(given: str, read: Any):
@@ -569,3 +683,41 @@ def test_python_runs_the_package():
 def test_shells_complete_subcommands():
     completions = command.shell_complete(click.Context(command), "ex")
     assert {each.value for each in completions} == {"explain", "export"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_is_given_its_completions(shell: str):
+    def told(**variables: str) -> str:
+        answer = subprocess.run(
+            [sys.executable, "-m", "graphpeft"], env={**os.environ, **variables}, capture_output=True, text=True
+        )
+        assert answer.returncode == 0, answer.stderr
+        return answer.stdout
+
+    assert "graphpeft" in told(_GRAPHPEFT_COMPLETE=f"{shell}_source")
+    words = {"COMP_WORDS": "graphpeft ex", "COMP_CWORD": "ex" if shell == "fish" else "1"}
+    assert "export" in told(_GRAPHPEFT_COMPLETE=f"{shell}_complete", **words)
+
+
+def test_a_pipe_without_the_letters_is_written_to(tmp_path: Path):
+    folder = tmp_path / "ä"
+    saved(folder)
+
+    def told(*options: str) -> str:
+        arguments = [sys.executable, "-m", "graphpeft", "info", str(folder), *options]
+        return subprocess.run(
+            arguments, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=True
+        ).stdout.decode("ascii")
+
+    assert "r=2, ?=3" in told()
+    assert json.loads(told("--json"))["adapter"] == str(folder)
+
+
+def test_a_warning_is_one_line_without_a_place_in_the_code(here: Path):
+    saved(here / "adapter")
+    file = here / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "unknown": 1}))
+    arguments = ["merge", "adapter", "m.safetensors", "--base", "models_of_mine:base"]
+    answer = subprocess.run([sys.executable, "-m", "graphpeft", *arguments], capture_output=True, text=True, check=True)
+    [line] = answer.stderr.splitlines()
+    assert line.startswith("graphpeft merge: warning: adapter_config.json has keys that LoraConfig doesn't know")

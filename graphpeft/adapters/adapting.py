@@ -15,11 +15,11 @@ from graphpeft.adapters.exchanged import refuse_exchanged_classes
 from graphpeft.adapters.merging import with_originals
 from graphpeft.adapters.plan import AdaptError, NoMatchingPeftModuleError, Plan, make_plan
 from graphpeft.adapters.replication import Replication, replicate
-from graphpeft.adapters.state import STATE, Adapter, Adapters, Tensors, adapters_of
+from graphpeft.adapters.state import Adapter, Adapters, Tensors, adapters_of
 from graphpeft.adapters.trainable import freeze, set_trainable
 from graphpeft.adapters.training import has_penalty
 from graphpeft.graph.inputs import ExampleInputs
-from graphpeft.graph.paths import modules_by_path
+from graphpeft.graph.paths import STATE, modules_by_path
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.peft_names import TaskType

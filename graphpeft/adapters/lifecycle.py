@@ -19,7 +19,7 @@ from graphpeft.adapters.exchanged import refuse_exchanged
 from graphpeft.adapters.graphs import without_any
 from graphpeft.adapters.merging import unmerge, with_originals
 from graphpeft.adapters.plan import AdaptError, Plan
-from graphpeft.adapters.state import STATE, Adapter, Adapters, Modules, Tensors, adapters_of
+from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors, adapters_of
 from graphpeft.adapters.tensors import new_tensors, overwrite
 from graphpeft.adapters.trainable import thaw
 from graphpeft.graph import in_place, overrides, slots
@@ -37,7 +37,7 @@ from graphpeft.graph.holders import (
 )
 from graphpeft.graph.kept_forwards import forget, know
 from graphpeft.graph.overrides import own_parameter
-from graphpeft.graph.paths import join, modules_by_path
+from graphpeft.graph.paths import STATE, join, modules_by_path
 from graphpeft.graph.sharding import is_managed
 from graphpeft.graph.template import GraphForward, names_in_slots, template_of
 from graphpeft.graph.tensor_parallel_forwards import refusal

@@ -17,6 +17,7 @@ from graphpeft.adapters.plan import Plan
 from graphpeft.adapters.replication import Replication
 from graphpeft.graph import overrides
 from graphpeft.graph.holders import all_parameters, name_at, tensor_at
+from graphpeft.graph.paths import STATE
 from graphpeft.graph.template import Template
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
@@ -285,10 +286,6 @@ class Adapters:
     def __setstate__(self, state: dict[str, Any]) -> None:
         registrations.watch()
         vars(self).update(state)
-
-
-STATE = "_peft_adapters"
-"""The attribute of an adapted model that holds its adapters."""
 
 
 def adapters_of(model: nn.Module) -> Adapters | None:

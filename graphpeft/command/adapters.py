@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,34 @@ from safetensors.torch import save_model
 from graphpeft.adapters.saved_adapter import SavedAdapter, read
 from graphpeft.command.environment import environment
 from graphpeft.command.printing import as_json, tell
-from graphpeft.command.sources import NO_BASE, model_from
+from graphpeft.command.sources import Given, model_from, on_its_base
 from graphpeft.files.foreign_files import CheckpointError
 from graphpeft.files.hub import WEIGHTS_NAME
-from graphpeft.methods import save_as_lora
+from graphpeft.methods import conversion_deviation, convert_to_lora
+from graphpeft.methods.lora.conversion import save_converted
 from graphpeft.model.peft_model import PeftModel
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.short_options import short_options
+from graphpeft.wording import shortened
 
 _TENSORS = "base_model.model."
 """With this the names of tensors in a file begin."""
+
+
+class _Rank(click.ParamType):
+    """A whole number is a rank, and a fraction a share of squares."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        with contextlib.suppress(ValueError):
+            rank = int(value)
+            return rank if rank > 0 else self.fail(f"{value} is no rank: the least is 1", param, ctx)
+        with contextlib.suppress(ValueError):
+            if 0 < float(value) <= 1:
+                return float(value)
+        return self.fail(f"{value} is neither a whole number, the rank, nor a share between 0 and 1", param, ctx)
+
 
 base_option = click.option("--base", metavar="MODEL", help="The base model; the one that the config names if left out.")
 
@@ -78,7 +97,22 @@ def _for_peft(saved: SavedAdapter) -> str:
         factor = saved.tensors.get(f"{_TENSORS}{path}.lora_A.weight")
         if factor is not None and factor.ndim > 2:
             return f"no: it has no adapters for the kernels of convolutions without a layer, such as {entry}"
+    if layer := _in_groups(saved):
+        return f"not on a layer whose groups don't divide the rank, as {layer} may be: it refuses such a rank"
     return "yes"
+
+
+def _in_groups(saved: SavedAdapter) -> str:
+    """Returns a convolution that has one input for each output, and factors that PEFT's have without groups alone."""
+    if saved.config.method != PeftType.LORA.value:
+        return ""
+    for name, first in saved.tensors.items():
+        layer, found, _ = name.removeprefix(_TENSORS).rpartition(".lora_A.weight")
+        second = saved.tensors.get(f"{_TENSORS}{layer}.lora_B.weight")
+        # PEFT's B is of rank / groups, and nothing in the file tells a layer of one channel from one in groups
+        if found and second is not None and first.ndim > 2 and first.shape[1] == 1 < first.shape[0] == second.shape[1]:
+            return layer
+    return ""
 
 
 def _refuse_half_pairs(tensors: Iterable[str], adapter: str) -> None:
@@ -88,7 +122,8 @@ def _refuse_half_pairs(tensors: Iterable[str], adapter: str) -> None:
         for one, other in (("_A", "_B"), ("_B", "_A")):
             head, found, tail = name.rpartition(f"lora{one}")
             partner = f"{head}lora{other}{tail}"
-            if found and partner not in names:
+            # lora_bias gives B a bias, and A none
+            if found and tail != ".bias" and partner not in names:
                 raise CheckpointError(
                     f"{adapter}/{WEIGHTS_NAME} has {name}, and lacks {partner}; save the adapter again"
                 )
@@ -106,9 +141,11 @@ def merge(adapter: str, path: str, base: str | None, as_json: bool) -> None:
       graphpeft merge runs/checkpoint-100 merged
       graphpeft merge adapter merged.safetensors --base timm:vit_small_patch16_224
     """
-    model = _adapted(adapter, base)
+    is_file = path.endswith(".safetensors")
+    _refuse_the_other_kind(path, is_file)
+    model: Any = _adapted(adapter, base).model
     merged = model.merge_and_unload()
-    if path.endswith(".safetensors"):
+    if is_file:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_model(merged, path)
     elif hasattr(merged, "save_pretrained"):
@@ -120,30 +157,60 @@ def merge(adapter: str, path: str, base: str | None, as_json: bool) -> None:
     tell({"adapter": adapter, "merged": path}, as_json)
 
 
+def _refuse_the_other_kind(path: str, is_file: bool) -> None:
+    """Raises UsageError if a folder is where a file is to be written, or a file where a folder is.
+
+    Transformers' ``save_pretrained`` logs a message about a file, and writes nothing.
+    """
+    place = Path(path)
+    if place.is_dir() if is_file else place.exists() and not place.is_dir():
+        there, wanted = ("folder", "file") if is_file else ("file", "folder")
+        raise click.UsageError(f"{path} is a {there}, and a {wanted} would be written there; choose another path")
+
+
 @click.command()
 @click.argument("adapter", metavar="ADAPTER")
 @click.argument("path", metavar="FOLDER")
-@click.option("--rank", type=float, default=0.99, show_default=True, help="The rank, or the share of squares to keep.")
+@click.option(
+    "--rank", type=_Rank(), default="0.99", show_default=True, help="The rank, or the share of squares to keep."
+)
 @base_option
 @as_json
 def convert(adapter: str, path: str, rank: float, base: str | None, as_json: bool) -> None:
-    """Writes any ADAPTER as plain LoRA, which all servers read, to FOLDER.
+    """Writes any ADAPTER as plain LoRA, which all servers read, to FOLDER; tells how far outputs move by it.
 
     \b
       graphpeft convert loha-adapter lora-adapter --rank 16
     """
-    model = _adapted(adapter, base)
-    save_as_lora(path, model, int(rank) if rank >= 1 else rank, progressbar=not as_json)
-    tell({"adapter": adapter, "lora": path, **{name: _info(path)[name] for name in ("options", "parameters")}}, as_json)
+    _refuse_the_other_kind(path, is_file=False)
+    if Path(path).exists() and Path(adapter).exists() and Path(path).samefile(adapter):
+        raise click.UsageError(f"{path} is the adapter itself, which would be lost; choose another folder")
+    model, example_inputs = _adapted(adapter, base)
+    converted = convert_to_lora(model, rank, progressbar=not as_json)
+    save_converted(path, converted)
+    facts = _info(path)
+    told = {"adapter": adapter, "lora": path, "options": facts["options"], "parameters": facts["parameters"]}
+    tell({**told, "deviation": _deviation(model, converted, example_inputs)}, as_json)
 
 
-def _adapted(adapter: str, base: str | None) -> Any:
+def _deviation(model: Any, converted: Any, example_inputs: Any) -> str | float:
+    """Returns how far the model's outputs on its example inputs move, or why that isn't known."""
+    if example_inputs is None:
+        return "not known: nothing tells of example inputs"
     try:
-        saved = read(adapter)
+        return float(f"{conversion_deviation(model, converted, example_inputs):.2g}")
+    except Exception as error:  # of the model's code: the file is written, and right
+        return shortened(f"not known: {type(error).__name__}: {error}")
+
+
+def _adapted(adapter: str, base: str | None) -> Given:
+    """Returns the base with an adapter, and inputs of it."""
+    try:
+        read(adapter)  # what is wrong in it is told before a base is loaded
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     if base is None:
-        if not saved.config.base_model_name_or_path:
-            raise click.UsageError(f"{adapter}: {NO_BASE}; name it by --base")
-        return model_from(adapter).model
-    return PeftModel.from_pretrained(model_from(base).model, Path(adapter) if Path(adapter).exists() else adapter)
+        return on_its_base(adapter, "name it by --base")
+    given = model_from(base)
+    place = Path(adapter) if Path(adapter).exists() else adapter
+    return given._replace(model=PeftModel.from_pretrained(given.model, place))

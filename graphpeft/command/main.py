@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from typing import Any
 
 import click
 
 from graphpeft.command.adapters import convert, info, merge
 from graphpeft.command.models import explain, export, show, trace, verify
+from graphpeft.peft_errors import PeftWarning
 
 UNDONE, UNREADABLE = 1, 2
 """Exit codes: something can't be done; files or arguments can't be read."""
+
+_COMPLETION = "_GRAPHPEFT_COMPLETE"
+"""The variable by which a shell asks for completions, without arguments."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -47,12 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code; an error is written to stderr as one line.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given:
+    if not given and _COMPLETION not in os.environ:
         context = click.Context(graphpeft, info_name="graphpeft", **graphpeft.context_settings)
         click.echo(graphpeft.get_help(context), err=True)
         return UNREADABLE
     try:
-        return graphpeft.main(given, prog_name="graphpeft", standalone_mode=False) or 0
+        with _warnings_of(_name(given)):
+            return graphpeft.main(given, prog_name="graphpeft", standalone_mode=False) or 0
     except click.exceptions.Abort:
         return _told(given, "interrupted", UNDONE)
     except click.ClickException as error:
@@ -63,10 +72,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _told(given, f"{type(error).__name__}: {error}".removesuffix(": "), UNDONE)
 
 
+@contextlib.contextmanager
+def _warnings_of(name: str) -> Iterator[None]:
+    """Prints each warning of this library once, as a line like that of an error, without its place in the code."""
+    usual, told = warnings.formatwarning, set[str]()
+
+    def formatted(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> str:
+        if issubclass(category, PeftWarning):
+            line = f"{name}: warning: {_one_line(str(message))}\n"
+            is_new = line not in told
+            told.add(line)
+            return line if is_new else ""
+        return usual(message, category, *args, **kwargs)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
 def _told(given: Sequence[str], reason: str, code: int) -> int:
-    line = " ".join(reason.split())
+    line = _one_line(reason)
     if "--json" in given:
         click.echo(json.dumps({"error": line}))
-    name = next((word for word in given if word in graphpeft.commands), "")
-    click.echo(f"graphpeft{f' {name}' if name else ''}: {line}", err=True)
+    click.echo(f"{_name(given)}: {line}", err=True)
     return code
+
+
+def _name(given: Sequence[str]) -> str:
+    return " ".join(["graphpeft", *[word for word in given if word in graphpeft.commands][:1]])
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -11,7 +11,7 @@ import click
 
 from graphpeft.adapters.state import adapters_of
 from graphpeft.command.printing import as_json, tell
-from graphpeft.command.sources import config_from, model_from, needed_inputs
+from graphpeft.command.sources import LORA, config_from, model_from, needed_inputs
 from graphpeft.exporting import CARRIERS, FORMATS, formats_of
 from graphpeft.exporting import export as export_model
 from graphpeft.model.adapt import explain as explain_model
@@ -27,7 +27,7 @@ def with_config(command: Callable[..., Any]) -> Callable[..., Any]:
     """Gives a subcommand the options that describe a config."""
     options = (
         click.option("--config", metavar="FOLDER", help="A folder or a file with an adapter_config.json."),
-        click.option("--method", default="LORA", show_default=True, help="The method, if there is no config."),
+        click.option("--method", show_default=LORA, help="The method, if there is no config."),
         click.option("--set", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method."),
     )
     return functools.reduce(lambda made, option: option(made), reversed(options), command)
@@ -37,7 +37,7 @@ def with_config(command: Callable[..., Any]) -> Callable[..., Any]:
 @source
 @with_config
 @as_json
-def explain(source: str, config: str | None, method: str, options: tuple[str, ...], as_json: bool) -> None:
+def explain(source: str, config: str | None, method: str | None, options: tuple[str, ...], as_json: bool) -> None:
     """Tells what a config would adapt in a MODEL, and what it can't, with the reasons; then the exit code is 1.
 
     \b
@@ -101,7 +101,7 @@ def show(
     source: str,
     path: str | None,
     config: str | None,
-    method: str,
+    method: str | None,
     options: tuple[str, ...],
     measure: bool,
     as_json: bool,
@@ -118,7 +118,10 @@ def show(
     """
     given = model_from(source)
     shown: Any = given.model
-    if adapters_of(given.model) is None and (options or config is not None):
+    is_adapted, has_config = adapters_of(given.model) is not None, bool(options) or config is not None
+    if is_adapted and has_config:
+        click.echo(f"graphpeft show: warning: {source} is adapted, and drawn as it is, without the config", err=True)
+    elif has_config:
         if measure:
             raise click.UsageError(
                 "--measure runs a model, and a config alone has none adapted; name an adapted MODEL, or leave out "
@@ -156,7 +159,7 @@ def trace(source: str, as_json: bool) -> None:
 @source
 @with_config
 @as_json
-def verify(source: str, config: str | None, method: str, options: tuple[str, ...], as_json: bool) -> None:
+def verify(source: str, config: str | None, method: str | None, options: tuple[str, ...], as_json: bool) -> None:
     """Checks on a MODEL that adapting, merging, saving and loading keep their laws; exit code 1 if one fails.
 
     \b
@@ -199,7 +202,7 @@ def export(
       graphpeft export my.models:build model.pt2 --adapters inputs
     """
     given = model_from(source)
-    of_suffix = formats_of(Path(path).suffix)
+    of_suffix = formats_of(Path(path).suffix.lower())
     format_ = format_ or (of_suffix[0] if len(of_suffix) == 1 else "pt2")
     report = export_model(
         given.model, needed_inputs(given, source), path, format_, adapters, dynamic=not fixed, check=not unchecked

@@ -44,14 +44,27 @@ def tell(told: Mapping[str, Any], as_json: bool, text: object = None) -> None:
         as_json: Whether to print it as JSON.
         text: What to print for people; None prints a line for each name.
     """
+    place = _ANSWER.get() or sys.stdout
+    encoding = getattr(place, "encoding", None) or "utf-8"
     if as_json:
         shown = json.dumps(told, indent=2, ensure_ascii=False, default=str)
+        if not _fits(shown, encoding):
+            shown = json.dumps(told, indent=2, default=str)
     elif text is not None:
         shown = str(text)
     else:
         rows = [(name.replace("_", " "), _shown(value)) for name, value in told.items()]
         shown = "\n".join(line for line in text_table(("", ""), rows)[2:])
-    click.echo(shown, file=_ANSWER.get())
+    # a pipe of Windows may have an encoding without the lines of tables
+    click.echo(shown.encode(encoding, "replace").decode(encoding), file=place)
+
+
+def _fits(text: str, encoding: str) -> bool:
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _shown(value: Any) -> str:

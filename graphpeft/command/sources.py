@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -27,8 +29,13 @@ from graphpeft.wording import joined
 _FUNCTION = re.compile(r"(?P<module>\w+(\.\w+)*):(?P<function>\w+)")
 
 
-NO_BASE = "the adapter's config doesn't say what its base model is"
-"""Why an adapter alone is no model."""
+LORA = "LORA"
+"""The method where none is named."""
+
+_FUNCTION_WITH = (
+    "write a function that returns PeftModel.from_pretrained(base, {!r}), and name it as package.module:function"
+)
+"""The way to a model of an adapter whose base isn't known."""
 
 
 class Given(NamedTuple):
@@ -52,11 +59,28 @@ def model_from(source: str) -> Given:
         return _made(named["module"], named["function"])
     if ":" in source:
         raise click.UsageError(f"{source} is no model: write timm:NAME, hf:PATH, package.module:function, or a folder")
+    if (Path(source) / "config.json").is_file() and not is_adapter(source):
+        raise click.UsageError(f"{source} holds a model of Transformers and no adapter; write hf:{source}")
+    return on_its_base(source, _FUNCTION_WITH.format(source))
+
+
+def on_its_base(source: str, way_out: str) -> Given:
+    """Returns a saved adapter on the base that its config names.
+
+    Raises:
+        click.ClickException: If the config can't be read or names no base that is there; `way_out` says what to do.
+    """
     config = _config_in(source)
-    if not config.base_model_name_or_path:
+    base = config.base_model_name_or_path
+    if not base:
+        raise click.UsageError(f"{source}: the adapter's config doesn't say what its base model is; {way_out}")
+    if os.path.isabs(base) and not Path(base).exists():
         raise click.UsageError(
-            f"{source}: {NO_BASE}; write a function that returns PeftModel.from_pretrained(base, {source!r}), and name "
-            "it as package.module:function"
+            f"{source}/{CONFIG_NAME}: base_model_name_or_path is {base!r}, which isn't there; {way_out}"
+        )
+    if config.task_type is None and config.auto_mapping is None:
+        raise click.UsageError(
+            f"{source}/{CONFIG_NAME}: neither task_type nor auto_mapping tells of which class the base is; {way_out}"
         )
     return _with_inputs(class_for(config).from_pretrained(source))
 
@@ -113,7 +137,7 @@ def _made(module: str, function: str) -> Given:
         raise click.UsageError(str(error)) from error
     if not hasattr(found, function):
         raise click.UsageError(f"module {module!r} has no attribute {function!r}")
-    made = getattr(found, function)()
+    made = _called(getattr(found, function), f"{module}:{function}")
     if isinstance(made, nn.Module):
         return Given(made, None)
     if not isinstance(made, tuple) or len(made) != 2:
@@ -123,27 +147,45 @@ def _made(module: str, function: str) -> Given:
     return Given(*made)
 
 
+def _called(function: Any, name: str) -> Any:
+    """Calls a function that was named; what goes wrong in it is told with the name."""
+    if not callable(function) or isinstance(function, nn.Module):
+        raise click.UsageError(
+            f"{name} is no function, but of {type(function).__name__}; name one that returns a model"
+        )
+    try:
+        return function()
+    except SystemExit as error:
+        raise RuntimeError(f"{name} left Python with exit code {error.code}") from error
+    except Exception as error:
+        raise RuntimeError(f"{name} raised {type(error).__name__}: {error}".removesuffix(": ")) from error
+
+
 _KINDS: dict[str, Callable[[str], Given]] = {"timm": _timm, "hf": _transformers}
 
 
-def config_from(config: str | None, method: str, options: Sequence[str]) -> PeftConfig:
+def config_from(config: str | None, method: str | None, options: Sequence[str]) -> PeftConfig:
     """Returns the config that options of the command describe.
 
     Args:
         config: A folder or a file with an `adapter_config.json`; None without one.
-        method: The method, if there is no config.
-        options: Further options as NAME=VALUE; a value is JSON, text, or names with commas between them.
+        method: The method, if there is no config; None for LoRA.
+        options: Further options as NAME=VALUE; a value is JSON, a literal of Python's, text, or names with commas
+            between them.
 
     Raises:
         click.ClickException: If there is no such method, option or value, or the config can't be read.
     """
     if config is not None:
         read = _config_in(config)
+        if method is not None and method.upper() != read.method:
+            raise click.UsageError(f"{config} is of the method {read.method}; leave --method {method} out")
         given = dict(_option(type(read), option) for option in options)
         # a saved config is for inference, and what is told here is how it trains
         build = functools.partial(dataclasses.replace, read)
         return _with(build, type(read), read.method, {"inference_mode": False, **given})
     classes = registered()
+    method = LORA if method is None else method
     if method.upper() not in classes:
         raise click.UsageError(f"there is no method {method!r}; there are {', '.join(sorted(classes))}")
     cls = classes[method.upper()]
@@ -182,21 +224,30 @@ def _option(cls: type, text: str) -> tuple[str, Any]:
 
 def _ways_to_read(value: str) -> list[Any]:
     """Returns what the text of an option can mean, the likeliest first."""
-    entries = value.removesuffix(",").split(",")
+    entries = [entry.strip() for entry in value.strip().removesuffix(",").split(",")]
     # a module may be called 0, as in target_modules=0, and one name is a list where only a list will do
     read = [entries, value] if "," in value else [value, entries]
-    read.append([_json_or_text(entry) for entry in entries])
-    try:
-        return [json.loads(value), *read]
-    except ValueError:
-        return read
+    read.append([_literal_or_text(entry) for entry in entries])
+    literal = _literal(value)
+    return read if literal is _NONE else [literal, *read]
 
 
-def _json_or_text(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+_NONE: Any = object()
+"""Stands for no value, since None is one."""
+
+
+def _literal(text: str) -> Any:
+    """Returns the value of JSON or of Python's literals, in which errors tell options; `_NONE` for other text."""
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            value = read(text)
+            return _NONE if isinstance(value, tuple) else value  # names with commas between them are a list
+    return _NONE
+
+
+def _literal_or_text(text: str) -> Any:
+    literal = _literal(text)
+    return text if literal is _NONE else literal
 
 
 def needed_inputs(given: Given, source: str) -> Any:

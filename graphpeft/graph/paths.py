@@ -30,9 +30,20 @@ _WRAPPED = {
 """PyTorch's wrappers, which add nothing to what a model computes, and the name of the module in each."""
 
 
+STATE = "_peft_adapters"
+"""The attribute of an adapted model with its adapters."""
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Returns the module inside of PyTorch's wrappers: those of distributed training, recomputation, compilation."""
-    while (name := _WRAPPED.get(type(module).__name__)) in module._modules and _is_of_torch(module):
+    """Returns the module inside of PyTorch's wrappers: those of distributed training, recomputation, compilation.
+
+    A wrapper that was adapted itself is the model: its adapters aren't those of the module inside.
+    """
+    while (
+        STATE not in module.__dict__
+        and (name := _WRAPPED.get(type(module).__name__)) in module._modules
+        and _is_of_torch(module)
+    ):
         inner = module._modules[str(name)]
         assert inner is not None
         module = inner

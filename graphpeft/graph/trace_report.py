@@ -88,13 +88,13 @@ class TraceReport:
             lines.append(f"set by the model and not by the graph: {', '.join(self.not_kept)}")
         if self.other_mode_error is not None:
             lines.append(f"one graph, for the present mode alone: {self.other_mode_error}")
-        lines.append(f"{len(self.decisions)} decisions, which each run checks")
+        lines.append(f"{number_of(len(self.decisions), 'decision')}, which each run checks")
         lines += [f"  {decision.line}: {decision.taken}" for decision in self.decisions]
         if self.numbers:
             lines.append(f"{number_of(len(self.numbers), 'number')} of modules, which each run reads")
             lines += _by_name((path, "") for path in self.numbers)
         if self.settings:
-            lines.append(f"{len(self.settings)} settings of modules, which each run checks")
+            lines.append(f"{number_of(len(self.settings), 'setting')} of modules, which each run checks")
             lines += _by_name((path, f": {value!r}") for path, value in self.settings.items())
         if self.read_once:
             lines.append(f"read once, and followed no more: {', '.join(self.read_once)}")

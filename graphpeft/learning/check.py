@@ -77,8 +77,10 @@ def check_learning(model: nn.Module, batch: ExampleInputs, loss: Loss | None = N
         )
     watch = Watch()
     paths = {place.region for place in places}
+    # a compiler can't follow what looks on, and needn't: what is compiled computes the same
+    eagerly = torch.compiler.set_stance("force_eager")
     # in inference mode nothing has a gradient, whatever the model is
-    with torch.inference_mode(False), undone(model, _trained(model, places)), steps(2) as step:
+    with eagerly, torch.inference_mode(False), undone(model, _trained(model, places)), steps(2) as step:
         step("checking what learns: a first run")
         now = _gradients(model, batch, loss, places)
         _move(_trained(model, places))

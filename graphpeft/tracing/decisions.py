@@ -60,7 +60,7 @@ def needs_inputs_error(root: nn.Module, error: Exception | None) -> NeedsInputsE
     if error is None:
         decides = f"decides on its inputs at {guards.deciding_line()}"
     else:
-        decides = f"can't run without any at {guards.failing_line(error)} ({error})"
+        decides = f"can't run without example inputs at {guards.failing_line(error)} ({error})"
     return NeedsInputsError(
         f"{type(root).__name__}'s forward {decides}; pass example_inputs: a tuple of positional arguments or a dict of "
         "keyword arguments of the model"

@@ -130,7 +130,12 @@ def save_as_lora(
         >>> LoraConfig.from_pretrained("plain").use_dora
         False
     """
-    config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
+    save_converted(path, convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs))
+
+
+def save_converted(path: str | os.PathLike[str], converted: tuple[LoraConfig, Mapping[str, Tensor]]) -> None:
+    """Writes what `convert_to_lora` returned to the folder `path`, which is made if it isn't there."""
+    config, tensors = converted
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS_NAME)

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import click
 import peft
 import pytest
 import torch
@@ -554,6 +553,34 @@ def test_python_runs_the_package():
     assert "explain" in run.stdout
 
 
-def test_shells_complete_subcommands():
-    completions = command.shell_complete(click.Context(command), "ex")
-    assert {each.value for each in completions} == {"explain", "export"}
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_is_given_its_script(shell: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("_GRAPHPEFT_COMPLETE", f"{shell}_source")
+    with pytest.raises(SystemExit) as exited:
+        main([])
+    assert exited.value.code == 0
+    assert f"_GRAPHPEFT_COMPLETE={shell}_complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "completions"),
+    [
+        ("ex", {"plain,explain", "plain,export"}),
+        ("export model.py:made --ada", {"plain,--adapters"}),
+        ("export model.py:made --adapters b", {"plain,baked"}),
+        ("explain timm:resnet18 --method LO", {"plain,LOHA", "plain,LOKR", "plain,LORA"}),
+        ("info my-", {"dir,my-"}),
+        ("merge adapter out", {"file,out"}),
+        ("explain my-", {"file,my-"}),
+        ("explain timm:resnet18 --config my-", {"file,my-"}),
+    ],
+)
+def test_a_shell_completes_a_line(
+    line: str, completions: set[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("_GRAPHPEFT_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", f"graphpeft {line}")
+    monkeypatch.setenv("COMP_CWORD", str(len(line.split())))
+    with pytest.raises(SystemExit):
+        main([])
+    assert {*capsys.readouterr().out.splitlines()} == completions

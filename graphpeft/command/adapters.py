@@ -10,6 +10,7 @@ import click
 from safetensors.torch import save_model
 
 from graphpeft.adapters.saved_adapter import SavedAdapter, read
+from graphpeft.command.completing import FOLDER, PLACE
 from graphpeft.command.printing import as_json, tell
 from graphpeft.command.sources import NO_BASE, model_from
 from graphpeft.files.foreign_files import CheckpointError
@@ -22,11 +23,13 @@ from graphpeft.rules.short_options import short_options
 _TENSORS = "base_model.model."
 """With this the names of tensors in a file begin."""
 
-base_option = click.option("--base", metavar="MODEL", help="The base model; the one that the config names if left out.")
+base_option = click.option(
+    "--base", metavar="MODEL", type=PLACE, help="The base model; the one that the config names if left out."
+)
 
 
 @click.command()
-@click.argument("adapter", metavar="ADAPTER")
+@click.argument("adapter", metavar="ADAPTER", type=FOLDER)
 @as_json
 def info(adapter: str, as_json: bool) -> None:
     """Tells what a saved ADAPTER is: a folder, or a repository on the Hub.
@@ -93,8 +96,8 @@ def _refuse_half_pairs(tensors: Iterable[str], adapter: str) -> None:
 
 
 @click.command()
-@click.argument("adapter", metavar="ADAPTER")
-@click.argument("path", metavar="PATH")
+@click.argument("adapter", metavar="ADAPTER", type=FOLDER)
+@click.argument("path", metavar="PATH", type=PLACE)
 @base_option
 @as_json
 def merge(adapter: str, path: str, base: str | None, as_json: bool) -> None:
@@ -119,8 +122,8 @@ def merge(adapter: str, path: str, base: str | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("adapter", metavar="ADAPTER")
-@click.argument("path", metavar="FOLDER")
+@click.argument("adapter", metavar="ADAPTER", type=FOLDER)
+@click.argument("path", metavar="FOLDER", type=FOLDER)
 @click.option("--rank", type=float, default=0.99, show_default=True, help="The rank, or the share of squares to keep.")
 @base_option
 @as_json

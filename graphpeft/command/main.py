@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -14,6 +15,9 @@ from graphpeft.command.models import explain, export, show, trace, verify
 
 UNDONE, UNREADABLE = 1, 2
 """Exit codes: something can't be done; files or arguments can't be read."""
+
+COMPLETES = "_GRAPHPEFT_COMPLETE"
+"""The variable by which a shell asks for what completes a line; it gives no arguments then."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -47,12 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code; an error is written to stderr as one line.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given:
+    if not given and COMPLETES not in os.environ:
         context = click.Context(graphpeft, info_name="graphpeft", **graphpeft.context_settings)
         click.echo(graphpeft.get_help(context), err=True)
         return UNREADABLE
     try:
-        return graphpeft.main(given, prog_name="graphpeft", standalone_mode=False) or 0
+        return graphpeft.main(given, prog_name="graphpeft", complete_var=COMPLETES, standalone_mode=False) or 0
     except click.exceptions.Abort:
         return _told(given, "interrupted", UNDONE)
     except click.ClickException as error:

@@ -232,6 +232,25 @@ def test_a_page_has_copy_buttons_and_its_neighbours(browser: Any, site: str, pag
     assert opened.tab.locator(".md-footer__link--prev, .md-footer__link--next").count() == 2
 
 
+@pytest.mark.parametrize(
+    ("page", "copied"),
+    [
+        ("howto/serving", "python examples/ship.py"),
+        ("command", "graphpeft explain timm:resnet18 --set r=4 --set target_modules=layer4.1.conv1,fc"),
+        ("reference/adapting", "model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))\nget_peft_model("),
+    ],
+)
+def test_a_copied_example_has_no_prompts_and_no_output(browser: Any, site: str, page: str, copied: str):  # noqa: F811
+    opened = Opened(browser, site, page)
+    opened.tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    blocks = opened.tab.locator(".highlight", has=opened.tab.locator(".gp"))
+    blocks.first.locator("[data-md-type=copy], .md-clipboard").first.click(force=True)
+    opened.tab.wait_for_function("async () => (await navigator.clipboard.readText()).length > 0")
+    text = opened.tab.evaluate("navigator.clipboard.readText()")
+    assert text.strip().startswith(copied)
+    assert not any(line.startswith((">>>", "$", "──")) for line in text.splitlines())
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(
     "selector",

@@ -101,7 +101,8 @@ def page() -> str:
         tables = "\n\n".join([overview(), layers(), sizes(), equations()])
     return f"""# Methods
 
-`make methods` writes this page, and a test compares it: what it says was tried, with PEFT {peft.__version__}.
+Which method to take, what each adapts, and how it is merged and exported.
+`make methods` tries all that with PEFT {peft.__version__}, and writes this page.
 
 {GUIDE}
 {tables}

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import click
 import peft
 import pytest
 import torch
@@ -680,23 +679,37 @@ def test_python_runs_the_package():
     assert "explain" in run.stdout
 
 
-def test_shells_complete_subcommands():
-    completions = command.shell_complete(click.Context(command), "ex")
-    assert {each.value for each in completions} == {"explain", "export"}
-
-
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_a_shell_is_given_its_completions(shell: str):
-    def told(**variables: str) -> str:
-        answer = subprocess.run(
-            [sys.executable, "-m", "graphpeft"], env={**os.environ, **variables}, capture_output=True, text=True
-        )
-        assert answer.returncode == 0, answer.stderr
-        return answer.stdout
+def test_a_shell_is_given_its_script(shell: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("_GRAPHPEFT_COMPLETE", f"{shell}_source")
+    with pytest.raises(SystemExit) as exited:
+        main([])
+    assert exited.value.code == 0
+    assert f"_GRAPHPEFT_COMPLETE={shell}_complete" in capsys.readouterr().out
 
-    assert "graphpeft" in told(_GRAPHPEFT_COMPLETE=f"{shell}_source")
-    words = {"COMP_WORDS": "graphpeft ex", "COMP_CWORD": "ex" if shell == "fish" else "1"}
-    assert "export" in told(_GRAPHPEFT_COMPLETE=f"{shell}_complete", **words)
+
+@pytest.mark.parametrize(
+    ("line", "completions"),
+    [
+        ("ex", {"plain,explain", "plain,export"}),
+        ("export model.py:made --ada", {"plain,--adapters"}),
+        ("export model.py:made --adapters b", {"plain,baked"}),
+        ("explain timm:resnet18 --method LO", {"plain,LOHA", "plain,LOKR", "plain,LORA"}),
+        ("info my-", {"dir,my-"}),
+        ("merge adapter out", {"file,out"}),
+        ("explain my-", {"file,my-"}),
+        ("explain timm:resnet18 --config my-", {"file,my-"}),
+    ],
+)
+def test_a_shell_completes_a_line(
+    line: str, completions: set[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("_GRAPHPEFT_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", f"graphpeft {line}")
+    monkeypatch.setenv("COMP_CWORD", str(len(line.split())))
+    with pytest.raises(SystemExit):
+        main([])
+    assert {*capsys.readouterr().out.splitlines()} == completions
 
 
 def test_a_pipe_without_the_letters_is_written_to(tmp_path: Path):

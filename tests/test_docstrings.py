@@ -65,8 +65,9 @@ def sections(docstring: str) -> dict[str, str]:
 
 def entries(section: str) -> set[str]:
     """Returns the names that a section describes, as of arguments, without stars."""
-    described = re.findall(r"^    (\*{0,2}\w+(?:, \w+)*):", section, flags=re.MULTILINE)
-    return {name.lstrip("*") for names in described for name in names.split(", ")}
+    # one name a line: the reference takes "a, b:" for a name with a type
+    described = re.findall(r"^    (\*{0,2}\w+):", section, flags=re.MULTILINE)
+    return {name.lstrip("*") for name in described}
 
 
 def statements(function: Callable[..., Any]) -> list[ast.AST]:

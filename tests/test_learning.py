@@ -426,6 +426,13 @@ def test_explain_says_why_it_cannot_tell_what_learns():
     assert "which sites learn can't be told: ValueError: not today" in str(report)
 
 
+def test_beside_a_refused_target_the_report_tells_why_learning_is_not_checked():
+    config = LoraConfig(r=2, target_modules=["0", "1"])
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    report = graphpeft.explain(model, config, example_inputs=(torch.ones(2, 4),))
+    assert "which sites learn can't be told: the model can't be adapted while a target is refused" in str(report)
+
+
 class Overwrites(nn.Module):
     def __init__(self) -> None:
         super().__init__()

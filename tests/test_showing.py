@@ -463,6 +463,14 @@ def test_a_report_in_a_notebook_is_its_table():
     assert "3 → 3" in report._repr_html_()
 
 
+def test_a_trace_in_a_notebook_is_its_report_and_its_modules_once_it_is_adapted():
+    traced: Any = graphpeft.trace(nn.Sequential(nn.Linear(3, 3)), (torch.ones(1, 3),))
+    assert traced._repr_html_() == traced.report._repr_html_()
+    assert "decisions, which each run checks" in traced._repr_html_()
+    get_peft_model(traced, LoraConfig(r=2, target_modules=["0"]))
+    assert "default: lora(r=2, α=8; lora_A(2, 3), lora_B(3, 2))" in traced._repr_html_()
+
+
 def test_a_printed_model_tells_of_its_adapters():
     assert "(default): lora(r=2, α=5; lora_A(2, 6), lora_B(6, 2))" in str(adapted())
 

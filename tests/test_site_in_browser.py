@@ -22,7 +22,8 @@ pytestmark = pytest.mark.browser
 ROOT = Path(__file__).parents[1]
 SHOTS = Path(os.environ.get("GRAPHPEFT_SCREENSHOTS", "build/screenshots"))
 PAGES = ["", "quickstart/own_model", "howto/own_layers", "coverage", "third_party", "concepts", "benchmarks"]
-PAGES += ["reference/adapting", "changelog", "troubleshooting"]
+PAGES += ["reference/adapting", "reference/methods", "changelog", "troubleshooting", "command", "pictures"]
+TALLEST = 100_000  # pixels; the reference of all methods has some 85,000
 READABLE = 4.5  # the contrast that WCAG asks for
 
 
@@ -172,12 +173,56 @@ def test_a_page_fits_a_narrow_window_and_loads_nothing_from_elsewhere(browser: A
     assert opened.errors == []
 
 
-def test_the_search_finds_a_page(browser: Any, site: str):  # noqa: F811
+@pytest.mark.parametrize(
+    "page", ["reference/methods", "reference/models", "reference/rules", "methods", "architecture"]
+)
+def test_a_long_page_can_still_be_scrolled(browser: Any, site: str, page: str):  # noqa: F811
+    opened = Opened(browser, site, page)
+    assert opened.tab.evaluate("document.documentElement.scrollHeight") <= TALLEST
+
+
+def test_a_table_of_pages_has_no_filter(browser: Any, site: str):  # noqa: F811
+    opened = Opened(browser, site, "")
+    assert opened.tab.locator("table").count() == 1
+    assert opened.tab.locator(".table-filter, .table-sort").count() == 0
+
+
+def test_names_in_a_table_are_whole_where_there_is_room(browser: Any, site: str):  # noqa: F811
+    opened = Opened(browser, site, "methods")
+    lines = opened.tab.evaluate(
+        "[...document.querySelectorAll('td:nth-child(2) > code')].map((code) => code.getClientRects().length)"
+    )
+    assert {*lines} == {1}
+
+
+@pytest.mark.parametrize(
+    ("words", "page"),
+    [
+        ("torchrun", "howto/processes"),
+        ("QLoRA", "howto/qlora"),
+        ("merge", "adapters"),
+        ("save", "adapters"),
+        ("load adapter", "adapters"),
+        ("target modules", "adapting"),
+        ("learning rate", "training"),
+        ("FSDP", "howto/processes"),
+        ("trl", "howto/trl"),
+        ("onnx", "export"),
+        ("DoRA", "lora"),
+    ],
+)
+def test_the_search_finds_a_page_for_people_first(browser: Any, site: str, words: str, page: str):  # noqa: F811
     opened = Opened(browser, site, "")
     # typed, since the theme listens to keys: a value that is set is only seen by an index that isn't there yet
-    opened.tab.locator(".md-search__input").press_sequentially("torchrun")
-    opened.tab.wait_for_selector(".md-search-result__link")
-    assert "howto/processes" in opened.tab.locator(".md-search-result__link").first.get_attribute("href")
+    opened.tab.locator(".md-search__input").press_sequentially(words)
+    # a list of fewer letters may be there before
+    opened.tab.wait_for_function(
+        """(page) => {
+            const first = document.querySelector(".md-search-result__link");
+            return first && new URL(first.href).pathname === `/${page}/`;
+        }""",
+        arg=page,
+    )
 
 
 @pytest.mark.parametrize("page", ["howto/qlora"])
@@ -185,6 +230,25 @@ def test_a_page_has_copy_buttons_and_its_neighbours(browser: Any, site: str, pag
     opened = Opened(browser, site, page)
     assert opened.tab.locator(".md-code__button[data-md-type=copy], .md-clipboard").count() > 0
     assert opened.tab.locator(".md-footer__link--prev, .md-footer__link--next").count() == 2
+
+
+@pytest.mark.parametrize(
+    ("page", "copied"),
+    [
+        ("howto/serving", "python examples/ship.py"),
+        ("command", "graphpeft explain timm:resnet18 --set r=4 --set target_modules=layer4.1.conv1,fc"),
+        ("reference/adapting", "model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))\nget_peft_model("),
+    ],
+)
+def test_a_copied_example_has_no_prompts_and_no_output(browser: Any, site: str, page: str, copied: str):  # noqa: F811
+    opened = Opened(browser, site, page)
+    opened.tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    blocks = opened.tab.locator(".highlight", has=opened.tab.locator(".gp"))
+    blocks.first.locator("[data-md-type=copy], .md-clipboard").first.click(force=True)
+    opened.tab.wait_for_function("async () => (await navigator.clipboard.readText()).length > 0")
+    text = opened.tab.evaluate("navigator.clipboard.readText()")
+    assert text.strip().startswith(copied)
+    assert not any(line.startswith((">>>", "$", "──")) for line in text.splitlines())
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -41,8 +41,8 @@ def page(rows: list[Row], notes: dict[str, str]) -> str:
 
 `make third-party` adapts {len(rows)} models from {len(packages)} packages, which know nothing of adapters: in place,
 without example inputs, by LoRA on all linear layers, and on convolutions, too, in some of them. Weights are random, and
-adapters have other than their first values. {len(with_both)} of the models run with PEFT, too, as far as it adapts
-them. In {whole} nothing is apart; of the others, the reason is told. It was run with {versions}.
+the adapters' values are changed as by training. {len(with_both)} of the models run with PEFT, too, as far as it adapts
+them. In {whole} nothing differs; for the others, the reason is told.
 
 - *sites*: how many layers PEFT and graphpeft adapt by the same config.
 - *gradients*: of the adapter's tensors, those that have a gradient in training, or whose weight has none in the base.
@@ -57,6 +57,8 @@ them. In {whole} nothing is apart; of the others, the reason is told. It was run
 *equal* is within 1e-9 of the largest number in double precision, or within 1e-4 in single precision, where a model runs
 in no other (*s*). *fails*: PEFT, or PyTorch with the base itself, raises the error that is told below the table.
 *refused*: graphpeft refuses, with the reason.
+
+<details><summary>Versions</summary>{versions}</details>
 
 {"".join(sections)}"""
 

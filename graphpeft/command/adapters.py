@@ -11,6 +11,7 @@ import click
 from safetensors.torch import save_model
 
 from graphpeft.adapters.saved_adapter import SavedAdapter, read
+from graphpeft.command.completing import FOLDER, PLACE
 from graphpeft.command.environment import environment
 from graphpeft.command.printing import as_json, tell
 from graphpeft.command.sources import Given, model_from, on_its_base
@@ -42,11 +43,13 @@ class _Rank(click.ParamType):
         return self.fail(f"{value} is neither a whole number, the rank, nor a share between 0 and 1", param, ctx)
 
 
-base_option = click.option("--base", metavar="MODEL", help="The base model; the one that the config names if left out.")
+base_option = click.option(
+    "--base", metavar="MODEL", type=PLACE, help="The base model; the one that the config names if left out."
+)
 
 
 @click.command()
-@click.argument("adapter", metavar="[ADAPTER]", required=False)
+@click.argument("adapter", metavar="[ADAPTER]", required=False, type=FOLDER)
 @as_json
 def info(adapter: str | None, as_json: bool) -> None:
     """Tells what a saved ADAPTER is, a folder or a repository on the Hub; without one, which versions are installed.
@@ -130,8 +133,8 @@ def _refuse_half_pairs(tensors: Iterable[str], adapter: str) -> None:
 
 
 @click.command()
-@click.argument("adapter", metavar="ADAPTER")
-@click.argument("path", metavar="PATH")
+@click.argument("adapter", metavar="ADAPTER", type=FOLDER)
+@click.argument("path", metavar="PATH", type=PLACE)
 @base_option
 @as_json
 def merge(adapter: str, path: str, base: str | None, as_json: bool) -> None:
@@ -169,8 +172,8 @@ def _refuse_the_other_kind(path: str, is_file: bool) -> None:
 
 
 @click.command()
-@click.argument("adapter", metavar="ADAPTER")
-@click.argument("path", metavar="FOLDER")
+@click.argument("adapter", metavar="ADAPTER", type=FOLDER)
+@click.argument("path", metavar="FOLDER", type=FOLDER)
 @click.option(
     "--rank", type=_Rank(), default="0.99", show_default=True, help="The rank, or the share of squares to keep."
 )

@@ -20,8 +20,8 @@ from graphpeft.peft_errors import PeftWarning
 UNDONE, UNREADABLE = 1, 2
 """Exit codes: something can't be done; files or arguments can't be read."""
 
-_COMPLETION = "_GRAPHPEFT_COMPLETE"
-"""The variable by which a shell asks for completions, without arguments."""
+COMPLETES = "_GRAPHPEFT_COMPLETE"
+"""The variable by which a shell asks for what completes a line; it gives no arguments then."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -55,13 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code; an error is written to stderr as one line.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given and _COMPLETION not in os.environ:
+    if not given and COMPLETES not in os.environ:
         context = click.Context(graphpeft, info_name="graphpeft", **graphpeft.context_settings)
         click.echo(graphpeft.get_help(context), err=True)
         return UNREADABLE
     try:
         with _warnings_of(_name(given)):
-            return graphpeft.main(given, prog_name="graphpeft", standalone_mode=False) or 0
+            return graphpeft.main(given, prog_name="graphpeft", complete_var=COMPLETES, standalone_mode=False) or 0
     except click.exceptions.Abort:
         return _told(given, "interrupted", UNDONE)
     except click.ClickException as error:

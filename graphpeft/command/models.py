@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from graphpeft.adapters.state import adapters_of
+from graphpeft.command.completing import PLACE, methods
 from graphpeft.command.printing import as_json, tell
 from graphpeft.command.sources import LORA, config_from, model_from, needed_inputs
 from graphpeft.exporting import CARRIERS, FORMATS, formats_of
@@ -20,14 +21,14 @@ from graphpeft.showing import show as show_model
 from graphpeft.tracing.trace import trace as trace_model
 from graphpeft.wording import joined
 
-source = click.argument("source", metavar="MODEL")
+source = click.argument("source", metavar="MODEL", type=PLACE)
 
 
 def with_config(command: Callable[..., Any]) -> Callable[..., Any]:
     """Gives a subcommand the options that describe a config."""
     options = (
-        click.option("--config", metavar="FOLDER", help="A folder or a file with an adapter_config.json."),
-        click.option("--method", show_default=LORA, help="The method, if there is no config."),
+        click.option("--config", metavar="FOLDER", type=PLACE, help="A folder or a file with an adapter_config.json."),
+        click.option("--method", show_default=LORA, shell_complete=methods, help="The method, if there is no config."),
         click.option("--set", "options", multiple=True, metavar="NAME=VALUE", help="An option of the method."),
     )
     return functools.reduce(lambda made, option: option(made), reversed(options), command)
@@ -38,7 +39,9 @@ def with_config(command: Callable[..., Any]) -> Callable[..., Any]:
 @with_config
 @as_json
 def explain(source: str, config: str | None, method: str | None, options: tuple[str, ...], as_json: bool) -> None:
-    """Tells what a config would adapt in a MODEL, and what it can't, with the reasons; then the exit code is 1.
+    """Tells what a config would adapt in a MODEL, and what it can't, with the reasons.
+
+    The exit code is 1 if there is anything that can't be adapted.
 
     \b
       graphpeft explain timm:resnet18 --set r=4 --set target_modules=conv1,conv2
@@ -89,7 +92,7 @@ def _learning(learning: Any) -> Any:
 
 @click.command()
 @source
-@click.argument("path", metavar="[PATH]", required=False)
+@click.argument("path", metavar="[PATH]", type=PLACE, required=False)
 @with_config
 @click.option(
     "--measure",
@@ -182,7 +185,7 @@ def verify(source: str, config: str | None, method: str | None, options: tuple[s
 
 @click.command()
 @source
-@click.argument("path", metavar="PATH")
+@click.argument("path", metavar="PATH", type=PLACE)
 @click.option(
     "--format", "format_", type=click.Choice(FORMATS), help="The format; if left out, that of PATH's suffix, or pt2."
 )

@@ -119,6 +119,9 @@ class TracedModel(Place):
     _graphpeft_read_once: tuple[str, ...]
     _graphpeft_frozen: tuple[str, ...]
 
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
+
     def train(self, mode: bool = True) -> Any:
         """Sets training or evaluation mode, as the model does.
 

@@ -77,8 +77,9 @@ def explain(
             replication.undo()
     plan.report.plan = plan
     trains = plan.sites or plan.report.fully_trained
-    if example_inputs is not None and trains and not plan.report.refused:
-        plan.report.learning = _learning(model, ours, adapter_name, example_inputs, where)
+    if example_inputs is not None and trains:
+        refused = "the model can't be adapted while a target is refused" if plan.report.refused else None
+        plan.report.learning = refused or _learning(model, ours, adapter_name, example_inputs, where)
     return plan.report
 
 

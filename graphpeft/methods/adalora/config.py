@@ -70,9 +70,13 @@ class AdaLoraConfig(LoraConfig):
         rank_pattern: Which ranks of each weight are left, by ``<path>.lora_E``; training fills it in.
         bias: The biases that are trained: ``"none"``, ``"all"``, or ``"adalora_only"`` or ``"lora_only"``, the adapted
             layers'.
-        r, use_rslora, alpha_pattern, lora_bias: LoRA's, which have no effect, as in PEFT; nor has any other
-            `init_lora_weights` than True and False.
-        use_dora, loftq_config: LoRA's, which are refused.
+        r: LoRA's, which has no effect, as in PEFT.
+        use_rslora: The same.
+        alpha_pattern: The same.
+        lora_bias: The same.
+        init_lora_weights: LoRA's; other values than True and False have no effect.
+        use_dora: LoRA's, which is refused.
+        loftq_config: The same.
 
     Raises:
         ValueError: For a value that an option can't have, and for a schedule without a step that drops ranks.

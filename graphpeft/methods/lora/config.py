@@ -93,8 +93,10 @@ class LoraConfig(TargetedConfig):
         velora_config: A `VeloraConfig`, or its values as a dict: A is trained by a compressed input (VeLoRA).
         monteclora_config: A `MontecloraConfig`, or its values as a dict: A is drawn anew in each forward in training
             (MonteCLoRA).
-        use_qalora, qalora_group_size: Refused, not supported yet.
-        megatron_config, megatron_core: Refused, not supported yet.
+        use_qalora: Refused, not supported yet.
+        qalora_group_size: The same.
+        megatron_config: The same.
+        megatron_core: The same.
 
     Raises:
         ValueError: For a value that an option can't have, and for options that contradict each other.

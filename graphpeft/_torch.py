@@ -59,6 +59,7 @@ __all__ = [
     "aot_inductor",  # the export format of that name
     "argument_names",  # tells whether a node of a program draws random numbers
     "autocast_options",  # for nodes of regions under autocast
+    "base_of",  # of a view that was made without gradients, the tensor that has one
     "call_with_hooks",  # calls a module where `fx` has replaced `nn.Module.__call__`
     "can_take_data",  # lets a buffer that several holders have be moved once
     "checkpoint_module",
@@ -77,6 +78,7 @@ __all__ = [
     "leave_autocast",
     "make_wrapper",  # tensors without numbers of their own
     "padding_of_convolution",
+    "post_accumulate_hooks",  # such hooks may step an optimizer in a backward that is undone
     "printed_target",  # a node's target as text
     "pytree",  # flattens nested containers as `fx` and `torch.export` do
     "reparametrized",  # replaces a module's tensors during its forward; `functional_call` would run hooks
@@ -120,6 +122,16 @@ def is_in_backward() -> bool:
 def version(tensor: torch.Tensor) -> int:
     """Returns the number of in-place writes into a tensor."""
     return tensor._version
+
+
+def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Returns the tensor of which a tensor is a view; None if it is of its own."""
+    return tensor._base
+
+
+def post_accumulate_hooks(tensor: torch.Tensor) -> dict[int, Any]:
+    """Returns the hooks that run after a tensor's gradient is there; {} without any."""
+    return tensor._post_accumulate_grad_hooks or {}
 
 
 def can_take_data(tensor: torch.Tensor, other: torch.Tensor) -> bool:

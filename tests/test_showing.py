@@ -520,3 +520,16 @@ def test_a_page_is_not_written_as_an_image(name: str, tmp_path: Path):
     with pytest.raises(ValueError, match=r"a page of HTML.*model\.html"):
         graphpeft.show(nn.Linear(2, 2), tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel])
+def test_a_model_in_a_wrapper_is_shown_as_itself(wrap: Any):
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+    assert picture_of(wrap(model)) == picture_of(model)
+    assert [adapter.name for adapter in picture_of(wrap(model)).adapters] == ["default"]
+
+
+def test_a_suffix_in_capitals_is_that_of_model_explorer(tmp_path: Path):
+    shown = graphpeft.show(nn.Sequential(nn.Linear(4, 4)), tmp_path / "MODEL.JSON")
+    assert json.loads(shown.path.read_text(encoding="utf-8"))
+    assert shown._repr_html_() is None

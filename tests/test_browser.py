@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -237,7 +238,7 @@ def test_a_search_finds_a_node_of_training_alone(browser: Any, tmp_path: Path):
     model = get_peft_model(BoundInTraining(), LoraConfig(r=2, target_parameters=["first"]))
     opened = Opened(browser, graphpeft.show(model, tmp_path / "model.html").path)
     opened.tab.fill("#search", "tanh")
-    opened.tab.click("#found button:has-text('› tanh')")
+    opened.tab.locator("#found button", has_text=re.compile("tanh$")).click()
     opened.tab.wait_for_selector(".after .node.chosen")
     assert opened.tab.inner_text("#details h2") == "tanh"
     assert opened.tab.locator("select.mode").evaluate("(choice) => choice.value") == "training"

@@ -533,3 +533,19 @@ def test_a_suffix_in_capitals_is_that_of_model_explorer(tmp_path: Path):
     shown = graphpeft.show(nn.Sequential(nn.Linear(4, 4)), tmp_path / "MODEL.JSON")
     assert json.loads(shown.path.read_text(encoding="utf-8"))
     assert shown._repr_html_() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_norms_are_told_in_each_precision(dtype: torch.dtype):
+    model: Any = nn.Sequential(nn.Linear(4, 4)).to(dtype)
+    get_peft_model(model, LoraConfig(r=2, lora_alpha=6, target_modules=["0"]), autocast_adapter_dtype=False)
+    with torch.no_grad():
+        model[0].default.lora_B.normal_()
+    x = torch.randn(3, 4, dtype=dtype)
+    assert graphpeft.check_learning(model, (x,)).dead == ()
+    model(x).sum().backward()
+    (site,) = [site for module in picture_of(model).model.inside for site in module.sites]
+    change = 3 * (model[0].default.lora_B.float() @ model[0].default.lora_A.float()).detach()
+    assert site.change == pytest.approx(float(change.norm() / model[0].weight.detach().float().norm()), rel=1e-2)
+    gradients = {tensor.name: tensor.gradient for tensor in site.tensors}
+    assert gradients["lora_B"] == pytest.approx(float(model[0].default.lora_B.grad.float().norm()), rel=1e-3)

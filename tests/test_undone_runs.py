@@ -73,6 +73,17 @@ def test_a_model_that_overwrites_its_weights_is_as_before(write: str, run: str, 
     assert torch.equal(model.generator.get_state(), state)
 
 
+@pytest.mark.parametrize("table", [nn.Embedding, nn.EmbeddingBag])
+def test_a_table_whose_rows_are_shortened_is_as_before(table: Any, tmp_path: Path):
+    model: Any = nn.Sequential(table(8, SIZE, max_norm=0.1), nn.Linear(SIZE, SIZE))
+    before = model[0].weight.clone()
+    get_peft_model(model, LoraConfig(r=2, target_modules=["1"]))
+    tokens = torch.tensor([[1, 2]])
+    assert check_learning(model, (tokens,)).dead == ()
+    show(model, tmp_path / "model.html", example_inputs=(tokens,))
+    assert torch.equal(model[0].weight, before)
+
+
 def test_an_optimizer_that_steps_in_the_backward_takes_no_step():
     model: Any = get_peft_model(nn.Sequential(nn.Linear(SIZE, SIZE)), LoraConfig(r=2, target_modules=["0"]))
     optimizers = {each: torch.optim.Adam([each]) for each in model.parameters() if each.requires_grad}

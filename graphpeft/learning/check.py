@@ -22,6 +22,7 @@ from graphpeft.adapters.state import Adapters
 from graphpeft.graph.inputs import ExampleInputs, split_inputs
 from graphpeft.graph.paths import unwrapped
 from graphpeft.learning.learning_report import LearningReport, SiteLearning, TensorLearning
+from graphpeft.learning.norms import norm_of
 from graphpeft.learning.past import reason_and_line
 from graphpeft.learning.places import Place, trained_places
 from graphpeft.learning.undone_runs import WritesUndone, batch_kept, random_states, undone, weights_cast_anew
@@ -234,7 +235,7 @@ def _told(
 
 
 def _learning(now: Tensor | None, moved: Tensor | None) -> TensorLearning:
-    norm = None if now is None else float(torch.linalg.vector_norm(now.detach(), dtype=torch.float32))
+    norm = None if now is None else norm_of(now)
     if norm is not None and not math.isfinite(norm):
         return TensorLearning("dead", norm)
     if norm:

@@ -95,13 +95,21 @@ class WritesUndone(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        written = args[:1] if writes(getattr(func, "__name__", "")) else ()
-        for tensor in pytree.tree_leaves((written, kwargs.get("out"))):
+        for tensor in pytree.tree_leaves((_written(getattr(func, "__name__", ""), args, kwargs), kwargs.get("out"))):
             if isinstance(tensor, Tensor):
                 for parameter in self._by_storage.get(_storage(tensor) or 0, ()):
                     remember(parameter)
                     self.written.append(parameter)
         return func(*args, **kwargs)
+
+
+def _written(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Returns what a function of this name writes into."""
+    if writes(name):
+        return args[:1]
+    # with max_norm, a lookup shortens the rows that it reads
+    shortens = name in ("embedding", "embedding_bag") and kwargs.get("max_norm", args[3] if len(args) > 3 else None)
+    return args[1:2] if shortens else ()
 
 
 def writes(name: str) -> bool:

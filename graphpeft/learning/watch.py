@@ -117,7 +117,7 @@ class Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         read = _tensors(_read_by(name, args, kwargs))
         # before the call, which may detach what it is given
-        tracked = tuple((tensor, tensor.grad_fn) for tensor in read if tensor.requires_grad)
+        tracked = tuple((tensor, _made_by(tensor)) for tensor in read if tensor.requires_grad)
         result = func(*args, **kwargs)
         made = _tensors(args[:1] if name == "__setitem__" else result)
         behind = {place for tensor in read for place in self._behind.get(tensor, ())}
@@ -133,6 +133,13 @@ class Watch(TorchFunctionMode):
             if name in _READS:
                 self._escaped |= behind
         return result
+
+
+def _made_by(tensor: Tensor) -> Any:
+    try:
+        return tensor.grad_fn
+    except RuntimeError:  # of a view that was made without gradients, and whose base was written since
+        return None
 
 
 def _written_whole(name: str, made: list[Tensor]) -> list[Tensor]:

@@ -18,6 +18,7 @@ Code that fx generates contains names of ``torch._C._nn``, where public function
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import sys
@@ -85,6 +86,7 @@ __all__ = [
     "saved_tensors_go_elsewhere",  # tells whether hooks handle tensors saved for backward
     "sharded_parameter_behind",  # the same for `fully_shard`
     "storage_key",  # tells which tensors share memory, also fake ones
+    "uncompiled",  # hooks and modes see what runs; with fullgraph=True, compiled code refuses them
     "version",  # counts in-place writes into a tensor
 ]
 
@@ -192,6 +194,13 @@ def compiler_options() -> Any:
     With its `error_on_nested_fx_trace` off, compiled code runs uncompiled in a trace.
     """
     return sys.modules.get("torch._dynamo.config")
+
+
+def uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Returns a context in which compiled modules run their own code, as if they weren't compiled."""
+    # before its first use, its import would be slow
+    dynamo = sys.modules.get("torch._dynamo")
+    return contextlib.nullcontext() if dynamo is None else torch.compiler.set_stance("force_eager")
 
 
 def compiler_asks() -> bool:

@@ -84,6 +84,26 @@ def test_a_table_whose_rows_are_shortened_is_as_before(table: Any, tmp_path: Pat
     assert torch.equal(model[0].weight, before)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_model_that_is_compiled_as_a_whole_runs_its_own_code(backend: str, tmp_path: Path):
+    class Losing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lost, self.kept = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.kept(x) + self.lost(x).detach()
+
+    model = get_peft_model(Losing(), LoraConfig(r=2, target_modules=["lost", "kept"])).train()
+    model.compile(backend=backend, fullgraph=True)
+    batch = (torch.randn(3, SIZE),)
+    expected = model(*batch)
+    (site,) = check_learning(model, batch).dead
+    assert "self.lost(x).detach()" in site.line
+    show(model, tmp_path / "model.html", example_inputs=batch)
+    assert torch.equal(model(*batch), expected)
+
+
 def test_an_optimizer_that_steps_in_the_backward_takes_no_step():
     model: Any = get_peft_model(nn.Sequential(nn.Linear(SIZE, SIZE)), LoraConfig(r=2, target_modules=["0"]))
     optimizers = {each: torch.optim.Adam([each]) for each in model.parameters() if each.requires_grad}

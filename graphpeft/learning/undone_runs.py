@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from graphpeft._torch import post_accumulate_hooks, pytree, storage_key, version
+from graphpeft._torch import post_accumulate_hooks, pytree, storage_key, uncompiled, version
 from graphpeft.tracing.random_numbers import random_python_states, random_python_states_kept
 from graphpeft.transaction import remember, trial, undone_by
 
@@ -25,7 +25,8 @@ def undone(model: nn.Module, changed: Iterable[Tensor] = ()) -> Iterator[None]:
         model: The model.
         changed: The tensors whose values are changed in the context, buffers aside.
     """
-    with trial(model), torch.random.fork_rng(), random_python_states_kept():
+    # compiled code would run without what watches it, or refuse that
+    with trial(model), torch.random.fork_rng(), random_python_states_kept(), uncompiled():
         for parameter in model.parameters():
             undone_by(setattr, parameter, "grad", parameter.grad)
             undone_by(_hold_again, parameter, parameter.data)

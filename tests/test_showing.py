@@ -549,3 +549,17 @@ def test_norms_are_told_in_each_precision(dtype: torch.dtype):
     assert site.change == pytest.approx(float(change.norm() / model[0].weight.detach().float().norm()), rel=1e-2)
     gradients = {tensor.name: tensor.gradient for tensor in site.tensors}
     assert gradients["lora_B"] == pytest.approx(float(model[0].default.lora_B.grad.float().norm()), rel=1e-3)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_has_taken_a_part_of_the_weight_has_changed_nothing_yet(init: Any):
+    model: Any = nn.Sequential(nn.Linear(8, 8))
+    weight = model[0].weight.detach().clone()
+    get_peft_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=init))
+    (site,) = [site for module in picture_of(model).model.inside for site in module.sites]
+    assert site.change == pytest.approx(0, abs=1e-5)
+    with torch.no_grad():
+        model[0].default.lora_B.mul_(2)
+        now = (model(torch.eye(8)) - model(torch.zeros(1, 8))).T
+    (site,) = [site for module in picture_of(model).model.inside for site in module.sites]
+    assert site.change == pytest.approx(float((now - weight).norm() / weight.norm()), rel=1e-4)

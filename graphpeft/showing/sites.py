@@ -63,10 +63,13 @@ def with_change(
     with torch.no_grad():
         place = (adapted.site.owner, adapted.site.attribute)
         weight = originals.get(place, own_parameter(modules[adapted.site.owner], adapted.site.attribute))
-        # one that has taken a part of the weight reads what is left of it
-        own = None if adapted.replaced else originals.get(place)
-        base = norm_of(weight)
-        changed = norm_of(delta(adapted, modules, base=own))
+        left = adapted.replaced.get(adapted.site.attribute)
+        if left is None:
+            change = delta(adapted, modules, base=originals.get(place))
+        else:
+            # one that has taken a part of the weight adds to what it has left of it
+            change = own_parameter(modules[adapted.site.owner], left) + delta(adapted, modules) - weight
+        base, changed = norm_of(weight), norm_of(change)
     return drawn if base == 0 else dataclasses.replace(drawn, change=changed / base)
 
 

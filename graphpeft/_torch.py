@@ -18,6 +18,7 @@ Code that fx generates contains names of ``torch._C._nn``, where public function
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import sys
@@ -59,6 +60,7 @@ __all__ = [
     "aot_inductor",  # the export format of that name
     "argument_names",  # tells whether a node of a program draws random numbers
     "autocast_options",  # for nodes of regions under autocast
+    "base_of",  # of a view that was made without gradients, the tensor that has one
     "call_with_hooks",  # calls a module where `fx` has replaced `nn.Module.__call__`
     "can_take_data",  # lets a buffer that several holders have be moved once
     "checkpoint_module",
@@ -77,12 +79,14 @@ __all__ = [
     "leave_autocast",
     "make_wrapper",  # tensors without numbers of their own
     "padding_of_convolution",
+    "post_accumulate_hooks",  # such hooks may step an optimizer in a backward that is undone
     "printed_target",  # a node's target as text
     "pytree",  # flattens nested containers as `fx` and `torch.export` do
     "reparametrized",  # replaces a module's tensors during its forward; `functional_call` would run hooks
     "saved_tensors_go_elsewhere",  # tells whether hooks handle tensors saved for backward
     "sharded_parameter_behind",  # the same for `fully_shard`
     "storage_key",  # tells which tensors share memory, also fake ones
+    "uncompiled",  # hooks and modes see what runs; with fullgraph=True, compiled code refuses them
     "version",  # counts in-place writes into a tensor
 ]
 
@@ -120,6 +124,16 @@ def is_in_backward() -> bool:
 def version(tensor: torch.Tensor) -> int:
     """Returns the number of in-place writes into a tensor."""
     return tensor._version
+
+
+def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Returns the tensor of which a tensor is a view; None if it is of its own."""
+    return tensor._base
+
+
+def post_accumulate_hooks(tensor: torch.Tensor) -> dict[int, Any]:
+    """Returns the hooks that run after a tensor's gradient is there; {} without any."""
+    return tensor._post_accumulate_grad_hooks or {}
 
 
 def can_take_data(tensor: torch.Tensor, other: torch.Tensor) -> bool:
@@ -180,6 +194,13 @@ def compiler_options() -> Any:
     With its `error_on_nested_fx_trace` off, compiled code runs uncompiled in a trace.
     """
     return sys.modules.get("torch._dynamo.config")
+
+
+def uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Returns a context in which compiled modules run their own code, as if they weren't compiled."""
+    # before its first use, its import would be slow
+    dynamo = sys.modules.get("torch._dynamo")
+    return contextlib.nullcontext() if dynamo is None else torch.compiler.set_stance("force_eager")
 
 
 def compiler_asks() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -227,6 +228,23 @@ def test_a_search_finds_a_node_in_closed_calls(browser: Any, tmp_path: Path):
     assert "lora_B" in opened.tab.inner_text("#details h2")
 
 
+class BoundInTraining(Functional):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x, self.first)
+        return torch.tanh(y) if self.training else y
+
+
+def test_a_search_finds_a_node_of_training_alone(browser: Any, tmp_path: Path):
+    model = get_peft_model(BoundInTraining(), LoraConfig(r=2, target_parameters=["first"]))
+    opened = Opened(browser, graphpeft.show(model, tmp_path / "model.html").path)
+    opened.tab.fill("#search", "tanh")
+    opened.tab.locator("#found button", has_text=re.compile("tanh$")).click()
+    opened.tab.wait_for_selector(".after .node.chosen")
+    assert opened.tab.inner_text("#details h2") == "tanh"
+    assert opened.tab.locator("select.mode").evaluate("(choice) => choice.value") == "training"
+    assert opened.errors == []
+
+
 def test_modules_fold_and_unfold(browser: Any, tmp_path: Path):
     opened = Opened(browser, graphpeft.show(vit(), tmp_path / "vit.html").path)
     opened.tab.click("#fold")
@@ -248,6 +266,15 @@ def test_a_page_tells_why_nothing_is_kept(browser: Any, tmp_path: Path):
     model = nn.Sequential(nn.Linear(3, 3)).requires_grad_(False)
     opened = Opened(browser, graphpeft.show(model, tmp_path / "m.html", example_inputs=(torch.randn(2, 3),)).path)
     assert "since no parameter requires a gradient" in opened.tab.inner_text("p.remark")
+
+
+def test_a_page_with_names_that_are_left_out_opens_as_a_whole(browser: Any, tmp_path: Path):
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    report = explain(model, LoraConfig(target_modules=["0", "1", "2"], exclude_modules=["2"]))
+    opened = Opened(browser, graphpeft.show(report, tmp_path / "plan.html").path)
+    opened.open_all()
+    assert opened.errors == []
+    assert opened.tab.locator(".refusals p").all_inner_texts() == ["2"]
 
 
 def test_refusals_are_told(browser: Any, tmp_path: Path):

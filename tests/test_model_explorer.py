@@ -20,7 +20,7 @@ from graphpeft.showing.reading import picture_of
 TEXT, LIST = str, list
 
 FIELDS: dict[str, dict[str, Any]] = {
-    "collection": {"label": TEXT, "graphs": LIST},
+    "collection": {"label": TEXT, "subgraphs": LIST},
     "graph": {"id": TEXT, "nodes": LIST, "groupNodeAttributes": dict},
     "node": {
         "id": TEXT,
@@ -45,12 +45,16 @@ def checked(kind: str, value: dict[str, Any], *needed: str) -> None:
     assert all(isinstance(inner, FIELDS[kind][name]) for name, inner in value.items()), (kind, value)
 
 
-def assert_readable(collection: dict[str, Any]) -> None:
-    """Asserts that a collection has the fields of the format, and that all that it refers to is there."""
-    checked("collection", collection, "label", "graphs")
-    ids = [graph["id"] for graph in collection["graphs"]]
+def assert_readable(collections: list[dict[str, Any]]) -> None:
+    """Asserts that collections have the fields of the format, and that all that they refer to is there."""
+    assert collections
+    for collection in collections:
+        checked("collection", collection, "label", "subgraphs")
+        assert collection["subgraphs"]
+    graphs = [graph for collection in collections for graph in collection["subgraphs"]]
+    ids = [graph["id"] for graph in graphs]
     assert len(ids) == len({*ids})
-    for graph in collection["graphs"]:
+    for graph in graphs:
         checked("graph", graph, "id", "nodes")
         names = [node["id"] for node in graph["nodes"]]
         assert len(names) == len({*names}), graph["id"]
@@ -71,9 +75,10 @@ def assert_readable(collection: dict[str, Any]) -> None:
 
 def written(shown: Any, folder: Path, **options: Any) -> dict[str, Any]:
     path = graphpeft.show(shown, folder / "model.json", **options).path
-    collection = json.loads(path.read_text(encoding="utf-8"))
-    assert_readable(collection)
-    return collection
+    collections = json.loads(path.read_text(encoding="utf-8"))
+    assert_readable(collections)
+    graphs = [graph for collection in collections for graph in collection["subgraphs"]]
+    return {"graphs": graphs, "first": collections[0]["subgraphs"]}
 
 
 def attributes(node: dict[str, Any]) -> dict[str, str]:
@@ -122,9 +127,30 @@ def test_calls_of_a_trace_are_namespaces_and_the_trace_is_shown_first(tmp_path: 
     inside = nn.Sequential(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), nn.Linear(6, 2))
     model = graphpeft.trace(inside, (torch.randn(2, 6),))
     collection = written(get_peft_model(model, LoraConfig(r=2, target_modules=["0.0"])), tmp_path)
-    first = collection["graphs"][0]
+    [first] = collection["first"]
     assert first["id"] == "the model"
     assert {node["namespace"] for node in first["nodes"] if "style" in node} == {"0"}
+
+
+class Long(nn.Module):
+    """Its forward has more nodes than the model has modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.ones(6, 6)), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(4):
+            x = torch.tanh(x @ self.first)
+        return self.second(x)
+
+
+def test_the_modules_are_shown_first_where_a_forward_is_larger(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["second"], target_parameters=["0.first"])
+    written_graphs = written(get_peft_model(nn.Sequential(Long(), nn.Linear(6, 6)), config), tmp_path)
+    # of the first collection, the viewer shows the largest graph, wherever it stands
+    assert [graph["id"] for graph in written_graphs["first"]] == ["modules"]
+    assert {graph["id"] for graph in written_graphs["graphs"]} == {"modules", "0", "0.second"}
 
 
 @pytest.mark.parametrize(

@@ -528,3 +528,46 @@ def test_a_page_is_not_written_as_an_image(name: str, tmp_path: Path):
     with pytest.raises(ValueError, match=r"a page of HTML.*model\.html"):
         graphpeft.show(nn.Linear(2, 2), tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel])
+def test_a_model_in_a_wrapper_is_shown_as_itself(wrap: Any):
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+    assert picture_of(wrap(model)) == picture_of(model)
+    assert [adapter.name for adapter in picture_of(wrap(model)).adapters] == ["default"]
+
+
+def test_a_suffix_in_capitals_is_that_of_model_explorer(tmp_path: Path):
+    shown = graphpeft.show(nn.Sequential(nn.Linear(4, 4)), tmp_path / "MODEL.JSON")
+    assert json.loads(shown.path.read_text(encoding="utf-8"))
+    assert shown._repr_html_() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_norms_are_told_in_each_precision(dtype: torch.dtype):
+    model: Any = nn.Sequential(nn.Linear(4, 4)).to(dtype)
+    get_peft_model(model, LoraConfig(r=2, lora_alpha=6, target_modules=["0"]), autocast_adapter_dtype=False)
+    with torch.no_grad():
+        model[0].default.lora_B.normal_()
+    x = torch.randn(3, 4, dtype=dtype)
+    assert graphpeft.check_learning(model, (x,)).dead == ()
+    model(x).sum().backward()
+    (site,) = [site for module in picture_of(model).model.inside for site in module.sites]
+    change = 3 * (model[0].default.lora_B.float() @ model[0].default.lora_A.float()).detach()
+    assert site.change == pytest.approx(float(change.norm() / model[0].weight.detach().float().norm()), rel=1e-2)
+    gradients = {tensor.name: tensor.gradient for tensor in site.tensors}
+    assert gradients["lora_B"] == pytest.approx(float(model[0].default.lora_B.grad.float().norm()), rel=1e-3)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_has_taken_a_part_of_the_weight_has_changed_nothing_yet(init: Any):
+    model: Any = nn.Sequential(nn.Linear(8, 8))
+    weight = model[0].weight.detach().clone()
+    get_peft_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=init))
+    (site,) = [site for module in picture_of(model).model.inside for site in module.sites]
+    assert site.change == pytest.approx(0, abs=1e-5)
+    with torch.no_grad():
+        model[0].default.lora_B.mul_(2)
+        now = (model(torch.eye(8)) - model(torch.zeros(1, 8))).T
+    (site,) = [site for module in picture_of(model).model.inside for site in module.sites]
+    assert site.change == pytest.approx(float((now - weight).norm() / weight.norm()), rel=1e-4)

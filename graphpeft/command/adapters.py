@@ -173,7 +173,7 @@ def _refuse_the_other_kind(path: str, is_file: bool) -> None:
 
 @click.command()
 @click.argument("adapter", metavar="ADAPTER", type=FOLDER)
-@click.argument("path", metavar="FOLDER", type=FOLDER)
+@click.argument("path", metavar="FOLDER", type=PLACE)
 @click.option(
     "--rank", type=_Rank(), default="0.99", show_default=True, help="The rank, or the share of squares to keep."
 )

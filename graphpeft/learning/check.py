@@ -2,32 +2,39 @@
 
 A gradient of zero may come from the first values alone: LoRA's A has none while B is zero. So the batch runs a second
 time with other values in all trained tensors, after which everything is put back. What has no gradient then, either, is
-dead, and the lines of code are sought that go past it.
+dead, and the lines of code are sought that go past it. Where the forward draws random numbers, as one that drops whole
+layers, the batch runs a few times more before anything is called dead.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from graphpeft._torch import pytree
+from graphpeft._torch import DisableTorchFunction, pytree
 from graphpeft.adapters.adapting import known_adapters, modules_of
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapters
 from graphpeft.graph.inputs import ExampleInputs, split_inputs
 from graphpeft.graph.paths import unwrapped
 from graphpeft.learning.learning_report import LearningReport, SiteLearning, TensorLearning
+from graphpeft.learning.norms import norm_of
 from graphpeft.learning.past import reason_and_line
 from graphpeft.learning.places import Place, trained_places
-from graphpeft.learning.undone_runs import batch_kept, undone, weights_cast_anew
+from graphpeft.learning.undone_runs import WritesUndone, batch_kept, random_states, undone, weights_cast_anew
 from graphpeft.learning.watch import Watch
 from graphpeft.progress import steps
+from graphpeft.transaction import remember, trial
 
 Loss = Callable[[Any], Tensor]
 """Makes one number of what the model returns."""
+
+_AGAIN = 7
+"""How often a batch runs again where random numbers may have left something out."""
 
 _SPREAD = 0.02
 """The standard deviation of what is added to each trained tensor: that of the first weights of most language models."""
@@ -37,7 +44,8 @@ def check_learning(model: nn.Module, batch: ExampleInputs, loss: Loss | None = N
     """Tells which tensors of the active adapters get gradients from a batch, and of those that never will, why.
 
     The batch runs twice forward and backward, in the mode in which the model is: with the present values, and with
-    others in what is trained. All values, gradients, buffers and random states are put back.
+    others in what is trained. If the forward draws random numbers, it runs up to seven times more for each.
+    All values, gradients, buffers and random states are put back.
 
     Args:
         model: An adapted model.
@@ -52,7 +60,7 @@ def check_learning(model: nn.Module, batch: ExampleInputs, loss: Loss | None = N
     Raises:
         AdaptError: If the model has no adapters, none acts, or they train nothing.
         TypeError: If the batch is neither a tuple nor a dict.
-        ValueError: If no loss can be made of what the model returns, or no gradient reaches anything that it computes.
+        ValueError: If no loss can be made of what the model returns, or it is NaN or infinite.
 
     Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
@@ -75,19 +83,27 @@ def check_learning(model: nn.Module, batch: ExampleInputs, loss: Loss | None = N
             "no active adapter trains anything: activate one that isn't for inference (inference_mode=False), and "
             "unmerge and enable it while its learning is checked"
         )
-    watch = Watch()
-    paths = {place.region for place in places}
-    # a compiler can't follow what looks on, and needn't: what is compiled computes the same
-    eagerly = torch.compiler.set_stance("force_eager")
+    trained = _trained(model, places)
     # in inference mode nothing has a gradient, whatever the model is
-    with eagerly, torch.inference_mode(False), undone(model, _trained(model, places)), steps(2) as step:
+    with torch.inference_mode(False), undone(model, trained), WritesUndone(model), steps(2 + _AGAIN) as step:
         step("checking what learns: a first run")
-        now = _gradients(model, batch, loss, places)
-        _move(_trained(model, places))
-        step("checking what learns: a run with other values")
-        with watch.of(modules, paths):
-            # the loss is made inside, too: it may be what drops a value
-            moved = _gradients(model, batch, loss, places)
+        runs = _Runs(model, batch, loss, places, modules)
+        now = runs.gradients()
+        with trial(model):
+            _move(trained)
+            step("checking what learns: a run with other values")
+            moved, watch = runs.watched()
+            for _ in range(_AGAIN if runs.drawn else 0):
+                if all(_is_reached(gradient) for each in moved for gradient in each.values()):
+                    break
+                step("checking what learns: a run with other random numbers")
+                again, other = runs.watched()
+                moved = _joined(moved, again)
+                watch = max(watch, other, key=lambda each: len(each.called))
+        for _ in range(_AGAIN if runs.drawn else 0):
+            if not _left_out(now, moved):
+                break
+            now = _joined(now, runs.gradients())
         sites = tuple(
             _told(place, modules, watch, own, other) for place, own, other in zip(places, now, moved, strict=True)
         )
@@ -104,25 +120,84 @@ def _trained(model: nn.Module, places: list[Place]) -> list[Tensor]:
 def _move(tensors: list[Tensor]) -> None:
     with torch.no_grad():
         for tensor in tensors:
+            remember(tensor)
             tensor.add_(torch.randn_like(tensor), alpha=_SPREAD)
 
 
-def _gradients(
-    model: Any, batch: ExampleInputs, loss: Loss | None, places: list[Place]
-) -> list[dict[str, Tensor | None]]:
-    """Runs a batch forward and backward, and returns the gradients at each place."""
-    args, kwargs = split_inputs(batch)
-    for parameter in model.parameters():
-        parameter.grad = None
-    with batch_kept(model, batch), weights_cast_anew():
-        with torch.enable_grad():
+_Gradients = list[dict[str, Tensor | None]]
+"""The gradients at each place, by the tensors' names."""
+
+
+class _Runs:
+    """Runs of a batch forward and backward.
+
+    Attributes:
+        drawn: Whether a forward has drawn random numbers.
+    """
+
+    def __init__(
+        self, model: Any, batch: ExampleInputs, loss: Loss | None, places: list[Place], modules: Mapping[str, nn.Module]
+    ) -> None:
+        self.drawn = False
+        self._model, self._inputs, self._loss = model, split_inputs(batch), loss
+        self._places, self._modules = places, modules
+
+    def watched(self) -> tuple[_Gradients, Watch]:
+        """Returns the gradients of a run, and what was seen of it."""
+        watch = Watch()
+        with watch.of(self._modules, {place.region for place in self._places}):
+            # the loss is made inside, too: it may be what drops a value
+            return self.gradients(watch), watch
+
+    def gradients(self, watch: Watch | None = None) -> _Gradients:
+        """Returns the gradients of a run."""
+        model, (args, kwargs) = self._model, self._inputs
+        for parameter in model.parameters():
+            parameter.grad = None
+        with batch_kept(model, (args, kwargs)), weights_cast_anew(), torch.enable_grad():
+            before = random_states()
             output = model(*args or (), **kwargs)
-            number = _number(output) if loss is None else loss(output)
-        if not isinstance(number, Tensor) or number.numel() != 1:
-            raise ValueError(f"the loss is to be one number, and is {_shown(number)}")
-        if number.requires_grad:
-            number.backward()
-    return [{name: tensor.grad for name, tensor in place.tensors.items()} for place in places]
+            self.drawn = self.drawn or random_states() != before
+            number = _number(output) if self._loss is None else self._loss(output)
+            if not isinstance(number, Tensor) or number.numel() != 1:
+                raise ValueError(f"the loss is to be one number, and is {_shown(number)}")
+            if not _is_finite(number):
+                raise ValueError(f"the loss is {number.item()} with this batch, and its gradients tell nothing")
+            if watch is not None:
+                watch.before_backward(number)
+            if number.requires_grad:
+                number.backward()
+        return [{name: tensor.grad for name, tensor in place.tensors.items()} for place in self._places]
+
+
+def _is_finite(number: Tensor) -> bool:
+    # unseen, since this is no operation of the model
+    with DisableTorchFunction():
+        return bool(number.isfinite())
+
+
+def _is_reached(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.any())
+
+
+def _joined(first: _Gradients, second: _Gradients) -> _Gradients:
+    """Returns the gradients of a first run, and in the place of those that are zero or None, those of a second one."""
+    return [
+        {
+            name: gradient if _is_reached(gradient) or other[name] is None else other[name]
+            for name, gradient in each.items()
+        }
+        for each, other in zip(first, second, strict=True)
+    ]
+
+
+def _left_out(now: _Gradients, moved: _Gradients) -> bool:
+    """Returns whether anything that learns with other values wasn't reached at all with the present ones."""
+    return any(
+        gradient is None and _is_reached(other[name])
+        for each, other in zip(now, moved, strict=True)
+        for name, gradient in each.items()
+    )
 
 
 def _number(output: Any) -> Tensor:
@@ -154,15 +229,18 @@ def _told(
     dead = [name for name, tensor in tensors.items() if tensor.state == "dead"]
     if not dead:
         return SiteLearning(place.adapter, place.label, tensors)
-    reason, line = reason_and_line(place.region, place.tensors[dead[0]], moved[dead[0]], modules, watch)
+    first = dead[0]
+    reason, line = reason_and_line(place.region, first, place.tensors[first], moved[first], modules, watch)
     return SiteLearning(place.adapter, place.label, tensors, reason, line)
 
 
 def _learning(now: Tensor | None, moved: Tensor | None) -> TensorLearning:
-    norm = None if now is None else float(torch.linalg.vector_norm(now.detach(), dtype=torch.float32))
+    norm = None if now is None else norm_of(now)
+    if norm is not None and not math.isfinite(norm):
+        return TensorLearning("dead", norm)
     if norm:
         return TensorLearning("learns", norm)
-    return TensorLearning("waits" if moved is not None and bool(moved.any()) else "dead", norm)
+    return TensorLearning("waits" if _is_reached(moved) else "dead", norm)
 
 
 def _named(state: Adapters) -> dict[tuple[str, str], int]:

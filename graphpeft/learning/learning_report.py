@@ -16,8 +16,8 @@ class TensorLearning(NamedTuple):
 
     Attributes:
         state: ``"learns"`` if its gradient isn't zero; ``"waits"`` if it is zero at the present values of the adapter's
-            tensors alone, as that of LoRA's A while B is zero; ``"dead"`` if it is zero whatever these are, or there is
-            none.
+            tensors alone, as that of LoRA's A while B is zero; ``"dead"`` if it is zero whatever these are, it isn't
+            finite, or there is none.
         gradient: The norm of its gradient now; None without one.
 
     Examples:

@@ -12,6 +12,9 @@ from graphpeft.adapters.state import Adapter, Adapters
 from graphpeft.graph import overrides
 from graphpeft.graph.holders import has_tensor, tensor_at
 
+ROWS = "rows of weight"
+"""The name of the tensor of rows that are trained, such as those of new tokens."""
+
 
 class Place(NamedTuple):
     """Tensors that one adapter trains at one place.
@@ -46,7 +49,7 @@ def _of_adapter(name: str, adapter: Adapter, modules: Mapping[str, nn.Module]) -
             yield Place(name, site.label, site.region, tensors)
     trained = [(path, own) for path, names in adapter.fully_trained.items() for own in names]
     whole = [(path, own, overrides.override_name(own, name)) for path, own in trained]
-    rows = [(path, "rows of weight", overrides.rows(name)) for path in adapter.rows]
+    rows = [(path, ROWS, overrides.rows(name)) for path in adapter.rows]
     for path, told, attribute in (*whole, *rows):
         if tensors := _new(_trained(modules, path, {told: attribute}), seen):
             yield Place(name, path or "the model", path, tensors)

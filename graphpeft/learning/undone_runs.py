@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from graphpeft._torch import pytree, version
-from graphpeft.graph.inputs import ExampleInputs
-from graphpeft.tracing.random_numbers import random_python_states_kept
+from graphpeft._torch import post_accumulate_hooks, pytree, storage_key, uncompiled, version
+from graphpeft.tracing.random_numbers import random_python_states, random_python_states_kept
 from graphpeft.transaction import remember, trial, undone_by
 
 
@@ -18,30 +19,122 @@ from graphpeft.transaction import remember, trial, undone_by
 def undone(model: nn.Module, changed: Iterable[Tensor] = ()) -> Iterator[None]:
     """Puts back what runs in the context change: gradients, buffers, the states of random numbers, and values.
 
+    Of parameters whose values a forward may overwrite, those are put back that it has written within `WritesUndone`.
+
     Args:
         model: The model.
         changed: The tensors whose values are changed in the context, buffers aside.
     """
-    with trial(model), torch.random.fork_rng(), random_python_states_kept():
+    # compiled code would run without what watches it, or refuse that
+    with trial(model), torch.random.fork_rng(), random_python_states_kept(), uncompiled():
         for parameter in model.parameters():
             undone_by(setattr, parameter, "grad", parameter.grad)
+            undone_by(_hold_again, parameter, parameter.data)
+            _set_aside(post_accumulate_hooks(parameter))
         for module in model.modules():
             undone_by(_refill, module._buffers, dict(module._buffers))
-            for buffer in module._buffers.values():
-                if buffer is not None:
-                    remember(buffer)
+            for tensor in (*module._buffers.values(), *_plain(module, Tensor)):
+                if tensor is not None:
+                    remember(tensor)
+            for tensor in _plain(module, Tensor):
+                if tensor.is_leaf:
+                    undone_by(setattr, tensor, "grad", tensor.grad)
+            for generator in _plain(module, torch.Generator):
+                undone_by(generator.set_state, generator.get_state())
         for tensor in changed:
             remember(tensor)
         yield
 
 
-def _refill(buffers: dict[str, Tensor | None], kept: dict[str, Tensor | None]) -> None:
-    buffers.clear()  # of those, too, that a forward has registered
-    buffers.update(kept)
+def random_states() -> tuple[Any, ...]:
+    """Returns the states of all generators, which are equal where no random number was drawn in between."""
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    states = (state.numpy().tobytes() for state in (torch.get_rng_state(), *devices))
+    return (*states, *random_python_states())
+
+
+def _plain(module: nn.Module, kind: type[Any]) -> list[Any]:
+    """Returns what a module holds in plain attributes."""
+    return [value for value in vars(module).values() if isinstance(value, kind)]
+
+
+def _set_aside(hooks: dict[int, Any]) -> None:
+    """Takes hooks off that run after a gradient is there: they may step an optimizer, or set the gradient to None."""
+    undone_by(_refill, hooks, dict(hooks))
+    for key, hook in [*hooks.items()]:
+        # those of PyTorch itself are parts of a backward, as that of a sharded parameter is
+        if not str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("torch."):
+            del hooks[key]
+
+
+def _hold_again(parameter: Tensor, data: Tensor) -> None:
+    if parameter.data.data_ptr() != data.data_ptr():
+        parameter.data = data
+
+
+def _refill(held: dict[Any, Any], kept: dict[Any, Any]) -> None:
+    held.clear()  # also of what was added, such as a buffer that a forward has registered
+    held.update(kept)
+
+
+class WritesUndone(TorchFunctionMode):
+    """Remembers parameters just before a function writes into them, as a forward does that averages weights.
+
+    To copy all in advance would take the memory of a second model.
+
+    Attributes:
+        written: The parameters that were written.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.written: list[Tensor] = []
+        self._by_storage: dict[int, list[Tensor]] = {}
+        for parameter in model.parameters():
+            if (key := _storage(parameter)) is not None:
+                self._by_storage.setdefault(key, []).append(parameter)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for tensor in pytree.tree_leaves((_written(getattr(func, "__name__", ""), args, kwargs), kwargs.get("out"))):
+            if isinstance(tensor, Tensor):
+                for parameter in self._by_storage.get(_storage(tensor) or 0, ()):
+                    remember(parameter)
+                    self.written.append(parameter)
+        return func(*args, **kwargs)
+
+
+def _written(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Returns what a function of this name writes into."""
+    if writes(name):
+        return args[:1]
+    # with max_norm, a lookup shortens the rows that it reads
+    shortens = name in ("embedding", "embedding_bag") and kwargs.get("max_norm", args[3] if len(args) > 3 else None)
+    return args[1:2] if shortens else ()
+
+
+def writes(name: str) -> bool:
+    """Returns whether a function of this name writes into its first argument."""
+    is_operator = name.startswith("__")
+    return name in _WRITING_OPERATORS if is_operator else name.endswith("_")
+
+
+_WRITING_OPERATORS = {
+    "__setitem__",
+    *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")),
+    *(f"__i{name}__" for name in ("lshift", "rshift", "matmul")),
+}
+
+
+def _storage(tensor: Tensor) -> int | None:
+    try:
+        return storage_key(tensor)
+    except (NotImplementedError, RuntimeError):  # such as a sparse one
+        return None
 
 
 @contextlib.contextmanager
-def batch_kept(model: nn.Module, batch: ExampleInputs) -> Iterator[None]:
+def batch_kept(model: nn.Module, batch: Any) -> Iterator[None]:
     """Puts back what a run changes of its batch: gradients of inputs, and values that the model overwrites."""
     with trial(model):
         for given in pytree.tree_leaves(batch):

@@ -12,15 +12,23 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from graphpeft._torch import pytree
+from graphpeft._torch import base_of, pytree
 from graphpeft.graph.guards import is_machinery
 from graphpeft.graph.running_nodes import GENERATED, running_node
+from graphpeft.graph.tags import TAG
 from graphpeft.graph.template import LINE
+from graphpeft.learning.gradient_graph import SilentFunctions, leaves_above
+from graphpeft.learning.undone_runs import writes
 
 _TORCH = os.path.dirname(torch.__file__)
 _CHECK = os.path.join(os.path.dirname(__file__), "check.py")
+
+_READS = frozenset(("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__"))
+"""Functions that make something else than tensors of a tensor's values."""
 
 
 class Cut(NamedTuple):
@@ -29,20 +37,24 @@ class Cut(NamedTuple):
     Attributes:
         function: The operation.
         line: The line of code.
-        inputs: The inputs that have a gradient.
+        inputs: The inputs that have a gradient, each with the node of the graph of gradients that has made it.
         under_no_grad: Whether gradients were off there.
         is_number: Whether the result is of floating-point numbers.
+        escapes: Whether the result is no tensor, and can't be followed.
+        within: The `torch.autograd.Function` in whose forward it is; "" if that is an adapter's; None outside of any.
     """
 
     function: str
     line: str
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[tuple[Tensor, Any], ...]
     under_no_grad: bool
     is_number: bool
+    escapes: bool
+    within: str | None
 
     def reaches(self, tensor: Tensor) -> bool:
         """Returns whether an input was computed from `tensor`, or is that itself."""
-        return any(given is tensor or tensor in leaves_above(given) for given in self.inputs)
+        return any(given is tensor or tensor in leaves_above(given, made_by) for given, made_by in self.inputs)
 
 
 class Watch(TorchFunctionMode):
@@ -50,54 +62,127 @@ class Watch(TorchFunctionMode):
 
     Attributes:
         called: The line of code of the first call of each watched module, by path.
+        empty: The paths of those that were given no rows in any call.
         cuts: The operations at which values leave the graph of gradients, in their order.
+        silent: The functions whose backward gives no gradient; None before the loss is made.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.called: dict[str, str] = {}
+        self.empty: set[str] = set()
         self.cuts: list[Cut] = []
+        self.silent: SilentFunctions | None = None
+        self._loss: Tensor | None = None
+        # the places of the cuts whose results a tensor was computed from
+        self._behind: Any = WeakTensorKeyDictionary()
+        self._escaped: set[int] = set()
 
     @contextlib.contextmanager
     def of(self, modules: Mapping[str, nn.Module], paths: Iterable[str]) -> Iterator[None]:
         """Watches calls of modules, and all operations, in the context."""
         with contextlib.ExitStack() as stack:
             for path in paths:
-                note = modules[path].register_forward_pre_hook(lambda *_, path=path: self._note_call(path))
+                note = modules[path].register_forward_pre_hook(
+                    lambda _, args, kwargs, path=path: self._note_call(path, (args, kwargs)), with_kwargs=True
+                )
                 stack.callback(note.remove)
             stack.enter_context(self)
             yield
 
-    def _note_call(self, path: str) -> None:
+    def before_backward(self, loss: Tensor) -> None:
+        """Notes the loss."""
+        self._loss, self.silent = loss, SilentFunctions(loss)
+
+    def cuts_of(self, tensor: Tensor) -> list[Cut]:
+        """Returns the cuts through which a tensor has come to the loss, or to where that can't be seen."""
+        behind = set() if self._loss is None else self._behind.get(self._loss, set())
+        cuts = [(place, cut) for place, cut in enumerate(self.cuts) if cut.reaches(tensor)]
+        arrived = [cut for place, cut in cuts if place in behind]
+        found = arrived or [cut for place, cut in cuts if place in self._escaped or cut.escapes]
+        # within a function's forward, gradients are off, whether it has a gradient or not
+        return [cut for cut in found if cut.within is None] or found
+
+    def _note_call(self, path: str, given: Any) -> None:
+        tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
+        is_empty = bool(tensors) and not tensors[0].numel()
         if path not in self.called:
             self.called[path] = line_of(sys._getframe(1))
+            self.empty |= {path} if is_empty else set()
+        elif not is_empty:
+            self.empty.discard(path)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        tracked = [tensor for tensor in given if tensor.requires_grad]
-        made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-        if tracked and made and not any(tensor.requires_grad for tensor in made):
-            name = resolve_name(func) or getattr(func, "__name__", str(func))
-            line, is_number = line_of(sys._getframe(1)), any(tensor.is_floating_point() for tensor in made)
-            self.cuts.append(Cut(name, line, tuple(tracked), not torch.is_grad_enabled(), is_number))
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        read = _tensors(_read_by(name, args, kwargs))
+        # before the call, which may detach what it is given
+        tracked = tuple((tensor, _made_by(tensor)) for tensor in read if tensor.requires_grad)
+        result = func(*args, **kwargs)
+        made = _tensors(args[:1] if name == "__setitem__" else result)
+        behind = {place for tensor in read for place in self._behind.get(tensor, ())}
+        is_off = bool(made) and not any(tensor.requires_grad for tensor in made)
+        if tracked and (is_off or name in _READS):
+            cut = _cut(func, name, tracked, any(tensor.is_floating_point() for tensor in made))
+            if cut is not None:
+                behind.add(len(self.cuts))
+                self.cuts.append(cut)
+        if behind:
+            for tensor in (*made, *_written_whole(name, made)):
+                self._behind[tensor] = self._behind.get(tensor, set()) | behind
+            if name in _READS:
+                self._escaped |= behind
         return result
 
 
-def leaves_above(tensor: Tensor) -> set[Tensor]:
-    """Returns the leaves of the graph of gradients from which a tensor was computed."""
-    found: set[Tensor] = set()
-    seen: set[Any] = set()
-    waiting: list[Any] = [tensor.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(node.variable)
-        waiting += [source for source, _ in node.next_functions]
-    return found
+def _made_by(tensor: Tensor) -> Any:
+    try:
+        return tensor.grad_fn
+    except RuntimeError:  # of a view that was made without gradients, and whose base was written since
+        return None
+
+
+def _written_whole(name: str, made: list[Tensor]) -> list[Tensor]:
+    """Returns the tensors of which a function has written a part."""
+    bases = [base_of(tensor) for tensor in made] if writes(name) else []
+    return [base for base in bases if base is not None]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _read_by(name: str, args: Any, kwargs: Any) -> Any:
+    """Returns those of a function's arguments whose values it reads, and not the shape or the type alone."""
+    if name.endswith("_like") or name.startswith("new_"):
+        return args[1:]
+    return args[:1] if name.endswith("_as") else (args, kwargs)
+
+
+def _cut(func: Any, name: str, tracked: tuple[tuple[Tensor, Any], ...], is_number: bool) -> Cut | None:
+    """Returns the cut that the running function makes; None if it is an adapter's own, which has its other ways."""
+    frame, is_off = sys._getframe(2), not torch.is_grad_enabled()
+    is_own, within = _surroundings(frame)
+    if is_own and not is_off:
+        return None
+    told = resolve_name(func) or name or str(func)
+    return Cut(told, line_of(frame), tracked, is_off, is_number, name in _READS, within if is_off else None)
+
+
+def _surroundings(frame: FrameType | None) -> tuple[bool, str | None]:
+    """Returns whether a node of an adapter runs in a frame, and the function whose forward runs, as `Cut` has it."""
+    is_own, within, graphs = False, None, 0
+    while frame is not None and frame.f_code.co_filename != _CHECK:
+        first = frame.f_code.co_varnames[:1]
+        if not within and first and isinstance(context := frame.f_locals.get(first[0]), FunctionCtx):
+            within = type(context).__name__.removesuffix("Backward")
+        if frame.f_code.co_filename.startswith(GENERATED):
+            running = running_node(frame)
+            graphs += 1
+            if graphs == 1 and running is not None and TAG in running[1].meta:
+                is_own, within = True, within and ""
+        frame = frame.f_back
+    return is_own, within
 
 
 def line_of(frame: FrameType | None) -> str:

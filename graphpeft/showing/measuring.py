@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from graphpeft._torch import pytree
 from graphpeft.graph.inputs import ExampleInputs, split_inputs
 from graphpeft.graph.running_nodes import running_node
-from graphpeft.learning.undone_runs import batch_kept, undone, weights_cast_anew
+from graphpeft.learning.undone_runs import WritesUndone, batch_kept, undone, weights_cast_anew
 from graphpeft.progress import steps
+from graphpeft.transaction import remember
 
 
 class Costs(NamedTuple):
@@ -47,23 +48,26 @@ def measured(model: nn.Module, modules: Mapping[str, nn.Module], batch: ExampleI
         modules: Its modules by path.
         batch: A tuple of positional or a dict of keyword arguments.
     """
-    args, kwargs = split_inputs(batch)
+    args, kwargs = given = split_inputs(batch)
 
     def run() -> Any:
         with torch.enable_grad():
             return model(*args or (), **kwargs)
 
-    keeping, timing = _Keeping(modules), _Timing()
+    keeping, timing, writes = _Keeping(modules), _Timing(), WritesUndone(model)
     # in inference mode nothing is kept
     with torch.inference_mode(False), undone(model), steps(2) as step:
         step("measuring what is kept")
-        with batch_kept(model, batch), weights_cast_anew(), keeping.watch.of(modules):
+        with batch_kept(model, given), weights_cast_anew(), keeping.watch.of(modules), writes:
             with torch.autograd.graph.saved_tensors_hooks(keeping.save, _Saved.load):
                 result = run()
-            kept, by_node = keeping.sums(_own_memory(model, batch))
+            kept, by_node = keeping.sums(_own_memory(model, given))
             del result  # it has held the graph
+        # the second run is not watched, which would take time, and writes into the same
+        for parameter in writes.written:
+            remember(parameter)
         step("measuring the time")
-        with batch_kept(model, batch), weights_cast_anew(), _watched(modules, timing.begin, timing.end):
+        with batch_kept(model, given), weights_cast_anew(), _watched(modules, timing.begin, timing.end):
             run()
     return Costs(kept, by_node, timing.seconds)
 
@@ -174,7 +178,7 @@ def _none(_: object) -> None:
     return None
 
 
-def _own_memory(model: nn.Module, batch: ExampleInputs) -> set[Any]:
+def _own_memory(model: nn.Module, batch: Any) -> set[Any]:
     """Returns the memory that is there anyway: that of the model's tensors and of the batch."""
     given = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
     return {_memory(tensor)[0] for tensor in (*model.parameters(), *model.buffers(), *given)}

@@ -1,6 +1,7 @@
-"""A picture in the JSON of Google's Model Explorer: a collection of graphs, with nodes, namespaces and attributes.
+"""A picture in the JSON of Google's Model Explorer: collections of graphs, with nodes, namespaces and attributes.
 
-The first graph has a node for each module that has no others inside or whose forward has a graph; from there a click
+The viewer shows the largest graph of the first collection, so what is to be seen first has a collection of its own. The
+graph of modules has a node for each module that has no others inside or whose forward has a graph; from there a click
 leads to that graph. In the graphs, namespaces are the calls of modules, and an adapter's nodes have a colour.
 """
 
@@ -20,13 +21,18 @@ _COLOURS = ("#fde0b2", "#c7e3c9", "#cfd8f6", "#f6cfe0", "#d9d0ef", "#c6e7ea", "#
 def model_explorer(picture: Picture) -> str:
     """Returns a picture as text for Model Explorer."""
     modules = {module.path: module for module in _all(picture.model)}
-    graphs = [_overview(picture, modules.values())]
-    for module in modules.values():
-        graphs += [_graph(picture, modules, module, drawn) for drawn in _graphs(picture, module)]
-    # what it shows first is the first
-    if picture.model.graphs is not None:
-        graphs.append(graphs.pop(0))
-    return json.dumps({"label": picture.title, "graphs": graphs}, ensure_ascii=False)
+    overview = [_overview(picture, modules.values())]
+    forwards = {
+        path: [_graph(picture, modules, module, drawn) for drawn in _graphs(picture, module)]
+        for path, module in modules.items()
+    }
+    first = forwards.pop("") or overview
+    rest = [graph for graphs in forwards.values() for graph in graphs]
+    collections = [
+        {"label": picture.title, "subgraphs": first},
+        {"label": "inside", "subgraphs": rest if first is overview else overview + rest},
+    ]
+    return json.dumps([each for each in collections if each["subgraphs"]], ensure_ascii=False)
 
 
 def _all(module: DrawnModule) -> Iterator[DrawnModule]:

@@ -45,7 +45,7 @@ class Shown:
         return f"a picture in {self.path}"
 
     def _repr_html_(self) -> str | None:
-        if self.path.suffix == _EXPLORED:
+        if self.path.suffix.lower() == _EXPLORED:
             return None
         content = html.escape(self.path.read_text(encoding="utf-8"))
         return f'<iframe srcdoc="{content}" style="width: 100%; height: {_HEIGHT}px; border: 0"></iframe>'
@@ -93,7 +93,7 @@ def show(
         )
     picture = picture_of(shown, example_inputs)
     place = Path(tempfile.mkdtemp(prefix="graphpeft-")) / "picture.html" if path is None else Path(path)
-    content = model_explorer(picture) if place.suffix == _EXPLORED else page(picture)
+    content = model_explorer(picture) if place.suffix.lower() == _EXPLORED else page(picture)
     with Staging(place.parent) as staging:
         (staging.folder / place.name).write_text(content, encoding="utf-8")
         staging.put()

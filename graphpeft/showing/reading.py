@@ -12,6 +12,7 @@ from graphpeft.adapters.graphs import by_region, with_adapter, without_any
 from graphpeft.adapters.plan import Plan
 from graphpeft.adapters.state import Adapter, Adapters, adapters_of
 from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.graph.paths import unwrapped
 from graphpeft.graph.template import Template, names_in_slots, template_of
 from graphpeft.graph.traced_model import TracedModel, stands_for
 from graphpeft.progress import over
@@ -47,6 +48,8 @@ def picture_of(shown: nn.Module | Report, example_inputs: ExampleInputs | None =
 
 
 def _of_model(model: nn.Module, example_inputs: ExampleInputs | None) -> Picture:
+    # a compiled model, or one in several copies, has what it wraps
+    model = unwrapped(model)
     modules = modules_of(model)
     costs = None if example_inputs is None else measured(model, modules, example_inputs)
     state = adapters_of(model) or Adapters.before_any({})

@@ -14,6 +14,7 @@ from graphpeft.adapters.state import Tensors
 from graphpeft.graph.holders import has_tensor, tensor_at
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join, within
+from graphpeft.learning.norms import norm_of
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.showing.nodes import shape_of
 from graphpeft.showing.picture import DrawnSite, DrawnTensor
@@ -62,11 +63,14 @@ def with_change(
     with torch.no_grad():
         place = (adapted.site.owner, adapted.site.attribute)
         weight = originals.get(place, own_parameter(modules[adapted.site.owner], adapted.site.attribute))
-        # one that has taken a part of the weight reads what is left of it
-        own = None if adapted.replaced else originals.get(place)
-        base = torch.linalg.vector_norm(weight.detach(), dtype=torch.float32)
-        changed = torch.linalg.vector_norm(delta(adapted, modules, base=own), dtype=torch.float32)
-    return drawn if base == 0 else dataclasses.replace(drawn, change=float(changed / base))
+        left = adapted.replaced.get(adapted.site.attribute)
+        if left is None:
+            change = delta(adapted, modules, base=originals.get(place))
+        else:
+            # one that has taken a part of the weight adds to what it has left of it
+            change = own_parameter(modules[adapted.site.owner], left) + delta(adapted, modules) - weight
+        base, changed = norm_of(weight), norm_of(change)
+    return drawn if base == 0 else dataclasses.replace(drawn, change=changed / base)
 
 
 def _is_here(adapted: Any, modules: Mapping[str, nn.Module]) -> bool:
@@ -82,7 +86,7 @@ def _drawn_tensor(name: str, path: str, adapted: AdaptedSite, owner: nn.Module) 
         sizes = " × ".join(map(str, spec.shape)) or "scalar"
         return DrawnTensor(name, path, f"{sizes}, {str(adapted.dtype).removeprefix('torch.')}", spec.is_trained)
     tensor = tensor_at(owner, attribute)
-    gradient = None if tensor.grad is None else float(torch.linalg.vector_norm(tensor.grad, dtype=torch.float32))
+    gradient = None if tensor.grad is None else norm_of(tensor.grad)
     return DrawnTensor(name, path, shape_of(tensor), tensor.requires_grad, gradient)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -76,7 +76,7 @@ def _features(regions: Regions, path: str, crossing: Crossing) -> list[int]:
             inputs, returned = example_runs.call_of(regions.modules[""], regions.modules[path], regions.example_inputs)
         except TraceError as error:
             raise NoSiteError(str(error)) from error
-        seen = (inputs.get(first) if isinstance(inputs, dict) else inputs[0], returned)
+        seen = (inputs.get(first) if isinstance(inputs, Mapping) else inputs[0], returned)
     elif regions.example_inputs is None and seen == (None, None):
         raise NoSiteError(f"a {name} declares no in_features and out_features; pass example_inputs, which show them")
     features = []

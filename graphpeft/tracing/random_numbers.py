@@ -17,15 +17,15 @@ from graphpeft.graph.errors import DrawsNumbersError
 @contextlib.contextmanager
 def no_random_python_numbers() -> Iterator[None]:
     """Raises DrawsNumbersError at the end if code inside the context draws from Python's or NumPy's generator."""
-    before, failed = _random_python_states(), None
+    before, failed = random_python_states(), None
     try:
         yield
     except Exception as error:
         failed = error
     except BaseException:
-        _put_back(before, _random_python_states())
+        _put_back(before, random_python_states())
         raise
-    after = _random_python_states()
+    after = random_python_states()
     _put_back(before, after)
     if after != before:
         # another error may be a consequence of the drawn numbers
@@ -38,14 +38,15 @@ def no_random_python_numbers() -> Iterator[None]:
 @contextlib.contextmanager
 def random_python_states_kept() -> Iterator[None]:
     """Restores the states of Python's and NumPy's generators at the end."""
-    before = _random_python_states()
+    before = random_python_states()
     try:
         yield
     finally:
-        _put_back(before, _random_python_states())
+        _put_back(before, random_python_states())
 
 
-def _random_python_states() -> tuple[Any, Any]:
+def random_python_states() -> tuple[Any, Any]:
+    """Returns the states of Python's and NumPy's generators; None for NumPy's where it isn't imported."""
     numpy = sys.modules.get("numpy")
     if numpy is None:
         return random.getstate(), None

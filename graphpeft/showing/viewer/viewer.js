@@ -151,6 +151,11 @@ function drawGraphs(module, inside) {
   const place = element("div", { class: "graphs" });
   const draw = () => drawGraph(module, graphs[choice.selectedIndex], place);
   choice.addEventListener("change", draw);
+  place.showMode = (index) => {
+    if (choice.selectedIndex === index) return undefined;
+    choice.selectedIndex = index;
+    return draw();
+  };
   inside.append(...(graphs.length > 1 ? [choice] : []), place);
   return draw();
 }
@@ -337,7 +342,15 @@ function choose(module, node, place) {
 // search
 
 const MOST_FOUND = 60;
-const texts = (module) => (module.graphs === undefined ? [] : picture.graphs[module.graphs][0].after);
+
+// the nodes of a module's graphs, each at the first mode that has it
+function nodesByName(module) {
+  const found = new Map();
+  (module.graphs === undefined ? [] : picture.graphs[module.graphs]).forEach((graph, mode) => {
+    for (const node of graph.after) if (!found.has(node.name)) found.set(node.name, { node, mode });
+  });
+  return found.values();
+}
 
 function search(text) {
   const wanted = text.trim().toLowerCase();
@@ -349,8 +362,8 @@ function search(text) {
   const found = [];
   for (const module of modules.values()) {
     if (fits(module.path, module.cls)) found.push([`${module.path || picture.title}: ${module.cls}`, () => showModule(module)]);
-    for (const node of texts(module)) {
-      if (fits(node.name, node.label, node.line)) found.push([`${module.path || picture.title} › ${node.name}`, () => showNode(module, node)]);
+    for (const { node, mode } of nodesByName(module)) {
+      if (fits(node.name, node.label, node.line)) found.push([`${module.path || picture.title} › ${node.name}`, () => showNode(module, node, mode)]);
     }
   }
   const shown = found.slice(0, MOST_FOUND).map(([label, act]) => element("li", {}, element("button", { type: "button", click: act }, label)));
@@ -365,9 +378,10 @@ async function showModule(module) {
   return shown;
 }
 
-async function showNode(module, node) {
+async function showNode(module, node, mode) {
   const shown = await showModule(module);
-  let place = shown.querySelector(".graphs");
+  const place = shown.querySelector(".graphs");
+  await place.showMode(mode);
   for (const call of node.calls ?? []) await place.querySelector(`[data-name="${CSS.escape(`call:${call}`)}"]`)?.act();
   choose(module, node, place);
   place.querySelector(`.after [data-name="${CSS.escape(node.name)}"]`)?.scrollIntoView({ block: "center", inline: "center" });
@@ -381,7 +395,7 @@ async function setAll(open) {
   if (!open) return place.querySelectorAll("details").forEach((each) => (each.open = false));
   while ((closed = [...place.querySelectorAll("details")].filter((each) => !each.open && !each.matches(".untouched"))).length) {
     for (const each of closed) each.open = true;
-    await Promise.all(closed.map((each) => each.fill()));
+    await Promise.all(closed.map((each) => each.fill?.())); // a list of names is whole from the start
   }
   await Promise.all([...place.querySelectorAll(".graphs:has(.node.call)")].map((each) => each.openAll()));
   document.body.dataset.opened = "all";

@@ -1,0 +1,209 @@
+"""`check_learning` names the line at which a value is lost, also past logs, shapes, checkpoints and own functions."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from test_learning import SIZE, Block
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from graphpeft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, check_learning, get_peft_model
+
+pytestmark = pytest.mark.quick("learning")
+
+
+class Logged(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        y.detach().mean()
+        return x * (y > 0)
+
+
+class LoggedAlone(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        y.detach().mean()
+        return x + torch.zeros_like(y)
+
+
+class DetachedInPlace(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        y.detach_()
+        return x + y
+
+
+class Listed(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tensor(self.layer(x).tolist())
+
+
+class Copied(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y, z = self.layer(x), torch.empty_like(x)
+        with torch.no_grad():
+            z[:] = y
+        return x + z
+
+
+class Without(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = self.layer(x)
+        return x + y
+
+
+class Rounded(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(x).long()
+
+
+class Dropped(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer(x)
+        return self.norm(x)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return None
+
+
+class Silent(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + Doubled.apply(self.layer(x))
+
+
+class Checkpointed(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + checkpoint(self.layer, x.detach(), use_reentrant=True)
+
+
+class NoRows(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        none = torch.zeros(len(x), dtype=torch.bool)
+        return x.index_add(0, none.nonzero()[:, 0], self.layer(x[none]))
+
+
+class Parts(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.Sequential(nn.Linear(SIZE, SIZE), self.layer)
+        del self.layer
+        self.set_up()
+
+    def set_up(self) -> None:
+        first: Any = self.parts[0]
+        nn.init.ones_(first.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.parts[:1](x)
+
+
+class Overridden(Without):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+METHODS = {
+    "lora": LoraConfig(r=2),
+    "dora": LoraConfig(r=2, use_dora=True),
+    "lokr": LoKrConfig(r=2),
+    "loha": LoHaConfig(r=2),
+    "oft": OFTConfig(oft_block_size=3),
+}
+
+EXPECTED = [
+    (Logged, "gt has no gradient", "return x * (y > 0)"),
+    (LoggedAlone, "what it computes is no part of the loss", "y = self.layer(x)"),
+    (DetachedInPlace, "detach_ has no gradient", "y.detach_()"),
+    (Listed, "tolist has no gradient", "self.layer(x).tolist()"),
+    (Copied, "it runs without gradients, as under torch.no_grad()", "z[:] = y"),
+    (Without, "it runs without gradients, as under torch.no_grad()", "y = self.layer(x)"),
+    (Rounded, "long has no gradient", "return x + self.layer(x).long()"),
+    (Dropped, "what it computes is no part of the loss", "self.layer(x)"),
+    (Silent, "the backward of Doubled gives no gradient", "Doubled.apply"),
+    (Checkpointed, "a reentrant checkpoint gives none", "use_reentrant=True"),
+    (NoRows, "it is called with no rows in this batch", "self.layer(x[none])"),
+    (Parts, "in Parts this line mentions parts", "return self.parts[:1](x)"),
+    (Overridden, "the forward of Overridden does not mention layer", ""),
+]
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("block", "reason", "line"), EXPECTED, ids=[block.__name__ for block, *_ in EXPECTED])
+def test_the_line_at_which_a_value_is_lost_is_told(block: type[Block], reason: str, line: str, method: str):
+    config = METHODS[method]
+    config.target_modules = ["parts.1" if block is Parts else "layer"]
+    model = get_peft_model(nn.Sequential(block()), config).train()
+    (site,) = check_learning(model, (torch.randn(3, SIZE),)).dead
+    # of this function's own gradient of none, a method's function makes zeros
+    assert reason in site.reason or (block is Silent and "zero" in site.reason)
+    assert line in site.line
+    assert bool(site.line) == bool(line)
+
+
+def test_trained_tokens_that_the_batch_lacks_are_told():
+    config = LoraConfig(r=2, target_modules=["1"], trainable_token_indices={"0": [6, 7]})
+    model = get_peft_model(nn.Sequential(nn.Embedding(8, SIZE), nn.Linear(SIZE, 2)), config)
+    (site,) = check_learning(model, (torch.tensor([[1, 2]]),)).dead
+    assert "the batch has none of the trained tokens" in site.reason
+
+
+class Skipping(nn.Module):
+    def __init__(self, draw: Any) -> None:
+        super().__init__()
+        self.layers, self.draw = nn.ModuleList(nn.Linear(SIZE, SIZE) for _ in range(8)), draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if self.draw() > 0.3:
+                x = x + layer(x)
+        return x + self.layers[0](x).detach()
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(()), random.random], ids=["torch", "python"])
+def test_layers_that_are_skipped_at_random_are_not_dead(draw: Any):
+    torch.manual_seed(0)
+    random.seed(0)
+    model = get_peft_model(Skipping(draw), LoraConfig(r=2, target_modules="all-linear"))
+    for _ in range(3):
+        report = check_learning(model, (torch.randn(3, SIZE),))
+        assert report.dead == ()
+        assert {site.state for site in report.sites} == {"learns"}
+
+
+def test_a_model_that_draws_nothing_runs_twice():
+    model = get_peft_model(nn.Sequential(Without()), LoraConfig(r=2, target_modules=["layer"]))
+    runs: list[int] = []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    assert len(check_learning(model, (torch.randn(3, SIZE),)).dead) == 1
+    assert len(runs) == 2
+
+
+@pytest.mark.parametrize("loss", [lambda y: y.sum() / 0, lambda y: F.cross_entropy(y, torch.tensor([-100] * 3))])
+def test_a_loss_that_is_no_number_is_refused(loss: Any):
+    model = get_peft_model(nn.Sequential(nn.Linear(SIZE, SIZE)), LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"the loss is -?(nan|inf) with this batch"):
+        check_learning(model, (torch.randn(3, SIZE),), loss)
+
+
+def test_a_gradient_that_is_no_number_does_not_learn():
+    class Rooted(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + (0 * self.layer(x)).sqrt()
+
+    model = get_peft_model(nn.Sequential(Rooted()), LoraConfig(r=2, target_modules=["layer"]))
+    (site,) = check_learning(model, (torch.randn(3, SIZE).abs(),), lambda y: y.nan_to_num().sum()).dead
+    assert "isn't finite" in site.reason

@@ -140,6 +140,27 @@ def test_it_fits_a_narrow_window(browser: Any, shown: tuple[str, nn.Module, Path
     opened = Opened(browser, shown[2], viewport={"width": 400, "height": 800})
     opened.shoot(f"{shown[0]}-narrow")
     assert opened.tab.evaluate("document.documentElement.scrollWidth") <= 400
+    assert opened.tab.evaluate(CUT_BELOW) == 0
+
+
+CUT_BELOW = """[...document.querySelectorAll("figure")].filter(
+    (each) => each.offsetParent && each.scrollHeight > each.clientHeight + 1).length"""
+"""The number of graphs whose lower part isn't seen."""
+
+
+def test_wide_graphs_are_below_each_other_and_tall_ones_side_by_side(browser: Any, tmp_path: Path):
+    torch.manual_seed(0)
+    layers: Any = nn.Sequential(nn.Conv2d(512, 512, 3), nn.Linear(6, 6))
+    adapted = graphpeft.get_peft_model(layers, graphpeft.LoraConfig(r=2, target_modules=["0", "1"]))
+    opened = Opened(browser, graphpeft.show(adapted, tmp_path / "model.html").path)
+    opened.open_all()
+    assert opened.tab.evaluate(CUT_BELOW) == 0
+    tops = opened.tab.evaluate(
+        """() => Object.fromEntries([...document.querySelectorAll("details.module:has(> .inside > .graphs)")].map(
+            (each) => [each.dataset.path, [...each.querySelectorAll("figure")].map((figure) => figure.offsetTop)]))"""
+    )
+    assert tops["0"][0] < tops["0"][1]
+    assert tops["1"][0] == tops["1"][1]
 
 
 def test_coloured_nodes_are_those_of_adapters(browser: Any, shown: tuple[str, nn.Module, Path]):
@@ -197,7 +218,9 @@ def test_a_batch_s_costs_are_on_nodes_and_modules(browser: Any, tmp_path: Path, 
     labels = opened.tab.locator(".after .node.adapter").all_text_contents()
     assert any("keeps" in label and "B" in label for label in labels)
     opened.tab.locator(".after .node.adapter", has_text="keeps").first.click(force=True)
-    assert "kept for the backward" in opened.tab.inner_text("#details")
+    told = opened.tab.inner_text("#details")
+    assert "kept for the backward" in told
+    assert re.search(r"value\n2 × .*, float32", told)
 
 
 def test_closed_calls_have_the_sum_of_what_their_nodes_keep(browser: Any, tmp_path: Path):

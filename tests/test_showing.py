@@ -14,6 +14,7 @@ from contracts import FIRST
 from contracts.contract import Contract
 from models import tiny_llama
 from torch import nn
+from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.nn import functional as F
 
 import graphpeft
@@ -249,6 +250,31 @@ def test_kept_bytes_are_those_that_autograd_keeps_by_node():
     # GELU keeps its input, and has no graph
     assert drawn(picture, "1").kept == 7 * 5 * 4
     assert picture.model.kept == 7 * 2 * 4 + 7 * 5 * 4
+
+
+def test_a_batch_gives_nodes_their_shapes():
+    """Where no trace has kept them: a layer's graph is written without an example."""
+    model: Any = nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Conv2d(1, 4, 3, padding=1, groups=1))
+    model[2].register_forward_pre_hook(lambda _, args: (args[0][None, None],))
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["0", "2"])
+    model = get_peft_model(model, config)
+    model.add_adapter("second", LoHaConfig(r=2, alpha=3, target_modules=["0"]))
+    model.set_adapter(["default", "second"])
+    picture = picture_of(model, (torch.randn(7, 6),))
+    for path in ("0", "2"):
+        layer = drawn(picture, path)
+        (graph,) = model.get_submodule(path).graphs
+        values = torch.randn(7, 6) if path == "0" else torch.randn(1, 1, 7, 5)
+        propagated = ShapeProp(model.get_submodule(path))
+        propagated.propagate(values)
+        expected = {
+            node.name: f"{' × '.join(map(str, meta.shape)) or 'scalar'}, float32"
+            for node in propagated.module.graph.nodes
+            if node.op != "output" and isinstance(meta := node.meta.get("tensor_meta"), TensorMetadata)
+        }
+        assert layer.shapes == expected
+        assert len(graph.nodes) > len(expected) > 5
+    assert not any(module.shapes for module in all_modules(picture_of(model).model))
 
 
 def test_a_picture_tells_once_why_nothing_is_kept(tmp_path: Path):

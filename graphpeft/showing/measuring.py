@@ -1,5 +1,7 @@
 """What a forward costs: the bytes that autograd keeps for the backward, by node and by module, and the time by module.
 
+Beside that, the shapes of the nodes' values.
+
 A batch runs twice: once with autograd telling of each tensor that it saves, and once to be timed. What the model, the
 batch and the generators were, they are afterwards.
 """
@@ -23,6 +25,7 @@ from graphpeft.graph.inputs import ExampleInputs, split_inputs
 from graphpeft.graph.running_nodes import running_node
 from graphpeft.learning.undone_runs import WritesUndone, batch_kept, undone, weights_cast_anew
 from graphpeft.progress import steps
+from graphpeft.showing.shapes import NodeShapes
 from graphpeft.transaction import remember
 
 
@@ -33,11 +36,14 @@ class Costs(NamedTuple):
         kept: The bytes that are kept for the backward, by the path of each called module, with what is inside.
         kept_by_node: The same by the path of the module whose graph has a node, and the node's name.
         seconds: The time, by the path of each called module, with what is inside.
+        shapes: The shapes and dtypes of values as text, by the path of the module whose graph has a node, and the
+            node's name.
     """
 
     kept: Mapping[str, int]
     kept_by_node: Mapping[str, Mapping[str, int]]
     seconds: Mapping[str, float]
+    shapes: Mapping[str, Mapping[str, str]]
 
 
 def measured(model: nn.Module, modules: Mapping[str, nn.Module], batch: ExampleInputs) -> Costs:
@@ -54,12 +60,12 @@ def measured(model: nn.Module, modules: Mapping[str, nn.Module], batch: ExampleI
         with torch.enable_grad():
             return model(*args or (), **kwargs)
 
-    keeping, timing, writes = _Keeping(modules), _Timing(), WritesUndone(model)
+    keeping, timing, writes, shapes = _Keeping(modules), _Timing(), WritesUndone(model), NodeShapes(modules)
     # in inference mode nothing is kept
     with torch.inference_mode(False), undone(model), steps(2) as step:
         step("measuring what is kept")
         with batch_kept(model, given), weights_cast_anew(), keeping.watch.of(modules), writes:
-            with torch.autograd.graph.saved_tensors_hooks(keeping.save, _Saved.load):
+            with torch.autograd.graph.saved_tensors_hooks(keeping.save, _Saved.load), shapes.noted():
                 result = run()
             kept, by_node = keeping.sums(_own_memory(model, given))
             del result  # it has held the graph
@@ -69,7 +75,7 @@ def measured(model: nn.Module, modules: Mapping[str, nn.Module], batch: ExampleI
         step("measuring the time")
         with batch_kept(model, given), weights_cast_anew(), _watched(modules, timing.begin, timing.end):
             run()
-    return Costs(kept, by_node, timing.seconds)
+    return Costs(kept, by_node, timing.seconds, shapes.found)
 
 
 class _Saved:

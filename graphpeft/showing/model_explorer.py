@@ -93,6 +93,7 @@ def _graph(
             for place, source in enumerate(node.inputs)
             if source in known
         ]
+        value = node.value or module.shapes.get(node.name, "")
         called = modules.get(join(module.path, node.module)) if node.op == "call_module" else None
         nodes.append(
             {
@@ -102,7 +103,7 @@ def _graph(
                 "subgraphIds": [] if called is None else [_id(called, other) for other in _graphs(picture, called)],
                 "attrs": _attributes(_of_node(picture, module, node, site)),
                 "incomingEdges": edges,
-                "outputsMetadata": [{"id": "0", "attrs": _attributes([("value", node.value)])}] if node.value else [],
+                "outputsMetadata": [{"id": "0", "attrs": _attributes([("value", value)])}] if value else [],
             }
             | _style([] if node.slot is None else [module.slots[node.slot]])
         )

@@ -142,6 +142,7 @@ class DrawnModule:
         inside: The modules inside.
         kept: The bytes that a call keeps for the backward, with what is inside; None if that wasn't measured.
         kept_by: Those that the nodes of its graphs keep, by their names.
+        shapes: The shapes and dtypes of the values of nodes that have none in the graph, by their names.
         seconds: The time of a forward, with what is inside; None if that wasn't measured.
     """
 
@@ -158,6 +159,7 @@ class DrawnModule:
     inside: list[DrawnModule]
     kept: int | None = None
     kept_by: Mapping[str, int] = field(default_factory=dict)
+    shapes: Mapping[str, str] = field(default_factory=dict)
     seconds: float | None = None
 
 

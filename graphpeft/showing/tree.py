@@ -73,6 +73,7 @@ def tree(
             inside=parts,
             kept=None if costs is None or path not in costs.seconds else costs.kept.get(path, 0),
             kept_by={} if costs is None else costs.kept_by_node.get(path, {}),
+            shapes={} if costs is None else costs.shapes.get(path, {}),
             seconds=None if costs is None else costs.seconds.get(path),
         )
 

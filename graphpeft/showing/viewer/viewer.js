@@ -7,6 +7,7 @@ const COLOURS = 8;
 const FEWEST_EQUAL = 3;
 const MOST_OPEN_NODES = 80;
 const SMALLEST_SCALE = 0.6; // of a graph that is wider than its place
+const SHORT = 500; // pixels
 
 const colour = (place) => `--own: var(--a${place % COLOURS})`;
 const number = (value) => value.toLocaleString("en");
@@ -40,6 +41,7 @@ const above = new Map(); // the path of the module around each
   for (const list of ["inside", "sites", "trained"]) module[list] ??= [];
   module.slots ??= {};
   module.kept_by ??= {};
+  module.shapes ??= {};
   modules.set(module.path, module);
   above.set(module.path, around);
   for (const part of module.inside) remember(part, module.path);
@@ -174,13 +176,14 @@ async function drawPair(module, graph, place, open) {
   const changed = graph.after.some((node) => node.slot !== undefined);
   const sides = changed ? [["before", graph.before], ["after", graph.after]] : [["after", graph.after]];
   const engine = await graphviz;
-  const columns = [];
   const figures = sides.map(([side, nodes]) => {
     const svg = engine.renderSVGElement(laidOut(module, nodes, open), { yInvert: false });
     const figure = element("figure", { class: changed ? side : "" }, element("figcaption", {}, changed ? side : "the graph"), svg);
     const width = svg.width.baseVal.value;
     svg.style.minWidth = `${width * SMALLEST_SCALE}px`;
-    columns.push(`minmax(0, ${Math.round(width) + 20}fr)`);
+    // short graphs that don't fit side by side go below each other; tall ones would be too far apart
+    const least = svg.height.baseVal.value < SHORT ? width * SMALLEST_SCALE + 14 : 0;
+    figure.style.flex = `${Math.round(width) + 20} 1 ${Math.round(least)}px`;
     const named = new Map(nodes.map((node) => [node.name, node]));
     for (const drawn of svg.querySelectorAll("g.node, g.cluster")) {
       const title = drawn.querySelector("title");
@@ -204,7 +207,6 @@ async function drawPair(module, graph, place, open) {
     }
     return figure;
   });
-  place.style.setProperty("--columns", columns.join(" "));
   place.replaceChildren(...figures);
 }
 
@@ -270,7 +272,7 @@ function groupForGraphviz(module, group, tensors) {
 
 // operations are round boxes, what they read are small square ones, and where the graph begins and ends are ellipses
 const SHAPES = {
-  get_attr: { style: "filled", fontsize: 9, height: 0.2, margin: "0.06,0.03" },
+  get_attr: { style: "filled", fontsize: 9, height: 0.2, margin: "0.12,0.03" },
   placeholder: { shape: "ellipse", style: "filled", height: 0.2, margin: "0.04,0.01" },
   output: { shape: "ellipse", style: "filled", height: 0.2, margin: "0.04,0.01" },
 };
@@ -314,7 +316,8 @@ function choose(module, node, place) {
   tell("in the graph of", module.path || picture.title);
   if (node.arguments) tell("arguments", code(node.arguments));
   if (node.module) tell("path", code(node.module));
-  if (node.value) tell("value", node.value);
+  const value = node.value || module.shapes[node.name];
+  if (value) tell("value", value);
   if (node.line) tell("line", code(node.line));
   if (node.calls) tell("inside of the calls", node.calls.join(" "));
   const kept = module.kept_by[node.name];

@@ -7,6 +7,7 @@ import functools
 import pickle
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from graphpeft import LoraConfig, NeedsInputsError, TraceError, get_peft_model, trace
+from graphpeft import ExportError, LoraConfig, NeedsInputsError, TraceError, export, get_peft_model, trace
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit"),
@@ -357,3 +358,13 @@ def test_a_compiled_model_is_traced_as_what_was_compiled():
     compiled: Any = torch.compile(_inner(), backend="eager")
     with pytest.raises(TraceError, match=r"trace model\._orig_mod, the Sequential itself"):
         trace(compiled, (X,))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_scripted_model_is_refused_with_the_way_out(tmp_path: Path):
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(TraceError, match=r"is a ScriptModule.*; trace the module that it was made from"):
+        trace(scripted, (torch.ones(2, 4),))
+    with pytest.raises(ExportError, match=r"is a ScriptModule.*; export the module that it was made from"):
+        export(scripted, (torch.ones(2, 4),), tmp_path / "model.pt2")
+    assert not [*tmp_path.iterdir()]

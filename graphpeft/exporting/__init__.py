@@ -87,6 +87,10 @@ def export(
     target = Path(os.path.abspath(path))  # the folder "." has a name, too
     _refuse_path(form, format, target)
     model, given = unwrapped(model), Example.of(example_inputs)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ExportError(
+            "the model is a ScriptModule, of which torch.export makes no graph; export the module that it was made from"
+        )
     with steps(3) as step, _generators_kept(model), staged_beside(target) as folder:
         step("copying the model")
         source, probe = copies.sharing_weights(model), copies.sharing_weights(model)

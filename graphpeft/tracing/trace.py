@@ -85,6 +85,10 @@ def _refuse_own_call(model: nn.Module) -> None:
         raise TraceError(
             f"the model is compiled; trace model._orig_mod, the {type(compiled).__name__} itself, and compile its graph"
         )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError(
+            "the model is a ScriptModule, which no Python code runs; trace the module that it was made from"
+        )
     call = in_place.original_class(model).__call__
     if call is not nn.Module.__call__ and not isinstance(model, fx.GraphModule):
         raise TraceError(

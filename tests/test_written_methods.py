@@ -967,3 +967,20 @@ def test_a_rule_that_returns_no_value_is_named(value: Any, monkeypatch: pytest.M
     monkeypatch.setattr(OwnTensorConfig, "rule_for", lambda self, site, dtype: Without())
     with pytest.raises(AdaptError, match=f"Without of .* rewrite returns a {type(value).__name__}"):
         get_peft_model(two_layers(), OwnTensorConfig(target_modules=["0"]))
+
+
+def test_one_that_reads_the_bias_so_far_keeps_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OwnTensor, "delta", lambda self, w: w)
+    monkeypatch.setattr(OwnTensor, "bias_delta", lambda self, bias, w: bias * (w[0] + 1), raising=False)
+    model: Any = get_peft_model(two_layers(), OwnTensorConfig(target_modules=["0"]), "own")
+    model.add_adapter("lora", LoraConfig(r=2, lora_bias=True, target_modules=["0"]))
+    moved(model)
+    model.set_adapter(["own", "lora"])
+    both = model(X)
+    with pytest.raises(AdaptError, match=r"by 'own' depends on the weight itself.* name 'lora' before 'own'"):
+        model.merge_adapter(["lora"])
+    assert torch.equal(model(X), both)
+    model.set_adapter(["lora", "own"])
+    both = model(X)
+    model.merge_adapter(["lora"])
+    torch.testing.assert_close(model(X), both)

@@ -280,13 +280,13 @@ def _asked_of_weights(adapter: Adapter) -> dict[str, set[str]]:
 
 
 def _asked_by(rule: Any) -> set[str]:
-    """Returns what a rule asks for: ``weight``, the changes before its own, and ``base``, the module's weight."""
+    """Returns what a rule asks for: ``weight``, the changes before its own, also of the bias; and ``base``."""
     if isinstance(rule, Mergeable):
         asks, functions = set[str](), [rule.delta, *([rule.bias_delta] if rule.changes_bias else [])]
     else:
         # such a rule may multiply its input, and then depends on earlier changes
         asks, functions = {"weight"}, [rule.rewrite if isinstance(rule, OperationRule) else rule.enter]
-    of = {"weight": "weight", "base": "base", "base_bias": "base", "plain": "base"}
+    of = {"weight": "weight", "bias": "weight", "base": "base", "base_bias": "base", "plain": "base"}
     return asks | {kind for name, kind in of.items() for each in map(Asked, functions) if each.may_be(name)}
 
 

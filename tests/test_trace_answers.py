@@ -193,6 +193,58 @@ def test_whether_two_arguments_are_one_tensor_is_a_decision():
     assert_answers_as(module_of(forward), X, X.clone(), others=(X, X))
 
 
+class _Asks(nn.Module):
+    def forward(self, query, key):
+        return query * 2 if key is query else query + key
+
+
+class _Around(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = _Asks()
+
+    def forward(self, query, key):
+        return self.inner(query, key)
+
+
+@pytest.mark.parametrize("model", [_Asks(), _Around()], ids=["itself", "inside"])
+def test_a_module_may_ask_whether_arguments_of_the_model_are_one_tensor(model):
+    assert_answers_as(model, X, X, others=(X, X.clone()))
+    assert_answers_as(model, X, X.clone(), others=(X, X))
+    traced: Any = trace(model)
+    assert torch.equal(traced(X, 2 * X), model(X, 2 * X))
+    with pytest.raises(GuardError, match="whether the argument 'key' is 'query'"):
+        traced(X, X)
+
+
+def _asked_in_a_function(x, given, one):
+    return x * 2 if given is one else x
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [(float("inf"), 2.0), (float("nan"), 2.0), ([1, 2], [3]), ((1.5, 2), (3,))], ids=repr
+)
+@pytest.mark.parametrize("where", ["forward", "function", "module"])
+def test_an_object_that_code_names_is_told_by_identity(one, other, where):
+    def forward(self, x, given=one):
+        return x * 2 if given is one else x
+
+    def by_function(self, x, given=one):
+        return _asked_in_a_function(x, given, one)
+
+    def by_module(self, x, given=one):
+        return self.inner(x, given)
+
+    model = module_of({"forward": forward, "function": by_function, "module": by_module}[where])
+    model.inner = module_of(forward) if where == "module" else None
+    assert_answers_as(model, X, one, others=(X, other))
+    assert_answers_as(model, X, other, others=(X, one))
+    for traced in (trace(model), trace(model, (X,))):
+        assert torch.equal(traced(X), model(X))
+        with pytest.raises(GuardError):
+            traced(X, other)
+
+
 @dataclasses.dataclass
 class Inputs:
     x: torch.Tensor

@@ -10,14 +10,14 @@ import dis
 import enum
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any
 
 import torch
 
 from graphpeft.code.attribute_paths import tree_of
-from graphpeft.code.source import functions_in_forward
+from graphpeft.code.source import cached_by_class, functions_in_forward, named_in
 
 
 @functools.cache
@@ -71,6 +71,24 @@ def compares_objects(code: CodeType) -> bool:
     return any(
         after.opname == "IS_OP" and before.opname != "LOAD_CONST" for before, after in itertools.pairwise(instructions)
     )
+
+
+@cached_by_class
+def forward_compares_objects(cls: type) -> bool:
+    """Returns whether a forward, or a function that it calls, asks if two values are the same object."""
+    return any(compares_objects(function.__code__) for function in functions_in_forward(cls))
+
+
+@cached_by_class
+def types_told_apart(cls: type) -> Set[type]:
+    """Returns the types of plain values with which a forward may compare an argument by ``is``, as with a default."""
+    if not forward_compares_objects(cls):
+        return frozenset()
+    return {*map(type, named_in(functions_in_forward(cls), cls))} & _PLAIN
+
+
+# not whole numbers: Python itself has one object for each small one
+_PLAIN = {float, complex, tuple, list, dict}
 
 
 def is_identity_compared(value: Any) -> bool:

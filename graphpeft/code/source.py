@@ -74,14 +74,14 @@ def uses_in_forward(cls: type) -> Uses:
         if function not in methods:
             may_be_any = function.__globals__.get("__name__") == cls.__module__
             uses.read_elsewhere.update(read_by(function) - (set() if may_be_any else {ANY}))
-    for value in _named_in(functions_in_forward(cls), cls):
+    for value in named_in(functions_in_forward(cls), cls):
         if type(value) is operator.attrgetter:
             reduced: Any = value.__reduce__()
             uses.read_elsewhere.update(name for path in reduced[1] for name in path.split("."))
     return uses
 
 
-def _named_in(functions: Iterable[FunctionType], cls: type) -> Iterator[Any]:
+def named_in(functions: Iterable[FunctionType], cls: type) -> Iterator[Any]:
     """Yields the values of names in functions: globals, members of Python modules and `cls`, and closure variables."""
     for function in functions:
         yield from values_around(function)
@@ -214,7 +214,7 @@ def functions_called(starts: Iterable[Any], cls: type = object) -> Mapping[Funct
             found[function] = is_named and found.get(function, True) and function.__name__ not in _CALLED_BY
             if is_known or _is_excluded(function):
                 continue
-            waiting += [(value, True) for value in _named_in([function], cls)]
+            waiting += [(value, True) for value in named_in([function], cls)]
     return {function: is_named for function, is_named in found.items() if not _is_excluded(function)}
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections.abc import Iterable, Mapping
 from types import CodeType
 from typing import Any
 
 import torch
 import torch.fx as fx
+from torch import nn
 
 from graphpeft._torch import pytree
-from graphpeft.code.identity_checks import compares_objects, is_identity_compared, may_be_compared
+from graphpeft.code.identity_checks import compares_objects, is_identity_compared, may_be_compared, types_told_apart
 from graphpeft.graph import guards
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.template import SIMPLE
@@ -35,10 +37,10 @@ class Arguments:
     def __init__(self, tracer: Recorder, example: ExampleCall | None) -> None:
         self._tracer = tracer
         self._example = example
-        self._compared: dict[str, tuple[fx.Proxy, Any]] = {}
         forward = tracer.session.root.forward
         self._signature = inspect.signature(forward)
         self._code: CodeType | None = getattr(inspect.unwrap(forward), "__code__", None)
+        self._told_apart = {kind for cls in tracer.session.followed_classes() for kind in types_told_apart(cls)}
 
     def make(self) -> tuple[list[Any], dict[str, Any]]:
         """Returns positional and keyword arguments: placeholders, or example values that the graph checks in each run.
@@ -70,7 +72,7 @@ class Arguments:
                 elif isinstance(value, fx.Proxy):
                     # the example omits this argument, so the forward runs with the default
                     self._tracer.decide(value, parameter.default, f"the argument {name!r}")
-        return positional, keywords
+        return with_identities(self._tracer, self._tracer.session.root, positional, keywords)
 
     def _stays_open(self, parameter: inspect.Parameter) -> bool:
         """Returns whether a default is recorded as if it were given, so that other numbers can be, too.
@@ -105,24 +107,49 @@ class Arguments:
         placeholder = self._tracer.create_proxy("placeholder", name, defaults, {})
         if example is inspect.Parameter.empty:
             return self._tracer.present(placeholder, f"the argument {name!r}")
-        if isinstance(example, bool) or is_identity_compared(example) or may_be_compared(example, self._code):
+        if self._is_compared(example):
             # a proxy for None would make `mask is None` false
             self._tracer.decide(placeholder, example, f"the argument {name!r}")
             return example
         self._tracer.give(placeholder, example)
-        self._tracer.present(placeholder, f"the argument {name!r}")
-        is_compared = isinstance(example, torch.Tensor) and self._code is not None and compares_objects(self._code)
-        return self._with_identity_checks(name, placeholder, example) if is_compared else placeholder
+        return self._tracer.present(placeholder, f"the argument {name!r}")
 
-    def _with_identity_checks(self, name: str, placeholder: fx.Proxy, example: Any) -> fx.Proxy:
-        """Adds checks to the graph: whether an argument is the same object as an earlier argument, as in the example.
+    def _is_compared(self, example: Any) -> bool:
+        """Returns whether code may compare an argument by ``is`` with another object than an argument."""
+        return (
+            isinstance(example, bool)
+            or is_identity_compared(example)
+            or may_be_compared(example, self._code)
+            or type(example) in self._told_apart
+        )
 
-        Returns the earlier argument's placeholder if both are the same object.
-        """
-        for earlier_name, (earlier, other) in self._compared.items():
-            asked = self._tracer.create_proxy("call_function", operator.is_, (placeholder, earlier), {})
-            self._tracer.decide(asked, example is other, f"whether the argument {name!r} is {earlier_name!r}")
-            if example is other:
+
+def with_identities(
+    tracer: Recorder, module: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """Returns the arguments of a module's call, those that are one object as one proxy, if its code asks for that.
+
+    The graph checks which arguments of the model are the same object; without an example, none are.
+    """
+    code = getattr(inspect.unwrap(module.forward), "__code__", None)
+    known: dict[fx.Node, fx.Proxy] = {}
+
+    def told(value: Any) -> Any:
+        if not isinstance(value, fx.Proxy) or value.node.op != "placeholder":
+            return value
+        example = tracer.examples.given.get(value.node, value)
+        if value.node in known or not isinstance(example, torch.Tensor | fx.Proxy):
+            return known.get(value.node, value)
+        for node, earlier in known.items():
+            is_same = example is tracer.examples.given.get(node)
+            asked = tracer.create_proxy("call_function", operator.is_, (value, earlier), {})
+            name, other = value.node.target, node.target
+            tracer.decide(asked, is_same, f"whether the argument {name!r} is {other!r}")
+            if is_same:
                 return earlier
-        self._compared[name] = (placeholder, example)
-        return placeholder
+        known[value.node] = value
+        return value
+
+    if code is None or not compares_objects(code):
+        return [*args], {**kwargs}
+    return [told(value) for value in args], {name: told(value) for name, value in kwargs.items()}

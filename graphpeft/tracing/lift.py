@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from graphpeft.code.identity_checks import compares_objects
-from graphpeft.code.source import cached_by_class, functions_in_forward
+from graphpeft.code.identity_checks import forward_compares_objects
+from graphpeft.code.source import functions_in_forward
 from graphpeft.graph import in_place
 from graphpeft.graph.computed_weights import read_as_attributes
 from graphpeft.graph.copied_graphs import copy_graph
@@ -125,7 +125,8 @@ def _put_back(held: dict[str, Any], name: str, value: Any) -> None:
 def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Template, Facts | None]:
     tracer = ValueTracer(keeps_whole=lambda _: True)
     cls = class_of_forward(module)
-    if example_inputs is None and _compares_by_identity(cls):
+    # which no proxy can answer
+    if example_inputs is None and forward_compares_objects(cls):
         raise NeedsInputsError(
             f"{cls.__name__}'s forward asks whether values are the same object; pass example_inputs: a tuple of "
             "positional arguments or a dict of keyword arguments of the model"
@@ -152,12 +153,6 @@ def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Te
         return template, None
     facts = tuple((name, _observe(module, name)) for name in sorted(tracer.session.reads))
     return template, facts if all(seen is not _UNKNOWN for _, seen in facts) else None
-
-
-@cached_by_class
-def _compares_by_identity(cls: type) -> bool:
-    """Returns whether a forward asks if two values are the same object, which no proxy can answer."""
-    return any(compares_objects(function.__code__) for function in functions_in_forward(cls))
 
 
 def _reads_its_dict(forward: Callable[..., Any]) -> bool:

@@ -12,6 +12,7 @@ import torch.fx as fx
 from torch import nn
 
 from graphpeft.code.namespaces import Attribute
+from graphpeft.graph.forward_classes import class_of_forward
 from graphpeft.graph.paths import join
 from graphpeft.tracing.constants import Constants
 from graphpeft.tracing.iterators import draws_error
@@ -109,6 +110,11 @@ class Session:
         self.called: collections.Counter[str] = collections.Counter()
         self.left: dict[fx.Node, fx.Node] | None = None
         self.constants.begin()
+
+    def followed_classes(self) -> set[type]:
+        """Returns the classes of the root and of the modules whose code is recorded with it."""
+        modules = set(self.modules.values())
+        return {class_of_forward(module) for module in modules if module is self.root or not self.keeps_whole(module)}
 
     def name_of(self, tensor: torch.Tensor) -> str | None:
         """Returns the path of a parameter, a buffer or another attribute of the root's modules, or None."""

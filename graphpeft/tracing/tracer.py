@@ -30,7 +30,7 @@ from graphpeft.graph.errors import OUT_OF_MEMORY, NeedsInputsError, TraceError
 from graphpeft.graph.facts import above, writes
 from graphpeft.graph.template import LINE, SIMPLE, VALUE
 from graphpeft.tracing import no_grad
-from graphpeft.tracing.arguments import Arguments, ExampleCall
+from graphpeft.tracing.arguments import Arguments, ExampleCall, with_identities
 from graphpeft.tracing.caches import forget_traced_values
 from graphpeft.tracing.decisions import TAKES_OUT, Decisions, may_lack, needs_inputs_error
 from graphpeft.tracing.examples import Examples
@@ -313,6 +313,7 @@ class ValueTracer(fx.Tracer):
         refuse_type_checks(m)
         self.session.recording.refuse_iterators(m)
         path = self.path_of_module(m)
+        args, kwargs = with_identities(self, m, args, kwargs)
         call = Call.of(path, self.session.called[path], m.forward, args, kwargs)
         self.session.called[path] += 1
         around, self._calls = self._calls, (*self._calls, call)

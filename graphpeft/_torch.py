@@ -22,6 +22,7 @@ import contextlib
 import copy
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from torch._C import DisableTorchFunction, DisableTorchFunctionSubclass
 from torch._C import _are_functorch_transforms_active as function_transforms_active
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._guards import TracingContext
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses import fake_tensor
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as leave_autocast
@@ -88,6 +89,7 @@ __all__ = [
     "storage_key",  # tells which tensors share memory, also fake ones
     "uncompiled",  # hooks and modes see what runs; with fullgraph=True, compiled code refuses them
     "version",  # counts in-place writes into a tensor
+    "written_arguments",  # of operators, whose names tell less than those of PyTorch's functions
 ]
 
 # checkpoints: for adapters by rows, and for changed weights of own forwards, when a function runs again
@@ -201,6 +203,24 @@ def uncompiled() -> contextlib.AbstractContextManager[Any]:
     # before its first use, its import would be slow
     dynamo = sys.modules.get("torch._dynamo")
     return contextlib.nullcontext() if dynamo is None else torch.compiler.set_stance("force_eager")
+
+
+def written_arguments(function: Any) -> Mapping[str, int]:
+    """Returns the arguments into which an operator of ``torch.ops`` writes, by name, with their places.
+
+    Args:
+        function: A function; {} unless it is an operator. One with several overloads is taken for all of them.
+    """
+    if isinstance(function, OpOverloadPacket):
+        schemas = [getattr(function, name)._schema for name in function.overloads()]
+    else:
+        schemas = [function._schema] if isinstance(function, OpOverload) else []
+    return {
+        argument.name: place
+        for schema in schemas
+        for place, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    }
 
 
 def compiler_asks() -> bool:

@@ -102,11 +102,9 @@ def transaction(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def trial(model: nn.Module) -> Iterator[None]:
     """Undoes all changes made in the context when it ends, by an error or not; other threads wait, as above."""
-    with _recorded(model) as begin:
-        try:
-            yield
-        finally:
-            _undo(begin)
+    with _recorded(model) as begin, contextlib.ExitStack() as stack:
+        at_end_of(stack, _undo, begin)
+        yield
 
 
 @contextlib.contextmanager

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from interrupting import failing_at_line, lines_of
 from torch import Tensor, nn
 
 from graphpeft import LoraConfig, TaskType, check_learning, explain, get_peft_model, show
@@ -39,6 +41,11 @@ def set_data(average: Any, weight: Tensor) -> None:
     average.data = 0.5 * weight
 
 
+@torch.library.custom_op("graphpeft_tests::halve", mutates_args={"tensor"})
+def halve(tensor: Tensor) -> None:
+    tensor.mul_(0.5)
+
+
 WRITES = {
     "in place": lambda average, weight: average.mul_(0.5).add_(weight),
     "operator": lambda average, weight: average.__imul__(0.5),
@@ -47,6 +54,11 @@ WRITES = {
     "through a view": lambda average, weight: average[1].add_(1),
     "new data": set_data,
     "many": lambda average, weight: torch.nn.utils.vector_to_parameters(weight.flatten(), [average]),
+    "by a flag": lambda average, weight: nn.functional.relu(average, inplace=True),
+    "by name": lambda average, weight: torch.relu_(input=average),
+    "statistics": lambda average, weight: nn.functional.batch_norm(weight, average[0], average[1], training=True),
+    "overload": lambda average, weight: torch.ops.aten.mul_.Tensor(average, 2),
+    "operator of one's own": lambda average, weight: halve(average),
     "out": lambda average, weight: torch.mul(weight, 2, out=average),
 }
 
@@ -130,3 +142,27 @@ def test_a_tokenizer_s_batch_is_taken_as_it_is():
     )
     batch = transformers.BatchEncoding({"input_ids": torch.randint(0, 50, (2, 5)), "labels": torch.tensor([0, 1])})
     assert check_learning(model, batch).dead == ()
+
+
+@pytest.mark.parametrize("run", ["check", "show"])
+def test_a_run_that_is_interrupted_leaves_the_model_as_it_was(run: str, tmp_path: Path):
+    model: Any = get_peft_model(Averaging(WRITES["in place"]), CONFIG)
+    batch = (torch.randn(3, SIZE),)
+
+    def call() -> Any:
+        if run == "check":
+            return check_learning(model, batch)
+        return show(model, tmp_path / "model.html", example_inputs=batch)
+
+    def state() -> list[Any]:
+        hooks = [[*module._forward_hooks, *module._forward_pre_hooks] for module in model.modules()]
+        return [hooks, model.count.tolist(), *(value.tolist() for value in model.state_dict().values())]
+
+    call()  # later ones find what it has cached, and run the same lines
+    before, lines = state(), lines_of(call)
+    in_question = ("transaction.py", "learning/watch.py", "showing/measuring.py", "showing/shapes.py")
+    numbers = [number for number, line in enumerate(lines, 1) if line[0] in in_question]
+    for number in {lines[number - 1]: number for number in numbers}.values():
+        with failing_at_line(number, KeyboardInterrupt) as where, contextlib.suppress(KeyboardInterrupt):
+            call()
+        assert state() == before, where

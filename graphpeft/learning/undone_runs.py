@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from graphpeft._torch import post_accumulate_hooks, pytree, storage_key, uncompiled, version
+from graphpeft._torch import post_accumulate_hooks, pytree, storage_key, uncompiled, version, written_arguments
 from graphpeft.tracing.random_numbers import random_python_states, random_python_states_kept
 from graphpeft.transaction import remember, trial, undone_by
 
 
 @contextlib.contextmanager
 def undone(model: nn.Module, changed: Iterable[Tensor] = ()) -> Iterator[None]:
-    """Puts back what runs in the context change: gradients, buffers, the states of random numbers, and values.
+    """Puts back what runs in the context change: gradients, buffers, hooks, the states of random numbers, and values.
 
     Of parameters whose values a forward may overwrite, those are put back that it has written within `WritesUndone`.
 
@@ -32,7 +32,9 @@ def undone(model: nn.Module, changed: Iterable[Tensor] = ()) -> Iterator[None]:
             undone_by(_hold_again, parameter, parameter.data)
             _set_aside(post_accumulate_hooks(parameter))
         for module in model.modules():
-            undone_by(_refill, module._buffers, dict(module._buffers))
+            # hooks, too: one of those that watch the runs stays if the user interrupts at the wrong moment
+            for held in (module._buffers, module._forward_pre_hooks, module._forward_hooks):
+                undone_by(_refill, held, dict(held))
             for tensor in (*module._buffers.values(), *_plain(module, Tensor)):
                 if tensor is not None:
                     remember(tensor)
@@ -96,7 +98,7 @@ class WritesUndone(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for tensor in pytree.tree_leaves((_written(getattr(func, "__name__", ""), args, kwargs), kwargs.get("out"))):
+        for tensor in pytree.tree_leaves(_written(func, args, kwargs)):
             if isinstance(tensor, Tensor):
                 for parameter in self._by_storage.get(_storage(tensor) or 0, ()):
                     remember(parameter)
@@ -104,13 +106,18 @@ class WritesUndone(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _written(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Returns what a function of this name writes into."""
-    if writes(name):
-        return args[:1]
-    # with max_norm, a lookup shortens the rows that it reads
-    shortens = name in ("embedding", "embedding_bag") and kwargs.get("max_norm", args[3] if len(args) > 3 else None)
-    return args[1:2] if shortens else ()
+def _written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Returns what a function writes into."""
+    name = getattr(function, "__name__", "")
+    if writes(name) or kwargs.get("inplace"):
+        return [*args[:1]] or [*kwargs.values()]
+    if name in ("embedding", "embedding_bag"):
+        # with max_norm, a lookup shortens the rows that it reads
+        return [*args[1:2]] if kwargs.get("max_norm", args[3] if len(args) > 3 else None) else []
+    if name in ("batch_norm", "instance_norm"):
+        return [*args[1:5], kwargs.get("running_mean"), kwargs.get("running_var")]
+    places = written_arguments(function)
+    return [kwargs.get("out"), *(kwargs.get(each, args[places[each] : places[each] + 1]) for each in places)]
 
 
 def writes(name: str) -> bool:

@@ -40,6 +40,7 @@ from graphpeft import (
     VeraConfig,
     WeightRule,
     get_peft_model,
+    recorded,
     trace,
 )
 from graphpeft.graph.template import template_of
@@ -938,6 +939,33 @@ def test_a_diagonal_is_no_product_with_a_matrix() -> None:
     torch.testing.assert_close(model.merge_and_unload()(X), active)
 
 
+@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize("around", [False, True])
+def test_a_rule_with_its_own_region_of_autocast_is_refused(
+    enabled: bool, around: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def product(w: Any) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            return w @ w
+
+    class Region(OwnTensor):
+        def delta(self, w: Any) -> Any:
+            return product(w)
+
+    class InFunction(OwnTensor):
+        def delta(self, w: Any) -> Any:
+            return recorded(product)(w)
+
+    model = two_layers()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around):
+        monkeypatch.setattr(OwnTensorConfig, "rule_for", lambda self, site, dtype: Region())
+        with pytest.raises(AdaptError, match=r"computes under torch.autocast\(\).*is `recorded`"):
+            get_peft_model(model, OwnTensorConfig(target_modules=["0"]))
+        assert set(model.state_dict()) == set(two_layers().state_dict())
+        monkeypatch.setattr(OwnTensorConfig, "rule_for", lambda self, site, dtype: InFunction())
+        get_peft_model(model, OwnTensorConfig(target_modules=["0"]))
+
+
 @pytest.mark.parametrize("wrong", ["other shape", "another name"])
 def test_what_initialise_exchanges_is_refused(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def initialise(self: Any, parameters: Any, site: Any, config: Any, module: nn.Module) -> None:
@@ -970,8 +998,14 @@ def test_a_rule_that_returns_no_value_is_named(value: Any, monkeypatch: pytest.M
 
 
 def test_one_that_reads_the_bias_so_far_keeps_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(OwnTensor, "delta", lambda self, w: w)
-    monkeypatch.setattr(OwnTensor, "bias_delta", lambda self, bias, w: bias * (w[0] + 1), raising=False)
+    class OfBias(OwnTensor):
+        def delta(self, w: Any) -> Any:
+            return w
+
+        def bias_delta(self, bias: Any, w: Any) -> Any:
+            return bias * (w[0] + 1)
+
+    monkeypatch.setattr(OwnTensorConfig, "rule_for", lambda self, site, dtype: OfBias())
     model: Any = get_peft_model(two_layers(), OwnTensorConfig(target_modules=["0"]), "own")
     model.add_adapter("lora", LoraConfig(r=2, lora_bias=True, target_modules=["0"]))
     moved(model)

@@ -13,3 +13,10 @@ def is_in_autocast(device: str) -> bool:
         device: The kind, as ``"cpu"``.
     """
     return is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def depth_of_autocast() -> int:
+    """Returns how many regions of autocast are around the caller, also of those that switch it off."""
+    inside = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return inside - 1

@@ -9,6 +9,7 @@ import torch
 import torch.fx as fx
 from torch.fx.proxy import GraphAppendingTracer
 
+from graphpeft.graph.autocast import depth_of_autocast
 from graphpeft.graph.call_inputs import CallInput, call_input
 from graphpeft.rules.arguments import asked_by
 
@@ -16,16 +17,25 @@ from graphpeft.rules.arguments import asked_by
 class RuleTracer(GraphAppendingTracer):
     """Appends the operations of a rule's code on proxies to a graph."""
 
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__(graph)
+        self._depth = depth_of_autocast()
+
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
         """Returns the proxy of a new node.
 
         Raises:
-            RuleError: If the rule has switched gradients off, which a graph alone would not know of.
+            RuleError: If the rule has switched gradients off, or is in a region of autocast of its own, which a graph
+                alone would not know of.
         """
         if not torch.is_grad_enabled():
             raise RuleError(
                 "it computes under torch.no_grad(), which a graph can't hold; call detach() on what is to have no "
-                "gradient, or compute it in a function that is `recorded`"
+                "gradient, or call a function that is `recorded`"
+            )
+        if depth_of_autocast() != self._depth:
+            raise RuleError(
+                "it computes under torch.autocast(), which a graph can't hold; call a function that is `recorded`"
             )
         return super().create_proxy(*args, **kwargs)
 

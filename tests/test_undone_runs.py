@@ -96,6 +96,19 @@ def test_a_table_whose_rows_are_shortened_is_as_before(table: Any, tmp_path: Pat
     assert torch.equal(model[0].weight, before)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_a_model_with_a_scripted_part_is_checked_and_shown(tmp_path: Path):
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(SIZE, SIZE), torch.jit.script(nn.BatchNorm1d(SIZE))),
+        LoraConfig(r=2, target_modules=["0"]),
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batch = (torch.randn(3, SIZE),)
+    assert check_learning(model, batch).dead == ()
+    show(model, tmp_path / "model.html", example_inputs=batch)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_model_that_is_compiled_as_a_whole_runs_its_own_code(backend: str, tmp_path: Path):
     class Losing(nn.Module):

@@ -34,7 +34,8 @@ def undone(model: nn.Module, changed: Iterable[Tensor] = ()) -> Iterator[None]:
         for module in model.modules():
             # hooks, too: one of those that watch the runs stays if the user interrupts at the wrong moment
             for held in (module._buffers, module._forward_pre_hooks, module._forward_hooks):
-                undone_by(_refill, held, dict(held))
+                if isinstance(held, dict):  # a scripted module has others, which can't change
+                    undone_by(_refill, held, dict(held))
             for tensor in (*module._buffers.values(), *_plain(module, Tensor)):
                 if tensor is not None:
                     remember(tensor)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from graphpeft._torch import post_accumulate_hooks, pytree, storage_key, uncompiled, version, written_arguments
+from graphpeft.graph.facts import writes_by_method
 from graphpeft.tracing.random_numbers import random_python_states, random_python_states_kept
 from graphpeft.transaction import remember, trial, undone_by
 
@@ -110,7 +111,7 @@ class WritesUndone(TorchFunctionMode):
 def _written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Returns what a function writes into."""
     name = getattr(function, "__name__", "")
-    if writes(name) or kwargs.get("inplace"):
+    if writes_by_method(name) or kwargs.get("inplace"):
         return [*args[:1]] or [*kwargs.values()]
     if name in ("embedding", "embedding_bag"):
         # with max_norm, a lookup shortens the rows that it reads
@@ -119,19 +120,6 @@ def _written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
         return [*args[1:5], kwargs.get("running_mean"), kwargs.get("running_var")]
     places = written_arguments(function)
     return [kwargs.get("out"), *(kwargs.get(each, args[places[each] : places[each] + 1]) for each in places)]
-
-
-def writes(name: str) -> bool:
-    """Returns whether a function of this name writes into its first argument."""
-    is_operator = name.startswith("__")
-    return name in _WRITING_OPERATORS if is_operator else name.endswith("_")
-
-
-_WRITING_OPERATORS = {
-    "__setitem__",
-    *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")),
-    *(f"__i{name}__" for name in ("lshift", "rshift", "matmul")),
-}
 
 
 def _storage(tensor: Tensor) -> int | None:

@@ -17,12 +17,12 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from graphpeft._torch import base_of, pytree
+from graphpeft.graph.facts import writes_by_method
 from graphpeft.graph.guards import is_machinery
 from graphpeft.graph.running_nodes import GENERATED, running_node
 from graphpeft.graph.tags import TAG
 from graphpeft.graph.template import LINE
 from graphpeft.learning.gradient_graph import SilentFunctions, leaves_above
-from graphpeft.learning.undone_runs import writes
 
 _TORCH = os.path.dirname(torch.__file__)
 _CHECK = os.path.join(os.path.dirname(__file__), "check.py")
@@ -144,7 +144,7 @@ def _made_by(tensor: Tensor) -> Any:
 
 def _written_whole(name: str, made: list[Tensor]) -> list[Tensor]:
     """Returns the tensors of which a function has written a part."""
-    bases = [base_of(tensor) for tensor in made] if writes(name) else []
+    bases = [base_of(tensor) for tensor in made] if writes_by_method(name) else []
     return [base for base in bases if base is not None]
 
 

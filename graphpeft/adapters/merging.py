@@ -280,7 +280,7 @@ def _asked_of_weights(adapter: Adapter) -> dict[str, set[str]]:
 
 
 def _asked_by(rule: Any) -> set[str]:
-    """Returns what a rule asks for: ``weight``, the changes before its own, also of the bias; and ``base``."""
+    """Returns ``weight`` if a rule asks for a weight or bias so far, and ``base`` if it asks for the module's own."""
     if isinstance(rule, Mergeable):
         asks, functions = set[str](), [rule.delta, *([rule.bias_delta] if rule.changes_bias else [])]
     else:

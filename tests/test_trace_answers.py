@@ -207,7 +207,16 @@ class _Around(nn.Module):
         return self.inner(query, key)
 
 
-@pytest.mark.parametrize("model", [_Asks(), _Around()], ids=["itself", "inside"])
+def _product(query, key):
+    return query * 2 if key is query else query + key
+
+
+class _AsksInFunction(nn.Module):
+    def forward(self, query, key):
+        return _product(query, key)
+
+
+@pytest.mark.parametrize("model", [_Asks(), _Around(), _AsksInFunction()], ids=["itself", "inside", "in a function"])
 def test_a_module_may_ask_whether_arguments_of_the_model_are_one_tensor(model):
     assert_answers_as(model, X, X, others=(X, X.clone()))
     assert_answers_as(model, X, X.clone(), others=(X, X))

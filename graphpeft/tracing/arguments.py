@@ -13,9 +13,15 @@ import torch.fx as fx
 from torch import nn
 
 from graphpeft._torch import pytree
-from graphpeft.code.identity_checks import compares_objects, is_identity_compared, may_be_compared, types_told_apart
+from graphpeft.code.identity_checks import (
+    forward_compares_objects,
+    is_identity_compared,
+    may_be_compared,
+    types_told_apart,
+)
 from graphpeft.graph import guards
 from graphpeft.graph.errors import TraceError
+from graphpeft.graph.forward_classes import class_of_forward
 from graphpeft.graph.template import SIMPLE
 from graphpeft.tracing.recorder import Recorder
 
@@ -131,7 +137,6 @@ def with_identities(
 
     The graph checks which arguments of the model are the same object; without an example, none are.
     """
-    code = getattr(inspect.unwrap(module.forward), "__code__", None)
     known: dict[fx.Node, fx.Proxy] = {}
 
     def told(value: Any) -> Any:
@@ -150,6 +155,6 @@ def with_identities(
         known[value.node] = value
         return value
 
-    if code is None or not compares_objects(code):
+    if not forward_compares_objects(class_of_forward(module)):
         return [*args], {**kwargs}
     return [told(value) for value in args], {name: told(value) for name, value in kwargs.items()}

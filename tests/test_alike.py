@@ -244,14 +244,30 @@ BESIDE = (
 """An adapter, and another one, beside which its effect is rounded off."""
 
 
-def test_an_effect_that_is_rounded_off_beside_another_one_is_there():
-    assert_two_adapters_act_together(*BESIDE)
+def saturated() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False), nn.Tanh())
 
 
-def test_an_effect_that_is_not_there_beside_another_one_is_missed(monkeypatch: pytest.MonkeyPatch):
+LOST = (
+    saturated,
+    LoraConfig(r=2, lora_alpha=0.1, target_modules=["0"]),
+    (values(torch.float32, 2, 8),),
+    LoraConfig(r=1, lora_alpha=10**9, target_modules=["1"]),
+)
+"""An adapter, and another one that makes values so large that the tanh behind gives 1 for all of them."""
+
+
+@pytest.mark.parametrize("case", [BESIDE, LOST], ids=["rounded off", "behind a tanh"])
+def test_an_effect_that_is_lost_beside_another_one_is_there(case: Any):
+    assert_two_adapters_act_together(*case)
+
+
+@pytest.mark.parametrize("case", [BESIDE, LOST], ids=["rounded off", "behind a tanh"])
+def test_an_effect_that_is_not_there_beside_another_one_is_missed(case: Any, monkeypatch: pytest.MonkeyPatch):
     choose = PeftModel.set_adapter
     monkeypatch.setattr(
         PeftModel, "set_adapter", lambda self, name: choose(self, name if isinstance(name, str) else name[-1])
     )
     with pytest.raises(LawError, match="beside 'second' the other adapter has no effect"):
-        assert_two_adapters_act_together(*BESIDE)
+        assert_two_adapters_act_together(*case)

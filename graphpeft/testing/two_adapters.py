@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from graphpeft._torch import pytree
 from graphpeft.adapters.plan import AdaptError
@@ -101,12 +102,31 @@ def _require_both(model: Any, inputs: ExampleInputs, base: Any, alone: Mapping[s
 
 
 def _differs_in_double(model: Any, name: str, inputs: ExampleInputs) -> bool:
-    """Returns whether active adapters differ from one of them in double precision, where it rounds nothing off."""
+    """Returns whether active adapters differ from one of them in double precision, where it rounds nothing off.
+
+    Modules inside are asked, too: behind a tanh of large values, or a ReLU of negative ones, both give the same.
+    """
     precise = copy.deepcopy(model).double()
     given = pytree.tree_map(lambda leaf: leaf.double() if _is_real(leaf) else leaf, inputs)
-    together = run(precise, given)
+    together = _values_inside(precise, given)
     precise.set_adapter(name)
-    return not _are_close(run(precise, given), together, 0.0)
+    return not _are_close(_values_inside(precise, given), together, 0.0)
+
+
+def _values_inside(model: Any, inputs: ExampleInputs) -> list[torch.Tensor]:
+    """Returns the tensors that a model and the modules inside return, in the order of their calls."""
+    found: list[torch.Tensor] = []
+
+    def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        found.extend(leaf.clone() for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor))
+
+    hooks = [module.register_forward_hook(note) for module in model.modules()]
+    try:
+        output = run(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [*found, *(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor))]
 
 
 def _is_real(value: Any) -> bool:

@@ -8,12 +8,15 @@ import os
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from exports import BERT, HAND_WRITTEN, LLAMA, SUFFIXES
 from torch import nn
+from torch.utils._sympy.functions import Mod
 
 import graphpeft
 from graphpeft import ExportError, GuardError
+from graphpeft.exporting.conditions import breaking
 from graphpeft.exporting.formats import FORMATS
 from graphpeft.exporting.formats.pt2 import Pt2
 
@@ -324,6 +327,12 @@ def test_a_model_that_raises_itself_where_its_program_doesnt_hold_is_exported(tm
 
     report = graphpeft.export(Positions(), (torch.randn(4, 5),), tmp_path / "m.onnx", "onnx")
     assert report.checked
+
+
+def test_sizes_at_which_a_condition_divides_by_a_negative_number_are_not_tried():
+    size = sympy.Symbol("size", integer=True, positive=True)
+    found = breaking(sympy.Eq(Mod(24, size - 6), 0), size, {size: 9})
+    assert min(found) == 11  # 24 % 4 == 0, and 24 % 5 isn't; below 7 PyTorch's Mod refuses to compute
 
 
 def test_a_condition_that_only_very_large_sizes_break_is_told_in_a_warning(tmp_path):

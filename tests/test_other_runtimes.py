@@ -1,7 +1,8 @@
-"""OpenVINO and ExecuTorch run what is exported for them, where they are installed, with adapters given by a caller."""
+"""OpenVINO and ExecuTorch run what is exported for them, with adapters given by a caller."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 import graphpeft
 from graphpeft import ExportError, LoraConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.integrations]
 
 
 class Residual(nn.Module):
@@ -91,7 +92,7 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def by_openvino(path: Path, x: torch.Tensor, adapter: dict[str, torch.Tensor]) -> torch.Tensor:
-    openvino = pytest.importorskip("openvino")
+    openvino = importlib.import_module("openvino")
     compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     name = next(iter({port.get_any_name() for port in compiled.inputs} - adapter.keys()))
     given = {name: x.numpy(), **{key: value.numpy() for key, value in adapter.items()}}
@@ -99,7 +100,7 @@ def by_openvino(path: Path, x: torch.Tensor, adapter: dict[str, torch.Tensor]) -
 
 
 def by_executorch(path: Path, x: torch.Tensor, adapter: dict[str, torch.Tensor]) -> torch.Tensor:
-    runtime = pytest.importorskip("executorch.runtime")
+    runtime = importlib.import_module("executorch.runtime")
     program = runtime.Runtime.get().load_program(path)
     return program.load_method("forward").execute([x, *dict(sorted(adapter.items())).values()])[0].clone()
 
@@ -120,8 +121,7 @@ def sizes_may_change(format: str, name: str) -> bool:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("way", ["merged", "baked"])
 def test_what_is_exported_computes_what_the_model_does(format: str, name: str, way: str, tmp_path: Path) -> None:
-    package, suffix, run = FORMATS[format]
-    pytest.importorskip(package)
+    _, suffix, run = FORMATS[format]
     model, x = adapted(name)
     path = tmp_path / f"model{suffix}"
     report = graphpeft.export(model, (x,), path, format, way, dynamic=sizes_may_change(format, name))
@@ -132,8 +132,7 @@ def test_what_is_exported_computes_what_the_model_does(format: str, name: str, w
 @each_format
 @pytest.mark.parametrize("name", MODELS)
 def test_one_file_serves_all_adapters(format: str, name: str, tmp_path: Path) -> None:
-    package, suffix, run = FORMATS[format]
-    pytest.importorskip(package)
+    _, suffix, run = FORMATS[format]
     model, x = adapted(name)
     path = tmp_path / f"model{suffix}"
     graphpeft.export(model, (x,), path, format, "inputs", dynamic=sizes_may_change(format, name))
@@ -149,8 +148,7 @@ def test_one_file_serves_all_adapters(format: str, name: str, tmp_path: Path) ->
 
 @each_format
 def test_rows_of_a_batch_have_adapters_of_their_own(format: str, tmp_path: Path) -> None:
-    package, suffix, _ = FORMATS[format]
-    pytest.importorskip(package)
+    _, suffix, _ = FORMATS[format]
     model, x = adapted("hand-written")
     report = graphpeft.export(model, (x,), tmp_path / f"model{suffix}", format, "rows")
     assert max(one.difference for one in report.checked) <= 1e-4
@@ -158,8 +156,7 @@ def test_rows_of_a_batch_have_adapters_of_their_own(format: str, tmp_path: Path)
 
 @each_format
 def test_an_adapter_of_other_ranks_is_refused(format: str, tmp_path: Path) -> None:
-    package, suffix, _ = FORMATS[format]
-    pytest.importorskip(package)
+    _, suffix, _ = FORMATS[format]
     model, x = adapted("hand-written")
     path = tmp_path / f"model{suffix}"
     graphpeft.export(model, (x,), path, format, "inputs")
@@ -169,7 +166,6 @@ def test_an_adapter_of_other_ranks_is_refused(format: str, tmp_path: Path) -> No
 
 
 def test_executorch_takes_sizes_up_to_the_example_s_or_to_a_given_limit(tmp_path: Path) -> None:
-    pytest.importorskip("executorch.runtime")
     model, x = adapted("hand-written")
     graphpeft.export(model, (x,), tmp_path / "own.pte", "executorch")
     assert by_executorch(tmp_path / "own.pte", x[:1], {}).shape == (1, 5)
@@ -195,8 +191,7 @@ class Resizing(nn.Module):
     [("openvino", "has nothing for aten._upsample_bicubic2d_aa"), ("executorch", "can't lower the model")],
 )
 def test_an_operator_that_is_missing_is_named_and_nothing_is_written(format: str, reason: str, tmp_path: Path) -> None:
-    package, suffix, _ = FORMATS[format]
-    pytest.importorskip(package)
+    _, suffix, _ = FORMATS[format]
     model = graphpeft.get_peft_model(Resizing(), LoraConfig(r=2, target_modules=["layer"]))
     with pytest.raises(ExportError, match=reason):
         graphpeft.export(model, (torch.randn(2, 3, 8, 8),), tmp_path / f"model{suffix}", format)
@@ -216,7 +211,6 @@ def test_without_the_package_it_is_told_what_to_install(
 
 
 def test_openvino_s_own_reader_of_onnx_takes_merged_adapters(tmp_path: Path) -> None:
-    pytest.importorskip("openvino")
     model, x = adapted("timm")
     graphpeft.export(model, (x,), tmp_path / "model.onnx", "onnx")
     assert_near(by_openvino(tmp_path / "model.onnx", x, {}), output(model, x))

@@ -77,7 +77,7 @@ def breaking(condition: Any, symbol: Any, sizes: Mapping[Any, int]) -> set[int]:
     def breaks_it(one: int) -> bool:
         try:
             return alone.subs(symbol, one) == sympy.false
-        except ZeroDivisionError:  # a divisor in the condition is 0 at this size
+        except (ZeroDivisionError, AssertionError):  # a divisor in the condition is 0 or negative at this size
             return False
 
     wanted = {*sizes.values(), *_around(size, condition), *_roots(alone, symbol)}

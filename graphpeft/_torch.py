@@ -129,7 +129,7 @@ def version(tensor: torch.Tensor) -> int:
 
 
 def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Returns the tensor of which a tensor is a view; None if it is of its own."""
+    """Returns the base of a view; None for a tensor that is no view."""
     return tensor._base
 
 

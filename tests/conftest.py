@@ -9,6 +9,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, w
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import gc
+import importlib
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -36,3 +39,16 @@ def _seed() -> None:
 def _compiler() -> None:
     """Forgets the compilations of the tests before, since a process has only eight of a function's code."""
     torch.compiler.reset()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium."""
+    playwright: Any = importlib.import_module("playwright.sync_api")  # of the extra browser
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert found is not None, "no Chromium here; Debian's package is called chromium"
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=found, args=quiet)
+        yield chromium
+        chromium.close()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +21,10 @@ from graphpeft.adapters.adapting import modules_of
 from graphpeft.graph.tags import TAG
 from graphpeft.graph.template import template_of
 
-playwright = pytest.importorskip("playwright.sync_api")
-
 pytestmark = pytest.mark.browser
 
 SECONDS_TO_OPEN = 2
 SHOTS = Path(os.environ.get("GRAPHPEFT_SCREENSHOTS", "build/screenshots"))
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert found is not None, "no Chromium here; Debian's package is called chromium"
-    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=found, args=quiet)
-        yield chromium
-        chromium.close()
 
 
 class Opened:

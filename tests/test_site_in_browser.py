@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_browser import browser  # noqa: F401
 
 pytest.importorskip("mkdocs")
 
@@ -49,7 +48,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 class Opened:
     """A page in a tab, and the errors that it has met; a request to elsewhere is one."""
 
-    def __init__(self, browser: Any, site: str, page: str, **options: Any) -> None:  # noqa: F811
+    def __init__(self, browser: Any, site: str, page: str, **options: Any) -> None:
         self.errors: list[str] = []
         settings = {"viewport": {"width": 1280, "height": 900}, **options}
         self.tab = browser.new_context(**settings).new_page()
@@ -106,7 +105,7 @@ def luminance(colour: list[int]) -> float:
 
 
 @pytest.fixture
-def coverage(browser: Any, site: str) -> Opened:  # noqa: F811
+def coverage(browser: Any, site: str) -> Opened:
     return Opened(browser, site, "coverage")
 
 
@@ -123,7 +122,7 @@ def test_a_filter_leaves_rows_with_all_words_in_all_tables_of_the_same_headings(
     assert coverage.errors == []
 
 
-def test_a_section_without_a_row_is_hidden_with_its_text(browser: Any, site: str):  # noqa: F811
+def test_a_section_without_a_row_is_hidden_with_its_text(browser: Any, site: str):
     opened = Opened(browser, site, "third_party")
     opened.tab.fill(".table-filter input", "demucs")
     assert opened.tab.evaluate(
@@ -156,7 +155,7 @@ def test_columns_of_text_sort_as_words_and_empty_cells_come_last(coverage: Opene
     assert found == filled + [""] * (len(found) - len(filled))
 
 
-def test_times_in_other_units_sort_by_their_size(browser: Any, site: str):  # noqa: F811
+def test_times_in_other_units_sort_by_their_size(browser: Any, site: str):
     opened = Opened(browser, site, "benchmarks")
     opened.tab.locator("th button", has_text="graphpeft").first.click()
     sizes = {"µs": 1e-6, "ms": 1e-3, "s": 1, "MB": 1e6}
@@ -166,7 +165,7 @@ def test_times_in_other_units_sort_by_their_size(browser: Any, site: str):  # no
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_page_fits_a_narrow_window_and_loads_nothing_from_elsewhere(browser: Any, site: str, page: str):  # noqa: F811
+def test_a_page_fits_a_narrow_window_and_loads_nothing_from_elsewhere(browser: Any, site: str, page: str):
     opened = Opened(browser, site, page, viewport={"width": 400, "height": 800})
     opened.shoot(f"{page.replace('/', '-') or 'home'}-narrow")
     assert opened.tab.evaluate("document.documentElement.scrollWidth") <= 400
@@ -176,18 +175,18 @@ def test_a_page_fits_a_narrow_window_and_loads_nothing_from_elsewhere(browser: A
 @pytest.mark.parametrize(
     "page", ["reference/methods", "reference/models", "reference/rules", "methods", "architecture"]
 )
-def test_a_long_page_can_still_be_scrolled(browser: Any, site: str, page: str):  # noqa: F811
+def test_a_long_page_can_still_be_scrolled(browser: Any, site: str, page: str):
     opened = Opened(browser, site, page)
     assert opened.tab.evaluate("document.documentElement.scrollHeight") <= TALLEST
 
 
-def test_a_table_of_pages_has_no_filter(browser: Any, site: str):  # noqa: F811
+def test_a_table_of_pages_has_no_filter(browser: Any, site: str):
     opened = Opened(browser, site, "")
     assert opened.tab.locator("table").count() == 1
     assert opened.tab.locator(".table-filter, .table-sort").count() == 0
 
 
-def test_names_in_a_table_are_whole_where_there_is_room(browser: Any, site: str):  # noqa: F811
+def test_names_in_a_table_are_whole_where_there_is_room(browser: Any, site: str):
     opened = Opened(browser, site, "methods")
     lines = opened.tab.evaluate(
         "[...document.querySelectorAll('td:nth-child(2) > code')].map((code) => code.getClientRects().length)"
@@ -211,7 +210,7 @@ def test_names_in_a_table_are_whole_where_there_is_room(browser: Any, site: str)
         ("DoRA", "lora"),
     ],
 )
-def test_the_search_finds_a_page_for_people_first(browser: Any, site: str, words: str, page: str):  # noqa: F811
+def test_the_search_finds_a_page_for_people_first(browser: Any, site: str, words: str, page: str):
     opened = Opened(browser, site, "")
     # typed, since the theme listens to keys: a value that is set is only seen by an index that isn't there yet
     opened.tab.locator(".md-search__input").press_sequentially(words)
@@ -226,7 +225,7 @@ def test_the_search_finds_a_page_for_people_first(browser: Any, site: str, words
 
 
 @pytest.mark.parametrize("page", ["howto/qlora"])
-def test_a_page_has_copy_buttons_and_its_neighbours(browser: Any, site: str, page: str):  # noqa: F811
+def test_a_page_has_copy_buttons_and_its_neighbours(browser: Any, site: str, page: str):
     opened = Opened(browser, site, page)
     assert opened.tab.locator(".md-code__button[data-md-type=copy], .md-clipboard").count() > 0
     assert opened.tab.locator(".md-footer__link--prev, .md-footer__link--next").count() == 2
@@ -240,7 +239,7 @@ def test_a_page_has_copy_buttons_and_its_neighbours(browser: Any, site: str, pag
         ("reference/adapting", "model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))\nget_peft_model("),
     ],
 )
-def test_a_copied_example_has_no_prompts_and_no_output(browser: Any, site: str, page: str, copied: str):  # noqa: F811
+def test_a_copied_example_has_no_prompts_and_no_output(browser: Any, site: str, page: str, copied: str):
     opened = Opened(browser, site, page)
     opened.tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
     blocks = opened.tab.locator(".highlight", has=opened.tab.locator(".gp"))
@@ -256,6 +255,6 @@ def test_a_copied_example_has_no_prompts_and_no_output(browser: Any, site: str, 
     "selector",
     [".table-filter input", ".table-filter output", ".table-sort", "tbody td", ".md-typeset p", ".md-nav__link"],
 )
-def test_text_can_be_read_in_both_schemes(browser: Any, site: str, scheme: str, selector: str):  # noqa: F811
+def test_text_can_be_read_in_both_schemes(browser: Any, site: str, scheme: str, selector: str):
     opened = Opened(browser, site, "coverage", color_scheme=scheme)
     assert opened.contrast(selector) >= READABLE

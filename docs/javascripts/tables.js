@@ -2,7 +2,7 @@
 // Gives large tables a box that filters their rows, and columns that sort. Tables with the same headings share a box.
 
 (() => {
-  const LARGE = 15; // rows; fewer are seen at once, as those of a table of pages
+  const LARGE = 15; // rows; a smaller table needs no filter
   const UNITS = { ns: 1e-9, "µs": 1e-6, ms: 1e-3, s: 1, kB: 1e3, MB: 1e6, GB: 1e9 };
   const HEADING = /^H[2-6]$/;
   const article = document.querySelector(".md-content__inner");

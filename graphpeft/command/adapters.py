@@ -209,7 +209,7 @@ def _deviation(model: Any, converted: Any, example_inputs: Any) -> str | float:
 def _adapted(adapter: str, base: str | None) -> Given:
     """Returns the base with an adapter, and inputs of it."""
     try:
-        read(adapter)  # what is wrong in it is told before a base is loaded
+        read(adapter)  # a broken file is reported before the base is loaded
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     if base is None:

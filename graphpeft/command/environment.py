@@ -27,8 +27,7 @@ def environment() -> dict[str, str | None]:
     """Returns versions by name; None for a package that isn't installed.
 
     Returns:
-        The packages of which an adapted model may be made, Python, the system, and the device on which PyTorch computes
-        if it isn't told otherwise.
+        Versions of this library, PyTorch, the packages around them, and Python; the system, and PyTorch's accelerator.
     """
     return {
         "graphpeft": version("graphpeft"),

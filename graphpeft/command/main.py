@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _warnings_of(name: str) -> Iterator[None]:
-    """Prints each warning of this library once, as a line like that of an error, without its place in the code."""
+    """Prints each warning of this library once, on one line, without file and line number."""
     usual, told = warnings.formatwarning, set[str]()
 
     def formatted(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> str:

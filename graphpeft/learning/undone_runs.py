@@ -125,7 +125,7 @@ def _written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
 def _storage(tensor: Tensor) -> int | None:
     try:
         return storage_key(tensor)
-    except (NotImplementedError, RuntimeError):  # such as a sparse one
+    except (NotImplementedError, RuntimeError):  # a sparse tensor has no storage
         return None
 
 

@@ -195,5 +195,5 @@ def _memory(tensor: Tensor) -> tuple[Any, int]:
     try:
         storage = tensor.untyped_storage()
         return (tensor.device, storage.data_ptr()), storage.nbytes()
-    except (NotImplementedError, RuntimeError):  # such as a sparse one
+    except (NotImplementedError, RuntimeError):  # a sparse tensor has no storage
         return id(tensor), tensor.numel() * tensor.element_size()

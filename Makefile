@@ -31,7 +31,7 @@ integrations: export OMP_NUM_THREADS := 1
 
 integrations: .venv/.integrations  ## run the tests with libraries that train models, such as trl, and users' workflows with both
 	$(BIN)/pytest -m integrations $(ARGS)
-	$(BIN)/python coverage/workflows/run.py
+	$(BIN)/python evidence/workflows/run.py
 
 browser: .venv/.browser  ## open pictures in headless Chromium, Debian's package chromium; screenshots are in build/
 	$(BIN)/pytest -m browser $(ARGS)
@@ -66,19 +66,19 @@ bench: .venv/.installed  ## compare speed with PEFT
 	$(BIN)/python benchmarks/run.py
 
 coverage: .venv/.installed  ## trace models of three libraries, and write docs/coverage.md; ARGS="timm" chooses
-	$(BIN)/python coverage/run.py $(ARGS)
+	$(BIN)/python evidence/run.py $(ARGS)
 
 methods: .venv/.installed  ## adapt each kind of weight by each method, and write docs/methods.md
-	PYTHONPATH=tests $(BIN)/python coverage/methods.py
+	PYTHONPATH=tests $(BIN)/python evidence/methods.py
 
 third-party: .venv/.third-party  ## adapt models of many packages with both libraries, and write docs/third_party.md; likewise
-	$(BIN)/python coverage/third_party/run.py $(ARGS)
+	$(BIN)/python evidence/third_party/run.py $(ARGS)
 
 peft-tests: .venv/.peft-tests  ## run PEFT's own tests with this library in its place, and write docs/peft_tests.md
-	$(BIN)/python coverage/peft_tests/run.py $(ARGS)
+	$(BIN)/python evidence/peft_tests/run.py $(ARGS)
 
 pictures: .venv/.browser  ## draw the pictures of docs/ by headless Chromium
-	$(BIN)/python coverage/pictures.py
+	$(BIN)/python evidence/pictures.py
 	$(BIN)/python benchmarks/picture.py
 
 docs: export EDIT_URI := $(if $(REPOSITORY_URL),edit/main/docs/)

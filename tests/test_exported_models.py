@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("exported_models", ROOT / "coverage" / "exported_models.py")
+    spec = importlib.util.spec_from_file_location("exported_models", ROOT / "evidence" / "exported_models.py")
     assert spec is not None
     assert spec.loader is not None
     found = importlib.util.module_from_spec(spec)

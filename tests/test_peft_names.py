@@ -51,7 +51,7 @@ def test_a_name_that_does_not_exist_says_what_to_use() -> None:
 
 
 def test_the_page_of_names_is_of_today(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("peft_names", ROOT / "coverage" / "peft_names.py")
+    spec = importlib.util.spec_from_file_location("peft_names", ROOT / "evidence" / "peft_names.py")
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)

@@ -79,15 +79,15 @@ def test_the_bars_are_those_of_the_benchmarks_table():
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_picture_of_a_rule_has_the_nodes_of_todays_graph(scheme: str):
-    pictures = script("coverage/pictures.py")
+    pictures = script("evidence/pictures.py")
     template = template_of(pictures.graph())
     assert template is not None
     nodes = template.plain.graphs[0].nodes
     text = (pictures.PICTURES / f"rule-{scheme}.svg").read_text(encoding="utf-8")
     drawn = set(re.findall(r'data-name="([^"]+)"', text))
-    assert {node.name for node in nodes if TAG in node.meta} <= drawn, "run coverage/pictures.py"
+    assert {node.name for node in nodes if TAG in node.meta} <= drawn, "run evidence/pictures.py"
     # checks of arguments aren't drawn
-    assert drawn <= {node.name for node in nodes}, "run coverage/pictures.py"
+    assert drawn <= {node.name for node in nodes}, "run evidence/pictures.py"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Adapts models of many packages with PEFT and with graphpeft, compares, and writes docs/third_party.md.
 
-    python coverage/third_party/run.py [names of packages or of models]
+    python evidence/third_party/run.py [names of packages or of models]
 
 What was measured is kept in build/third_party.jsonl, and not measured again; delete that file to begin anew. Packages
 that aren't installed are told, and left out: their rows remain as they were measured last.

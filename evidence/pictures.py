@@ -2,7 +2,7 @@
 
 ``rule-*.svg`` are graphs, for docs/concepts.md, and ``show-*.png`` is the page that `show` writes, for docs/index.md.
 
-python coverage/pictures.py
+python evidence/pictures.py
 
 Chromium lays them out, Debian's package chromium; tests/test_pictures.py compares them with today's graphs.
 """

@@ -37,7 +37,7 @@ def page(rows: list[Row]) -> str:
     return f"""# Workflows
 
 `make integrations` runs {len(rows)} workflows of users with both libraries. Each is one script in
-`coverage/workflows/`, which takes the library as an argument. It was run with {versions}.
+`evidence/workflows/`, which takes the library as an argument. It was run with {versions}.
 
 - *equal*: it holds in both, with the same losses, outputs, names or whatever the script returns, numbers within
   a thousandth.

@@ -1,6 +1,6 @@
 """Runs workflows with one library, in a process that never sees the other, and writes a line of JSON for each.
 
-python coverage/workflows/one_library.py graphpeft with_trl file.jsonl
+python evidence/workflows/one_library.py graphpeft with_trl file.jsonl
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Runs PEFT's own tests with graphpeft in the place of PEFT, compares with PEFT, and writes a page.
 
-    python coverage/peft_tests/run.py [--tree FOLDER] [--peft] [files of tests, as test_auto]
+    python evidence/peft_tests/run.py [--tree FOLDER] [--peft] [files of tests, as test_auto]
 
 The tests come with PEFT's source distribution, and are kept in build/peft_tests beside a cache of tiny models that
 stands for the hub. Those that PEFT passes are in scope, in two parts: in_scope.json lists

@@ -1,6 +1,6 @@
 """Traces models of timm, torchvision and Transformers, compares each graph with its model, and writes a table.
 
-    python coverage/run.py [names of libraries or of models]
+    python evidence/run.py [names of libraries or of models]
 
 What was measured is kept in build/coverage.jsonl, and not measured again; delete that file to begin anew.
 """

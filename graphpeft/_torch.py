@@ -22,8 +22,9 @@ import contextlib
 import copy
 import os
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import FunctionType
+from typing import Any, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
@@ -32,6 +33,7 @@ from torch import fx, nn
 from torch._C import DisableTorchFunction, DisableTorchFunctionSubclass
 from torch._C import _are_functorch_transforms_active as function_transforms_active
 from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._guards import TracingContext
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses import fake_tensor
@@ -89,8 +91,11 @@ __all__ = [
     "storage_key",  # tells which tensors share memory, also fake ones
     "uncompiled",  # hooks and modes see what runs; with fullgraph=True, compiled code refuses them
     "version",  # counts in-place writes into a tensor
+    "without_compiler",  # leaves the compiler's import to its users
     "written_arguments",  # of operators, whose names tell less than those of PyTorch's functions
 ]
+
+_Function = TypeVar("_Function", bound=FunctionType)
 
 # checkpoints: for adapters by rows, and for changed weights of own forwards, when a function runs again
 
@@ -203,6 +208,24 @@ def uncompiled() -> contextlib.AbstractContextManager[Any]:
     # before its first use, its import would be slow
     dynamo = sys.modules.get("torch._dynamo")
     return contextlib.nullcontext() if dynamo is None else torch.compiler.set_stance("force_eager")
+
+
+def without_compiler(reason: str) -> Callable[[_Function], _Function]:
+    """Returns a decorator, by which compiled code calls a function as it is, as after ``torch.compiler.disable``.
+
+    PyTorch's own decorator imports ``torch._dynamo``, which takes longer than importing this library.
+
+    Args:
+        reason: The reason, for the compiler's messages.
+    """
+
+    def marked(function: _Function) -> _Function:
+        marks = {"": True, "_msg": reason, "_recursive": True}
+        vars(function).update({f"_torchdynamo_disable{name}": value for name, value in marks.items()})
+        set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+        return function
+
+    return marked
 
 
 def written_arguments(function: Any) -> Mapping[str, int]:

@@ -18,11 +18,11 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, cast
 
-import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from graphpeft import transaction
+from graphpeft._torch import without_compiler
 from graphpeft.graph.forward_arguments import leading_to_class
 from graphpeft.graph.holders import distribute_adapters, without_holders
 from graphpeft.graph.kept_forwards import follow, keep_own_forward, own_forwards, step_aside, step_back
@@ -193,9 +193,7 @@ def dressed_class(original: type, layers: tuple[Layer, ...]) -> type:
     return dressed
 
 
-@torch.compiler.disable(
-    reason="Python calls functions while it makes a class, in which no compiler must look for graphs"
-)
+@without_compiler("Python calls functions while it makes a class, in which no compiler must look for graphs")
 def _new_class(original: type, layers: tuple[Layer, ...]) -> type:
     added = (Dressed, *(base for layer in layers for base in layer.bases))
     # repeating a base of the original class would break the method resolution order

@@ -18,7 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphpeft._torch import GROUPED_MM, DisableTorchFunctionSubclass, is_transformed, make_wrapper, pytree
+from graphpeft._torch import (
+    GROUPED_MM,
+    DisableTorchFunctionSubclass,
+    is_transformed,
+    make_wrapper,
+    pytree,
+    without_compiler,
+)
 from graphpeft.graph.autocast import is_in_autocast
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.scaled_sum import add_scaled, is_captured
@@ -58,7 +65,7 @@ _NO_DROPOUT = (
 
 
 # an error that a compiler sees lets it run the function as it is, and compile what that calls
-@torch.compiler.disable(reason=_NO_DROPOUT)
+@without_compiler(_NO_DROPOUT)
 def _refuse_dropout() -> None:
     raise RuntimeError(_NO_DROPOUT)
 

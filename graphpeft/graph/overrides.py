@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphpeft._torch import without_compiler
 from graphpeft.graph import in_place
 from graphpeft.graph.holders import name_at, place_of, tensor_at, value_at
 from graphpeft.graph.sharding import in_all, is_asked_by, is_managed
@@ -212,7 +213,7 @@ _SHOWS_OWN = "_graphpeft_shows_own"
 
 def _on_own(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
-    @torch.compiler.disable
+    @without_compiler("accelerate moves tensors, which no graph can hold")
     def on_own(hook: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with in_place.without(module, "tensors"):
             return method(hook, module, *args, **kwargs)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphpeft._torch import elements_in_flat_shard, sharded_parameter_behind, storage_key, version
+from graphpeft._torch import elements_in_flat_shard, sharded_parameter_behind, storage_key, version, without_compiler
 from graphpeft.graph.sharded_classes import under_shards
 from graphpeft.transaction import at_end_of, remember
 
@@ -89,12 +89,12 @@ def scale(parameter: torch.Tensor, factors: torch.Tensor) -> None:
         factors: The factors, in its shape.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        outside: Any = torch.compiler.disable(_scale_gathered)
-        outside(parameter, factors)
+        _scale_gathered(parameter, factors)
     else:
         parameter.mul_(factors)
 
 
+@without_compiler("FSDP's shards are looked for by the storages of tensors")
 def _scale_gathered(parameter: torch.Tensor, factors: torch.Tensor) -> None:
     flat, sharded = elements_in_flat_shard(parameter), sharded_parameter_behind(parameter)
     if flat is not None:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft._torch import is_in_backward
+from graphpeft._torch import is_in_backward, without_compiler
 from graphpeft.graph import ops
 from graphpeft.graph.recorded import identity_in_evaluation, recorded
 from graphpeft.methods.factored import Factored, ProjectedConfig, sizes_of
@@ -137,7 +137,7 @@ def normal_sample_in_training(
     return normal_sample(mean, log_variance, state) if training else mean
 
 
-@torch.compiler.disable()
+@without_compiler("the state of a random generator is read and written")
 def _normal_of(state: Tensor, like: Tensor) -> Tensor:
     """Returns normal numbers, as many as `like` has, from a generator on the CPU with this state."""
     if is_in_backward():

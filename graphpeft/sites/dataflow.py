@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
 
-import networkx as nx
 import torch.fx as fx
 
 from graphpeft.graph.facts import writes
 
+if TYPE_CHECKING:
+    import networkx as nx
+
 
 def as_digraph(graph: fx.Graph) -> nx.DiGraph:
     """Returns the nodes of `graph` with an edge from each value to each node that uses it."""
+    import networkx as nx  # here, since its import takes a third of the time of importing this library
+
     flow = nx.DiGraph()
     flow.add_nodes_from(graph.nodes)
     flow.add_edges_from((source, node) for node in graph.nodes for source in node.all_input_nodes)
@@ -20,6 +25,8 @@ def as_digraph(graph: fx.Graph) -> nx.DiGraph:
 
 def reaching_output(graph: fx.Graph) -> set[fx.Node]:
     """Returns the nodes whose values reach the output, or a call that changes something in place."""
+    import networkx as nx
+
     flow = as_digraph(graph)
     ends = [
         node for node in graph.nodes if node.op == "output" or (node.op.startswith("call_") and writes(node.target))
@@ -38,6 +45,8 @@ def feeding_directly(
         among: The candidate nodes.
         leads_on: Whether a path may pass a node.
     """
+    import networkx as nx
+
     flow = as_digraph(graph)
     flow.remove_nodes_from([other for other in graph.nodes if other is not node and not leads_on(other)])
     flow.remove_edges_from([edge for stop in among for edge in flow.in_edges([stop])])

@@ -19,6 +19,7 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graphpeft._torch import without_compiler
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.recorded import as_node
@@ -199,7 +200,7 @@ def _applied(quantiser: Quantiser, weight: Any) -> Any:
     return as_node(quantiser, weight) if isinstance(weight, fx.Proxy) else quantiser(weight)
 
 
-@torch.compiler.disable  # libraries quantise in ways that no compiler follows, as in the move to a device
+@without_compiler("libraries quantise in ways that no compiler follows, as in the move to a device")
 def _rounded_change(change: Tensor, codes: Any, state: Any) -> Tensor:
     """Returns how the numbers of codes change if a change is added and the sum is quantised."""
     numbers = quantisers.numbers_of(codes, state)

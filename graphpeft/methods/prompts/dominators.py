@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import networkx as nx
 from torch import Tensor, fx
 
 from graphpeft._torch import pytree
@@ -22,6 +21,8 @@ def dominating_nodes(ran: Ran, queries: Mapping[fx.Node, fx.Node]) -> dict[fx.No
         ran: The graph.
         queries: The node of each attention's query.
     """
+    import networkx as nx
+
     flow = as_digraph(ran.graph)
     # a parameter that is read, or a shape that is asked for, brings no tokens
     flow.remove_nodes_from([n for n in ran.graph.nodes if n.op == "get_attr" or not _has_tensors(ran.values[n.name])])

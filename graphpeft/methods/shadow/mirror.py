@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from graphpeft._torch import without_compiler
 from graphpeft.graph import in_place
 from graphpeft.methods.prompts.caches import CACHES
 
@@ -155,7 +156,7 @@ class Mirror:
             made._modules.pop("embed_tokens", None)
         return made
 
-    @torch.compiler.disable
+    @without_compiler("the model that runs is one for all callers, behind a lock")
     def run(
         self, values: Mapping[str, Tensor], training: bool, inputs: Mapping[str, Any], cache: Any, first: int | None
     ) -> Tensor:

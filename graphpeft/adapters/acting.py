@@ -29,7 +29,7 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
         AdaptError: If two of them have overrides of the same tensor, or other code has replaced the class of an adapted
             module; the model is as it was.
     """
-    refuse_exchanged_classes(modules, adapters)
+    refuse_exchanged_classes(modules, adapters, wanted)
     readers = override_readers(adapters, wanted)
     in_graphs = [name for name in wanted if name not in adapters.merged]
     seats = slots_for(adapters, in_graphs, modules)

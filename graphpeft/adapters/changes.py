@@ -35,7 +35,7 @@ def delta(
         weight: The weight with the changes of adapters before this one; what the module reads if None.
         base: The weight without them; likewise.
     """
-    with loaded(modules[adapted.site.owner]):
+    with loaded(modules[adapted.site.owner], *_read_at_owner(adapted)):
         return _delta(adapted, modules, weight, base)
 
 
@@ -87,7 +87,8 @@ def bias_delta(
         return None
     with contextlib.ExitStack() as stack:
         for path in _changed_modules(adapted):
-            stack.enter_context(loaded(modules[path]))
+            names = _read_at_owner(adapted) if path == adapted.site.owner else ()
+            stack.enter_context(loaded(modules[path], *names))
         return _bias_delta(adapted, modules, weight, base, base_bias)
 
 
@@ -104,6 +105,11 @@ def _bias_delta(
     values = {**_values(asked, adapted, modules), **_weights(adapted, modules, weight, base)}
     values |= {"bias": bias, "base_bias": bias if base_bias is None else base_bias}
     return adapted.rule.bias_change({name: values[name] for name in asked.among(values)})
+
+
+def _read_at_owner(adapted: AdaptedSite) -> tuple[str, ...]:
+    """Returns the names of the adapter's tensors at a site of which its change is made."""
+    return *adapted.names.values(), *adapted.replaced.values()
 
 
 def _values(asked: Asked, adapted: AdaptedSite, modules: Modules) -> dict[str, Any]:

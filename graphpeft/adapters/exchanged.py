@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -97,9 +97,16 @@ def _lost(expected: Collection[str], found: Collection[str]) -> str | None:
     return None if len(found) >= len(expected) else next(path for path in expected if path not in found)
 
 
-def refuse_exchanged_classes(modules: Modules, adapters: Adapters) -> None:
-    """Raises AdaptError if other code has replaced the class of a module at which adapters are to change."""
-    owners = {path for name, adapter in adapters.by_name.items() for path, _ in adapter.tensor_names(name)}
+def refuse_exchanged_classes(modules: Modules, adapters: Adapters, wanted: Iterable[str] = ()) -> None:
+    """Raises AdaptError if other code has replaced the class of a module at which adapters are to change.
+
+    Args:
+        modules: The model's modules by path.
+        adapters: The model's adapters.
+        wanted: Those that are to act, beside the ones that act now. Others may be many, and stay as they are.
+    """
+    changing = {*adapters.slots, *adapters.read, *wanted}
+    owners = {path for name in changing for path, _ in adapters.by_name[name].tensor_names(name)}
     _refuse_exchanged_classes(modules, owners | adapters.lifted.keys())
 
 

@@ -115,7 +115,7 @@ def merge_in_place(modules: Modules, adapters: Adapters, names: Iterable[str]) -
         for path, attribute in changed_places(modules, adapters.by_name[name]):
             if (path, attribute) not in adapters.originals:
                 # a difference wouldn't do: adding and subtracting it doesn't give the same bits
-                with loaded(modules[path]):
+                with loaded(modules[path], attribute):
                     original = own_parameter(modules[path], attribute).detach().clone()
                 set_item(adapters.originals, (path, attribute), original)
         _add_to_weights(modules, adapters.by_name[name], adapters.originals)
@@ -198,7 +198,7 @@ def with_originals(modules: Modules, adapters: Adapters) -> Iterator[None]:
     changed: Tensors = {}
     for path, name in adapters.originals:
         if path in modules:
-            with loaded(modules[path]):
+            with loaded(modules[path], name):
                 changed[path, name] = own_parameter(modules[path], name).detach().clone()
     _restore(modules, adapters.originals)
     codes = merged_codes.merged_now(modules, adapters)

@@ -156,10 +156,20 @@ def put_on(module: nn.Module, path: str, holder: Holder | None) -> None:
     *groups, own = path.split(".")
     for group in groups:
         if group not in module._modules:
-            set_item(module._modules, group, HolderGroup())
+            _hold(module, group, HolderGroup())
         module = _inside(module, group)
     if holder is not None:
-        set_item(module._modules, own, holder)
+        _hold(module, own, holder)
+
+
+def _hold(module: nn.Module, name: str, holder: Holder) -> None:
+    if name not in module._modules:
+        set_item(vars(module), _HOLDERS, vars(module).get(_HOLDERS, 0) + 1)
+    set_item(module._modules, name, holder)
+
+
+_HOLDERS = "_graphpeft_holders"
+"""The attribute of a module with the number of its holders, and of groups of them."""
 
 
 def take_off(module: nn.Module, path: str) -> None:
@@ -171,12 +181,20 @@ def take_off(module: nn.Module, path: str) -> None:
         if inner is None:
             return
         around.append(inner)
-    for held in (around[-1]._modules, around[-1]._parameters, around[-1]._buffers):
+    for held in (around[-1]._parameters, around[-1]._buffers):
         delete_item(held, own)
+    _let_go(around[-1], own)
     for outer, group in reversed(list(zip(around, groups, strict=False))):
         inner = _inside(outer, group)
         if not (inner._modules or inner._parameters or inner._buffers):
-            delete_item(outer._modules, group)
+            _let_go(outer, group)
+
+
+def _let_go(module: nn.Module, name: str) -> None:
+    if name in module._modules:
+        delete_item(module._modules, name)
+        number = vars(module).get(_HOLDERS, 0) - 1
+        set_item(vars(module), _HOLDERS, number) if number > 0 else delete_item(vars(module), _HOLDERS)
 
 
 def _inside(module: nn.Module, name: str) -> nn.Module:
@@ -248,7 +266,32 @@ def has_tensor(module: nn.Module, name: str) -> bool:
 
 def has_own_modules(module: nn.Module) -> bool:
     """Returns whether `module` has submodules beside the holders of adapters."""
-    return any(not isinstance(child, Holder) for child in module._modules.values())
+    return bool(own_modules(module))
+
+
+def tree_of(module: nn.Module) -> Iterator[nn.Module]:
+    """Yields ``module.modules()`` without holders."""
+    waiting, seen = [module], set[nn.Module]()
+    while waiting:
+        each = waiting.pop()
+        if each not in seen:
+            seen.add(each)
+            yield each
+            waiting += [child for _, child in reversed(own_modules(each)) if child is not None]
+
+
+def own_modules(module: nn.Module) -> list[tuple[str, nn.Module | None]]:
+    """Returns the submodules of `module` by name, without holders.
+
+    A layer may have a hundred holders. So they are counted where they come and go, and looked at only where there is
+    more, or where the last submodule is none of them, which came since.
+    """
+    inner = module._modules
+    if not inner or (
+        len(inner) == module.__dict__.get(_HOLDERS) and isinstance(next(reversed(inner.values())), Holder)
+    ):
+        return []
+    return [(name, child) for name, child in inner.items() if not isinstance(child, Holder)]
 
 
 def all_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

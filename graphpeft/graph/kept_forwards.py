@@ -56,7 +56,8 @@ def set_forward(module: nn.Module) -> Any | None:
 
 def _known(module: nn.Module) -> Any | None:
     # without the attributes, somebody has deleted it
-    return vars(module).get(KNOWN) if any(name in vars(module) for name in _NAMES) else None
+    held = vars(module)
+    return held.get(KNOWN) if "forward" in held or "_old_forward" in held else None
 
 
 def name_of(forward: Any) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from graphpeft.graph.holders import Holder
+from graphpeft.graph.holders import own_modules
 
 
 def join(path: str, name: str) -> str:
@@ -61,12 +61,13 @@ def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
     waiting: list[tuple[str, nn.Module]] = [("", model)]
     while waiting:
         path, module = waiting.pop()
-        if path:
+        if path and type(module).__name__ in _WRAPPED:
             module = unwrapped(module)
-        if module not in seen and not isinstance(module, Holder):
+        if module not in seen:
             seen.add(module)
             found[path] = module
-            waiting += _inside(path, module)
+            if module._modules:
+                waiting += _inside(path, module)
     return found
 
 
@@ -77,20 +78,13 @@ def all_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         path, module = waiting.pop()
         if path:
             module = unwrapped(module)
-        if not isinstance(module, Holder):
-            yield path, module
-            waiting += _inside(path, module)
+        yield path, module
+        waiting += _inside(path, module)
 
 
 def _inside(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Returns a module's own modules with their paths, the last first."""
-    inner = module._modules
-    if not inner:
-        return []
     prefix = f"{path}." if path else ""
-    # a layer may have a hundred holders, whose paths nobody needs
-    return [
-        (prefix + name, child)
-        for name, child in reversed(inner.items())
-        if child is not None and not isinstance(child, Holder)
-    ]
+    inner = [(prefix + name, child) for name, child in own_modules(module) if child is not None]
+    inner.reverse()
+    return inner

@@ -10,14 +10,21 @@ import torch
 from torch import nn
 
 from graphpeft.graph import offloading, sharding
-from graphpeft.graph.holders import holders_of, tensor_at
+from graphpeft.graph.holders import place_of, tensor_at
 from graphpeft.transaction import set_item
 
 
 @contextlib.contextmanager
-def loaded(module: nn.Module) -> Iterator[None]:
-    """Lets `module` and the adapters there have the values of their tensors for the duration of the context."""
-    with offloading.loaded(module), sharding.gathered(_with_holders(module)):
+def loaded(module: nn.Module, *names: str) -> Iterator[None]:
+    """Lets `module` have the values of its own tensors for the duration of the context.
+
+    Args:
+        module: The module.
+        *names: The names of adapters' tensors at the module, as of `place_of`, which are read, too.
+    """
+    # a layer may have a hundred adapters
+    owners = dict.fromkeys([module, *(place_of(module, name)[0] for name in names)])
+    with offloading.loaded(module), sharding.gathered(owners):
         yield
 
 
@@ -35,10 +42,6 @@ def value_of(module: nn.Module, name: str) -> torch.Tensor:
         with offloading.loaded(module):
             return tensor_at(module, name).detach()
     return sharding.whole(tensor.detach())
-
-
-def _with_holders(module: nn.Module) -> list[nn.Module]:
-    return [module, *holders_of(module)]
 
 
 def replace(module: nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -36,9 +36,9 @@ class SwitchingMethods(AdapterInfo):
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         configs = [known_adapter(self, name).config for name in names]
-        for name in names if not inference_mode else ():
-            lifecycle.refuse_untrainable(modules_of(self), known_adapter(self, name), name)
         modules, state = modules_of(self), self._peft_adapters
+        for name in names if not inference_mode else ():
+            lifecycle.refuse_untrainable(modules, known_adapter(self, name), name)
         with transaction(self):
             lifecycle.activate(modules, self._peft_adapters, names)
             for name in names:

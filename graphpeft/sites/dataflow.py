@@ -25,13 +25,12 @@ def as_digraph(graph: fx.Graph) -> nx.DiGraph:
 
 def reaching_output(graph: fx.Graph) -> set[fx.Node]:
     """Returns the nodes whose values reach the output, or a call that changes something in place."""
-    import networkx as nx
-
-    flow = as_digraph(graph)
-    ends = [
-        node for node in graph.nodes if node.op == "output" or (node.op.startswith("call_") and writes(node.target))
-    ]
-    return set(ends).union(*(nx.ancestors(flow, end) for end in ends))
+    found: set[fx.Node] = set()
+    # a node comes after its inputs
+    for node in reversed(graph.nodes):
+        if node in found or node.op == "output" or (node.op.startswith("call_") and writes(node.target)):
+            found.update((node, *node.all_input_nodes))
+    return found
 
 
 def feeding_directly(

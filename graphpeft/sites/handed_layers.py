@@ -12,6 +12,7 @@ from graphpeft.code.attribute_paths import ANY
 from graphpeft.code.source import functions_called, read_by, uses_in_forward
 from graphpeft.graph import in_place
 from graphpeft.graph.errors import TraceError
+from graphpeft.graph.holders import tree_of
 from graphpeft.graph.template import Template
 
 
@@ -50,7 +51,8 @@ def _module_at(module: nn.Module, path: str) -> nn.Module | None:
 def _read_by(user: fx.Node, module: nn.Module) -> Set[str]:
     """Returns the attribute names that what a node calls may read from its arguments; `ANY` if it may be any."""
     if user.op == "call_module":
-        classes = {in_place.original_class(inner) for inner in module.get_submodule(str(user.target)).modules()}
+        called = module.get_submodule(str(user.target))
+        classes = {in_place.original_class(inner) for inner in tree_of(called)}
         return set().union(*(uses_in_forward(cls).read_elsewhere for cls in classes)) - {ANY}
     if isinstance(user.target, FunctionType):
         return set().union(*map(read_by, functions_called([user.target])))

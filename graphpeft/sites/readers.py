@@ -13,7 +13,7 @@ from graphpeft.code.source import Uses, cached_by_class, methods_reading, uses_i
 from graphpeft.graph import in_place, ops
 from graphpeft.graph.computed_weights import has_tensor
 from graphpeft.graph.forward_classes import class_of_forward
-from graphpeft.graph.holders import has_own_modules
+from graphpeft.graph.holders import has_own_modules, tree_of
 from graphpeft.graph.paths import join, within
 from graphpeft.sites.held import (
     has_hooks,
@@ -192,7 +192,7 @@ def caller_of_other_methods(modules: Mapping[str, nn.Module], path: str, names: 
         called = (each.rpartition(".") for each in uses.called)
         if any(method in methods and owner and _inside(module, owner) is modules[path] for owner, _, method in called):
             return around
-        if not methods.isdisjoint(uses.read_elsewhere) and modules[path] in module.modules():
+        if not methods.isdisjoint(uses.read_elsewhere) and modules[path] in tree_of(module):
             return around
     return None
 
@@ -251,7 +251,7 @@ def _may_read(
                 known[key] = read_by_what_is_given(cls, held[path].values())
             names = names | known[key]
         if "" in handed_on:
-            inside = {in_place.original_class(inner) for inner in module.modules() if not is_of_pytorch(inner)} - {cls}
+            inside = {in_place.original_class(inner) for inner in tree_of(module) if not is_of_pytorch(inner)} - {cls}
             names = names.union(*(_uses(inner).read_elsewhere - {ANY} for inner in inside))
         if names or handed_on:
             found[path] = MayRead(names, handed_on)

@@ -62,7 +62,7 @@ def noting_reads(tracer: Recorder, root: nn.Module) -> Callable[[nn.Module, str]
             _note_dictionary(tracer, module, paths[module])
         if name in MACHINERY or name.startswith(_INTERNAL_PREFIXES) or not tracer.is_recording or module not in paths:
             if name in INTERNALS and not _is_of_pytorch(sys._getframe(1).f_code.co_filename):
-                if module is root:
+                if module in paths:
                     tracer.session.reads.add(name)
                 if tracer.is_recording and "param" in name:
                     _refuse_to_compare(tracer, sys._getframe(1).f_code)

@@ -1,8 +1,9 @@
 """Traces the forward of one module, with its submodules as calls, and shares the graph among equal modules.
 
 Tracing and compiling a module takes milliseconds, and a model has hundreds of equal modules. A lifted template is
-stored with the facts that the trace read from its module (plain attributes, which tensors exist). Other modules of the
-class with the same facts would give the same graph, so they share the template.
+stored with the facts that the trace read from its module (attributes, which tensors exist, the classes of submodules).
+Other modules of the class with the same facts would give the same graph, so they share the template, and a module whose
+facts are as they were isn't recorded again.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from graphpeft.graph.computed_weights import read_as_attributes
 from graphpeft.graph.copied_graphs import copy_graph
 from graphpeft.graph.errors import NeedsInputsError, TraceError
 from graphpeft.graph.forward_classes import class_of_forward
-from graphpeft.graph.holders import has_own_modules
 from graphpeft.graph.inputs import ExampleInputs, split_inputs
 from graphpeft.graph.kept_forwards import set_forward
 from graphpeft.graph.offloading import unhooked
+from graphpeft.graph.paths import modules_by_path
 from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
 from graphpeft.graph.settings import add_check
 from graphpeft.graph.template import SIMPLE, Template, template_of
@@ -39,6 +40,7 @@ from graphpeft.tracing.tracer import ValueTracer
 from graphpeft.transaction import at_end_of
 
 Facts = tuple[tuple[str, Any], ...]
+"""What a trace read, by path: an attribute of a module; or a submodule, with "" for the module itself."""
 
 
 class Lifted(NamedTuple):
@@ -47,7 +49,7 @@ class Lifted(NamedTuple):
     Attributes:
         forward: The traced function.
         named: The plain globals that the forward and its functions read, each by a description of its name.
-        facts: The attributes that the trace read from the module, by name.
+        facts: What the trace read from the module.
         template: The template.
     """
 
@@ -61,7 +63,7 @@ class Lifted(NamedTuple):
         forward = type(module).forward
         if self.forward is not forward or (self.named and self.named != plain_globals(type(module))):
             return False
-        return all(_observe(module, name) == seen for name, seen in self.facts)
+        return all(_observe_at(module, path) == seen for path, seen in self.facts)
 
 
 _LIFTED: weakref.WeakKeyDictionary[type, list[Lifted]] = weakref.WeakKeyDictionary()
@@ -142,16 +144,13 @@ def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Te
         read_as_attributes(graph, module)
         add_check(graph, make_settings(graph, tracer.session.lines_of_reads))
     template = Template(recorded.graphs, shared=True)
-    if (
-        tracer.session.specialised
-        or example_inputs is not None
-        or has_own_modules(module)
-        or not tracer.session.reads.isdisjoint(INTERNALS)
-    ):
+    if tracer.session.specialised or example_inputs is not None or not tracer.session.reads.isdisjoint(INTERNALS):
         return template, None
     if any(_reads_its_dict(function) for function in functions_in_forward(type(module))):
         return template, None
-    facts = tuple((name, _observe(module, name)) for name in sorted(tracer.session.reads))
+    session = tracer.session
+    read = sorted({*session.reads, *session.lines_of_reads, *session.read_once, ""})
+    facts = tuple((path, _observe_at(module, path)) for path in read)
     return template, facts if all(seen is not _UNKNOWN for _, seen in facts) else None
 
 
@@ -161,7 +160,26 @@ def _reads_its_dict(forward: Callable[..., Any]) -> bool:
 
 
 _UNKNOWN = object()
-"""The observation of a mutable attribute: it can change and remain the same object, so it is no fact."""
+"""The observation of an object that can change and remain the same object, so it is no fact."""
+
+
+def _observe_at(module: nn.Module, path: str) -> Any:
+    """Returns the fact that a trace can depend on when it reads a path; "" is the tree of all submodules."""
+    if not path:
+        return tuple([(inner, _observe_submodule(each)) for inner, each in modules_by_path(module).items() if inner])
+    *around, name = path.split(".")
+    for outer in around:
+        inner = module._modules.get(outer)
+        if inner is None:
+            return _UNKNOWN
+        module = inner
+    return _observe(module, name)
+
+
+def _observe_submodule(module: nn.Module) -> Any:
+    # a submodule's forward stays a call, but code may ask for the class and for the tensors
+    held = (module._parameters, module._buffers)
+    return in_place.original_class(module), *((name, tensor is None) for each in held for name, tensor in each.items())
 
 
 def _observe(module: nn.Module, name: str) -> Any:
@@ -182,7 +200,9 @@ def _observe(module: nn.Module, name: str) -> Any:
 def _observe_value(value: Any) -> Any:
     if isinstance(value, SIMPLE):
         return type(value), value
-    if isinstance(value, tuple) and type(value) in (tuple, torch.Size):
+    if type(value) is dict:
+        value = tuple(value.items())
+    if type(value) in (tuple, list, torch.Size):
         parts = tuple(_observe_value(part) for part in value)
-        return _UNKNOWN if _UNKNOWN in parts else parts
+        return _UNKNOWN if _UNKNOWN in parts else (type(value), parts)
     return _UNKNOWN

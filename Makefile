@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE := 1
 # Two processes, each with files of its own until one has no more: the tests of a file share imports, models and graphs.
 TWO := -n 2 --dist worksteal
 
-.PHONY: help demo notebooks quick test integrations browser newest floors check format bench coverage methods third-party peft-tests pictures docs clean
+.PHONY: help demo notebooks quick test integrations browser newest floors check format bench coverage costs methods third-party peft-tests pictures docs clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 10
@@ -70,6 +70,9 @@ coverage: .venv/.installed  ## trace models of three libraries, and write docs/c
 
 methods: .venv/.installed  ## adapt each kind of weight by each method, and write docs/methods.md
 	PYTHONPATH=tests $(BIN)/python evidence/methods.py
+
+costs: .venv/.installed  ## count what calls cost, and write docs/costs.md
+	PYTHONPATH=tests $(BIN)/python evidence/costs.py
 
 third-party: .venv/.third-party  ## adapt models of many packages with both libraries, and write docs/third_party.md; likewise
 	$(BIN)/python evidence/third_party/run.py $(ARGS)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import tiers
 import torch
 
 from graphpeft.testing.profiles import load_profile
@@ -28,6 +29,11 @@ for device in devices:
 load_profile()
 # rarely, since each full collection goes through all libraries; not frozen, since the tracer looks for caches in them
 gc.set_threshold(50_000, 50, 1_000)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tiers.mark_beyond_sample(items)
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from torch import nn
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules, told_rows
 from graphpeft.graph import in_place, overrides
-from graphpeft.graph.holders import adapters_at, has_tensor, tensor_at
+from graphpeft.graph.holders import adapters_at, has_tensor, place_of, tensor_at
 from graphpeft.graph.ops import Embedding
 from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.graph.sharding import lacking_values
@@ -137,11 +137,15 @@ def refuse_missing(modules: Modules, adapter: Adapter, name: str, reads: bool = 
     refuse_exchanged(modules, adapter, name)
     if not reads:
         return
-    sizes: dict[str, dict[str, Any]] = {path: {} for path, _ in adapter.tensor_names(name)}
+    sizes: dict[str, dict[str, Any]] = {}
+    holders: dict[str, dict[nn.Module, None]] = {}
+    for path, attribute in adapter.tensor_names(name):
+        sizes[path] = {}
+        holders.setdefault(path, {})[place_of(modules[path], attribute)[0]] = None
     for adapted in adapter.weight_sites:
         sizes[adapted.site.owner][adapted.site.attribute] = adapted.site.shape
     for path, known in sizes.items():
-        reason = lacking_values(modules[path], known)
+        reason = lacking_values(modules[path], known, holders[path])
         if reason is not None:
             raise AdaptError(f"the tensors of {path or 'the model'} can't be read or written: {reason}")
     refuse_resized(modules, adapter, name)

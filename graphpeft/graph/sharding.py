@@ -124,14 +124,17 @@ def is_partitioned(tensor: Any) -> bool:
     return hasattr(tensor, "ds_id") and tensor.numel() == 0
 
 
-def lacking_values(module: nn.Module, sizes: Mapping[str, Sequence[int]]) -> str | None:
-    """Returns why the tensors of `module` and its adapters can't be read here, if this process has a part of them.
+def lacking_values(
+    module: nn.Module, sizes: Mapping[str, Sequence[int]], holders: Iterable[nn.Module] = ()
+) -> str | None:
+    """Returns why the tensors of `module` and of an adapter there can't be read, if this process has a part of them.
 
     Args:
         module: The module.
         sizes: The shapes of its tensors that are known, by their names.
+        holders: The holders of the adapter's tensors.
     """
-    held = [t for inner in module.modules() for t in inner._parameters.values() if t is not None]
+    held = [t for each in (module, *holders) for t in each._parameters.values() if t is not None]
     if any(map(is_partitioned, held)):
         return "DeepSpeed's ZeRO-3 has partitioned them; pass the whole model's state dict as state_dict"
     flat = [tensor for tensor in held if hasattr(tensor, "_fsdp_flattened")]

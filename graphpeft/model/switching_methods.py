@@ -69,7 +69,7 @@ class SwitchingMethods(AdapterInfo):
             raise AdaptError(
                 f"{adapter_name!r} is merged into the weights; call unmerge_adapter() before you delete it"
             )
-        others = sorted(name for name in state.by_name if name != adapter_name)
+        others = sorted(state.by_name.keys() - {adapter_name})
         with transaction(self):
             if state.active == [adapter_name] and others:
                 warnings.warn(

@@ -1,0 +1,73 @@
+"""Nothing costs more than `docs/costs.md` says, and a model with many adapters no more than one with few.
+
+Planted: a walk through a layer's holders, an import of Dynamo, and a block that each load records again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import counting
+import pytest
+from counting import Rows
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def _script() -> Any:
+    path = Path(__file__).parents[1] / "evidence" / "costs.py"
+    spec = importlib.util.spec_from_file_location("costs_page", path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+RECORDED, IS_OF_THESE_VERSIONS = _script().recorded()
+
+
+def assert_as_recorded(rows: Rows) -> None:
+    """Asserts that counts haven't risen, and that the page has those that have fallen."""
+    known = {what: RECORDED.get(what) for what in rows}
+    risen = {what: (known[what], count) for what, count in rows.items() if known[what] is None or count > known[what]}
+    assert not risen, "these cost more than docs/costs.md says (before, now)"
+    fallen = {what: (known[what], count) for what, count in rows.items() if count < 0.98 * known[what]}
+    assert not (fallen and IS_OF_THESE_VERSIONS), "these cost less now: run make costs, so that they stay so"
+
+
+def test_the_import_brings_what_it_needs_alone() -> None:
+    assert_as_recorded(counting.imported())
+
+
+def test_adapting_costs_as_much_for_each_target() -> None:
+    assert_as_recorded(counting.further_targets())
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("what", counting.LIFECYCLES)
+def test_calls_cost_the_same_with_many_adapters_as_with_few(what: str) -> None:
+    rows, growth = counting.lifecycle(what)
+    assert_as_recorded(rows)
+    assert {call: ratio for call, ratio in growth.items() if ratio > 1.05} == {}
+
+
+@pytest.mark.parametrize("method", list(counting.methods()))
+def test_a_method_computes_and_keeps_no_more(method: str) -> None:
+    assert_as_recorded(counting.of_method(method))
+
+
+def test_passes_and_traces_cost_no_more() -> None:
+    assert_as_recorded(counting.of_passes())
+    assert_as_recorded(counting.of_traces())
+
+
+def test_a_hundred_switches_leave_nothing() -> None:
+    assert_as_recorded(counting.left_behind())
+
+
+def test_the_page_has_no_other_rows() -> None:
+    methods = {what for what in RECORDED if what.partition(":")[0] in {*counting.methods()}}
+    assert len(methods) == 3 * len(list(counting.methods()))

@@ -1,0 +1,43 @@
+"""Which tests `make test` runs: of each function a sample of its parameter sets. `make test-all` runs all of them."""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable
+
+import pytest
+
+SETS = 3
+"""The number of parameter sets of a function in the sample."""
+
+
+def sampled(function: str, sets: int, wanted: int = SETS) -> frozenset[int]:
+    """Returns which of a function's parameter sets are in the sample, by their places in its list.
+
+    They are spread evenly. They begin at another place for each function, so that each method and each kind of layer,
+    which many functions run over, is in the sample of some.
+
+    Args:
+        function: The node ID of the function.
+        sets: The number of its parameter sets.
+        wanted: The number of sets in the sample.
+    """
+    if sets <= wanted:
+        return frozenset(range(sets))
+    first = zlib.crc32(function.encode()) % sets
+    return frozenset((first + number * sets // wanted) % sets for number in range(wanted))
+
+
+def mark_beyond_sample(items: Iterable[pytest.Item]) -> None:
+    """Marks the tests that aren't in the sample as `full`, but for functions marked `every`."""
+    sets: defaultdict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        sets[item.nodeid.partition("[")[0]].append(item)
+    for function, of_function in sets.items():
+        if of_function[0].get_closest_marker("every") is not None:
+            continue
+        kept = sampled(function, len(of_function))
+        for place, item in enumerate(of_function):
+            if place not in kept:
+                item.add_marker("full")

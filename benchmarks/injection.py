@@ -26,11 +26,12 @@ def injection_time(effort: Effort) -> Cases:
 
 
 def _rows(effort: Effort) -> list[Row]:
-    makers = {
-        _nest(layers): (functools.partial(nest, size), size) for layers in LAYERS for size in [effort.of(layers, 1)]
+    sizes = {_nest(layers): effort.of(layers, 1) for layers in LAYERS}
+    models: dict[str, tuple[Callable[[], nn.Module], int]] = {
+        what: (functools.partial(nest, layers), layers * len(TARGETS)) for what, layers in sizes.items()
     }
-    makers[_LLAMA] = (functools.partial(llama, 64, effort.of(LLAMA_LAYERS, 1)), effort.of(LLAMA_LAYERS, 1))
-    models = {what: (make, layers * len(TARGETS)) for what, (make, layers) in makers.items()}
+    layers = effort.of(LLAMA_LAYERS, 1)
+    models[_LLAMA] = (functools.partial(llama, 64, layers), layers * len(TARGETS))
     for make, targets in models.values():
         _check(make, targets)
     candidates = {

@@ -18,8 +18,7 @@ def page(text: str, source: str, rows: Sequence[Row], records: Mapping[str, Reco
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     lines = [HEADER, ("---",) * len(HEADER), *(_cells(row, records[row.name]) for row in rows)]
-    # a table's empty cells take one space in GitHub's way of writing them
-    table = "\n".join("| " + " | ".join(line).replace("|  |", "| |") + " |" for line in lines)
+    table = "\n".join("".join(f"| {cell} " if cell else "| " for cell in line) + "|" for line in lines)
     return f"{before}{BEGIN}\n\n{source}\n\n{table}\n\n{END}{after}"
 
 

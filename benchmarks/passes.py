@@ -25,7 +25,7 @@ MEMORY = ("regenerated_dropout", "recomputed_casts", "inplace_addmm")
 RECOMPUTED = ("regenerated_dropout", "recomputed_casts", "grouped_products", "recomputed_inputs", "inplace_addmm")
 DROPOUT = 0.05
 
-_SHORT = {RECOMPUTED: "all passes for memory"}
+_SHORT: dict[Sequence[str], str] = {RECOMPUTED: "all passes for memory"}
 
 
 def passes_time(effort: Effort) -> Cases:

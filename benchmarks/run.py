@@ -66,13 +66,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.quick:
         gc.freeze()  # or looking through what was imported takes most of the time
-    print(source())
+    where = source(), commit()  # before anything changes while this runs
+    print(where[0])
     start = time.perf_counter()
     rows, failed = run(options)
     print(f"\n{NOTES}\nIt took {time.perf_counter() - start:.0f} s.")
     if options.write:
-        write(rows)
-    elif options.names == "all":
+        write(rows, *where)
+    elif options.quick and options.names == "all":
         failed |= unmatched({row.name for row in rows}, records.read())
     for what, reason in failed.items():
         print(f"\nFAILED: {what}\n{reason}")
@@ -99,8 +100,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if "all" in options.names:
         options.names = "all"
-    if options.write and (options.quick or options.names != "all"):
-        parser.error("--write writes one table of everything, in full: no names, and no --quick")
+    if options.write and (options.quick or options.rounds or options.threads > 1 or options.names != "all"):
+        parser.error("--write writes one table of everything, as it is measured by default: it takes no other option")
     return options
 
 
@@ -125,12 +126,12 @@ def unmatched(rows: Collection[str], recorded: Collection[str]) -> dict[str, str
     return lost | {name: "it isn't in records.json: add it there, as {}" for name in rows if name not in recorded}
 
 
-def write(rows: Sequence[Row]) -> None:
+def write(rows: Sequence[Row], source: str, commit: str) -> None:
     """Writes README.md's table, and the records with what this run improved."""
-    recorded = records.updated(records.read(), rows, commit())
+    recorded = records.updated(records.read(), rows, commit)
     records.write(recorded)
     text = page.README.read_text(encoding="utf-8")
-    page.README.write_text(page.page(text, source(), rows, recorded), encoding="utf-8")
+    page.README.write_text(page.page(text, source, rows, recorded), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from rows import Row
 
 Cases = Mapping[str, Callable[[], Iterable[Row]]]
-"""What measures rows, by the name that a failure is told with."""
+"""Functions that measure rows, each by the name under which its failure is reported."""
 
 
 def measured(cases: Cases) -> tuple[list[Row], dict[str, str]]:
@@ -18,6 +18,6 @@ def measured(cases: Cases) -> tuple[list[Row], dict[str, str]]:
     for name, case in cases.items():
         try:
             rows += case()
-        except Exception:  # whatever it is, the other cases are to run
+        except Exception:  # whatever it is, the other cases still run
             failed[name] = traceback.format_exc()
     return rows, failed

@@ -26,4 +26,4 @@ def _cells(row: Row, record: Record) -> tuple[str, ...]:
     target, met = row.verdict()
     unmet = {"yes": "", "yes?": " ?", "no": ", missed", "no?": ", missed ?"}.get(met, "")
     first, best = (str(figure or "") for figure in record)
-    return *row.figures(), target + unmet, first, best, "🔴" if record.missed(row) else ""
+    return *row.figures(), target + unmet, first, best, "🔴" if record.is_worse(row) else ""

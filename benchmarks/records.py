@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ class Record(NamedTuple):
             return self
         return self._replace(best=Figure(round(row.ratio.median, 3), round(row.ratio.interval, 3), commit))
 
-    def missed(self, row: Row) -> bool:
+    def is_worse(self, row: Row) -> bool:
         """Returns whether the row's ratio is worse than the best one by more than its interval."""
         if self.best is None:
             return False
@@ -54,6 +54,12 @@ def read() -> dict[str, Record]:
 def updated(records: Mapping[str, Record], rows: Sequence[Row], commit: str) -> dict[str, Record]:
     """Returns the records with what the rows improve, and with records of rows that have had none."""
     return {**records, **{row.name: records.get(row.name, Record()).beaten(row, commit) for row in rows}}
+
+
+def unmatched(rows: Collection[str], recorded: Collection[str]) -> dict[str, str]:
+    """Returns the names of records without a row, and of rows without a record, each with what is wrong."""
+    lost = {name: "records.json has it, but nothing measured it" for name in recorded if name not in rows}
+    return lost | {name: "it isn't in records.json: add it there, as {}" for name in rows if name not in recorded}
 
 
 def write(records: Mapping[str, Record]) -> None:

@@ -61,7 +61,7 @@ class Row:
         ratio: The ratio.
         target: What it is to be, if anything.
         shown: How a number of seconds or bytes is written.
-        noise: Whether the ratio has nothing of this library in it, and only shows what others have by comparison.
+        noise: Whether the ratio leaves this library out, so that it has no best value.
     """
 
     what: str

@@ -16,7 +16,7 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a model hub
 
@@ -74,7 +74,7 @@ def main() -> None:
     if options.write:
         write(rows, *where)
     elif options.quick and options.names == "all":
-        failed |= unmatched({row.name for row in rows}, records.read())
+        failed |= records.unmatched({row.name for row in rows}, records.read())
     for what, reason in failed.items():
         print(f"\nFAILED: {what}\n{reason}")
     sys.exit(bool(failed))
@@ -118,12 +118,6 @@ def run(options: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
         rows += found
         failed |= {f"{name}, {case}": error for case, error in errors.items()}
     return rows, failed
-
-
-def unmatched(rows: Collection[str], recorded: Collection[str]) -> dict[str, str]:
-    """Returns the names of records without a row, and of rows without a record, each with what is wrong."""
-    lost = {name: "records.json has it, but nothing measured it" for name in recorded if name not in rows}
-    return lost | {name: "it isn't in records.json: add it there, as {}" for name in rows if name not in recorded}
 
 
 def write(rows: Sequence[Row], source: str, commit: str) -> None:

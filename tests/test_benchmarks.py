@@ -1,4 +1,4 @@
-"""Benchmarks check what they time, a row that fails hides no other, and the table tells where a row was better."""
+"""Benchmarks check what they time, a row that fails hides no other, and the table marks rows that were better."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_adapted_models_have_the_same_gradients_by_the_same_names(module: Any) -
         models.assert_close(name, gradient, theirs[name])
 
 
-def test_a_case_that_fails_hides_no_other_and_is_told_with_its_traceback(module: Any, row: Any) -> None:
+def test_a_case_that_fails_hides_no_other_and_is_reported_with_its_traceback(module: Any, row: Any) -> None:
     def failing() -> Iterator[Any]:
         yield row(0.8, "before it fails")
         raise RuntimeError("no such layer")
@@ -68,17 +68,17 @@ def test_a_case_that_fails_hides_no_other_and_is_told_with_its_traceback(module:
 def test_a_row_is_marked_where_it_is_worse_than_its_best_by_more_than_its_interval(module: Any, row: Any) -> None:
     records = module("records")
     record = records.Record(best=records.Figure(0.8))
-    assert record.missed(row(0.82))
-    assert not record.missed(row(0.81))
-    assert not record.missed(row(0.5))
-    assert not records.Record().missed(row(2.0))
+    assert record.is_worse(row(0.82))
+    assert not record.is_worse(row(0.81))
+    assert not record.is_worse(row(0.5))
+    assert not records.Record().is_worse(row(2.0))
 
 
 def test_a_time_below_an_equal_one_is_no_better_than_equal(module: Any, row: Any) -> None:
     records, equal = module("records"), module("rows").Target.equal()
     record = records.Record(best=records.Figure(0.95))
-    assert not record.missed(row(1.0, target=equal))
-    assert record.missed(row(1.02, target=equal))
+    assert not record.is_worse(row(1.0, target=equal))
+    assert record.is_worse(row(1.02, target=equal))
 
 
 def test_a_better_row_becomes_the_best_and_a_new_one_gets_a_record(module: Any, row: Any) -> None:
@@ -90,6 +90,13 @@ def test_a_better_row_becomes_the_best_and_a_new_one_gets_a_record(module: Any, 
     assert after["another, to PEFT"].best.ratio == 0.5
     assert after["noise, to PEFT"] == (None, None)
     assert records.updated(before, [row(0.85)], "new") == before
+
+
+def test_a_quick_run_names_records_that_nothing_measured_and_rows_that_have_none(module: Any) -> None:
+    wrong = module("records").unmatched({"kept", "new"}, ["kept", "dead"])
+    assert wrong.keys() == {"dead", "new"}
+    assert "nothing measured it" in wrong["dead"]
+    assert "add it" in wrong["new"]
 
 
 def test_a_run_replaces_the_table_alone(module: Any, row: Any) -> None:

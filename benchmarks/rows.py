@@ -80,8 +80,9 @@ class Row:
         return f"{self.what}, to {self.to}"
 
     def cost(self, ratio: float) -> float:
-        """Returns a ratio of this row as it is compared with earlier ones: less than an equal time is chance."""
-        return max(ratio, 1.0) if self.target == Target.equal() else ratio
+        """Returns a ratio of this row as it is compared with records: as it is written; below an equal time is chance."""
+        written = round(ratio, 3)
+        return max(written, 1.0) if self.target == Target.equal() else written
 
     def figures(self) -> tuple[str, ...]:
         """Returns the texts of the first columns, up to the ratio."""

@@ -90,6 +90,7 @@ def test_a_better_row_becomes_the_best_and_a_new_one_gets_a_record(module: Any, 
     assert after["another, to PEFT"].best.ratio == 0.5
     assert after["noise, to PEFT"] == (None, None)
     assert records.updated(before, [row(0.85)], "new") == before
+    assert records.updated(before, [row(0.7998)], "new") == before  # as it is written, it is equal
 
 
 def test_a_quick_run_names_records_that_nothing_measured_and_rows_that_have_none(module: Any) -> None:

@@ -80,7 +80,7 @@ class Row:
         return f"{self.what}, to {self.to}"
 
     def cost(self, ratio: float) -> float:
-        """Returns a ratio of this row as it is compared with records: as it is written; below an equal time is chance."""
+        """Returns a ratio as it is compared with records: as written there, and where 1 is the target, 1 or more."""
         written = round(ratio, 3)
         return max(written, 1.0) if self.target == Target.equal() else written
 

@@ -62,8 +62,8 @@ format: .venv/.installed  ## format, and mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/.installed  ## compare speed with PEFT
-	$(BIN)/python benchmarks/run.py
+bench: .venv/.installed  ## compare speed with PEFT; ARGS=--quick only sees if each row runs, ARGS=--write writes the table
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
 coverage: .venv/.installed  ## trace models of three libraries, and write docs/coverage.md; ARGS="timm" chooses
 	$(BIN)/python evidence/run.py $(ARGS)

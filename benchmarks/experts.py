@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
 import peft
 import torch
-from timing import Ratio, Row, Target, calls, measure
+from cases import Cases
+from rows import Row, Target
+from timing import Effort, Ratio, calls, measure
 from torch import Tensor, nn
 
 import graphpeft
@@ -37,12 +40,12 @@ class Grouped(Batched):
         return GROUPED_MM[0](x, self.w, offs=OFFSETS)
 
 
-def experts_time(rounds: int) -> list[Row]:
+def experts_time(effort: Effort) -> Cases:
     """Times forward and backward of both products."""
-    return [row for cls in (Batched, Grouped) for row in _rows(cls, rounds)]
+    return {cls.__name__: functools.partial(_rows, cls, effort) for cls in (Batched, Grouped)}
 
 
-def _rows(cls: type[nn.Module], rounds: int) -> Iterator[Row]:
+def _rows(cls: type[nn.Module], effort: Effort) -> Iterator[Row]:
     torch.manual_seed(0)
     base = nn.ModuleDict({"experts": cls()}).requires_grad_(False)
     options: dict[str, Any] = {"r": 8, "lora_alpha": 5, "init_lora_weights": False}
@@ -56,7 +59,7 @@ def _rows(cls: type[nn.Module], rounds: int) -> Iterator[Row]:
     layers["PEFT"] = theirs.base_model.model["experts"]
     x = torch.randn(EXPERTS * TOKENS, FEATURES)
     torch.testing.assert_close(layers["graphpeft"](x), layers["PEFT"](x), atol=1e-4, rtol=1e-4)
-    samples = measure(cls.__name__, {name: calls(_step(layer, x)) for name, layer in layers.items()}, rounds)
+    samples = measure(cls.__name__, {name: calls(_step(layer, x)) for name, layer in layers.items()}, effort)
     for other, target in (("base", 1.4), ("PEFT", 0.6)):
         ratio = Ratio.of(samples["graphpeft"], samples[other])
         medians = [median(samples[name]) for name in ("base", "PEFT", "graphpeft")]

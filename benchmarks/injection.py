@@ -10,20 +10,28 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
+from cases import Cases
 from models import LIBRARIES, TARGETS, adapt, llama, nest
-from timing import Ratio, Row, Samples, Target, measure, once
+from rows import Row, Target
+from timing import Effort, Ratio, Samples, measure, once
 from torch import nn
 
 LAYERS = (25, 100, 400)
 LLAMA_LAYERS = 12
 
 
-def injection_time(rounds: int) -> list[Row]:
+def injection_time(effort: Effort) -> Cases:
     """Times both libraries on all models, per target; every measurement adapts a new model."""
+    return {"injection": functools.partial(_rows, effort)}
+
+
+def _rows(effort: Effort) -> list[Row]:
+    sizes = {_nest(layers): effort.of(layers, 1) for layers in LAYERS}
     models: dict[str, tuple[Callable[[], nn.Module], int]] = {
-        f"{_targets(layers)} targets": (functools.partial(nest, layers), _targets(layers)) for layers in LAYERS
+        what: (functools.partial(nest, layers), layers * len(TARGETS)) for what, layers in sizes.items()
     }
-    models[_LLAMA] = (functools.partial(llama, 64, LLAMA_LAYERS), _targets(LLAMA_LAYERS))
+    layers = effort.of(LLAMA_LAYERS, 1)
+    models[_LLAMA] = (functools.partial(llama, 64, layers), layers * len(TARGETS))
     for make, targets in models.values():
         _check(make, targets)
     candidates = {
@@ -31,7 +39,7 @@ def injection_time(rounds: int) -> list[Row]:
         for library in LIBRARIES
         for what, (make, targets) in models.items()
     }
-    samples = measure("get_peft_model", candidates, rounds)
+    samples = measure("get_peft_model", candidates, effort)
     growth = [_growth("PEFT", samples, None), _growth("graphpeft", samples, Target.at_most(1.2))]
     return [_row(what, samples) for what in models] + growth
 
@@ -52,17 +60,26 @@ def _row(what: str, samples: Samples) -> Row:
 
 
 def _growth(library: str, samples: Samples, target: Target | None) -> Row:
-    few, many = (f"{_targets(layers)} targets" for layers in (LAYERS[0], LAYERS[-1]))
+    few, many = _nest(LAYERS[0]), _nest(LAYERS[-1])
     ratio = Ratio.of(samples[_name(library, many)], samples[_name(library, few)])
-    return Row(f"{library}'s time per target at {many} to that at {few}", None, None, None, "itself", ratio, target)
+    return Row(
+        f"{library}'s time per target at {many} to that at {few}",
+        None,
+        None,
+        None,
+        "itself",
+        ratio,
+        target,
+        noise=library == "PEFT",
+    )
 
 
 def _name(library: str, what: str) -> str:
     return f"{library} {what}"
 
 
-def _targets(layers: int) -> int:
-    return layers * len(TARGETS)
+def _nest(layers: int) -> str:
+    return f"{layers * len(TARGETS)} targets"
 
 
 def _check(make: Callable[[], nn.Module], targets: int) -> None:

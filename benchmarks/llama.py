@@ -10,8 +10,10 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from cases import Cases
 from models import LIBRARIES, adapted, adapter_gradients, assert_close, llama
-from timing import Ratio, Row, Samples, Target, calls, measure
+from rows import Row, Target
+from timing import Effort, Ratio, Samples, calls, measure
 from torch import nn
 
 
@@ -27,30 +29,32 @@ class Size(NamedTuple):
     training_to_peft: Target
 
 
-def sizes() -> tuple[Size, ...]:
+def sizes(effort: Effort) -> tuple[Size, Size]:
     """Returns a model whose time goes into arithmetic, and one whose time goes into launching it."""
     # on one thread PEFT's own forward is at most 1.11 × the base's, so no other can take 0.90 of it
     large = Target.at_most(0.90) if torch.get_num_threads() > 1 else None
+    base = Target.at_most(1.06)
+    hidden, layers, few = effort.of(512, 64), effort.of(8, 1), effort.of(4, 1)
     return (
-        Size("Llama 512 × 8, 2 × 64 tokens", 512, 8, (2, 64), large, Target.at_most(1.06), Target.at_most(0.97)),
-        Size("Llama 64 × 4, 1 token", 64, 4, (1, 1), Target.at_most(0.65), None, Target.at_most(0.80)),
+        Size("Llama 512 × 8, 2 × 64 tokens", hidden, layers, (2, 64), large, base, Target.at_most(0.97)),
+        Size("Llama 64 × 4, 1 token", 64, few, (1, 1), Target.at_most(0.65), None, Target.at_most(0.80)),
     )
 
 
-def forward_time(rounds: int) -> list[Row]:
+def forward_time(effort: Effort) -> Cases:
     """Times the forward without gradients."""
-    return [row for size in sizes() for row in _forward_rows(size, rounds)]
+    return {size.name: functools.partial(_forward_rows, size, effort) for size in sizes(effort)}
 
 
-def training_time(rounds: int) -> list[Row]:
+def training_time(effort: Effort) -> Cases:
     """Times forward, backward and the optimizer's step."""
-    return [row for size in sizes() for row in _training_rows(size, rounds)]
+    return {size.name: functools.partial(_training_rows, size, effort) for size in sizes(effort)}
 
 
 # forward
 
 
-def _forward_rows(size: Size, rounds: int) -> list[Row]:
+def _forward_rows(size: Size, effort: Effort) -> list[Row]:
     base = llama(size.hidden, size.layers)
     tokens = torch.randint(0, 256, size.tokens)
     models = {"base": base, "base copied": copy.deepcopy(base)}
@@ -63,7 +67,7 @@ def _forward_rows(size: Size, rounds: int) -> list[Row]:
             models[f"{library} merged"] = adapted(copy.deepcopy(base), library).merge_and_unload()
         _check_outputs({name: model(input_ids=tokens).logits for name, model in models.items()})
         candidates = {name: calls(functools.partial(model, input_ids=tokens)) for name, model in models.items()}
-        samples = measure(f"forward, {size.name}", candidates, rounds)
+        samples = measure(f"forward, {size.name}", candidates, effort)
 
     what = f"{size.name}: forward"
     return [
@@ -85,7 +89,7 @@ def _check_outputs(outputs: dict[str, torch.Tensor]) -> None:
 # training
 
 
-def _training_rows(size: Size, rounds: int) -> list[Row]:
+def _training_rows(size: Size, effort: Effort) -> list[Row]:
     base = llama(size.hidden, size.layers)
     tokens = torch.randint(0, 256, size.tokens)
     steps: dict[str, Callable[[], object]] = {"base": input_gradients(base, tokens)}
@@ -95,7 +99,7 @@ def _training_rows(size: Size, rounds: int) -> list[Row]:
         for library, model in models.items():
             steps[f"{library} {dropout}"] = training_step(model, tokens)
     candidates = {name: calls(step) for name, step in steps.items()}
-    samples = measure(f"training step, {size.name}", candidates, rounds)
+    samples = measure(f"training step, {size.name}", candidates, effort)
     what = f"{size.name}: training step"
     return [
         _row(what, samples, "0.0", "PEFT 0.0", size.training_to_peft),
@@ -160,4 +164,4 @@ def _row(what: str, samples: Samples, ours: str, other: str, target: Target | No
 
 def _noise(what: str, samples: Samples) -> Row:
     ratio = Ratio.of(samples["base copied"], samples["base"])
-    return Row(what, median(samples["base"]), None, None, "base", ratio)
+    return Row(what, median(samples["base"]), None, None, "base", ratio, noise=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import tempfile
 import warnings
@@ -9,8 +10,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from cases import Cases
 from models import LIBRARIES, adapt, nest
-from timing import Ratio, Row, Target, calls, clock, measure
+from rows import Row, Target
+from timing import Effort, Ratio, calls, clock, measure
 from tqdm import tqdm
 
 MANY = {"PEFT": 20, "graphpeft": 100}
@@ -20,36 +23,41 @@ _EDGE = 5
 """How many of the first, and of the last ones, are compared."""
 
 
-def loading_time(rounds: int) -> list[Row]:
+def loading_time(effort: Effort) -> Cases:
     """Loads many adapters one after the other, and then lets one or the other act."""
+    return {"loading": functools.partial(_rows, effort)}
+
+
+def _rows(effort: Effort) -> list[Row]:
+    many = {library: effort.of(count, _EDGE + 2) for library, count in MANY.items()}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's on names
-        models = {library: adapt(nest(32), library) for library in LIBRARIES}
+        models = {library: adapt(nest(effort.of(32, 1)), library) for library in LIBRARIES}
         models["graphpeft"].save_pretrained(folder)
-        times = {library: _load(model, folder, library) for library, model in models.items()}
-        switches = {library: calls(_switch(model, MANY[library])) for library, model in models.items()}
-        samples = measure("set_adapter", switches, rounds)
+        times = {library: _load(model, folder, library, many[library]) for library, model in models.items()}
+        switches = {library: calls(_switch(model, many[library])) for library, model in models.items()}
+        samples = measure("set_adapter", switches, effort)
     peft, ours = times["PEFT"], times["graphpeft"]
-    late = _extrapolated(peft, MANY["graphpeft"])
-    few, many = ours[:_EDGE], ours[-_EDGE:]
-    choice = median(samples["PEFT"]) * MANY["graphpeft"] / MANY["PEFT"]
+    late = _extrapolated(peft, many["graphpeft"])
+    early, latest = ours[:_EDGE], ours[-_EDGE:]
+    choice = median(samples["PEFT"]) * many["graphpeft"] / many["PEFT"]
     return [
         Row(
             f"load_adapter, 224 targets, the 100th (PEFT's extrapolated from {MANY['PEFT']})",
             None,
             late,
-            median(many),
+            median(latest),
             "PEFT",
-            Ratio.of(many, [late] * _EDGE),
+            Ratio.of(latest, [late] * _EDGE),
             Target.at_most(0.02),
         ),
         Row(
-            f"load_adapter, the {len(ours)}th to the 2nd",
+            "load_adapter, the 99th to the 2nd",
             None,
             None,
             None,
             "itself",
-            Ratio.of(sorted(many), sorted(few)),
+            Ratio.of(sorted(latest), sorted(early)),
             Target.at_most(1.2),
         ),
         Row(
@@ -58,17 +66,17 @@ def loading_time(rounds: int) -> list[Row]:
             choice,
             median(samples["graphpeft"]),
             "PEFT",
-            Ratio.of(samples["graphpeft"], [choice] * rounds),
+            Ratio.of(samples["graphpeft"], [choice] * effort.rounds),
             Target.at_most(0.05),
         ),
     ]
 
 
-def _load(model: Any, folder: str, library: str) -> list[float]:
+def _load(model: Any, folder: str, library: str, count: int) -> list[float]:
     """Loads adapters beside the first, and returns the seconds of each."""
     assert Path(folder, "adapter_config.json").exists()
     times = []
-    for index in tqdm(range(1, MANY[library]), desc=f"load_adapter, {library}", leave=False):
+    for index in tqdm(range(1, count), desc=f"load_adapter, {library}", leave=False):
         gc.collect()
         start = clock()
         model.load_adapter(folder, f"a{index}")

@@ -8,9 +8,11 @@ from statistics import median
 from typing import Any
 
 import torch
+from cases import Cases
 from llama import input_gradients, loss_of, training_step
 from models import LIBRARIES, TARGETS, assert_close, copy_sharing_weights, llama
-from timing import Ratio, Row, Samples, Target, calls, measure, once, size
+from rows import Row, Target, size
+from timing import Effort, Ratio, Samples, calls, measure, once
 from torch import nn
 
 import graphpeft
@@ -28,24 +30,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """Options that a method needs, or whose defaults don't fit a Llama."""
 
 
-def methods_time(rounds: int) -> list[Row]:
+def methods_time(effort: Effort) -> Cases:
     """Times a forward and a training step of each method."""
-    base = llama(512, 8)
-    tokens = torch.randint(0, 256, (2, 64))
-    return [row for method in methods() for row in _rows(method, base, tokens, rounds)]
+    return {method: functools.partial(_time_rows, method, effort) for method in methods()}
 
 
-def methods_kept(rounds: int) -> list[Row]:
+def methods_kept(effort: Effort) -> Cases:
     """Counts the bytes that a forward of each method keeps for the backward, which no round changes."""
-    base = llama(512, 8)
-    tokens = torch.randint(0, 256, (2, 64))
-    return [_kept_row(method, base, tokens) for method in methods()]
+    return {method: functools.partial(_kept_rows, method, effort) for method in methods()}
 
 
-def methods_injection(rounds: int) -> list[Row]:
+def methods_injection(effort: Effort) -> Cases:
     """Times `get_peft_model` with each method, on a Llama of few and small layers."""
-    base = llama(256, 4)
-    return [_injection_row(method, base, rounds) for method in methods()]
+    return {method: functools.partial(_injection_rows, method, effort) for method in methods()}
 
 
 def methods() -> Iterator[str]:
@@ -75,32 +72,39 @@ def _adapt(method: str, library: str, model: nn.Module) -> Any:
     return package.get_peft_model(model, config)
 
 
-def _kept_row(method: str, base: nn.Module, tokens: torch.Tensor) -> Row:
+def _sample(effort: Effort) -> tuple[nn.Module, torch.Tensor]:
+    """Returns the model of times and bytes, and its tokens; C3A and VB-LoRA need sizes that 64 divides."""
+    return llama(effort.of(512, 256), effort.of(8, 1)), torch.randint(0, 256, (2, 64))
+
+
+def _kept_rows(method: str, effort: Effort) -> list[Row]:
+    base, tokens = _sample(effort)
     models = adapted_alike(method, base)
     kept = {name: kept_bytes(functools.partial(loss_of, model.train(), tokens)) for name, model in models.items()}
     ours, theirs = kept["graphpeft"], kept["PEFT"]
-    ratio = Ratio(ours / theirs, ours / theirs, ours / theirs)
-    return Row(f"{method}: kept for the backward", None, theirs, ours, "PEFT", ratio, Target.at_most(1.0), size)
+    what, ratio = f"{method}: kept for the backward", Ratio.exactly(ours / theirs)
+    return [Row(what, None, theirs, ours, "PEFT", ratio, Target.at_most(1.0), size)]
 
 
-def _injection_row(method: str, base: nn.Module, rounds: int) -> Row:
-    make = functools.partial(copy_sharing_weights, base)
+def _injection_rows(method: str, effort: Effort) -> list[Row]:
+    make = functools.partial(copy_sharing_weights, llama(256, effort.of(4, 1)))
     candidates = {name: once(make, functools.partial(_adapt, method, name)) for name in LIBRARIES}
-    return _row(f"{method}: get_peft_model", measure(f"{method}: get_peft_model", candidates, rounds), 0.15)
+    return [_row(f"{method}: get_peft_model", measure(f"{method}: get_peft_model", candidates, effort), 0.15)]
 
 
-def _rows(method: str, base: nn.Module, tokens: torch.Tensor, rounds: int) -> Iterator[Row]:
+def _time_rows(method: str, effort: Effort) -> Iterator[Row]:
+    base, tokens = _sample(effort)
     models = adapted_alike(method, base)
     with torch.no_grad():
         runs = {name: functools.partial(model.eval(), input_ids=tokens) for name, model in models.items()}
         outputs = {name: run().logits for name, run in runs.items()}
         runs["base"] = functools.partial(base, input_ids=tokens)
         assert_close(method, outputs["graphpeft"], outputs["PEFT"], 1e-4)
-        samples = measure(f"{method}: forward", {name: calls(run) for name, run in runs.items()}, rounds)
+        samples = measure(f"{method}: forward", {name: calls(run) for name, run in runs.items()}, effort)
     yield _row(f"{method}: forward", samples)
     steps = {name: calls(training_step(model.train(), tokens)) for name, model in models.items()}
     steps["base"] = calls(input_gradients(base, tokens))
-    yield _row(f"{method}: training step", measure(f"{method}: training step", steps, rounds))
+    yield _row(f"{method}: training step", measure(f"{method}: training step", steps, effort))
 
 
 def _row(what: str, samples: Samples, most: float = 1.05) -> Row:

@@ -7,20 +7,24 @@ from statistics import median
 from typing import Any
 
 import torch
+from cases import Cases
 from models import LIBRARIES, TARGETS, assert_close, copy_sharing_weights, llama
-from timing import Ratio, Row, Target, calls, measure
+from rows import Row, Target
+from timing import Effort, Ratio, calls, measure
 from torch import nn
 
 
-def mixed_time(rounds: int) -> list[Row]:
+def mixed_time(effort: Effort) -> Cases:
     """Times one forward of as many rows as there are adapters, each row with its own."""
-    return [_row(count, target, rounds) for count, target in ((8, 0.30), (32, 0.25))]
+    return {
+        f"{count} adapters": functools.partial(_rows, count, most, effort) for count, most in ((8, 0.30), (32, 0.25))
+    }
 
 
-def _row(count: int, target: float, rounds: int) -> Row:
-    base = llama(64, 4)
-    tokens = torch.randint(0, 256, (count, 1))
-    names = [f"adapter{index}" for index in range(count)]
+def _rows(count: int, most: float, effort: Effort) -> list[Row]:
+    base = llama(64, effort.of(4, 1))
+    names = [f"adapter{index}" for index in range(effort.of(count, 2))]
+    tokens = torch.randint(0, 256, (len(names), 1))
     models = {library: _adapted(base, library, names) for library in LIBRARIES}
     with torch.no_grad():
         outputs = {name: model(input_ids=tokens, adapter_names=names).logits for name, model in models.items()}
@@ -28,10 +32,10 @@ def _row(count: int, target: float, rounds: int) -> Row:
         candidates = {"base": calls(functools.partial(base, input_ids=tokens))}
         for library, model in models.items():
             candidates[library] = calls(functools.partial(model, input_ids=tokens, adapter_names=names))
-        samples = measure(f"mixed batch, {count} adapters", candidates, rounds)
+        samples = measure(f"mixed batch, {count} adapters", candidates, effort)
     what = f"Llama 64 × 4, mixed batch, {count} rows × 1 token, {count} adapters"
     times = [median(samples[name]) for name in ("base", "PEFT", "graphpeft")]
-    return Row(what, *times, "PEFT", Ratio.of(samples["graphpeft"], samples["PEFT"]), Target.at_most(target))
+    return [Row(what, *times, "PEFT", Ratio.of(samples["graphpeft"], samples["PEFT"]), Target.at_most(most))]
 
 
 def _adapted(base: nn.Module, library: str, names: list[str]) -> Any:

@@ -22,6 +22,30 @@ WIDTH, ROW, TOP, LEFT = 560, 34, 24, 8
 SCALE = 400  # pixels for a ratio of one
 
 
+LLAMA, SMALL = "Llama 512 × 8, 2 × 64 tokens", "Llama 64 × 4, 1 token"
+MIXED = "Llama 64 × 4, mixed batch"
+DRAWN = {
+    "import (base: torch alone)": "import",
+    "get_peft_model, 175 targets, the first in a process": "get_peft_model, 175 targets, the first in a process",
+    "get_peft_model, 175 targets, per target": "get_peft_model, 175 targets",
+    "get_peft_model, 700 targets, per target": "get_peft_model, 700 targets",
+    "get_peft_model, 2800 targets, per target": "get_peft_model, 2800 targets",
+    "get_peft_model, a Llama of 12 layers, all-linear, per target": "get_peft_model, a Llama of 84 targets",
+    "load_adapter, 224 targets, the 100th (PEFT's extrapolated from 20)": "load_adapter, 224 targets, the 100th",
+    "set_adapter, 100 loaded (PEFT's extrapolated from 20, as if in proportion)": "set_adapter, 100 loaded",
+    f"{MIXED}, 8 rows × 1 token, 8 adapters": f"{MIXED}, 8 rows × 1 token, 8 adapters",
+    f"{MIXED}, 32 rows × 1 token, 32 adapters": f"{MIXED}, 32 rows × 1 token, 32 adapters",
+    f"{LLAMA}: forward, adapters on": f"{LLAMA}: forward",
+    f"{SMALL}: forward, adapters on": f"{SMALL}: forward",
+    f"{LLAMA}: training step": f"{LLAMA}: training step",
+    f"{SMALL}: training step": f"{SMALL}: training step",
+    "Llama 256 × 2, 2 × 64 tokens: training step, torch.compile(fullgraph=True)": "Llama 256 × 2: training, compiled",
+    "Batched experts: step": "64 experts: training step",
+    f"{LLAMA}: kept for the backward, traced, all passes for memory": f"{LLAMA}: bytes for the backward, all passes",
+}
+"""The rows that are drawn, with their names in the picture; the other rows are variants of these."""
+
+
 class Bar(NamedTuple):
     """A measured ratio to PEFT."""
 
@@ -30,15 +54,13 @@ class Bar(NamedTuple):
 
 
 def bars(text: str) -> list[Bar]:
-    """Returns the ratios to PEFT of the first table behind "Measured", but for variants of the row above."""
-    table = re.split(r"\n(?=\| what )", text, maxsplit=1)[1].partition("\n\n")[0]
-    found = []
-    for line in table.splitlines()[2:]:
-        what, *_, ratio, _ = (cell.strip() for cell in line.strip("|").split("|"))
-        measured = re.match(r"([\d.]+)(?: ± [\d.]+)? × PEFT", ratio)
-        if measured and not what.startswith("the same"):
-            found.append(Bar(re.sub(r" \(.*\)$", "", what).replace("`", ""), float(measured[1])))
-    return found
+    """Returns the chosen ratios to PEFT of the table."""
+    found = {}
+    for line in text.splitlines():
+        row = re.match(r"\| (.*?) \|.*\| ([\d.]+) ± [\d.]+ × PEFT \|", line)
+        if row:
+            found[row[1]] = float(row[2])
+    return [Bar(name, found[what]) for what, name in DRAWN.items()]
 
 
 def picture(found: list[Bar], scheme: str) -> str:

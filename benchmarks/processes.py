@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 from pathlib import Path
 from statistics import median
 
-from timing import Ratio, Row, Sampler, Target, measure
+from cases import Cases
+from rows import Row, Target
+from timing import Effort, Ratio, Sampler, measure
 
 _HERE = Path(__file__).parent
 
@@ -31,19 +34,27 @@ print(clock() - start)
 """
 
 
-def import_time(rounds: int) -> list[Row]:
+def import_time(effort: Effort) -> Cases:
     """Imports each library, and torch alone, in processes of their own; starting Python isn't counted."""
+    return {"import": functools.partial(_import_rows, effort)}
+
+
+def first_model(effort: Effort) -> Cases:
+    """Adapts one model of 175 targets in a process that has adapted nothing before."""
+    return {"first": functools.partial(_first_rows, effort)}
+
+
+def _import_rows(effort: Effort) -> list[Row]:
     packages = {"torch": "torch", "PEFT": "peft", "graphpeft": "graphpeft"}
     candidates = {name: in_process(_IMPORT.format(package=package)) for name, package in packages.items()}
-    torch, peft, ours = measure("import", candidates, rounds).values()
+    torch, peft, ours = measure("import", candidates, effort).values()
     times = median(torch), median(peft), median(ours)
     return [Row("import (base: torch alone)", *times, "PEFT", Ratio.of(ours, peft), Target.at_most(0.35))]
 
 
-def first_model(rounds: int) -> list[Row]:
-    """Adapts one model of 175 targets in a process that has adapted nothing before."""
+def _first_rows(effort: Effort) -> list[Row]:
     candidates = {library: in_process(_FIRST_MODEL.format(library=library)) for library in ("PEFT", "graphpeft")}
-    peft, ours = measure("first model", candidates, rounds).values()
+    peft, ours = measure("first model", candidates, effort).values()
     what = "get_peft_model, 175 targets, the first in a process"
     return [Row(what, None, median(peft), median(ours), "PEFT", Ratio.of(ours, peft))]
 

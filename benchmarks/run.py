@@ -3,24 +3,27 @@
 python benchmarks/run.py                       everything
 python benchmarks/run.py import forward        some of it
 python benchmarks/run.py injection --rounds 3  faster and noisier
+python benchmarks/run.py --quick               every row once, with small models, to see that it runs
+python benchmarks/run.py --write               everything, into README.md and records.json
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
-import platform
 import random
+import sys
 import time
 import warnings
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a model hub
 
-import peft
+import page
+import records
 import torch
-import transformers
+from cases import Cases, measured
 from experts import experts_time
 from export import export_time
 from injection import injection_time
@@ -30,9 +33,11 @@ from methods import methods_injection, methods_kept, methods_time
 from mixed import mixed_time
 from passes import compiled_time, kept_for_backward, passes_time
 from processes import first_model, import_time
-from timing import Row, table
+from rows import Row, table
+from source import commit, source
+from timing import Effort
 
-BENCHMARKS: dict[str, tuple[Callable[[int], list[Row]], int]] = {
+BENCHMARKS: dict[str, tuple[Callable[[Effort], Cases], int]] = {
     "import": (import_time, 10),
     "first": (first_model, 5),
     "injection": (injection_time, 10),
@@ -53,18 +58,26 @@ BENCHMARKS: dict[str, tuple[Callable[[int], list[Row]], int]] = {
 
 
 def main() -> None:
-    """Runs the chosen benchmarks and prints a table of each, as soon as it is measured."""
+    """Runs the chosen benchmarks, prints a table of each as soon as it is measured, and the failures at the end."""
     options = parse()
     # PEFT asks transformers for this attribute by its old name
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     random.seed(0)
     torch.set_num_threads(options.threads)
-    print(machine())
+    if options.quick:
+        gc.freeze()  # or looking through what was imported takes most of the time
+    where = source(), commit()  # before anything changes while this runs
+    print(where[0])
     start = time.perf_counter()
-    for name in BENCHMARKS if "all" in options.names else options.names:
-        benchmark, rounds = BENCHMARKS[name]
-        print(f"\n{table(benchmark(options.rounds or rounds))}", flush=True)
+    rows, failed = run(options)
     print(f"\n{NOTES}\nIt took {time.perf_counter() - start:.0f} s.")
+    if options.write:
+        write(rows, *where)
+    elif options.quick and options.names == "all":
+        failed |= records.unmatched({row.name for row in rows}, records.read())
+    for what, reason in failed.items():
+        print(f"\nFAILED: {what}\n{reason}")
+    sys.exit(bool(failed))
 
 
 NOTES = """\
@@ -82,24 +95,37 @@ def parse() -> argparse.Namespace:
     parser.add_argument("names", nargs="*", choices=names, default="all", metavar="NAME", help=" | ".join(names))
     parser.add_argument("--rounds", type=int, help="how often everything is measured (default: as steady medians need)")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
-    return parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="every row once, with small models, to see that it runs")
+    parser.add_argument("--write", action="store_true", help="write the table of README.md, and records.json")
+    options = parser.parse_args()
+    if "all" in options.names:
+        options.names = "all"
+    if options.write and (options.quick or options.rounds or options.threads > 1 or options.names != "all"):
+        parser.error("--write writes one table of everything, as it is measured by default: it takes no other option")
+    return options
 
 
-def machine() -> str:
-    """Describes where the numbers come from."""
-    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, transformers, peft))
-    return (
-        f"{processor()}, {os.cpu_count()} cores, torch on {torch.get_num_threads()}; "
-        f"Python {platform.python_version()}, {versions}; {time.strftime('%Y-%m-%d')}"
-    )
+def run(options: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
+    """Returns the rows of the chosen benchmarks, and the tracebacks of what failed."""
+    rows: list[Row] = []
+    failed: dict[str, str] = {}
+    for name in BENCHMARKS if options.names == "all" else options.names:
+        benchmark, rounds = BENCHMARKS[name]
+        effort = Effort(options.rounds or (1 if options.quick else rounds), options.quick)
+        start = time.perf_counter()
+        found, errors = measured(benchmark(effort))
+        print(f"\n{table(found)}\n{name} took {time.perf_counter() - start:.0f} s.", flush=True)
+        rows += found
+        failed |= {f"{name}, {case}": error for case, error in errors.items()}
+    return rows, failed
 
 
-def processor() -> str:
-    """Returns the processor's name as far as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+def write(rows: Sequence[Row], source: str, commit: str) -> None:
+    """Writes README.md's table, and the records with what this run improved."""
+    recorded = records.updated(records.read(), rows, commit)
+    records.write(recorded)
+    text = page.README.read_text(encoding="utf-8")
+    page.README.write_text(page.page(text, source, rows, recorded), encoding="utf-8")
 
 
 if __name__ == "__main__":

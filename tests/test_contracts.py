@@ -209,90 +209,14 @@ def test_a_training_step_has_pefts_outputs_and_gradients(contract: Contract, cas
     assert_trains_alike(ours, theirs, case, contract.tolerance)
 
 
-# several adapters
-
-
-def of_lora(**options: Any) -> Callable[[Case], Any]:
-    return lambda case: LoraConfig(r=2, lora_alpha=5, init_lora_weights=False, **case.targets, **options)
-
-
-def neighbours() -> list[Any]:
-    """Returns each method with itself, with LoRA and DoRA on either side, and with the next method."""
-    pairs: list[Any] = []
-    for contract, following in zip(FIRST, FIRST[1:] + FIRST[:1], strict=True):
-        own = contract.our_config
-        case = contract.cases[0]
-        together = [
-            (f"{contract} {contract}", own, own),
-            (f"{contract} lora", own, of_lora()),
-            (f"lora {contract}", of_lora(), own),
-            (f"{contract} dora", own, of_lora(use_dora=True)),
-            (f"dora {contract}", of_lora(use_dora=True), own),
-        ]
-        if following.cases[0] is case and not {"merge", "merge beside"} & {*following.refuses}:
-            together.append((f"{contract} {following}", own, following.our_config))
-        pairs += [pytest.param(contract, first, second, id=name) for name, first, second in together]
-    return pairs
-
-
-def both(contract: Contract, first: Any, second: Any) -> tuple[Any, Case]:
-    """Returns a model with two active adapters, and its case; skips what the method refuses, once that is seen."""
-    case = contract.cases[0]
-    model: Any = get_peft_model(case.build(), first(case))
-    model.add_adapter("second", second(case))
-    is_of_one_kind = model.peft_config["default"].peft_type == model.peft_config["second"].peft_type
-    if "together" in contract.refuses and is_of_one_kind:
-        with pytest.raises(AdaptError, match=contract.refuses["together"]):
-            model.set_adapter(["default", "second"])
-        pytest.skip("refused, as it should be")
-    if "before dora" in contract.refuses and getattr(model.peft_config["second"], "use_dora", False):
-        with pytest.raises(AdaptError, match=contract.refuses["before dora"]):
-            model.set_adapter(["default", "second"])
-        pytest.skip("refused, as it should be")
-    model.set_adapter(["default", "second"])
-    return moved(model), case
-
-
-@pytest.mark.parametrize(("contract", "first", "second"), neighbours())
-def test_two_active_adapters_are_what_they_are_merged(contract: Contract, first: Any, second: Any) -> None:
-    model, case = both(contract, first, second)
-    active = outputs(model, case)
-    reasons = [contract.refuses[what] for what in ("merge", "merge beside") if what in contract.refuses]
-    if reasons:
-        with pytest.raises(AdaptError, match=reasons[0]):
-            model.merge_adapter()
-        assert torch.equal(outputs(model, case), active)
-        return
-    model.merge_adapter()
-    assert_close(outputs(model, case), active, 1e-5)
-    model.unmerge_adapter()
-    assert torch.equal(outputs(model, case), active)
-
-
-@pytest.mark.parametrize(("contract", "first", "second"), neighbours())
-def test_either_of_two_can_go_and_come_back(contract: Contract, first: Any, second: Any) -> None:
-    model, case = both(contract, first, second)
-    base = outputs(case.build(), case)
-    active = outputs(model, case)
-    alone = {}
-    for name in ("default", "second"):
-        model.set_adapter([name])
-        alone[name] = outputs(model, case)
-        assert not torch.allclose(alone[name], base, atol=1e-4)
-    with model.disable_adapter():
-        assert torch.equal(outputs(model, case), base)
-    model.set_adapter(["default", "second"])
-    assert torch.equal(outputs(model, case), active)
-    model.delete_adapter("default")
-    assert torch.equal(outputs(model, case), alone["second"])
-    assert torch.equal(outputs(model.unload(), case), base)
+# rows of a batch
 
 
 @each_method
 def test_rows_of_a_batch_have_their_own(contract: Contract) -> None:
     case = contract.cases[0]
     model: Any = moved(get_peft_model(case.build(), contract.our_config(case)))
-    model.add_adapter("other", of_lora()(case))
+    model.add_adapter("other", LoraConfig(r=2, lora_alpha=5, init_lora_weights=False, **case.targets))
     (x,) = case.inputs()
     names = (["default", "__base__", "other", "default"] * len(x))[: len(x)]
     if "rows" in contract.refuses:

@@ -1,4 +1,4 @@
-"""Methods as an author writes them: PEFT's numbers and files, alone and on top of each other."""
+"""Methods as an author writes them, alone and on top of each other."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import peft
 import pytest
 import torch
 import written_methods
-from oracle import CONV_1D, CONV_2D, CONV_3D, LINEAR, POINTWISE, TRANSPOSED, WITHOUT_BIAS, Case, moved
+from oracle import CONV_1D, CONV_2D, CONV_3D, LINEAR, POINTWISE, Case, moved
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -24,20 +23,16 @@ from graphpeft import (
     AdaptError,
     BoundaryRule,
     DeltaRule,
-    HRAConfig,
     IA3Config,
     InputRule,
     LoHaConfig,
     LoraConfig,
     MissConfig,
-    OFTConfig,
     OperationRule,
     ParameterSpec,
     PeftModel,
     RunsByRow,
-    ShiraConfig,
     TargetedConfig,
-    VeraConfig,
     WeightRule,
     get_peft_model,
     recorded,
@@ -47,12 +42,7 @@ from graphpeft.graph.template import template_of
 from graphpeft.methods.loha import LoHa
 from graphpeft.methods.lycoris import kernel_of
 from graphpeft.rules import registry
-
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{begins}")
-    for begins in ("fan_in_fan_out is set to False", "Specified to not (save|load) vera_A", "Sparse invariant checks")
-]
-"""PEFT's own warnings, of what is meant here."""
+from graphpeft.testing import assert_two_adapters_act_together
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -64,98 +54,6 @@ def _registered() -> Iterator[None]:
     yield
     registry._REGISTRY.clear()
     registry._REGISTRY.update(before)
-
-
-class Method(NamedTuple):
-    """A method with options, here and in PEFT."""
-
-    name: str
-    ours: Callable[..., Any]
-    theirs: Callable[..., Any]
-    options: dict[str, Any]
-    cases: tuple[Case, ...]
-
-    def config(self, make: Callable[..., Any], **more: Any) -> Any:
-        return make(**{"target_modules": ["0"], **self.options, **more})
-
-    def __str__(self) -> str:
-        return self.name
-
-
-MATRICES = (LINEAR, WITHOUT_BIAS, TRANSPOSED)
-LOKR_CASES = (LINEAR, CONV_1D, CONV_2D, POINTWISE)
-METHODS = (
-    Method("ia3-feedforward", IA3Config, peft.IA3Config, {"feedforward_modules": ["0"]}, MATRICES),
-    Method("oft", OFTConfig, peft.OFTConfig, {"oft_block_size": 3, "use_cayley_neumann": False}, MATRICES[:2]),
-    Method("hra", HRAConfig, peft.HRAConfig, {"r": 2}, MATRICES[:2]),
-    Method("loha", LoHaConfig, peft.LoHaConfig, {"r": 2, "alpha": 3}, MATRICES[:2]),
-    Method("vera", VeraConfig, peft.VeraConfig, {"r": 3, "vera_dropout": 0.1}, MATRICES),
-    Method("shira", ShiraConfig, peft.ShiraConfig, {"r": 2, "random_seed": 5}, MATRICES[:2]),
-)
-
-
-def _lora(**options: Any) -> Method:
-    return Method("dora" if options else "lora", LoraConfig, peft.LoraConfig, {"r": 2, **options}, MATRICES)
-
-
-TOGETHER = [*METHODS, _lora(), _lora(use_dora=True)]
-
-
-def both(case: Case, first: Method, second: Method, dtype: torch.dtype = torch.float32) -> Any:
-    model: Any = get_peft_model(case.build().to(dtype), first.config(first.ours))
-    model.add_adapter("second", second.config(second.ours))
-    model.set_adapter(["default", "second"])
-    return moved(model)
-
-
-@pytest.mark.parametrize("case", [LINEAR, WITHOUT_BIAS, TRANSPOSED], ids=str)
-@pytest.mark.parametrize(("first", "second"), list(itertools.product(TOGETHER, TOGETHER)), ids=str)
-def test_two_active_adapters_are_what_they_are_merged(first: Method, second: Method, case: Case) -> None:
-    model = both(case, first, second)
-    active = model(*case.inputs())
-    model.merge_adapter()
-    torch.testing.assert_close(model(*case.inputs()), active, atol=4e-6, rtol=1e-5)
-    model.unmerge_adapter()
-    assert torch.equal(model(*case.inputs()), active)
-
-
-@pytest.mark.parametrize(("first", "second"), list(itertools.product(METHODS, METHODS)), ids=str)
-def test_in_half_precision_they_are_merged_within_its_rounding(first: Method, second: Method) -> None:
-    model = both(LINEAR, first, second, torch.bfloat16)
-    x = LINEAR.inputs()[0].to(torch.bfloat16)
-    active = model(x)
-    assert active.dtype == torch.bfloat16
-    merged = model.merge_and_unload()(x)
-    # a weight, and a result, are each rounded to 8 bits
-    torch.testing.assert_close(merged, active, atol=0.06, rtol=0.03)
-
-
-@pytest.mark.parametrize(("first", "second"), list(itertools.product(TOGETHER, TOGETHER)), ids=str)
-def test_either_of_two_can_go_and_come_back(first: Method, second: Method) -> None:
-    model = both(LINEAR, first, second)
-    active = model(*LINEAR.inputs())
-    alone = {}
-    for name in ("default", "second"):
-        model.set_adapter([name])
-        alone[name] = model(*LINEAR.inputs())
-    with model.disable_adapter():
-        torch.testing.assert_close(model(*LINEAR.inputs()), LINEAR.build()(*LINEAR.inputs()), atol=0, rtol=0)
-    model.set_adapter(["default", "second"])
-    assert torch.equal(model(*LINEAR.inputs()), active)
-    model.delete_adapter("default")
-    assert torch.equal(model(*LINEAR.inputs()), alone["second"])
-    assert torch.equal(model.unload()(*LINEAR.inputs()), LINEAR.build()(*LINEAR.inputs()))
-
-
-def test_two_reflections_act_as_pefts_do(tmp_path: Path) -> None:
-    theirs: Any = peft.get_peft_model(LINEAR.build(), peft.HRAConfig(r=2, target_modules=["0"]))
-    theirs.add_adapter("second", peft.HRAConfig(r=4, target_modules=["0"]))
-    theirs.base_model.set_adapter(["default", "second"])
-    moved(theirs).save_pretrained(str(tmp_path))
-    model: Any = PeftModel.from_pretrained(LINEAR.build(), tmp_path)
-    model.load_adapter(tmp_path / "second", "second")
-    model.set_adapter(["default", "second"])
-    torch.testing.assert_close(model(*LINEAR.inputs()), theirs(*LINEAR.inputs()))
 
 
 # what an operation is given
@@ -460,56 +358,7 @@ def test_a_change_of_the_bias_is_added_and_merged(case: Case, monkeypatch: pytes
     torch.testing.assert_close(model.merge_and_unload()(*case.inputs()), active, atol=1e-5, rtol=1e-5)
 
 
-# the same, by other ways
-
-
-def three_adapters() -> Any:
-    """Two layers with LoRA, factors on top of it, and rotations on top of these."""
-    model: Any = get_peft_model(two_layers(), LoraConfig(r=2, lora_alpha=5, target_modules=["0", "2"]))
-    model.add_adapter("factors", IA3Config(target_modules=["0", "2"], feedforward_modules=["2"]))
-    model.add_adapter("turned", OFTConfig(oft_block_size=3, target_modules=["0"]))
-    model.set_adapter(["default", "factors", "turned"])
-    return moved(model)
-
-
-def test_passes_let_them_compute_the_same() -> None:
-    model = three_adapters()
-    expected = model(X)
-    graphpeft.optimize(model)
-    torch.testing.assert_close(model(X), expected)
-    model.train()(X).sum().backward()
-    got = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    plain = three_adapters().train()
-    plain(X).sum().backward()
-    for name, parameter in plain.named_parameters():
-        if parameter.grad is not None:
-            torch.testing.assert_close(got[name], parameter.grad)
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.compiled)])
-def test_compiled_they_compute_the_same(backend: str) -> None:
-    model = three_adapters()
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    torch.testing.assert_close(compiled(X), model(X))
-
-
-@pytest.mark.parametrize("adapters", ["merged", "baked"])
-def test_exported_they_compute_the_same(adapters: str, tmp_path: Path) -> None:
-    model = three_adapters()
-    graphpeft.export(model, (X,), tmp_path / "model.pt2", adapters=adapters)
-    program = torch.export.load(tmp_path / "model.pt2").module()
-    torch.testing.assert_close(program(X), model(X), atol=1e-5, rtol=1e-5)
-
-
-def test_rows_have_their_own() -> None:
-    model = three_adapters()
-    names = ["factors", "turned", "__base__", "default"]
-    expected = two_layers()(X)
-    for row, name in enumerate(names):
-        if name != "__base__":
-            model.set_adapter(name)
-            expected[row] = model(X)[row]
-    torch.testing.assert_close(model(X, adapter_names=names), expected)
+# on both sides of a layer, and around it
 
 
 @dataclass(frozen=True)
@@ -590,7 +439,7 @@ class Nest(BoundaryRule):
         parameters["shift"].fill_(0.5)
 
     def enter(self, inputs: Any, shift: Any) -> Any:
-        return {"x": inputs["x"] + shift}
+        return {name: value + shift for name, value in inputs.items()}
 
     def leave(self, output: Any) -> Any:
         return output * 2
@@ -635,6 +484,81 @@ def test_adapters_of_a_call_and_of_its_boundary_keep_what_each_other_enters(
     model.delete_adapter(order[0])
     assert torch.equal(model(X), alone[order[1]])
     assert torch.equal(model.unload()(X), plain(X))
+
+
+# on top of each other
+
+
+@dataclass(frozen=True)
+class Stretched(WeightRule, OperationRule):
+    """A factor of each feature that comes out."""
+
+    def parameters(self, site: Any, config: Any) -> dict[str, ParameterSpec]:
+        return {"factor": ParameterSpec((site.out_features,), "factor")}
+
+    def initialise(self, parameters: Any, site: Any, config: Any, module: nn.Module) -> None:
+        parameters["factor"].uniform_(1, 2)
+
+    def rewrite(self, y: Any, factor: Any) -> Any:
+        return y * factor
+
+    def delta(self, weight: Any, factor: Any) -> Any:
+        return weight * (factor - 1)[:, None]
+
+    def bias_delta(self, bias: Any, factor: Any) -> Any:
+        return bias * (factor - 1)
+
+
+@dataclass(frozen=True)
+class Entered(WeightRule, InputRule):
+    """A factor of each feature that goes in."""
+
+    def parameters(self, site: Any, config: Any) -> dict[str, ParameterSpec]:
+        return {"factor": ParameterSpec((site.in_features,), "factor")}
+
+    def initialise(self, parameters: Any, site: Any, config: Any, module: nn.Module) -> None:
+        parameters["factor"].uniform_(1, 2)
+
+    def enter(self, x: Any, factor: Any) -> Any:
+        return x * factor
+
+    def delta(self, weight: Any, factor: Any) -> Any:
+        return weight * (factor - 1)
+
+
+@dataclass(kw_only=True)
+class StretchedConfig(TargetedConfig):
+    peft_type = "STRETCHED"
+
+    def rule_for(self, site: Any, dtype: torch.dtype) -> Any:
+        return Stretched()
+
+
+@dataclass(kw_only=True)
+class EnteredConfig(TargetedConfig):
+    peft_type = "ENTERED"
+
+    def rule_for(self, site: Any, dtype: torch.dtype) -> Any:
+        return Entered()
+
+
+OF_EACH_BASE: dict[str, Callable[..., Any]] = {
+    "delta": LowRankConfig,
+    "shared delta": lambda **targets: SharingConfig(r=3, **targets),
+    "delta at places": lambda **targets: PlacesConfig(r=1, **targets),
+    "outputs": StretchedConfig,
+    "inputs": EnteredConfig,
+    "outputs and inputs": BothConfig,
+    "boundary": NestConfig,
+}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [*itertools.combinations_with_replacement(OF_EACH_BASE, 2)], ids=lambda base: base
+)
+def test_rules_of_each_base_act_on_top_of_each_other_as_they_are_merged(first: str, second: str) -> None:
+    one, other = (OF_EACH_BASE[base](target_modules=["0"]) for base in (first, second))
+    assert_two_adapters_act_together(two_layers, one, (X,), other, tolerance=1e-5)
 
 
 # slips of authors

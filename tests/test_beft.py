@@ -42,17 +42,6 @@ def test_a_bias_is_scaled_by_a_method_that_acts_later_active_and_merged():
     assert_close(model(x), expected)
 
 
-def test_rows_of_a_batch_have_different_biases():
-    model: Any = get_peft_model(LINEAR.build(), BeftConfig(target_modules=["0"], init_weights=False))
-    model.add_adapter("second", BeftConfig(target_modules=["0"], init_weights=False))
-    (x,) = LINEAR.inputs()
-    names = ["second", "__base__", "default", "second"]
-    found = model(x, adapter_names=names)
-    for row, name in enumerate(names):
-        model.set_adapter([] if name == "__base__" else [name])
-        assert_close(found[row], model(x)[row])
-
-
 def test_quantised_layers_have_biases_that_are_not_merged():
     case = Case("nf4", by_bitsandbytes(LinearNF4), lambda: (torch.randn(3, 64),))
     model: Any = moved(get_peft_model(case.build(), BeftConfig(target_modules=["2"])))

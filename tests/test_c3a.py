@@ -52,19 +52,6 @@ def test_an_empty_batch_has_the_type_of_any_other():
     assert convolved(x[:0].bfloat16(), torch.randn(4, 3, 2)).dtype == torch.bfloat16
 
 
-def test_two_active_adapters_add_up():
-    (x,) = LINEAR.inputs()
-    model: Any = get_peft_model(nn.Sequential(nn.Linear(6, 8)), C3AConfig(block_size=2, target_modules=["0"]))
-    model.add_adapter("second", C3AConfig(block_size=1, target_modules=["0"]))
-    found = {}
-    for names in ((), ("default",), ("second",), ("default", "second")):
-        model.set_adapter(list(names))
-        found[names] = model(x)
-    plain = found[()]
-    expected = found["default",] + found["second",] - plain
-    torch.testing.assert_close(found["default", "second"], expected)
-
-
 @pytest.mark.parametrize("size", [4, 3])
 def test_a_size_that_does_not_divide_both_sides_is_refused(size: int):
     with pytest.raises(AdaptError, match=rf"block_size={size} doesn't divide both sides .* choose a divisor of 2"):

@@ -175,17 +175,17 @@ def test_adapters_in_half_precision_give_pefts_outputs(contract: Contract, dtype
     torch.testing.assert_close(*found, atol=5e-2, rtol=2e-2)
 
 
-@each_pair
-def test_every_law_holds(contract: Contract, case: Case) -> None:
-    verification = verify(case.build(), contract.our_config(case), case.inputs(), progress=False, quiet=True)
-    assert verification.holds, verification
+def assert_every_law_holds(contract: Contract, case: Case) -> None:
+    config = contract.our_config(case)
+    verification = verify(case.build(), config, case.inputs(), progress=False, quiet=True)
+    silent = {verdict.law[0] for verdict in verification.verdicts if verdict.outcome != "holds"}
+    expected = {"1": not config.starts_as_identity, "9": config.trained_biases != "none"}
+    assert silent == {law for law, is_silent in expected.items() if is_silent}, verification
 
 
 @pairs(lambda contract: contract.beyond)
 def test_every_law_holds_where_peft_has_no_layer_for_it(contract: Contract, case: Case) -> None:
-    config = contract.our_config(case)
-    verification = verify(case.build(), config, case.inputs(), progress=False, quiet=True)
-    assert verification.holds, verification
+    assert_every_law_holds(contract, case)
 
 
 @pytest.mark.parametrize("case", BOTH_WAYS, ids=str)
@@ -196,8 +196,7 @@ def test_a_weight_that_is_read_both_ways_is_changed_both_ways_or_refused(contrac
         with pytest.raises(AdaptError, match=contract.refuses["both ways"]):
             get_peft_model(case.build(), config)
         return
-    verification = verify(case.build(), config, case.inputs(), progress=False, quiet=True)
-    assert verification.holds, verification
+    assert_every_law_holds(contract, case)
 
 
 @pairs(lambda contract: contract.cases if contract.trains_alike else ())
@@ -212,21 +211,32 @@ def test_a_training_step_has_pefts_outputs_and_gradients(contract: Contract, cas
 # rows of a batch
 
 
-@each_method
-def test_rows_of_a_batch_have_their_own(contract: Contract) -> None:
+IN_ROWS = [*FIRST, *(contract for contract in CONTRACTS if str(contract) in ("dora", "ia3-inputs", "miss-bat"))]
+"""The first contract of each method, and those of which the rule is of another base."""
+
+
+@pytest.mark.parametrize("contract", IN_ROWS, ids=str)
+def test_rows_of_a_batch_have_adapters_of_this_method_of_another_or_none(contract: Contract) -> None:
     case = contract.cases[0]
-    model: Any = moved(get_peft_model(case.build(), contract.our_config(case)))
+    model: Any = get_peft_model(case.build(), contract.our_config(case))
     model.add_adapter("other", LoraConfig(r=2, lora_alpha=5, init_lora_weights=False, **case.targets))
+    model.add_adapter("second", contract.our_config(case))
+    for seed, name in enumerate(("default", "second")):
+        model.set_adapter(name)
+        moved(model, seed)
     (x,) = case.inputs()
-    names = (["default", "__base__", "other", "default"] * len(x))[: len(x)]
+    names = ["default", "__base__", "other", "second"]
+    given = torch.cat((x, x))[: len(names)]
     if "rows" in contract.refuses:
         with pytest.raises(AdaptError, match=contract.refuses["rows"]):
-            model(x, adapter_names=names)
+            model(given, adapter_names=names)
         return
-    found = model(x, adapter_names=names)
+    found, alone = model(given, adapter_names=names), []
     for row, name in enumerate(names):
         model.set_adapter([] if name == "__base__" else [name])
-        torch.testing.assert_close(found[row], model(x)[row])
+        alone.append(model(given))
+        torch.testing.assert_close(found[row], alone[-1][row])
+    assert not any(torch.allclose(one, other, atol=1e-4) for one, other in itertools.combinations(alone, 2))
 
 
 # a whole model

@@ -116,11 +116,19 @@ class Tied(nn.Module):
 
 
 class Case(NamedTuple):
-    """A model in which a rule is used, with a config and inputs."""
+    """A model in which a rule is used.
+
+    Attributes:
+        make: Builds it.
+        config: A config that uses the rule there.
+        inputs: Its inputs.
+        is_verified: Whether the contract of the method has the laws for it already.
+    """
 
     make: Callable[[], nn.Module]
     config: PeftConfig
     inputs: Any
+    is_verified: bool = False
 
     def build(self) -> nn.Module:
         torch.manual_seed(0)
@@ -159,7 +167,7 @@ def of_contracts() -> dict[str, Case]:
     found: dict[str, Case] = {}
     for contract in CONTRACTS:
         for each in (*contract.beyond, *contract.cases):
-            case = Case(each.make, contract.our_config(each), each.inputs())
+            case = Case(each.make, contract.our_config(each), each.inputs(), is_verified=each in contract.beyond)
             for adapted in get_peft_model(each.build(), case.config).adapter_report().adapted:
                 for part in parts_of(adapted.rule):
                     if part.__name__ in rules():
@@ -266,9 +274,10 @@ def speaks_of(law: Any, case: Case) -> bool:
     ("name", "law"),
     [
         pytest.param(name, law, id=f"{name}-{law.__name__}")
-        for name in CASES
+        for name, case in CASES.items()
+        if not case.is_verified
         for law in LAWS
-        if speaks_of(law, CASES[name])
+        if speaks_of(law, case)
     ],
 )
 def test_a_law_holds(name: str, law: Any) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig
 
 import graphpeft
-from graphpeft import AdaptError, IA3Config, get_peft_model, get_peft_model_state_dict
+from graphpeft import AdaptError, IA3Config, get_peft_model
 from graphpeft.testing import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False", "ignore:no gradient goes through")
@@ -122,27 +122,6 @@ def test_a_combination_has_the_weighted_sum_of_factors_as_in_peft(enters: list[s
         torch.testing.assert_close(states[1][key], tensor)
 
 
-def test_rows_of_a_batch_have_different_factors():
-    model: Any = moved(get_peft_model(LINEAR.build(), IA3Config(target_modules=["0"], feedforward_modules=[])))
-    model.add_adapter("into", IA3Config(target_modules=["0"], feedforward_modules=["0"], init_ia3_weights=False))
-    (x,) = LINEAR.inputs()
-    found = model(x, adapter_names=["default", "into", "__base__", "default"])
-    for row, name in enumerate(["default", "into", None, "default"]):
-        model.set_adapter(name or [])
-        torch.testing.assert_close(found[row], model(x)[row])
-
-
-def test_it_acts_beside_lora_and_is_merged_with_it():
-    model: Any = moved(get_peft_model(LLAMA.build(), IA3Config()))
-    model.add_adapter(
-        "lora", graphpeft.LoraConfig(r=2, target_modules=["down_proj", "k_proj"], init_lora_weights=False)
-    )
-    model.set_adapter(["default", "lora"])
-    active = result(call(model, LLAMA.inputs()))
-    model.merge_adapter()
-    torch.testing.assert_close(result(call(model, LLAMA.inputs())), active, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -191,10 +170,3 @@ def test_a_kernel_that_is_read_otherwise_is_scaled(inputs: bool):
         base.layer.weight.mul_(factors if inputs else factors.transpose(0, 1))
     torch.testing.assert_close(model(x), base(x), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(model.merge_and_unload()(x), base(x), atol=1e-5, rtol=1e-4)
-
-
-def test_files_of_peft_are_told_apart_from_other_methods(tmp_path: Any):
-    model = get_peft_model(LINEAR.build(), IA3Config(target_modules=["0"], feedforward_modules=[]))
-    model.save_pretrained(tmp_path)
-    assert type(graphpeft.PeftConfig.from_pretrained(tmp_path)) is IA3Config
-    assert list(get_peft_model_state_dict(model)) == ["base_model.model.0.ia3_l"]

@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models import BERT, LLAMA, T5, Example, output, tiny_llama
+from models import BERT, LLAMA, T5, Example, tiny_llama
 from oracle import perturb
 from peft.tuners.tuners_utils import _find_minimal_target_modules
 from test_loha import assert_defaults_name_the_targets_that_pefts_do
@@ -151,10 +151,3 @@ def test_other_uses_of_a_weight_are_refused():
 
     with pytest.raises(AdaptError, match="Lily mixes its factors by the input of a linear operation"):
         get_peft_model(Norms(), LilyConfig(target_modules=["w"]))
-
-
-def test_a_whole_model_has_pefts_outputs(tmp_path: Path):
-    theirs, _ = by_both(LLAMA.build, target_modules="all-linear")
-    theirs.save_pretrained(str(tmp_path))
-    ours: Any = PeftModel.from_pretrained(LLAMA.build(), tmp_path)
-    torch.testing.assert_close(output(ours, LLAMA.inputs()), output(theirs.eval(), LLAMA.inputs()))

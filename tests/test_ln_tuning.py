@@ -21,13 +21,11 @@ import graphpeft
 from graphpeft import (
     AdaptError,
     LNTuningConfig,
-    LoraConfig,
     PeftModel,
     explain,
     get_peft_model,
     inject_adapter_in_model,
 )
-from graphpeft.testing import verify
 
 # what PEFT warns of is PEFT's
 pytestmark = pytest.mark.filterwarnings("ignore:::peft", "ignore:Setting `save_embedding_layers`")
@@ -121,16 +119,6 @@ def test_one_of_two_acts_and_rows_of_a_batch_have_one_each() -> None:
         assert torch.equal(output(model, inputs), output(LLAMA.build(), inputs))
 
 
-def test_it_acts_beside_lora_and_is_merged_with_it() -> None:
-    model: Any = get_peft_model(LLAMA.build(), LNTuningConfig())
-    model.add_adapter("lora", LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"], init_lora_weights=False))
-    model.set_adapter(["default", "lora"])
-    perturb(model)
-    active = output(model, LLAMA.inputs())
-    model.merge_adapter()
-    torch.testing.assert_close(output(model, LLAMA.inputs()), active)
-
-
 def test_tied_tables_that_are_both_named_have_a_copy_each_as_in_peft() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -186,12 +174,6 @@ def test_the_report_says_which_tensors_are_trained() -> None:
     assert str(report) == (
         "LN_TUNING adapter 'default', which trains tensors of the model\n\nfully trained: model.norm.weight"
     )
-
-
-@pytest.mark.parametrize("example", [LLAMA, GPT2], ids=str)
-def test_every_law_holds(example: Example) -> None:
-    verification = verify(example.build(), LNTuningConfig(), example.inputs(), progress=False, quiet=True)
-    assert verification.holds, verification
 
 
 def test_a_file_of_pefts_for_a_head_is_loaded(tmp_path: Path) -> None:

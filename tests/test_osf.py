@@ -107,16 +107,6 @@ def test_steps_leave_the_large_directions_of_the_weight_alone():
     assert_close(u[:, :2].T @ merged @ v[:2].T, s[:2].diag())
 
 
-def test_it_is_unmerged_bit_for_bit():
-    ours, _, x = pair(8, 6)
-    weight, active = ours[0].weight.clone(), ours(x)
-    ours.merge_adapter()
-    assert_close(ours(x), active)
-    ours.unmerge_adapter()
-    assert torch.equal(ours[0].weight, weight)
-    assert torch.equal(ours(x), active)
-
-
 @pytest.mark.parametrize("options", [{}, {"effective_rank": 3}, {"effective_rank": 0.7}, {"rank_pattern": {"0": 0.4}}])
 def test_no_trained_direction_is_of_another_number_than_pefts(options: dict[str, Any]):
     theirs: Any = peft.get_peft_model(LAYERS.build(), peft.OSFConfig(**LAYERS.targets, **options))

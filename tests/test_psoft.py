@@ -10,9 +10,8 @@ import pytest
 import torch
 from bitsandbytes.nn.modules import LinearNF4
 from models import LLAMA, Experts, call, result
-from oracle import LINEAR, Case, assert_close, outputs
+from oracle import LINEAR, Case, assert_close, moved, outputs
 from test_quantised import by_bitsandbytes
-from test_written_methods import moved
 from torch import Tensor, nn
 
 import graphpeft

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
@@ -68,6 +69,23 @@ def _cases_with_a_layer() -> st.SearchStrategy[Case]:
     return cases(bodies().map(lambda build: lambda: nn.Sequential(nn.Linear(DIM, DIM), build())))
 
 
+def _also_choosing(
+    configs: Callable[..., st.SearchStrategy[Any]], **choices: Sequence[Any]
+) -> Callable[..., st.SearchStrategy[Any]]:
+    """Returns a function as `configs`, whose strategy chooses these options, too."""
+
+    @st.composite
+    def chosen(draw: Any, model: nn.Module, identity: bool) -> Any:
+        options = {name: draw(st.sampled_from(values)) for name, values in choices.items()}
+        return dataclasses.replace(draw(configs(model, identity)), **options)
+
+    return chosen
+
+
+UNSAVED: dict[str, Any] = {"save_projection": [True, False]}
+"""Choices of files: with the frozen projections, or without them, so that they are drawn again."""
+
+
 class Method(NamedTuple):
     """A method's strategies and properties, for tests.
 
@@ -122,7 +140,12 @@ METHODS: dict[str, Method] = {
         merges=True,
     ),
     PeftType.C3A: Method(
-        choosing(C3AConfig, NOT_DRAWN, block_size=[1], init_weights=[True, False, "gaussian"]),
+        choosing(
+            C3AConfig,
+            NOT_DRAWN,
+            block_size=[1],
+            init_weights=[True, False, "gaussian", "kaiming_uniform", "xavier_uniform"],
+        ),
         cases,
         is_identity=True,
         merges=True,
@@ -130,18 +153,28 @@ METHODS: dict[str, Method] = {
     PeftType.DEFT: Method(
         choosing(
             DeftConfig,
-            {"para": False},
+            {"para": False, "init_weights": True},
             r=[1, 4],
             alpha=[None, 3],
             para=[True, False],
             decomposition_method=["relu", "qr"],
+            deft_dropout=[0.0, 0.4],
+            **DRAWN,
         ),
         cases,
         is_identity=True,
         merges=True,
     ),
     PeftType.DELORA: Method(
-        choosing(DeloraConfig, NOT_DRAWN, r=[1, 2, 4], delora_lambda=[1, 15, 3.5], **DRAWN),
+        choosing(
+            DeloraConfig,
+            NOT_DRAWN,
+            r=[1, 2, 4],
+            delora_lambda=[1, 15, 3.5],
+            module_dropout=[0.0, 0.4],
+            bias=["none", "all", "delora_only"],
+            **DRAWN,
+        ),
         cases,
         is_identity=True,
         merges=True,
@@ -158,6 +191,7 @@ METHODS: dict[str, Method] = {
             NOT_DRAWN,
             sparse_rate=[0.0, 0.01, 0.3, 1.0],
             frod_dropout=[0.0, 0.4],
+            **UNSAVED,
             **DRAWN,
         ),
         cases,
@@ -174,12 +208,6 @@ METHODS: dict[str, Method] = {
             config_D_E=["vector", "constant", "none"],
             **DRAWN,
         ),
-        cases,
-        is_identity=True,
-        merges=True,
-    ),
-    PeftType.WAVEFT: Method(
-        choosing(WaveFTConfig, NOT_DRAWN, n_frequency=[1, 6, 9], scaling=[20.0, 3], use_idwt=[True, False], **DRAWN),
         cases,
         is_identity=True,
         merges=True,
@@ -244,7 +272,13 @@ METHODS: dict[str, Method] = {
     PeftType.LOKR: Method(lokr_configs, cases, is_identity=True, merges=True),
     WeightDecomposedConfig.peft_type: Method(weight_decomposed_configs, cases, is_identity=True, merges=True),
     PeftType.MISS: Method(
-        choosing(MissConfig, NOT_DRAWN, r=[1, 2, 3], init_weights=[True, False, "mini"]),
+        choosing(
+            MissConfig,
+            NOT_DRAWN,
+            r=[1, 2, 3],
+            miss_dropout=[0.0, 0.4],
+            init_weights=[True, False, "mini"],
+        ),
         cases,
         is_identity=True,
         merges=True,
@@ -259,6 +293,8 @@ METHODS: dict[str, Method] = {
             block_share=[True, False],
             use_cayley_neumann=[True, False],
             num_cayley_neumann_terms=[2, 5, 8],
+            coft=[True, False],
+            eps=[0.3],
         ),
         cases,
         is_identity=True,
@@ -276,8 +312,8 @@ METHODS: dict[str, Method] = {
         is_identity=True,
         merges=True,
     ),
-    PeftType.PVERA: Method(pvera_configs, cases, is_identity=True, merges=True),
-    PeftType.RANDLORA: Method(randlora_configs, cases, is_identity=True, merges=True),
+    PeftType.PVERA: Method(_also_choosing(pvera_configs, **UNSAVED), cases, is_identity=True, merges=True),
+    PeftType.RANDLORA: Method(_also_choosing(randlora_configs, **UNSAVED), cases, is_identity=True, merges=True),
     PeftType.ROAD: Method(
         choosing(
             RoadConfig,
@@ -295,16 +331,24 @@ METHODS: dict[str, Method] = {
         choosing(ShiraConfig, NOT_DRAWN, r=[1], random_seed=[None, 5], **DRAWN), cases, is_identity=True, merges=True
     ),
     PeftType.SUPERTUNING: Method(
-        choosing(SupertuningConfig, NOT_DRAWN, sparsity=[0.5, 0.8], select_top=[True, False], r=[None, 2], **DRAWN),
+        choosing(
+            SupertuningConfig,
+            NOT_DRAWN,
+            sparsity=[0.5, 0.8],
+            select_top=[True, False],
+            r=[None, 2],
+            lora_dropout=[0.0, 0.4],
+            **DRAWN,
+        ),
         cases,
         is_identity=True,
         merges=True,
     ),
-    PeftType.TINYLORA: Method(tinylora_configs, cases, is_identity=True, merges=True),
+    PeftType.TINYLORA: Method(_also_choosing(tinylora_configs, **UNSAVED), cases, is_identity=True, merges=True),
     PeftType.TRAINABLE_TOKENS: Method(trainable_tokens_configs, token_cases, is_identity=True, merges=True),
     PeftType.UNILORA: Method(unilora_configs, cases, is_identity=False, merges=True),
     PeftType.VBLORA: Method(vblora_configs, cases, is_identity=False, merges=True),
-    PeftType.VERA: Method(vera_configs, cases, is_identity=True, merges=True),
+    PeftType.VERA: Method(_also_choosing(vera_configs, **UNSAVED), cases, is_identity=True, merges=True),
     PeftType.WAVEFT: Method(
         choosing(WaveFTConfig, NOT_DRAWN, n_frequency=[1, 6, 9], scaling=[20.0, 3], use_idwt=[True, False], **DRAWN),
         cases,
@@ -321,6 +365,9 @@ METHODS: dict[str, Method] = {
             psoft_orth=[True, False],
             psoft_mag_a=[True, False],
             use_cayley_neumann=[True, False],
+            psoft_svd=["full", "lowrank"],
+            random_seed=[5],
+            psoft_dropout=[0.0, 0.4],
             **DRAWN,
         ),
         cases,

@@ -66,6 +66,7 @@ CONV_2D = _layer("conv2d", lambda: nn.Conv2d(4, 6, 3, stride=2), lambda: torch.r
 POINTWISE = _layer("pointwise", lambda: nn.Conv2d(4, 6, 1, bias=False), lambda: torch.randn(2, 4, 5, 5))
 CONV_3D = _layer("conv3d", lambda: nn.Conv3d(4, 6, 2), lambda: torch.randn(2, 4, 3, 3, 3))
 EMBEDDING = _layer("embedding", lambda: nn.Embedding(9, 6), lambda: torch.randint(0, 9, (2, 5)))
+BACK = _layer("back", lambda: nn.ConvTranspose1d(4, 8, 3, groups=2), lambda: torch.randn(2, 4, 5))
 GROUPED = _layer("grouped", lambda: nn.Conv1d(6, 8, 3, groups=2, padding=1), lambda: torch.randn(2, 6, 5))
 
 

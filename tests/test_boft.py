@@ -142,8 +142,6 @@ def test_every_law_holds_for_weights_that_peft_lacks():
 
 def test_each_matrix_of_a_stack_has_a_butterfly_of_its_own():
     config = BOFTConfig(boft_block_size=5, target_modules=["up"])
-    verification = verify(Experts(), config, (torch.randn(2, 3, 6),), progress=False, quiet=True)
-    assert verification.holds, verification
     assert get_peft_model(Experts(), config).default.up_boft_R.shape == (2, 1, 1, 5, 5)
 
 

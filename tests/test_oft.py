@@ -111,9 +111,7 @@ def test_every_law_holds_for_layers_that_peft_lacks(block_share: bool):
 
 def test_each_matrix_of_a_stack_has_rotations_of_its_own():
     torch.manual_seed(0)
-    config, x = OFTConfig(r=1, oft_block_size=0, target_modules=["up"]), torch.randn(2, 3, 6)
-    verification = verify(Experts(), config, (x,), progress=False, quiet=True)
-    assert verification.holds, verification
+    config = OFTConfig(r=1, oft_block_size=0, target_modules=["up"])
     assert get_peft_model(Experts(), config).default.up_oft_R.shape == (2, 1, 10)
 
 

@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 import graphpeft
 from graphpeft import AdaptError, OSFConfig, PeftModel, get_peft_model
 from graphpeft.sites import quantisers
-from graphpeft.testing import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:no gradient goes through")
 
@@ -189,8 +188,6 @@ def test_a_rank_is_a_positive_number_or_a_share(value: Any):
 def test_each_matrix_of_a_stack_has_directions_of_its_own():
     torch.manual_seed(0)
     config = OSFConfig(target_modules=["up"])
-    verification = verify(Experts(), config, (torch.randn(2, 3, 6),), progress=False, quiet=True)
-    assert verification.holds, verification
     assert get_peft_model(Experts(), config).default.up_osf_U_low.ndim == 3
 
 

@@ -77,8 +77,6 @@ def test_every_law_holds_for_weights_that_peft_lacks(variant: Any):
 
 def test_each_matrix_of_a_stack_has_rotations_of_its_own():
     config = RoadConfig(group_size=2, variant="road_2", target_modules=["up"])
-    verification = verify(Experts(), config, (torch.randn(2, 3, 6),), progress=False, quiet=True)
-    assert verification.holds, verification
     assert get_peft_model(Experts(), config).default.up_road_theta.shape == (2, 6)
 
 

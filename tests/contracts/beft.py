@@ -1,15 +1,12 @@
 """BEFT, at layers with a bias and without."""
 
 import peft
-import torch
-from oracle import CONV_2D, LINEAR, TRANSPOSED, WITHOUT_BIAS, Case
-from torch import nn
+from oracle import BACK, CONV_2D, LINEAR, TRANSPOSED, WITHOUT_BIAS
 
 from contracts.contract import Contract
 from graphpeft import BeftConfig
 
 NO_BIAS = "it has no bias, into which another could be merged"
-BACK = Case("transposed", lambda: nn.Sequential(nn.ConvTranspose1d(4, 8, 3, groups=2)), lambda: (torch.randn(2, 4, 5),))
 
 CONTRACTS = [
     Contract(

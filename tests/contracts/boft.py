@@ -2,6 +2,7 @@
 
 import peft
 import torch
+from kinds import STACK
 from oracle import CONV_2D, LINEAR, POINTWISE, TRANSPOSED, WITHOUT_BIAS, Case
 from torch import nn
 
@@ -25,7 +26,7 @@ CONTRACTS = [
         peft.BOFTConfig,
         {"boft_block_size": 2},
         CASES,
-        beyond=(TRANSPOSED, GROUPED),
+        beyond=(TRANSPOSED, GROUPED, STACK),
         refuses=REFUSES,
     ),
     Contract(

@@ -2,7 +2,7 @@
 
 import peft
 import torch
-from oracle import CONV_1D, CONV_2D, CONV_3D, EMBEDDING, MATRICES, POINTWISE, Case
+from oracle import BACK, BEYOND, CONV_1D, CONV_2D, CONV_3D, EMBEDDING, MATRICES, POINTWISE, Case
 from torch import nn
 
 from contracts.contract import Contract
@@ -16,7 +16,7 @@ GROUPED = Case(
 )
 
 CONTRACTS = [
-    Contract("hira", HiraConfig, peft.HiraConfig, {"r": 3}, CASES),
+    Contract("hira", HiraConfig, peft.HiraConfig, {"r": 3}, CASES, beyond=(*BEYOND, BACK)),
     Contract("hira-dropout", HiraConfig, peft.HiraConfig, {"r": 2, "hira_dropout": 0.2}, CASES[:-1]),
     Contract(
         "hira-gaussian", HiraConfig, peft.HiraConfig, {"r": 2, "init_weights": "gaussian"}, CASES, beyond=(GROUPED,)

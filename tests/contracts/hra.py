@@ -2,7 +2,7 @@
 
 import peft
 import torch
-from oracle import CONV_2D, LINEAR, POINTWISE, TRANSPOSED, WITHOUT_BIAS, Case
+from oracle import BACK, BEYOND, CONV_2D, LINEAR, POINTWISE, TRANSPOSED, WITHOUT_BIAS, Case
 from torch import nn
 
 from contracts.contract import Contract
@@ -16,7 +16,7 @@ GROUPED = Case(
 )
 
 CONTRACTS = [
-    Contract("hra", HRAConfig, peft.HRAConfig, {"r": 4}, CASES, beyond=(TRANSPOSED, GROUPED)),
+    Contract("hra", HRAConfig, peft.HRAConfig, {"r": 4}, CASES, beyond=(*BEYOND, TRANSPOSED, GROUPED, BACK)),
     Contract("hra-odd", HRAConfig, peft.HRAConfig, {"r": 3, "bias": "hra_only"}, CASES),
     Contract("hra-orthonormal", HRAConfig, peft.HRAConfig, {"r": 4, "apply_GS": True, "init_weights": False}, CASES),
 ]

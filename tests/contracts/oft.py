@@ -1,6 +1,7 @@
 """OFT, by Neumann's series and exactly, and with its constraints."""
 
 import peft
+from kinds import STACK
 from oracle import EMBEDDING, LINEAR, POINTWISE, TRANSPOSED, WITHOUT_BIAS
 
 from contracts.contract import Contract
@@ -23,7 +24,7 @@ CONTRACTS = [
         peft.OFTConfig,
         options,
         CASES,
-        beyond=(TRANSPOSED,),
+        beyond=(TRANSPOSED, STACK) if name == "oft" else (TRANSPOSED,),
         llama={"target_modules": ["q_proj", "down_proj"]},
         refuses={"both ways": "its operations read it both as"},
     )

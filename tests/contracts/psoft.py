@@ -1,15 +1,12 @@
 """PSOFT, with its rotation exact, by Neumann's series, and without."""
 
 import peft
-import torch
-from oracle import CONV_2D, LINEAR, TRANSPOSED, WITHOUT_BIAS, Case
-from torch import nn
+from oracle import BACK, BEYOND, CONV_2D, LINEAR, TRANSPOSED, WITHOUT_BIAS
 
 from contracts.contract import Contract
 from graphpeft import PsoftConfig
 
 CASES = (LINEAR, WITHOUT_BIAS)
-GROUPED = Case("grouped", lambda: nn.Sequential(nn.ConvTranspose1d(4, 8, 3, groups=2)), lambda: (torch.randn(2, 4, 5),))
 BASE = {"r": 3, "psoft_alpha": 2}
 OPTIONS = {
     "psoft-drawn": {"psoft_dropout": 0.3, "init_weights": False, "ab_svd_init": "pissa_init"},
@@ -24,7 +21,7 @@ CONTRACTS = [
         peft.PsoftConfig,
         BASE,
         CASES,
-        beyond=(TRANSPOSED, CONV_2D, GROUPED),
+        beyond=(*BEYOND, TRANSPOSED, CONV_2D, BACK),
         refuses={"onnx": "ONNX has no operator for aten._linalg_solve_ex"},
     ),
     *(Contract(name, PsoftConfig, peft.PsoftConfig, BASE | options, CASES) for name, options in OPTIONS.items()),

@@ -172,16 +172,17 @@ class Adapter:
         found += [(path, name_at(adapter, "")) for path in self.overrides]
         return list(dict.fromkeys([*found, *((path, overrides.rows(adapter)) for path in self.rows)]))
 
-    def tensor_names(self, adapter: str) -> Iterator[tuple[str, str]]:
-        """Yields the module's path and the name of every tensor of this adapter."""
-        for adapted in self.sites:
-            for name in adapted.specs:
-                yield adapted.site.owner, adapted.names[name]
+    def tensor_names(self, adapter: str) -> list[tuple[str, str]]:
+        """Returns the module's path and the name of every tensor of this adapter."""
+        found = [(adapted.site.owner, adapted.names[name]) for adapted in self.sites for name in adapted.specs]
         for path, names in self.overrides.items():
-            for name in names:
-                yield path, overrides.override_name(name, adapter)
-        for path in self.rows:
-            yield path, overrides.rows(adapter)
+            found += [(path, overrides.override_name(name, adapter)) for name in names]
+        return found + [(path, overrides.rows(adapter)) for path in self.rows]
+
+    @property
+    def owners(self) -> set[str]:
+        """The paths of the modules that have its tensors."""
+        return {adapted.site.owner for adapted in self.sites if adapted.specs} | self.overrides.keys() | self.rows.keys()
 
 
 class Cache(dict[Any, Any]):

@@ -219,9 +219,10 @@ def place_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
         KeyError: If the module has no holder of that adapter.
     """
     *path, own = name.split(".")
+    held: Any = module
     for inner in path:
-        module = _inside(module, inner)
-    return module, own
+        held = held._modules[inner]
+    return held, own
 
 
 def new_place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -261,7 +262,7 @@ def has_tensor(module: nn.Module, name: str) -> bool:
         if found is None:
             return False
         module = found
-    return any(tensors.get(own) is not None for tensors in (module._parameters, module._buffers))
+    return module._parameters.get(own) is not None or module._buffers.get(own) is not None
 
 
 def has_own_modules(module: nn.Module) -> bool:

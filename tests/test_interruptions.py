@@ -20,6 +20,7 @@ from models import llama_config
 from torch import nn
 
 import graphpeft
+from graphpeft.transaction import delete_item, remember, transaction
 
 # models
 
@@ -439,3 +440,19 @@ def test_a_second_interruption_does_not_stop_what_the_first_one_takes_back() -> 
     number = len(expected(call)[2]) - 20  # when all has changed
     for then in range(1, 60, 4):
         assert_whole(call, failing_at_line(number, KeyboardInterrupt, then))
+
+
+@pytest.mark.quick("transaction")
+def test_a_change_inside_a_change_that_fails_is_taken_back_alone() -> None:
+    model, tensor, held = nn.Identity(), torch.zeros(2), {"first": 1, "second": 2}
+    with transaction(model):
+        remember(tensor)
+        tensor += 1
+        delete_item(held, "first")
+        with contextlib.suppress(ValueError), transaction(model):
+            remember(tensor)
+            tensor += 1
+            delete_item(held, "second")
+            raise ValueError
+        assert tensor.tolist() == [1, 1]
+        assert held == {"second": 2}

@@ -152,6 +152,11 @@ def test_operands_of_a_product_may_be_named_in_any_order(product):
     assert_adapted_truly(model, "fc")
 
 
+def test_a_product_that_is_multiplied_by_a_factor_is_changed_with_it():
+    model = module_of(lambda self, x: torch.addmm(self.b, x, self.w, alpha=2), w=weight(), b=torch.ones(4))
+    assert_adapted_truly(model, "w", inputs=(X[0],))
+
+
 def test_a_weight_that_one_module_reads_and_another_calls_is_refused():
     sub = module_of(lambda self, x: self.fc(x), fc=nn.Linear(4, 4))
     model = module_of(lambda self, x: self.sub(x) + F.linear(x, self.sub.fc.weight), sub=sub)
@@ -344,7 +349,7 @@ def test_two_names_of_one_weight_are_a_fact_about_a_module():
         def forward(self, x):
             return F.linear(torch.tanh(F.linear(x, self.a)), self.b)
 
-    for tied in (False, True, False):
+    for tied in (True, False, True, False):
         model = nn.Sequential(Two(tied))
         adapted = get_peft_model(copy.deepcopy(model), lora("0.a"))
         assert torch.equal(adapted(X), model(X))
@@ -460,6 +465,17 @@ def test_flags_that_are_compared_by_identity_are_checked(training):
     adapted[0].on = True
     with pytest.raises(GuardError, match=r"self\.on is True"):
         adapted(X)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_flags_that_are_compared_by_is_not_are_read(on):
+    def forward(self, x):
+        return F.linear(x, self.w) if self.on is not True else -F.linear(x, self.w)
+
+    model: Any = nn.Sequential(module_of(forward, w=weight(), on=on))
+    adapted, traced = get_peft_model(copy.deepcopy(model), lora("w")), trace(model, (X,))
+    assert torch.equal(adapted(X), model(X))
+    assert torch.equal(traced(X), model(X))
 
 
 def test_a_decision_on_the_gradient_mode_is_checked():

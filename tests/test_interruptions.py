@@ -372,6 +372,17 @@ def test_a_call_that_is_interrupted_at_any_line_has_done_all_or_nothing(call: Ca
         assert_whole_at_line(call, chance.randint(1, len(expected(call)[2])), error)
 
 
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
+def test_a_call_is_undone_as_a_whole_if_what_it_is_a_part_of_fails(call: Call) -> None:
+    before, _, _ = expected(call)
+    model = call.build()
+    with contextlib.suppress(ValueError), transaction(model):
+        run(call, model)
+        raise ValueError
+    left = differing(state_of(model, *call.inputs(model)), before)
+    assert not left, f"of what the call has changed, these are left: {left}"
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
 def test_a_call_that_is_interrupted_at_many_lines_has_done_all_or_nothing_each_time(call: Call) -> None:

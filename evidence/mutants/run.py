@@ -42,7 +42,7 @@ def main(arguments: argparse.Namespace) -> None:
         for number in range(arguments.processes):
             (place := Path(folder) / str(number)).mkdir()
             trees.put(Tree(place))
-        runs = Runs(trees, _chosen(arguments, trees), arguments.tier, arguments.whole)
+        runs = Runs(trees, _chosen(arguments, wanted, trees), arguments.tier, arguments.whole)
         lock = threading.Lock()
 
         def judge(mutant: Mutant) -> None:
@@ -109,20 +109,21 @@ def _is_wanted(mutant: Mutant, arguments: argparse.Namespace) -> bool:
     return not arguments.only or any(words in mutant.name for words in arguments.only)
 
 
-def _chosen(arguments: argparse.Namespace, trees: SimpleQueue[Tree]) -> Chosen:
+def _chosen(arguments: argparse.Namespace, wanted: Sequence[Mutant], trees: SimpleQueue[Tree]) -> Chosen:
     """Returns the function that chooses tests as the command line asks for it."""
     if arguments.candidates:
         given = shlex.split(arguments.candidates)
         return lambda *_: given
     coverage = Coverage(arguments.coverage, arguments.package)
+    # in one thread, since several that parse at a time make Python 3.11 fail
+    seeing = {mutant.name: coverage.tests_of(mutant) for mutant in wanted}
     tree = trees.get()
     in_tier = {*tree.collected(f"({arguments.tier}) and {OTHERS}")}
     beside = {*tree.collected(f"({arguments.whole}) and {OTHERS}")} - in_tier
     trees.put(tree)
 
     def chosen(mutant: Mutant, tier: str) -> list[str]:
-        tests = coverage.tests_of(mutant)
-        return spread(among(tests, in_tier if tier == TIER else beside), MOST)
+        return spread(among(seeing[mutant.name], in_tier if tier == TIER else beside), MOST)
 
     return chosen
 

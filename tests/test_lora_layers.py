@@ -968,6 +968,15 @@ def test_a_refused_config_leaves_the_layers_alone() -> None:
     assert model.config.num_hidden_layers == 2
 
 
+def test_a_dry_run_leaves_the_layers_alone() -> None:
+    model: Any = untied_llama()
+    modules = [id(module) for module in model.modules()]
+    report = graphpeft.explain(model, replicating([(0, 2), (0, 2)]))
+    assert len(report.adapted) == 4
+    assert [id(module) for module in model.modules()] == modules
+    assert model.config.num_hidden_layers == 2
+
+
 def test_further_adapters_have_the_layers_that_there_are() -> None:
     model: Any = graphpeft.get_peft_model(untied_llama(), replicating([(0, 2), (0, 2)]))
     model.add_adapter("same", replicating([(0, 2), (0, 2)]))

@@ -172,7 +172,8 @@ class Many(nn.Module):
             self.register_parameter(f"w{number}", nn.Parameter(torch.randn(4, 4)))
 
     def forward(self, x: Tensor) -> Tensor:
-        for weight in (self.w0, self.w1, self.w2, self.w3, self.w4, self.w5, self.w6, self.w7):
+        weights: Any = (self.w0, self.w1, self.w2, self.w3, self.w4, self.w5, self.w6, self.w7)
+        for weight in weights:
             x = torch.tanh(F.linear(x, weight))
         return x
 

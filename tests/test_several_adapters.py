@@ -846,12 +846,14 @@ def test_heads_of_their_own_are_mixed_as_in_peft():
 class Shifted(nn.Linear):
     """A layer with a buffer."""
 
+    shift: Tensor
+
     def __init__(self) -> None:
         super().__init__(4, 4)
         self.register_buffer("shift", torch.zeros(4))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight, self.bias) + self.shift
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight, self.bias) + self.shift
 
 
 def test_rows_have_the_buffers_of_their_adapters_copies():

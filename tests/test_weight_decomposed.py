@@ -135,7 +135,7 @@ def test_the_length_by_which_it_divides_knows_nothing_of_earlier_adapters() -> N
     model = decomposed(linear(), LoHaConfig(**LOHA, target_modules=["0"], init_weights=False))
     model.add_adapter("lora", LoraConfig(r=2, lora_alpha=5, target_modules=["0"], init_lora_weights=False))
     laws.perturbed(model)
-    of_base, weights = linear()[0].weight, {}
+    of_base, weights = linear().get_parameter("0.weight"), {}
     for names in (("default",), ("lora",), ("lora", "default")):
         model.set_adapter([*names])
         weights[names] = copy.deepcopy(model).merge_and_unload()[0].weight.detach()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,7 +182,8 @@ class Adapter:
     @property
     def owners(self) -> set[str]:
         """The paths of the modules that have its tensors."""
-        return {adapted.site.owner for adapted in self.sites if adapted.specs} | self.overrides.keys() | self.rows.keys()
+        of_sites = {adapted.site.owner for adapted in self.sites if adapted.specs}
+        return of_sites | self.overrides.keys() | self.rows.keys()
 
 
 class Cache(dict[Any, Any]):

@@ -55,7 +55,7 @@ class Block(nn.Module):
         if self.inner.scale > 1:
             x = 3 * x
         # by the forward itself, so that its code is recorded, too
-        return F.linear(self.inner.forward(x), self.two.weight)
+        return F.linear(self.inner.forward(x), self.two.weight, self.two.bias)
 
 
 def changed(change: Callable[[Any], object]) -> Callable[[], Block]:
@@ -94,6 +94,7 @@ OTHERS: dict[str, Callable[[], Block]] = {
     "another number in a layer": changed(lambda block: setattr(block.inner, "scale", 2.0)),
     "one more layer": changed(lambda block: block.more.append(nn.Linear(4, 4))),
     "a layer of another class": changed(lambda block: block.more.__setitem__(0, Twin())),
+    "a layer without a bias": changed(lambda block: setattr(block.two, "bias", None)),
     "tied weights": changed(shares_a_weight),
     "a forward of its own in a layer": changed(sets_a_forward),
 }

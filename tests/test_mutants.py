@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import tiers
+
 ROOT = Path(__file__).parents[1]
 MUTANTS: list[dict[str, Any]] = json.loads((ROOT / "evidence/mutants/mutants.json").read_text(encoding="utf-8"))
 ROOMS = {path.name for path in (ROOT / "graphpeft").iterdir() if path.is_dir() and path.name != "__pycache__"}
@@ -21,9 +23,10 @@ def killed(by: str) -> list[dict[str, Any]]:
 
 
 def is_in_tier(mutant: dict[str, Any]) -> bool:
-    """Returns whether the test that kills a fault in the tier is one of the tier now, as it was when it was noted."""
-    # whoever moves tests between the tiers can be asked here; the list says where the test was
-    return mutant["killed_by"][TIER] != SURVIVES
+    """Returns whether the test that kills a fault in the tier is in the tier now, of the files that were collected."""
+    test = mutant["killed_by"][TIER]
+    files = {nodeid.partition("::")[0] for nodeid in tiers.COLLECTED}
+    return test != SURVIVES and (test.partition("::")[0] not in files or tiers.COLLECTED.get(test, False))
 
 
 @functools.cache

@@ -43,15 +43,19 @@ def sampled(function: str, sets: int, wanted: int) -> frozenset[int]:
     return frozenset((first + number * sets // wanted) % sets for number in range(wanted))
 
 
+COLLECTED: dict[str, bool] = {}
+"""Whether each test that this run has collected is in the sample, by its node ID."""
+
+
 def mark_beyond_sample(items: Iterable[pytest.Item]) -> None:
     """Marks the tests that aren't in the sample as `full`, but for functions marked `every`."""
     sets: defaultdict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         sets[durations.function_of(item.nodeid)].append(item)
     for function, of_function in sets.items():
-        if of_function[0].get_closest_marker("every") is not None:
-            continue
-        kept = sampled(function, len(of_function), wanted_of(function))
+        count, is_whole = len(of_function), of_function[0].get_closest_marker("every") is not None
+        kept = sampled(function, count, count if is_whole else wanted_of(function))
         for place, item in enumerate(of_function):
+            COLLECTED[item.nodeid] = place in kept
             if place not in kept:
                 item.add_marker("full")

@@ -152,11 +152,13 @@ class Adapter:
 
     def frozen_names(self, adapter: str) -> set[tuple[str, str]]:
         """Returns the module's path and the name of each tensor of this adapter that isn't trained now."""
+        # most methods let none rest
+        rests = self.config.rests if type(self.config).rests is not PeftConfig.rests else None
         frozen = {
             (adapted.site.owner, adapted.names[name])
             for adapted in self.sites
             for name, spec in adapted.specs.items()
-            if not spec.is_trained or self.config.rests(adapted.site, name)
+            if not spec.is_trained or (rests is not None and rests(adapted.site, name))
         }
         return frozen | self.replacing_names(adapter)
 

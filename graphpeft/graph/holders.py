@@ -254,6 +254,17 @@ def tensor_at(module: nn.Module, name: str) -> torch.Tensor:
     return tensor
 
 
+def parameter_at(module: nn.Module, name: str) -> nn.Parameter | None:
+    """Returns the parameter `name` of `module`, which may be an adapter's; None if there is none."""
+    *path, own = name.split(".")
+    held: Any = module
+    for inner in path:
+        held = held._modules.get(inner)
+        if held is None:
+            return None
+    return held._parameters.get(own)
+
+
 def has_tensor(module: nn.Module, name: str) -> bool:
     """Returns whether `module` has the parameter or buffer `name`, which may be an adapter's."""
     *path, own = name.split(".")

@@ -300,7 +300,7 @@ def own_modules(module: nn.Module) -> list[tuple[str, nn.Module | None]]:
     """
     inner = module._modules
     if not inner or (
-        len(inner) == module.__dict__.get(_HOLDERS) and isinstance(next(reversed(inner.values())), Holder)
+        len(inner) == module.__dict__.get(_HOLDERS) and isinstance(inner[next(reversed(inner))], Holder)
     ):
         return []
     return [(name, child) for name, child in inner.items() if not isinstance(child, Holder)]

@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from models import GPT2, LLAMA, MLP, T5, Experts, equal, llama_config, output
+from models import CLASSIFIER, GPT2, LLAMA, MLP, T5, Experts, equal, llama_config, output
 from peft.utils.hotswap import hotswap_adapter as peft_hotswap
 from torch import Tensor, nn
 
@@ -1334,6 +1334,19 @@ def test_an_adapter_is_loaded_with_its_base_as_in_peft(tmp_path: Path):
                 graphpeft.AutoPeftModel.from_pretrained(tmp_path / "adapter", import_allowlist=[])
     with pytest.raises(TypeError, match=r"call AutoPeftModel.from_pretrained"):
         graphpeft.AutoPeftModel()
+
+
+def test_an_adapter_of_a_task_is_loaded_with_a_base_for_it(tmp_path: Path):
+    base: Any = CLASSIFIER.build()
+    base.save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    config = CLASSIFIER.config(task_type="SEQ_CLS", init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path / "a")
+    ours, theirs = (
+        library.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "a") for library in (graphpeft, peft)
+    )
+    assert {type(model.get_base_model()).__name__ for model in (ours, theirs)} == {type(base).__name__}
+    assert equal(output(ours, CLASSIFIER.inputs()), output(theirs, CLASSIFIER.inputs()))
 
 
 @pytest.mark.quick("auto")

@@ -299,9 +299,7 @@ def own_modules(module: nn.Module) -> list[tuple[str, nn.Module | None]]:
     more, or where the last submodule is none of them, which came since.
     """
     inner = module._modules
-    if not inner or (
-        len(inner) == module.__dict__.get(_HOLDERS) and isinstance(inner[next(reversed(inner))], Holder)
-    ):
+    if not inner or (len(inner) == module.__dict__.get(_HOLDERS) and isinstance(inner[next(reversed(inner))], Holder)):
         return []
     return [(name, child) for name, child in inner.items() if not isinstance(child, Holder)]
 

@@ -4,10 +4,19 @@ BIN := .venv/bin
 # Nothing here may depend on a model hub.
 export HF_HUB_OFFLINE := 1
 
+# Each process would compile the package and the tests again, which takes as long as importing PyTorch.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Two processes, each with files of its own until one has no more: the tests of a file share imports, models and graphs.
 TWO := -n 2 --dist worksteal
 
-.PHONY: help demo notebooks quick test integrations browser newest floors check format bench coverage costs methods third-party peft-tests pictures docs clean
+# Of each function a sample of its parameter sets, see tests/tiers.py.
+SAMPLE := -m "not full and not long and not compiled and not integrations and not browser"
+
+# uv is several times as fast as pip; compiled, since compiling warns of some packages, and warnings are errors
+INSTALL := $(BIN)/uv pip install --python .venv --compile-bytecode
+
+.PHONY: help demo notebooks quick test test-all durations integrations browser newest floors release-checks check format bench coverage costs methods third-party peft-tests pictures docs clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 10
@@ -18,31 +27,37 @@ demo: .venv/.installed  ## run examples/demo.py
 notebooks: .venv/.installed  ## write examples/notebooks/ from the scripts beside it
 	$(BIN)/python examples/write_notebooks.py
 
-quick test: export OMP_NUM_THREADS := 1
+quick test test-all durations integrations: export OMP_NUM_THREADS := 1
 
 # only files with quick tests are imported, since importing all takes a third of the time
 quick: .venv/.installed  ## run the tests that are marked quick, in less than a minute
 	$(BIN)/pytest $(TWO) -m "quick and not long and not compiled and not integrations" $(ARGS) $$(grep -l "mark\.quick" tests/test_*.py)
 
-test: .venv/.installed  ## run the tests; ARGS="-k lora" goes to pytest
+test: .venv/.installed  ## run a sample of the tests, in a few minutes; ARGS="-k lora" goes to pytest
+	$(BIN)/pytest $(TWO) $(SAMPLE) $(ARGS)
+
+test-all: .venv/.installed  ## run the tests with all their parameters; likewise
 	$(BIN)/pytest $(TWO) $(ARGS)
 
-integrations: export OMP_NUM_THREADS := 1
+durations: .venv/.installed  ## run them, and write tests/durations.json, by which slow ones are rare in make test
+	$(BIN)/pytest $(TWO) --record-durations $(ARGS)
 
 integrations: .venv/.integrations  ## run the tests with libraries that train models, such as trl, and users' workflows with both
-	$(BIN)/pytest -m integrations $(ARGS)
+	$(BIN)/pytest $(TWO) -m integrations $(ARGS)
 	$(BIN)/python evidence/workflows/run.py
 
 browser: .venv/.browser  ## open pictures in headless Chromium, Debian's package chromium; screenshots are in build/
-	$(BIN)/pytest -m browser $(ARGS)
+	$(BIN)/pytest $(TWO) -m browser $(ARGS)
 
-newest:  ## run the tests with the newest of each dependency, in an environment of their own; TORCH=2.14 takes that
+newest:  ## run the sample with the newest of each dependency, in an environment of its own; TORCH=2.14 takes that
 	$(call test_in,.venv-newest,highest)
 
-floors:  ## run them with the oldest of each that pyproject.toml allows; likewise
+floors:  ## run it with the oldest of each that pyproject.toml allows; likewise
 	$(call test_in,.venv-floors,lowest-direct)
 
-# uv, since pip can't take the oldest; compiled, since compiling warns of some packages, and warnings are errors
+release-checks: .venv/.installed  ## run what a release needs and no change, for hours, and write build/release_checks.md
+	$(BIN)/python evidence/release_checks.py $(ARGS)
+
 define test_in
 rm -rf $(1)
 $(PYTHON) -m venv $(1)
@@ -50,7 +65,7 @@ $(1)/bin/python -m pip install uv
 $(1)/bin/uv pip install --python $(1) --compile-bytecode --resolution $(2) \
 	-e '.[test]' $(if $(TORCH),'torch==$(TORCH).*')
 $(1)/bin/python -c "import sys, torch; print('Python', sys.version, 'torch', torch.__version__)"
-OMP_NUM_THREADS=1 $(1)/bin/pytest $(TWO) $(ARGS)
+OMP_NUM_THREADS=1 $(1)/bin/pytest $(TWO) $(SAMPLE) $(ARGS)
 endef
 
 check: .venv/.installed  ## check format, lint and types
@@ -95,25 +110,26 @@ clean:  ## remove everything that these targets make
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -e '.[test]'
+	$(BIN)/python -m pip install uv
+	$(INSTALL) -e '.[test]'
 	touch $@
 
 .venv/.integrations: .venv/.installed
-	$(BIN)/python -m pip install -e '.[integrations]'
+	$(INSTALL) -e '.[integrations]'
 	touch $@
 
 .venv/.browser: .venv/.installed
-	$(BIN)/python -m pip install -e '.[browser]'
+	$(INSTALL) -e '.[browser]'
 	touch $@
 
 .venv/.peft-tests: .venv/.installed
-	$(BIN)/python -m pip install -e '.[peft-tests]'
+	$(INSTALL) -e '.[peft-tests]'
 	touch $@
 
 .venv/.third-party: .venv/.installed
-	$(BIN)/python -m pip install -e '.[third-party]'
+	$(INSTALL) -e '.[third-party]'
 	touch $@
 
 .venv/.docs: .venv/.installed
-	$(BIN)/python -m pip install -e '.[docs]'
+	$(INSTALL) -e '.[docs]'
 	touch $@

@@ -49,7 +49,7 @@ def _rows(effort: Effort) -> list[Row]:
             median(latest),
             "PEFT",
             Ratio.of(latest, [late] * _EDGE),
-            Target.at_most(0.02),
+            Target.at_most(0.01),
         ),
         Row(
             "load_adapter, the 99th to the 2nd",
@@ -58,7 +58,7 @@ def _rows(effort: Effort) -> list[Row]:
             None,
             "itself",
             Ratio.of(sorted(latest), sorted(early)),
-            Target.at_most(1.2),
+            Target.at_most(1.05),
         ),
         Row(
             f"set_adapter, 100 loaded (PEFT's extrapolated from {MANY['PEFT']}, as if in proportion)",
@@ -67,7 +67,7 @@ def _rows(effort: Effort) -> list[Row]:
             median(samples["graphpeft"]),
             "PEFT",
             Ratio.of(samples["graphpeft"], [choice] * effort.rounds),
-            Target.at_most(0.05),
+            Target.at_most(0.015),
         ),
     ]
 

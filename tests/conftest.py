@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
+import durations
 import pytest
 import tiers
 import torch
@@ -34,6 +35,17 @@ gc.set_threshold(50_000, 50, 1_000)
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tiers.mark_beyond_sample(items)
+    durations.slowest_first(items)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-durations", action="store_true", help="write tests/durations.json anew")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # with several processes, this one hears of all tests
+    if config.getoption("--record-durations") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(durations.Recorder())
 
 
 @pytest.fixture(autouse=True)

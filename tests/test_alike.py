@@ -20,6 +20,7 @@ from graphpeft.testing import assert_two_adapters_act_together, laws
 from graphpeft.testing.alike import require_alike
 from graphpeft.testing.comparing import LawError, require_close
 from graphpeft.testing.generated_models import in_dtype
+from graphpeft.testing.snapshots import require_unchanged, snapshot
 from graphpeft.testing.stochastic_rounding import StochasticRounding
 from graphpeft.testing.strategies import adaptations
 
@@ -158,12 +159,22 @@ def test_in_single_precision_the_tolerance_is_the_bound():
 
 
 @pytest.mark.parametrize(
-    "other", [lambda x: x.float(), lambda x: x[:1], lambda x: (x,), lambda x: x * torch.nan, lambda x: None]
+    "other", [lambda x: (x / 3).float(), lambda x: x[:1], lambda x: (x,), lambda x: x * torch.nan, lambda x: None]
 )
 def test_results_of_another_kind_are_no_roundings(other: Callable[[Tensor], Any]):
     x = values(torch.bfloat16, 20)
     with pytest.raises(LawError):
         require_alike(lambda: other(x), lambda: x / 3, 1e-4, "two ways")
+
+
+def test_a_snapshot_sees_that_a_gradient_was_exchanged():
+    layer = nn.Linear(2, 2)
+    layer(torch.ones(1, 2)).sum().backward()
+    before, gradient = snapshot(layer), layer.weight.grad
+    assert gradient is not None
+    layer.weight.grad = gradient.clone()
+    with pytest.raises(LawError, match=r"it changes the tensor \.weight"):
+        require_unchanged(layer, before, "it")
 
 
 # faults that the laws find in bfloat16

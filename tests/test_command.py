@@ -207,6 +207,13 @@ def without_a_factor(folder: Path) -> None:
     )
 
 
+def without_the_first_factor(folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if "lora_A" not in name}, folder / "adapter_model.safetensors"
+    )
+
+
 def of_another_type(folder: Path) -> None:
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "r": "eight"}))
@@ -221,6 +228,7 @@ def without_config(folder: Path) -> None:
     [
         (truncated, ("adapter_model.safetensors",)),
         (without_a_factor, ("adapter_model.safetensors", "lacks base_model.model.0.lora_B.weight")),
+        (without_the_first_factor, ("adapter_model.safetensors", "lacks base_model.model.0.lora_A.weight")),
         (of_another_type, ("adapter_config.json", "r must be int")),
         (without_config, ("adapter_config.json",)),
     ],

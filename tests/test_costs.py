@@ -54,6 +54,10 @@ def test_calls_cost_the_same_with_many_adapters_as_with_few(what: str) -> None:
     assert {call: ratio for call, ratio in growth.items() if ratio > 1.05} == {}
 
 
+def test_calls_dont_go_through_all_holders() -> None:
+    assert_as_recorded(counting.walks())
+
+
 @pytest.mark.parametrize("method", list(counting.methods()))
 def test_a_method_computes_and_keeps_no_more(method: str) -> None:
     assert_as_recorded(counting.of_method(method))

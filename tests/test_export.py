@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from exports import (
     TIMM_VIT,
     TOLERANCE,
     TORCHVISION_VIT,
-    Exported,
     Served,
 )
 from safetensors.torch import load_file
@@ -33,62 +31,51 @@ TENSOR = torch.randn(3, 4)
 BY_ROWS = (TIMM_VIT, HAND_WRITTEN, BERT, LLAMA)
 
 
-def assert_served(folder: Path, models: Sequence[Exported], formats: Sequence[str], ways: Sequence[str] = WAYS) -> None:
-    served = Served(folder)
-    for model in models:
-        for format in formats:
-            for way in ways:
-                served.export(model, format, way)
+def assert_equal(served: Served) -> None:
     wrong = {what: difference for what, difference in served.differences().items() if not difference <= TOLERANCE}
     assert wrong == {}
 
 
-# each list of models shares a process, since importing takes longer than computing
+# each test has one process for all its exports, since importing takes longer than computing
 
 
-def test_programs_compute_what_the_models_do_in_a_fresh_process(tmp_path):
-    assert_served(tmp_path, [HAND_WRITTEN, TIMM_VIT, BERT], ["pt2"])
-
-
-@pytest.mark.long
-def test_programs_of_larger_models_compute_what_they_do_in_a_fresh_process(tmp_path):
-    assert_served(tmp_path, [RESNET, TORCHVISION_VIT, LLAMA], ["pt2"])
-
-
-def test_weights_load_into_their_libraries_and_into_peft_in_a_fresh_process(tmp_path):
-    assert_served(tmp_path, MODELS, ["safetensors", "state_dict"])
-
-
-def test_onnx_computes_what_the_models_do_in_a_fresh_process(tmp_path):
-    assert_served(tmp_path, [HAND_WRITTEN], ["onnx"])
-
-
-@pytest.mark.long
-def test_onnx_of_larger_models_computes_what_they_do_in_a_fresh_process(tmp_path):
-    assert_served(tmp_path, [TIMM_VIT, RESNET, TORCHVISION_VIT, BERT, LLAMA], ["onnx"])
-
-
-def test_a_compiled_package_computes_what_the_model_does_in_a_fresh_process(tmp_path):
-    assert_served(tmp_path, [HAND_WRITTEN], ["aoti"], ["inputs"])
-    [package] = tmp_path.glob("*.pt2")
+def test_exports_compute_what_the_models_do_in_a_fresh_process(tmp_path):
+    served = Served(tmp_path)
+    for way in WAYS:
+        for model in (HAND_WRITTEN, TIMM_VIT, BERT):
+            served.export(model, "pt2", way)
+        served.export(HAND_WRITTEN, "onnx", way)
+    for format in ("pt2", "onnx"):
+        served.export(HAND_WRITTEN, format, "rows")
+    served.export(HAND_WRITTEN, "aoti", "inputs")
+    # weights load into their libraries, and into PEFT; which file has them doesn't matter to the model
+    for number, model in enumerate(MODELS):
+        for place, way in enumerate(WAYS):
+            served.export(model, ("safetensors", "state_dict")[(number + place) % 2], way)
+    assert_equal(served)
+    package = tmp_path / f"{HAND_WRITTEN} aoti inputs.pt2"
     again = graphpeft.export_adapter(HAND_WRITTEN.adapted(), "second", package, tmp_path / "again.safetensors")
-    [written] = tmp_path.glob("*.second.safetensors")
-    assert again.read_bytes() == written.read_bytes()
+    assert again.read_bytes() == package.with_suffix(".second.safetensors").read_bytes()
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("model", MODELS, ids=str)
-def test_compiled_packages_compute_what_the_models_do_in_a_fresh_process(model, tmp_path):
-    assert_served(tmp_path, [model], ["aoti"])
-
-
-def test_rows_of_a_batch_have_adapters_of_their_own_in_a_fresh_process(tmp_path):
-    assert_served(tmp_path, [HAND_WRITTEN], ["pt2", "onnx"], ["rows"])
-
-
-@pytest.mark.long
-def test_rows_have_adapters_of_their_own_in_every_format(tmp_path):
-    assert_served(tmp_path, BY_ROWS, ["pt2", "onnx", "aoti"], ["rows"])
+@pytest.mark.parametrize(
+    ("models", "formats", "ways"),
+    [
+        ([RESNET, TORCHVISION_VIT, LLAMA], ["pt2"], WAYS),
+        ([TIMM_VIT, RESNET, TORCHVISION_VIT, BERT, LLAMA], ["onnx"], WAYS),
+        *(([model], ["aoti"], WAYS) for model in MODELS),
+        (BY_ROWS, ["pt2", "onnx", "aoti"], ["rows"]),
+    ],
+    ids=lambda values: "+".join(map(str, values)),
+)
+def test_exports_of_larger_models_compute_what_they_do_in_a_fresh_process(models, formats, ways, tmp_path):
+    served = Served(tmp_path)
+    for model in models:
+        for format in formats:
+            for way in ways:
+                served.export(model, format, way)
+    assert_equal(served)
 
 
 # the graph

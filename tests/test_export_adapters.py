@@ -390,16 +390,6 @@ def test_an_export_by_rows_is_checked_with_rows_of_different_adapters():
     assert given["adapter_rows"].tolist() == [1, 0, 1, 0]
 
 
-@pytest.mark.quick("exporting")
-@pytest.mark.parametrize("way", ["inputs", "rows", "baked", "merged"])
-def test_an_export_leaves_which_parameters_are_trained(way, tmp_path):
-    model = HAND_WRITTEN.adapted()
-    model.set_adapter("second")
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    graphpeft.export(model, HAND_WRITTEN.example(), tmp_path / "m.pt2", adapters=way)
-    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trained
-
-
 # compiled
 
 

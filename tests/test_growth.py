@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from graphpeft import LoraConfig, get_peft_model, trace
 from graphpeft.graph import template as graph_module
 from graphpeft.graph.template import Template
+from graphpeft.sites import weight_uses
 from graphpeft.targeting import pattern_values
 
 RANKS = [2, 3]
@@ -160,3 +161,32 @@ def test_a_source_is_there_as_long_as_its_module() -> None:
     assert "slot0.lora_A" in "".join(linecache.getlines(file))
     linecache.checkcache(file)
     assert "slot0.lora_A" in "".join(linecache.getlines(file))
+
+
+class Many(nn.Module):
+    """One graph with many weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for number in range(8):
+            self.register_parameter(f"w{number}", nn.Parameter(torch.randn(4, 4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights: Any = (self.w0, self.w1, self.w2, self.w3, self.w4, self.w5, self.w6, self.w7)
+        for weight in weights:
+            x = torch.tanh(F.linear(x, weight))
+        return x
+
+
+def test_a_graph_is_searched_for_the_uses_of_its_weights_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[str] = []
+    uses_of = weight_uses._uses_of
+
+    def noting(path: str, *args: Any) -> Any:
+        searched.append(path)
+        return uses_of(path, *args)
+
+    monkeypatch.setattr(weight_uses, "_uses_of", noting)
+    model: Any = get_peft_model(Many(), LoraConfig(r=2, target_modules=[f"w{number}" for number in range(8)]))
+    assert len(model.adapter_report().adapted) == 8
+    assert sorted(searched) == [f"w{number}" for number in range(8)]

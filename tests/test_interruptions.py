@@ -20,6 +20,7 @@ from models import llama_config
 from torch import nn
 
 import graphpeft
+from graphpeft.transaction import delete_item, remember, transaction
 
 # models
 
@@ -371,6 +372,17 @@ def test_a_call_that_is_interrupted_at_any_line_has_done_all_or_nothing(call: Ca
         assert_whole_at_line(call, chance.randint(1, len(expected(call)[2])), error)
 
 
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
+def test_a_call_is_undone_as_a_whole_if_what_it_is_a_part_of_fails(call: Call) -> None:
+    before, _, _ = expected(call)
+    model = call.build()
+    with contextlib.suppress(ValueError), transaction(model):
+        run(call, model)
+        raise ValueError
+    left = differing(state_of(model, *call.inputs(model)), before)
+    assert not left, f"of what the call has changed, these are left: {left}"
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
 def test_a_call_that_is_interrupted_at_many_lines_has_done_all_or_nothing_each_time(call: Call) -> None:
@@ -439,3 +451,19 @@ def test_a_second_interruption_does_not_stop_what_the_first_one_takes_back() -> 
     number = len(expected(call)[2]) - 20  # when all has changed
     for then in range(1, 60, 4):
         assert_whole(call, failing_at_line(number, KeyboardInterrupt, then))
+
+
+@pytest.mark.quick("transaction")
+def test_a_change_inside_a_change_that_fails_is_taken_back_alone() -> None:
+    model, tensor, held = nn.Identity(), torch.zeros(2), {"first": 1, "second": 2}
+    with transaction(model):
+        remember(tensor)
+        tensor += 1
+        delete_item(held, "first")
+        with contextlib.suppress(ValueError), transaction(model):
+            remember(tensor)
+            tensor += 1
+            delete_item(held, "second")
+            raise ValueError
+        assert tensor.tolist() == [1, 1]
+        assert held == {"second": 2}

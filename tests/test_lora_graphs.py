@@ -11,6 +11,7 @@ from torch import nn
 
 from graphpeft import LoraConfig, get_peft_model, trace
 from graphpeft.graph.tags import TAG
+from graphpeft.graph.template import template_of
 from graphpeft.sites import dataflow
 
 pytestmark = pytest.mark.quick("sites", "methods")
@@ -69,6 +70,20 @@ def test_equal_layers_share_one_class_until_somebody_asks_for_a_graph():
     assert type(model[0]) is type(model[1])
     assert model[0].graph is not None
     assert type(model[0]) is not type(model[1])
+
+
+class Product(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.w
+
+
+def test_equal_modules_are_recorded_once():
+    model = get_peft_model(nn.Sequential(Product(), Product()), LoraConfig(r=2, target_modules=["w"]))
+    assert template_of(model[0]) is template_of(model[1]) is not None
 
 
 def test_an_edit_of_one_layers_graph_is_its_own():

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from blocks import TARGETS, Block, assert_equal_within, block, computed, inputs
 from models import EXAMPLES, Example, call, result
+from pairwise import pairwise
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,17 +22,22 @@ from graphpeft.passes import PASSES
 from graphpeft.testing import laws
 
 NAMES = [each.name for each in PASSES]
-each_pass = pytest.mark.parametrize("passes", [[name] for name in NAMES] + [NAMES], ids="+".join)
-each_form = pytest.mark.parametrize("form", ["regions", "flat"])
+LISTS = {"+".join(passes): passes for passes in [*([name] for name in NAMES), NAMES]}
+FORMS = ["regions", "flat"]
+OPTIONS: list[dict[str, Any]] = [{}, {"lora_dropout": 0.3}]
+each_pass = pytest.mark.parametrize("passes", LISTS.values(), ids=LISTS)
+each_form = pytest.mark.parametrize("form", FORMS)
 
 
-# what is computed
+# what is computed, with each two values of different parameters together at least once
 
 
-@each_form
-@each_pass
-@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.3}, {"use_dora": True}, {"lora_bias": True}], ids=str)
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pairwise(
+    form=FORMS,
+    passes=LISTS,
+    options=[*OPTIONS, {"use_dora": True}, {"lora_bias": True}],
+    training={"eval": False, "train": True},
+)
 def test_outputs_and_gradients_stay(form, passes, options, training):
     if form == "flat" and "lora_bias" in options:
         options = {**options, "target_modules": ["q", "v", "o"]}
@@ -40,9 +46,7 @@ def test_outputs_and_gradients_stay(form, passes, options, training):
     assert_equal_within(computed(optimized, inputs()), computed(plain, inputs()))
 
 
-@each_form
-@each_pass
-@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.3}], ids=str)
+@pairwise(form=FORMS, passes=LISTS, options=OPTIONS)
 def test_second_order_gradients_stay(form, passes, options):
     def second_order(model: Any) -> dict[str, Tensor]:
         x = inputs()
@@ -62,10 +66,12 @@ def tolerance_in_half(passes: list[str]) -> float:
     return 2**-7 if {"flattened_rows", "shared_casts", "grouped_products"} & set(passes) else 0.0
 
 
-@each_form
-@each_pass
-@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.3}], ids=str)
-@pytest.mark.parametrize("autocast_adapter_dtype", [True, False], ids=["single-adapter", "half-adapter"])
+@pairwise(
+    form=FORMS,
+    passes=LISTS,
+    options=OPTIONS,
+    autocast_adapter_dtype={"single-adapter": True, "half-adapter": False},
+)
 def test_half_precision_stays(form, passes, options, autocast_adapter_dtype):
     def adapted() -> Any:
         torch.manual_seed(0)
@@ -80,10 +86,7 @@ def test_half_precision_stays(form, passes, options, autocast_adapter_dtype):
     assert_equal_within(computed(optimized, x), computed(plain, x), tolerance_in_half(passes))
 
 
-@each_form
-@each_pass
-@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.3}], ids=str)
-@pytest.mark.parametrize("backward_inside", [False, True])
+@pairwise(form=FORMS, passes=LISTS, options=OPTIONS, backward_inside=[False, True])
 def test_autocast_is_followed(form, passes, options, backward_inside):
     def under_autocast(model: Any) -> dict[str, Any]:
         x = inputs()
@@ -102,10 +105,12 @@ def test_autocast_is_followed(form, passes, options, backward_inside):
     assert_equal_within(under_autocast(optimized), under_autocast(plain), tolerance_in_half(passes))
 
 
-@each_form
-@each_pass
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6), (0, 3, 6), (2, 1, 3, 6)], ids=str)
+@pairwise(
+    form=FORMS,
+    passes=LISTS,
+    context={"no_grad": torch.no_grad, "inference_mode": torch.inference_mode},
+    shape=[(6,), (3, 6), (2, 3, 6), (0, 3, 6), (2, 1, 3, 6)],
+)
 def test_forwards_without_gradients_stay_in_every_shape(form, passes, context, shape):
     plain, optimized = (get_peft_model(nn.Sequential(nn.Linear(6, 4)), CONFIG_OF_0) for _ in range(2))
     optimized.load_state_dict(plain.state_dict())
@@ -118,7 +123,7 @@ def test_forwards_without_gradients_stay_in_every_shape(form, passes, context, s
         assert torch.allclose(optimized(x), plain(x), rtol=0, atol=1e-6)
 
 
-CONFIG_OF_0 = LoraConfig(target_modules=["0"], init_lora_weights=False)
+CONFIG_OF_0 = LoraConfig(r=2, lora_alpha=3, target_modules=["0"], init_lora_weights=False)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=str)
@@ -299,9 +304,7 @@ def test_an_optimized_graph_is_read_and_not_edited(form):
 # compilers, and what runs again
 
 
-@each_form
-@each_pass
-@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.3}], ids=str)
+@pairwise(form=FORMS, passes=LISTS, options=OPTIONS)
 def test_torch_compile_takes_it_whole(form, passes, options):
     torch.compiler.reset()
     model = block(form, **options)
@@ -323,10 +326,7 @@ def test_torch_export_takes_it(form, passes):
     assert torch.allclose(exported(inputs()), model(inputs()), rtol=0, atol=1e-6)
 
 
-@each_form
-@each_pass
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.3}], ids=str)
+@pairwise(form=FORMS, passes=LISTS, use_reentrant=[False, True], options=OPTIONS)
 def test_checkpointed_models_train_alike(form, passes, use_reentrant, options):
     def checkpointed(model: Any) -> dict[str, Any]:
         x = inputs()

@@ -12,8 +12,7 @@ import peft
 import pytest
 import torch
 from measuring import let_peft_round_on_the_cpu
-from product import FEATURES, LAYERS, MODELS, Feature, Kind, Seen, compare, trained
-from torch import nn
+from product import FEATURES, LAYERS, MODELS, Feature, Kind, Seen, assert_alike, assert_loads, compare, trained
 
 import graphpeft
 from graphpeft.testing import laws
@@ -128,12 +127,7 @@ def test_what_does_not_apply_has_nothing_to_do_with_the_kind(feature: Feature, k
 @cells("same")
 def test_both_libraries_do_the_same(feature: Feature, kind: Kind, cell: str, tmp_path: Path) -> None:
     assert feature.applies(kind)
-    ours = feature.observe(graphpeft, feature, kind, tmp_path / "ours")
-    theirs = feature.observe(peft, feature, kind, tmp_path / "theirs")
-    compare(ours, theirs, feature.tolerance)
-    if feature.observe is trained:
-        for library, folder in ((graphpeft, "theirs"), (peft, "ours"), (graphpeft, "ours")):
-            assert_loads(library, feature, kind, tmp_path / folder, ours)
+    assert_alike(feature, kind, tmp_path)
 
 
 @cells("better")
@@ -160,6 +154,7 @@ def test_what_is_refused_has_its_reason_and_leaves_the_model_alone(
     before = laws.snapshot(model)
     with pytest.raises(ValueError, match=note.ours):
         feature.observe(graphpeft, feature, dataclasses.replace(kind, make=lambda: model), tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
     if isinstance(model, graphpeft.PeftModel):
         model.unload()
     laws.require_unchanged(model, before, "what is refused")
@@ -175,16 +170,6 @@ def test_what_peft_takes_in_vain_changes_nothing_there(feature: Feature, kind: K
     [other] = [feature for feature in FEATURES if feature.name == IN_VAIN[cell.split()[1]]]
     theirs, without = (each.observe(peft, each, kind, tmp_path / each.name) for each in (feature, other))
     compare(theirs, without, 1e-6)
-
-
-def assert_loads(library: Any, feature: Feature, kind: Kind, folder: Path, seen: Seen) -> None:
-    """Asserts that a library loads what one of them has saved, and computes the same."""
-    model: nn.Module = feature.base(kind)
-    feature.before(library, model, feature.config(library, kind), kind)
-    torch.manual_seed(2)
-    model = library.PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=feature.autocast).eval()
-    found = {"in evaluation": feature.outputs(model, kind)}
-    compare(found, {"in evaluation": seen["in evaluation"]}, feature.tolerance)
 
 
 def attempted(note: Note, feature: Feature, kind: Kind, folder: Path) -> Seen | None:

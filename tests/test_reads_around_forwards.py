@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from graphpeft import AdaptError, LoraConfig, get_peft_model, trace
+from graphpeft.sites import around_forwards
 from graphpeft.testing.snapshots import require_unchanged, snapshot
 
 pytestmark = pytest.mark.quick("sites", "code")
@@ -256,3 +257,32 @@ def test_a_weight_beside_one_that_a_hook_reads_is_adapted():
         return (args[0] @ module.other,)
 
     assert_merged_is_unmerged(hooked(lambda model: model.register_forward_pre_hook(reading_other), Two))
+
+
+class Watching:
+    """An object with a method for each of several hooks, as a trainer has them."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def before(self, module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0] @ self.weight,)
+
+    def after(self, module: Any, args: tuple[Tensor], y: Tensor) -> Tensor:
+        return y @ self.weight
+
+
+def test_what_an_object_holds_is_looked_through_once_for_all_of_its_hooks(monkeypatch: pytest.MonkeyPatch):
+    model, other, walked = nn.Sequential(Product(), Product()), Watching(torch.eye(6)), []
+    for layer in model:
+        layer.register_forward_pre_hook(other.before)
+        layer.register_forward_hook(other.after)
+    reached_from = around_forwards.reached_from
+
+    def noting(start: Any) -> Any:
+        walked.append(start)
+        return reached_from(start)
+
+    monkeypatch.setattr(around_forwards, "reached_from", noting)
+    get_peft_model(model, config())
+    assert walked.count(other) == 1

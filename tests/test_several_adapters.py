@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from models import GPT2, LLAMA, MLP, T5, Experts, equal, llama_config, output
+from models import CLASSIFIER, GPT2, LLAMA, MLP, T5, Experts, equal, llama_config, output
 from peft.utils.hotswap import hotswap_adapter as peft_hotswap
 from torch import Tensor, nn
 
@@ -843,6 +843,36 @@ def test_heads_of_their_own_are_mixed_as_in_peft():
     assert near(found, expected, 1e-6)
 
 
+class Shifted(nn.Linear):
+    """A layer with a buffer."""
+
+    shift: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.register_buffer("shift", torch.zeros(4))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight, self.bias) + self.shift
+
+
+def test_rows_have_the_buffers_of_their_adapters_copies():
+    model: Any = nn.Sequential(nn.Linear(4, 4), Shifted())
+    config = graphpeft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"])
+    for name in "uv":
+        model = graphpeft.get_peft_model(model, copy.deepcopy(config), name)
+    names, x, rows = ["v", "u", "__base__", "v"], torch.randn(4, 4), {}
+    with torch.no_grad():
+        for name, shift in (("u", 1.0), ("v", -2.0)):
+            model.set_adapter(name)
+            model[1].shift.fill_(shift)
+            rows[name] = model(x)
+        with model.disable_adapter():
+            rows["__base__"] = model(x)
+        expected = torch.stack([rows[name][number] for number, name in enumerate(names)])
+        torch.testing.assert_close(model(x, adapter_names=names), expected)
+
+
 def test_what_is_read_elsewhere_cannot_differ_from_row_to_row():
     head = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
     model = with_adapters(graphpeft, graphpeft.trace(LLAMA.build(), text() | {"use_cache": False}), head, head)
@@ -1071,6 +1101,24 @@ def test_a_merged_model_is_disabled_unloaded_and_merged_for_good():
         assert near(output(copied.merge_and_unload(), text()), adapted, 1e-5)
 
 
+def test_a_layer_tells_of_what_is_merged_there_alone():
+    model: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for number in range(2):
+        model = graphpeft.get_peft_model(model, graphpeft.LoraConfig(r=2, target_modules=[str(number)]), f"at {number}")
+    model.merge_adapter(["at 0", "at 1"])
+    assert [layer.merged_adapters for layer in model.get_layer_status()] == [["at 0"], ["at 1"]]
+
+
+def test_a_file_has_the_embeddings_of_the_base_where_they_are_merged_into():
+    config = graphpeft.LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False)
+    model: Any = graphpeft.get_peft_model(LLAMA.build(), config)
+    before = copy.deepcopy(graphpeft.get_peft_model_state_dict(model, save_embedding_layers=True))
+    model.merge_adapter()
+    after = graphpeft.get_peft_model_state_dict(model, save_embedding_layers=True)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], values) for name, values in before.items())
+
+
 def test_a_merge_that_fails_changes_nothing():
     options: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "up_proj"]}
     model = with_adapters(graphpeft, LLAMA.build(), options, options)
@@ -1286,6 +1334,19 @@ def test_an_adapter_is_loaded_with_its_base_as_in_peft(tmp_path: Path):
                 graphpeft.AutoPeftModel.from_pretrained(tmp_path / "adapter", import_allowlist=[])
     with pytest.raises(TypeError, match=r"call AutoPeftModel.from_pretrained"):
         graphpeft.AutoPeftModel()
+
+
+def test_an_adapter_of_a_task_is_loaded_with_a_base_for_it(tmp_path: Path):
+    base: Any = CLASSIFIER.build()
+    base.save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    config = CLASSIFIER.config(task_type="SEQ_CLS", init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path / "a")
+    ours, theirs = (
+        library.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "a") for library in (graphpeft, peft)
+    )
+    assert {type(model.get_base_model()).__name__ for model in (ours, theirs)} == {type(base).__name__}
+    assert equal(output(ours, CLASSIFIER.inputs()), output(theirs, CLASSIFIER.inputs()))
 
 
 @pytest.mark.quick("auto")

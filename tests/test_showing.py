@@ -313,6 +313,24 @@ def test_kept_bytes_of_all_modules_are_those_that_a_profiler_counts(traced: bool
     assert sum(kept(picture).values()) <= by_profiler
 
 
+class Twice(nn.Module):
+    """Two operations save one value for the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        return y * y.sin()
+
+
+def test_what_two_operations_keep_in_one_memory_is_counted_once():
+    model: Any = get_peft_model(nn.Sequential(Twice()), LoraConfig(r=2, target_modules=["layer"]))
+    x = torch.randn(4, 6)
+    assert picture_of(model, (x,)).model.kept == kept_bytes(lambda: model(x)) > 0
+
+
 def test_the_model_the_batch_and_the_generators_are_as_before_they_were_measured():
     torch.manual_seed(0)
     layers = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.5)

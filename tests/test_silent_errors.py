@@ -152,6 +152,16 @@ def test_operands_of_a_product_may_be_named_in_any_order(product):
     assert_adapted_truly(model, "fc")
 
 
+def test_a_convolution_that_pads_in_a_circle_is_changed_so_in_a_trace_too():
+    model = nn.Sequential(nn.Conv1d(3, 4, 3, padding=1, padding_mode="circular"))
+    assert_adapted_truly(model, "0", inputs=(torch.randn(2, 3, 5),))
+
+
+def test_a_product_that_is_multiplied_by_a_factor_is_changed_with_it():
+    model = module_of(lambda self, x: torch.addmm(self.b, x, self.w, alpha=2), w=weight(), b=torch.ones(4))
+    assert_adapted_truly(model, "w", inputs=(X[0],))
+
+
 def test_a_weight_that_one_module_reads_and_another_calls_is_refused():
     sub = module_of(lambda self, x: self.fc(x), fc=nn.Linear(4, 4))
     model = module_of(lambda self, x: self.sub(x) + F.linear(x, self.sub.fc.weight), sub=sub)
@@ -460,6 +470,17 @@ def test_flags_that_are_compared_by_identity_are_checked(training):
     adapted[0].on = True
     with pytest.raises(GuardError, match=r"self\.on is True"):
         adapted(X)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_flags_that_are_compared_by_is_not_are_read(on):
+    def forward(self, x):
+        return F.linear(x, self.w) if self.on is not True else -F.linear(x, self.w)
+
+    model: Any = nn.Sequential(module_of(forward, w=weight(), on=on))
+    adapted, traced = get_peft_model(copy.deepcopy(model), lora("w")), trace(model, (X,))
+    assert torch.equal(adapted(X), model(X))
+    assert torch.equal(traced(X), model(X))
 
 
 def test_a_decision_on_the_gradient_mode_is_checked():
@@ -1030,6 +1051,16 @@ def test_a_bias_of_b_is_not_merged_into_one_of_two_biases():
 
     model: Any = get_peft_model(nn.Sequential(Gated()), lora("0", lora_bias=True))
     with pytest.raises(AdaptError, match="no bias of its own, into which that of lora_bias could go"):
+        model.merge_and_unload()
+
+
+def test_a_bias_of_b_is_not_merged_into_one_that_is_read_elsewhere():
+    class Doubled(nn.Linear):
+        def forward(self, input):
+            return F.linear(input, self.weight, self.bias) + self.bias.tanh()
+
+    model: Any = get_peft_model(nn.Sequential(Doubled(4, 3)), lora("0", lora_bias=True))
+    with pytest.raises(AdaptError, match="its bias bias is read elsewhere, too"):
         model.merge_and_unload()
 
 

@@ -404,6 +404,21 @@ def test_a_set_that_grows_with_each_call_keeps_the_module_a_call():
     assert_stays_a_call(build, "changes the global IDS of")
 
 
+def exchanging_in_a_set(self, x):
+    number = IDS.pop()
+    IDS.add(number + 1)
+    return x * number
+
+
+def test_a_set_whose_items_are_exchanged_in_each_call_keeps_the_module_a_call():
+    def build():
+        IDS.clear()
+        IDS.add(1)
+        return module_of(exchanging_in_a_set)
+
+    assert_stays_a_call(build, "changes the global IDS of")
+
+
 def test_a_trace_leaves_a_set_as_it_is():
     IDS.clear()
     IDS.update((7, 8))

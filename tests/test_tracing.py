@@ -683,6 +683,17 @@ def test_buffers_are_written_under_no_grad():
         trace(model, (X,))
 
 
+def test_what_is_written_into_a_buffer_under_no_grad_hands_on_no_gradient():
+    def forward(self, x):
+        y = self.linear(x).mean((0, 1))
+        with torch.no_grad():
+            self.last.copy_(y)
+        return self.linear(x) * self.last
+
+    model = module_of(forward, linear=nn.Linear(8, 8), last=torch.zeros(8))
+    laws.assert_traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))
+
+
 def test_what_was_computed_before_the_model_can_be_written_into():
     model = module_of(lambda self, x: self.linear(x.mul_(2)), linear=nn.Linear(8, 8))
     laws.assert_traced_trains_as_the_model(lambda: copy.deepcopy(model), (X,), (X[:1],))

@@ -131,6 +131,18 @@ def test_two_of_them_and_lora_act_together_as_they_merge() -> None:
     torch.testing.assert_close(model.merge_and_unload()(x), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_the_length_by_which_it_divides_knows_nothing_of_earlier_adapters() -> None:
+    model = decomposed(linear(), LoHaConfig(**LOHA, target_modules=["0"], init_weights=False))
+    model.add_adapter("lora", LoraConfig(r=2, lora_alpha=5, target_modules=["0"], init_lora_weights=False))
+    laws.perturbed(model)
+    of_base, weights = linear().get_parameter("0.weight"), {}
+    for names in (("default",), ("lora",), ("lora", "default")):
+        model.set_adapter([*names])
+        weights[names] = copy.deepcopy(model).merge_and_unload()[0].weight.detach()
+    factors = (weights["lora", "default"] - weights["default",]) / (weights["lora",] - of_base.detach())
+    torch.testing.assert_close(factors, factors[:, :1].expand_as(factors), rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("direction", "reason"),
     [

@@ -19,12 +19,6 @@ IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
 LABELS = torch.tensor([1, 4])
 
 
-@workflow("timm", "ViT: attention and MLP adapted, the head trained; merged, saved, loaded")
-def vit(peft: Any, folder: Path) -> Values:
-    build = _builder("test_vit", img_size=64)
-    return _trained(peft, build, folder, ["attn.qkv", "mlp.fc1"], modules_to_save=["head"])
-
-
 @workflow("timm", "ConvNeXt, by a regular expression")
 def convnext(peft: Any, folder: Path) -> Values:
     return _trained(peft, _builder("test_convnext"), folder, r".*\.mlp\.fc\d")

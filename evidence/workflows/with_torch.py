@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import importlib
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +47,6 @@ def loop(peft: Any, folder: Path) -> Values:
     return {"losses": losses}
 
 
-@workflow(TOOL, "deepcopy: the copy is trained, the original isn't")
-def copied(peft: Any, folder: Path) -> Values:
-    model = _adapted(peft).eval()
-    before, twin = model(TOKENS), copy.deepcopy(model)
-    close(twin(TOKENS), before)
-    losses = fit(twin, lambda: _loss(twin))
-    close(model(TOKENS), before)
-    return {"losses": losses}
-
-
 @workflow(TOOL, "torch.save of a whole model, and torch.load")
 def saved_whole(peft: Any, folder: Path) -> Values:
     model = _adapted(peft).eval()
@@ -67,14 +54,6 @@ def saved_whole(peft: Any, folder: Path) -> Values:
     loaded = torch.load(folder / "model.pt", weights_only=False)
     close(loaded(TOKENS), model(TOKENS))
     return {"losses": fit(loaded, lambda: _loss(loaded))}
-
-
-@workflow(TOOL, "pickle")
-def pickled(peft: Any, folder: Path) -> Values:
-    model = _adapted(peft).eval()
-    loaded = pickle.loads(pickle.dumps(model))
-    close(loaded(TOKENS), model(TOKENS))
-    return {"trained": sorted(list(parameter.shape) for parameter in trained(loaded))}
 
 
 @workflow(TOOL, "state_dict and load_state_dict, with the optimizer's: training goes on")
@@ -217,18 +196,6 @@ def autocast(peft: Any, folder: Path) -> Values:
     return {"losses": fit(model, loss)}
 
 
-@workflow(TOOL, "a model in half precision, with the adapter in single and in half precision")
-def half(peft: Any, folder: Path) -> Values:
-    losses, dtypes = [], []
-    for keep in (True, False):
-        torch.manual_seed(1)
-        config = peft.LoraConfig(r=4, target_modules=["up", "down"], init_lora_weights=False)
-        model = peft.get_peft_model(_base().to(torch.bfloat16), config, autocast_adapter_dtype=keep)
-        losses += fit(model, lambda model=model: model(TOKENS).float().square().mean())
-        dtypes.append(sorted({str(parameter.dtype) for parameter in trained(model)}))
-    return {"losses": losses, "dtypes": dtypes}
-
-
 @workflow(TOOL, "torch.utils.checkpoint around an adapted model and in sequence")
 def recomputed(peft: Any, folder: Path) -> Values:
     torch.manual_seed(3)
@@ -275,39 +242,6 @@ def distilled(peft: Any, folder: Path) -> Values:
     losses = fit(model, loss)
     assert losses[-1] < losses[0]
     return {"losses": losses}
-
-
-@workflow(TOOL, "rows of one batch have different adapters")
-def mixed(peft: Any, folder: Path) -> Values:
-    model = _adapted(peft, target_modules=["up", "down"])
-    torch.manual_seed(4)
-    options = {"r": 2, "target_modules": ["down"], "init_lora_weights": False}
-    model.add_adapter("other", peft.LoraConfig(**options))
-    model.eval()
-    names = ["other", "default", "__base__", "default", "other"]
-    output = model(TOKENS, adapter_names=names)
-    for name in ("default", "other"):
-        model.set_adapter(name)
-        rows = [row for row, own in enumerate(names) if own == name]
-        close(output[rows], model(TOKENS)[rows])
-    return {"rows": output.square().sum((1, 2)).tolist()}
-
-
-@workflow(TOOL, "adapters are swapped while a model serves")
-def swapped(peft: Any, folder: Path) -> Values:
-    for name, seed in (("first", 5), ("second", 6)):
-        base, config = _base(), peft.LoraConfig(r=4, target_modules=["up", "down"], init_lora_weights=False)
-        torch.manual_seed(seed)
-        peft.get_peft_model(base, config).save_pretrained(str(folder / name))
-    # PEFT has it in a module of its own
-    own = peft if hasattr(peft, "hotswap_adapter") else importlib.import_module("peft.utils.hotswap")
-    model = peft.PeftModel.from_pretrained(_base(), str(folder / "first")).eval()
-    outputs = [model(TOKENS).square().sum().item()]
-    for name in ("second", "first"):
-        own.hotswap_adapter(model, str(folder / name), "default", torch_device="cpu")
-        outputs.append(model(TOKENS).square().sum().item())
-    assert outputs[0] == outputs[2] != outputs[1]
-    return {"outputs": outputs}
 
 
 def _base() -> Any:

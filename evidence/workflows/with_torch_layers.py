@@ -1,4 +1,4 @@
-"""PyTorch's layers: tied, normed, pruned, parametrized, recurrent and of attention."""
+"""PyTorch's layers: tied, normed, pruned, parametrized, recurrent and in containers."""
 
 from __future__ import annotations
 
@@ -14,33 +14,11 @@ from workflow import Values, workflow
 TOOL = "torch, layers"
 
 
-@workflow(TOOL, "nn.MultiheadAttention")
-def attention(peft: Any, folder: Path) -> Values:
-    return _trained(peft, nn.MultiheadAttention(8, 2, batch_first=True), ["layer"], folder, Attending)
-
-
-@workflow(TOOL, "nn.TransformerEncoder, its feed-forward layers")
-def transformer(peft: Any, folder: Path) -> Values:
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    return _trained(peft, nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), ["linear1", "linear2"], folder)
-
-
 @workflow(TOOL, "nn.LSTM by target_parameters")
 def lstm(peft: Any, folder: Path) -> Values:
     return _trained(
         peft, nn.LSTM(8, 6, batch_first=True), [], folder, Recurrent, target_parameters=["lstm.weight_ih_l0"]
     )
-
-
-@workflow(TOOL, "convolutions in one, two and three dimensions, strided and grouped")
-def convolutions(peft: Any, folder: Path) -> Values:
-    losses = {}
-    for size, cls in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1):
-        conv = nn.Sequential(cls(4, 6, 3, stride=2, padding=1), nn.GELU(), cls(6, 4, 1, groups=2))
-        model = adapted(peft, conv, "0", "2")
-        x = torch.randn(2, 4, *[6] * size)
-        losses[cls.__name__] = fit(model, lambda model=model, x=x: model(x).square().mean())
-    return losses
 
 
 @workflow(TOOL, "a linear layer under weight_norm of parametrizations")
@@ -101,20 +79,6 @@ def in_two_places(peft: Any, folder: Path) -> Values:
     return _trained(peft, nn.Sequential(layer, nn.Tanh(), layer), ["0"], folder)
 
 
-@workflow(TOOL, "experts as a stack of matrices, by target_parameters")
-def experts(peft: Any, folder: Path) -> Values:
-    class Experts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weights, self.gate = nn.Parameter(torch.randn(3, 8, 8) / 3), nn.Linear(8, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            each = torch.einsum("bi,eio->beo", x, self.weights)
-            return (self.gate(x).softmax(-1)[..., None] * each).sum(1)
-
-    return _trained(peft, Experts(), [], folder, target_parameters=["layer.weights"])
-
-
 @workflow(TOOL, "a layer in a list that the forward indexes, and one in a dict")
 def containers(peft: Any, folder: Path) -> Values:
     class Contained(nn.Module):
@@ -140,13 +104,6 @@ class Around(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)
-
-
-class Attending(Around):
-    """Calls an attention."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x, x, x)[0]
 
 
 class Recurrent(nn.Module):

@@ -110,9 +110,11 @@ def fitted(
         (path, overrides.override_name(own, name)): tensor.dtype
         for path, own, tensor in _fully_trained(adapter, modules)
     }
-    dtypes |= {place: adapted.dtype for adapted, place, _ in _specs(adapter) if adapted.dtype.is_complex}
-    dtypes |= {place: spec.dtype for _, place, spec in _specs(adapter) if spec.dtype is not None}
-    base = {key: place for key, place in _base_keys(adapter, modules).items() if key in values and key not in named}
+    specs, forms, of_base_model = [*_specs(adapter)], _forms(adapter), _base_keys(adapter, modules)
+    dtypes |= {place: adapted.dtype for adapted, place, _ in specs if adapted.dtype.is_complex}
+    dtypes |= {place: spec.dtype for _, place, spec in specs if spec.dtype is not None}
+    allowed = _allowed_shapes(named, of_base_model, dict(_shapes(adapter, name, modules, forms)), forms, modules)
+    base = {key: place for key, place in of_base_model.items() if key in values and key not in named}
     own = {place: tensor_at(modules[place[0]], place[1]) for place in base.values()}
     dtypes |= {place: tensor.dtype for place, tensor in own.items()}
     named |= base
@@ -122,7 +124,7 @@ def fitted(
     needless = [shortened(key) for key in values if known.isdisjoint(meanings(key)) and not adapter.config.ignores(key)]
     misshapen = [
         f"{key} of shape {tuple(values[key].shape)} where the model wants {shape}"
-        for key, shape in mismatched(adapter, name, modules, values).items()
+        for key, shape in _mismatched(allowed, values).items()
     ]
     # an adapter's own tensors are mostly of floating-point numbers, whatever its weights are
     wanted = {key: dtypes.get(place, torch.float32) for key, place in named.items() if key in values}
@@ -144,7 +146,7 @@ def fitted(
             f"the adapter's file {'; it '.join(problems)}.{of_base} Load it on the model that it was trained on; where "
             "only names differ, from_pretrained maps them by key_mapping."
         )
-    found = _unpacked(adapter, named, values) | dict(_unsaved(adapter, name, modules))
+    found = _unpacked(forms, named, values) | dict(_unsaved(adapter, name, modules))
     _refuse_untied(adapter, name, modules, found)
     # mostly what the model has anyway
     unchanged = {
@@ -164,13 +166,32 @@ def mismatched(
         modules: The model's modules by path.
         values: The file's tensors by their names there.
     """
-    shapes, forms = dict(_shapes(adapter, name, modules)), _forms(adapter)
-    of_base, own = _base_keys(adapter, modules), keys(adapter, name, modules)
-    wanted = {key: tuple(tensor_at(modules[path], attribute).shape) for key, (path, attribute) in of_base.items()}
-    allowed = {
+    forms, of_base, own = _forms(adapter), _base_keys(adapter, modules), keys(adapter, name, modules)
+    shapes = dict(_shapes(adapter, name, modules, forms))
+    return _mismatched(_allowed_shapes(own, of_base, shapes, forms, modules), values)
+
+
+_Places = Mapping[str, tuple[str, str]]
+"""Places in the model by names in the file."""
+
+_Shapes = Mapping[str, tuple[tuple[int, ...], ...]]
+"""The shapes that a tensor may have in the file, the usual one first, by its name there."""
+
+
+def _allowed_shapes(
+    own: _Places,
+    of_base: _Places,
+    shapes: Mapping[tuple[str, str], tuple[int, ...]],
+    forms: Mapping[tuple[str, str], FileForm],
+    modules: Modules,
+) -> _Shapes:
+    allowed = {key: (tuple(tensor_at(modules[path], name).shape),) for key, (path, name) in of_base.items()}
+    return allowed | {
         key: (shapes[place], *(forms[place].other_shapes if place in forms else ())) for key, place in own.items()
     }
-    allowed = {key: (shape,) for key, shape in wanted.items()} | allowed
+
+
+def _mismatched(allowed: _Shapes, values: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {
         key: allowed[key][0]
         for key, value in values.items()
@@ -202,8 +223,7 @@ def _base_keys(adapter: Adapter, modules: Modules) -> dict[str, tuple[str, str]]
     return keys_of_layers(adapter, modules, dict.fromkeys([*paths, *embedding_layers.embedding_layers(modules)]))
 
 
-def _unpacked(adapter: Adapter, named: Mapping[str, tuple[str, str]], values: Mapping[str, torch.Tensor]) -> Tensors:
-    forms = _forms(adapter)
+def _unpacked(forms: Mapping[tuple[str, str], FileForm], named: _Places, values: Mapping[str, torch.Tensor]) -> Tensors:
     try:
         return {
             place: forms[place].unpack(values[key]) if place in forms else values[key] for key, place in named.items()
@@ -256,8 +276,9 @@ def _forms(adapter: Adapter) -> dict[tuple[str, str], FileForm]:
     return {place: form for place, form in forms.items() if form is not None}
 
 
-def _shapes(adapter: Adapter, name: str, modules: Modules) -> Iterator[tuple[tuple[str, str], tuple[int, ...]]]:
-    forms = _forms(adapter)
+def _shapes(
+    adapter: Adapter, name: str, modules: Modules, forms: Mapping[tuple[str, str], FileForm]
+) -> Iterator[tuple[tuple[str, str], tuple[int, ...]]]:
     for _, place, spec in _specs(adapter):
         yield place, forms[place].shape if place in forms else spec.shape
     for path, own, tensor in _fully_trained(adapter, modules):
@@ -293,7 +314,9 @@ def refuse_other_operations(
         modules: The model's modules by path.
         values: The file's tensors, by the names that they have for this model.
     """
-    named, shapes = keys(adapter, name, modules), dict(_shapes(adapter, name, modules))
+    if not operations:
+        return
+    named, shapes = keys(adapter, name, modules), dict(_shapes(adapter, name, modules, _forms(adapter)))
     differing = {place for key, place in named.items() if key in values and values[key].shape != shapes[place]}
     for adapted in adapter.weight_sites:
         site, own = adapted.site, {(adapted.site.owner, attribute) for attribute in adapted.names.values()}

@@ -60,7 +60,7 @@ def _places(modules: Modules, adapters: Adapters) -> _Places:
     for name in adapters.active:
         adapter = adapters.by_name[name]
         _refuse_elsewhere(modules, adapters, name)
-        paths |= dict.fromkeys(path for path, _ in adapter.tensor_names(name))
+        paths |= dict.fromkeys(adapter.owners)
         tables |= dict.fromkeys(adapted.site.owner for adapted in adapter.weight_sites if adapted.site.op is Embedding)
         tables |= dict.fromkeys((*adapter.fully_trained, *adapter.rows))
     steps: dict[str, Any] = {}
@@ -106,14 +106,17 @@ def refuse_exchanged_classes(modules: Modules, adapters: Adapters, wanted: Itera
         wanted: Those that are to act, beside the ones that act now. Others may be many, and stay as they are.
     """
     changing = {*adapters.slots, *adapters.read, *wanted}
-    owners = {path for name in changing for path, _ in adapters.by_name[name].tensor_names(name)}
+    owners = set().union(*(adapters.by_name[name].owners for name in changing))
     _refuse_exchanged_classes(modules, owners | adapters.lifted.keys())
 
 
 def _refuse_exchanged_classes(modules: Modules, paths: Set[str]) -> None:
-    for path in sorted(paths & modules.keys()):
+    present = sorted(paths & modules.keys())
+    # a model has many modules, and few classes
+    exchanged = {cls for cls in {type(modules[path]) for path in present} if in_place.is_exchanged(cls)}
+    for path in present if exchanged else ():
         module = modules[path]
-        if in_place.is_class_exchanged(module):
+        if type(module) in exchanged:
             raise AdaptError(
                 f"the class of {path or 'the model'} was exchanged since it was adapted, for a "
                 f"{type(module).__name__}, as parametrizations do; take that off first, as "
@@ -133,7 +136,7 @@ def refuse_missing(modules: Modules, adapter: Adapter, name: str, reads: bool = 
     for path, attribute in adapter.tensor_names(name):
         if path not in modules:
             raise AdaptError(_gone(path, attribute, name))
-    _refuse_exchanged_classes(modules, {path for path, _ in adapter.tensor_names(name)})
+    _refuse_exchanged_classes(modules, adapter.owners)
     refuse_exchanged(modules, adapter, name)
     if not reads:
         return

@@ -44,9 +44,10 @@ class RowAdapters:
         """
         holders = owner._modules
         held = [None if name is None else holders.get(name) for name in self._of_rows(where)]
-        tensors = [None if holder is None else _tensor(holder, stem) for holder in held]
+        # each call of each layer goes through all rows here, so no function is called for one
+        tensors = [None if at is None else at._parameters.get(stem, at._buffers.get(stem)) for at in held]
         there: list[torch.Tensor] = [tensor for tensor in tensors if tensor is not None]
-        if len(there) == len(tensors) and all(tensor.shape == there[0].shape for tensor in there):
+        if len(there) == len(tensors) and len({tensor.shape for tensor in there}) == 1:
             return torch.stack(there)
         if not there:
             # those of any adapter will do for the shape
@@ -66,7 +67,9 @@ class RowAdapters:
             missing: What it is where there is none; None if any value will do.
         """
         held = [None if name is None else owner._modules.get(name) for name in self._of_rows(None)]
-        values = tuple([missing if holder is None else as_number(vars(holder).get(stem, missing)) for holder in held])
+        found = [missing if holder is None else holder.__dict__.get(stem, missing) for holder in held]
+        are_tensors = any(issubclass(kind, torch.Tensor) for kind in {*map(type, found)})
+        values = tuple(map(as_number, found) if are_tensors else found)
         there = {value for value in values if value is not None}
         if len(there) == 1:
             return next(iter(there))

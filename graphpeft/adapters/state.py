@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,11 +152,13 @@ class Adapter:
 
     def frozen_names(self, adapter: str) -> set[tuple[str, str]]:
         """Returns the module's path and the name of each tensor of this adapter that isn't trained now."""
+        # most methods let none rest
+        rests = self.config.rests if type(self.config).rests is not PeftConfig.rests else None
         frozen = {
             (adapted.site.owner, adapted.names[name])
             for adapted in self.sites
             for name, spec in adapted.specs.items()
-            if not spec.is_trained or self.config.rests(adapted.site, name)
+            if not spec.is_trained or (rests is not None and rests(adapted.site, name))
         }
         return frozen | self.replacing_names(adapter)
 
@@ -172,16 +174,18 @@ class Adapter:
         found += [(path, name_at(adapter, "")) for path in self.overrides]
         return list(dict.fromkeys([*found, *((path, overrides.rows(adapter)) for path in self.rows)]))
 
-    def tensor_names(self, adapter: str) -> Iterator[tuple[str, str]]:
-        """Yields the module's path and the name of every tensor of this adapter."""
-        for adapted in self.sites:
-            for name in adapted.specs:
-                yield adapted.site.owner, adapted.names[name]
+    def tensor_names(self, adapter: str) -> list[tuple[str, str]]:
+        """Returns the module's path and the name of every tensor of this adapter."""
+        found = [(adapted.site.owner, adapted.names[name]) for adapted in self.sites for name in adapted.specs]
         for path, names in self.overrides.items():
-            for name in names:
-                yield path, overrides.override_name(name, adapter)
-        for path in self.rows:
-            yield path, overrides.rows(adapter)
+            found += [(path, overrides.override_name(name, adapter)) for name in names]
+        return found + [(path, overrides.rows(adapter)) for path in self.rows]
+
+    @property
+    def owners(self) -> set[str]:
+        """The paths of the modules that have its tensors."""
+        of_sites = {adapted.site.owner for adapted in self.sites if adapted.specs}
+        return of_sites | self.overrides.keys() | self.rows.keys()
 
 
 class Cache(dict[Any, Any]):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from graphpeft.adapters.state import Adapters, Modules
-from graphpeft.graph.holders import all_parameters, has_tensor, place_of
+from graphpeft.graph.holders import all_parameters, parameter_at
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.transaction import set_attribute, undone_by
@@ -67,9 +67,8 @@ def set_trainable_now(modules: Modules, adapters: Adapters, wanted: Mapping[str,
         frozen = adapter.frozen_names(name)
         for path, attribute in adapter.tensor_names(name):
             # somebody may have put another module in the place of an adapted one
-            if path in modules and has_tensor(modules[path], attribute):
-                holder, own = place_of(modules[path], attribute)
-                changed.note(holder._parameters.get(own), trains and (path, attribute) not in frozen)
+            if path in modules:
+                changed.note(parameter_at(modules[path], attribute), trains and (path, attribute) not in frozen)
     changed.set()
     on = {name for name, trains in wanted.items() if trains}
     set_attribute(adapters, "trainable", (adapters.trainable - wanted.keys()) | on)

@@ -219,9 +219,10 @@ def place_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
         KeyError: If the module has no holder of that adapter.
     """
     *path, own = name.split(".")
+    held: Any = module
     for inner in path:
-        module = _inside(module, inner)
-    return module, own
+        held = held._modules[inner]
+    return held, own
 
 
 def new_place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -253,6 +254,17 @@ def tensor_at(module: nn.Module, name: str) -> torch.Tensor:
     return tensor
 
 
+def parameter_at(module: nn.Module, name: str) -> nn.Parameter | None:
+    """Returns the parameter `name` of `module`, which may be an adapter's; None if there is none."""
+    *path, own = name.split(".")
+    held: Any = module
+    for inner in path:
+        held = held._modules.get(inner)
+        if held is None:
+            return None
+    return held._parameters.get(own)
+
+
 def has_tensor(module: nn.Module, name: str) -> bool:
     """Returns whether `module` has the parameter or buffer `name`, which may be an adapter's."""
     *path, own = name.split(".")
@@ -261,7 +273,7 @@ def has_tensor(module: nn.Module, name: str) -> bool:
         if found is None:
             return False
         module = found
-    return any(tensors.get(own) is not None for tensors in (module._parameters, module._buffers))
+    return module._parameters.get(own) is not None or module._buffers.get(own) is not None
 
 
 def has_own_modules(module: nn.Module) -> bool:
@@ -287,9 +299,7 @@ def own_modules(module: nn.Module) -> list[tuple[str, nn.Module | None]]:
     more, or where the last submodule is none of them, which came since.
     """
     inner = module._modules
-    if not inner or (
-        len(inner) == module.__dict__.get(_HOLDERS) and isinstance(next(reversed(inner.values())), Holder)
-    ):
+    if not inner or (len(inner) == module.__dict__.get(_HOLDERS) and isinstance(inner[next(reversed(inner))], Holder)):
         return []
     return [(name, child) for name, child in inner.items() if not isinstance(child, Holder)]
 

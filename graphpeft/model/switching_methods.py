@@ -37,8 +37,10 @@ class SwitchingMethods(AdapterInfo):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         configs = [known_adapter(self, name).config for name in names]
         modules, state = modules_of(self), self._peft_adapters
-        for name in names if not inference_mode else ():
-            lifecycle.refuse_untrainable(modules, known_adapter(self, name), name)
+        for name, config in zip(names, configs, strict=True):
+            # one that is trained already was asked before
+            if config.inference_mode and not inference_mode:
+                lifecycle.refuse_untrainable(modules, known_adapter(self, name), name)
         with transaction(self):
             lifecycle.activate(modules, self._peft_adapters, names)
             for name in names:

@@ -62,7 +62,8 @@ def noting_reads(tracer: Recorder, root: nn.Module) -> Callable[[nn.Module, str]
             _note_dictionary(tracer, module, paths[module])
         if name in MACHINERY or name.startswith(_INTERNAL_PREFIXES) or not tracer.is_recording or module not in paths:
             if name in INTERNALS and not _is_of_pytorch(sys._getframe(1).f_code.co_filename):
-                if module in paths:
+                # containers go through their layers, whose classes are facts
+                if module is root or (module in paths and not type(module).__module__.startswith("torch.nn.")):
                     tracer.session.reads.add(name)
                 if tracer.is_recording and "param" in name:
                     _refuse_to_compare(tracer, sys._getframe(1).f_code)

@@ -159,6 +159,9 @@ def _reads_its_dict(forward: Callable[..., Any]) -> bool:
     return code is None or not {"__dict__", "vars"}.isdisjoint(code.co_names)
 
 
+_ABSENT = object()
+"""The observation of an attribute that isn't there."""
+
 _UNKNOWN = object()
 """The observation of an object that can change and remain the same object, so it is no fact."""
 
@@ -166,7 +169,7 @@ _UNKNOWN = object()
 def _observe_at(module: nn.Module, path: str) -> Any:
     """Returns the fact that a trace can depend on when it reads a path; "" is the tree of all submodules."""
     if not path:
-        return tuple([(inner, _observe_submodule(each)) for inner, each in modules_by_path(module).items() if inner])
+        return _observe_tree(module)
     *around, name = path.split(".")
     for outer in around:
         inner = module._modules.get(outer)
@@ -176,10 +179,23 @@ def _observe_at(module: nn.Module, path: str) -> Any:
     return _observe(module, name)
 
 
-def _observe_submodule(module: nn.Module) -> Any:
-    # a submodule's forward stays a call, but code may ask for the class and for the tensors
-    held = (module._parameters, module._buffers)
-    return in_place.original_class(module), *((name, tensor is None) for each in held for name, tensor in each.items())
+def _observe_tree(module: nn.Module) -> Any:
+    """Returns the classes of a module's submodules, which stay calls, and the names of their tensors."""
+    found = []
+    for path, inner in modules_by_path(module).items():
+        own = vars(inner)
+        if path and "forward" in own:
+            return _UNKNOWN  # somebody's function, which code may call
+        held = (*inner._parameters.items(), *inner._buffers.items(), *own.items())
+        tensors = tuple([name for name, tensor in held if isinstance(tensor, torch.Tensor)])
+        cls = in_place.original_class(inner)
+        found.append((path, path and cls, tensors, _globals_read(cls, path)))
+    return tuple(found)
+
+
+def _globals_read(cls: type, path: str) -> Any:
+    """Returns the plain globals that a submodule's forward reads, for code that calls the forward itself."""
+    return tuple(plain_globals(cls).items()) if path and not cls.__module__.startswith("torch.") else ()
 
 
 def _observe(module: nn.Module, name: str) -> Any:
@@ -193,8 +209,10 @@ def _observe(module: nn.Module, name: str) -> Any:
             return next((kind, other) for other, tensor in tensors.items() if tensor is tensors[name])
     if name in module.__dict__:
         return _observe_value(module.__dict__[name])
-    static = next((vars(cls)[name] for cls in type(module).__mro__ if name in vars(cls)), None)
-    return static if callable(static) or isinstance(static, property) else _observe_value(static)
+    if module._modules.get(name, module) is None:
+        return None
+    static = next((vars(cls)[name] for cls in type(module).__mro__ if name in vars(cls)), _ABSENT)
+    return static if static is _ABSENT or callable(static) or isinstance(static, property) else _observe_value(static)
 
 
 def _observe_value(value: Any) -> Any:

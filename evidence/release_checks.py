@@ -1,0 +1,81 @@
+"""Runs what a release needs and no single change, one after the other, and writes build/release_checks.md.
+
+python evidence/release_checks.py [names of checks]
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "build" / "release_checks.md"
+
+CHECKS: dict[str, tuple[str, ...]] = {
+    "long": ("test-all", "ARGS=-m long"),
+    "compiled": ("test-all", "ARGS=-m compiled"),
+    "floors": ("floors", "PYTHON=python3.10", "SAMPLE="),
+    "newest": ("newest", "SAMPLE="),
+    "third-party": ("third-party",),
+    "peft-tests": ("peft-tests",),
+    "benchmarks": ("bench", "ARGS=--write"),
+}
+"""The arguments of make by the name of the check. Without a sample, an environment of its own runs all tests."""
+
+
+class Outcome(NamedTuple):
+    """How a check ended.
+
+    Attributes:
+        status: The exit status of make.
+        minutes: The minutes that it took.
+        said: The last line of its output.
+    """
+
+    status: int
+    minutes: float
+    said: str
+
+
+def main(wanted: list[str]) -> None:
+    """Runs the checks, writes the page after each, and fails if one has failed."""
+    outcomes: dict[str, Outcome] = {}
+    for name in tqdm(wanted or list(CHECKS), unit="check"):
+        outcomes[name] = _outcome(name)
+        PAGE.write_text(page(outcomes), encoding="utf-8")
+        tqdm.write(_line(name, outcomes[name]))
+    sys.exit(any(outcome.status for outcome in outcomes.values()))
+
+
+def _outcome(name: str) -> Outcome:
+    log = ROOT / "build" / "release" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    with log.open("w", encoding="utf-8") as output:
+        status = subprocess.run(["make", *CHECKS[name]], cwd=ROOT, stdout=output, stderr=output, check=False).returncode
+    said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return Outcome(status, (time.monotonic() - start) / 60, said[-1] if said else "")
+
+
+def page(outcomes: dict[str, Outcome]) -> str:
+    """Returns the page."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    lines = "".join(_line(name, outcome) + "\n" for name, outcome in outcomes.items())
+    head = "| check | exit status | minutes | the last line of its log in build/release/ |\n|---|--:|--:|---|\n"
+    return f"# Release checks at {commit.stdout.strip()}\n\n{head}{lines}"
+
+
+def _line(name: str, outcome: Outcome) -> str:
+    said = outcome.said.replace("|", "\\|").strip("= ")
+    return f"| {name} | {outcome.status} | {outcome.minutes:.0f} | {said} |"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,153 @@
+"""Blocks with layers inside share a recording if all that the recording depends on is equal, and else have their own.
+
+Each pair below is of one class. A fact that `tracing/lift.py` forgets gives the second block the graph of the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import counting
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graphpeft import LoraConfig, get_peft_model
+
+FLAGS: dict[str, Any] = {}
+SIGN = 1.0
+
+
+class Inner(nn.Module):
+    """A layer whose forward reads a global."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 1.0
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) if SIGN > 0 else -self.linear(x)
+
+
+class Block(nn.Module):
+    """A block that decides on lists, dictionaries, absent attributes, classes and tensors of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+        self.one, self.two, self.inner = nn.Linear(4, 4), nn.Linear(4, 4), Inner()
+        self.more = nn.ModuleList([nn.Linear(4, 4)])
+        self.names, self.options = ["one"], {"times": 1}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(x, self.w)
+        for name in self.names:
+            x = x + torch.relu(getattr(self, name)(x))
+        for layer in self.more:
+            x = torch.tanh(layer(x)) if isinstance(layer, nn.Linear) else x + layer(x)
+        if self.options["times"] > 1:
+            x = 2 * x
+        if hasattr(self, "extra"):
+            x = x + 1
+        if self.inner.scale > 1:
+            x = 3 * x
+        # by the forward itself, so that its code is recorded, too
+        return F.linear(self.inner.forward(x), self.two.weight, self.two.bias)
+
+
+def changed(change: Callable[[Any], object]) -> Callable[[], Block]:
+    def make() -> Block:
+        block = Block()
+        change(block)
+        return block
+
+    return make
+
+
+class Twin(nn.Module):
+    """Another class with the tensors of a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def shares_a_weight(block: Any) -> None:
+    block.two.weight = block.w
+
+
+def sets_a_forward(block: Any) -> None:
+    block.inner.forward = lambda x: x + 5
+
+
+OTHERS: dict[str, Callable[[], Block]] = {
+    "another list of names": changed(lambda block: block.names.append("two")),
+    "another dictionary": changed(lambda block: block.options.update(times=2)),
+    "an attribute that is None": changed(lambda block: setattr(block, "extra", None)),
+    "a module that is None": changed(lambda block: block.register_module("extra", None)),
+    "another number in a layer": changed(lambda block: setattr(block.inner, "scale", 2.0)),
+    "one more layer": changed(lambda block: block.more.append(nn.Linear(4, 4))),
+    "a layer of another class": changed(lambda block: block.more.__setitem__(0, Twin())),
+    "a layer without a bias": changed(lambda block: setattr(block.two, "bias", None)),
+    "tied weights": changed(shares_a_weight),
+    "a forward of its own in a layer": changed(sets_a_forward),
+}
+
+
+def assert_recorded_as_alone(*makers: Callable[[], Block]) -> None:
+    """Asserts that adapted blocks compute the same if each has a class of its own, which shares no recording."""
+    outputs = []
+    # nothing has recorded these classes
+    together = [type("Together", (Block,), {})] * len(makers)
+    alone = [type("Alone", (Block,), {}) for _ in makers]
+    for classes in (together, alone):
+        torch.manual_seed(1)
+        model: Any = nn.Sequential(*(make() for make in makers))
+        for block, cls in zip(model, classes, strict=True):
+            block.__class__ = cls
+        x = torch.randn(3, 4)
+        before = model(x)
+        get_peft_model(model, LoraConfig(r=2, target_modules=["w"], init_lora_weights=False))
+        outputs.append(model(x))
+        assert not torch.allclose(outputs[-1], before)
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_block_that_differs_isnt_given_the_graph_of_another(other: str) -> None:
+    assert_recorded_as_alone(Block, OTHERS[other])
+    assert_recorded_as_alone(OTHERS[other], Block)
+
+
+def test_a_global_that_a_layers_code_reads_is_part_of_the_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(Block()), torch.randn(3, 4)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["w"]))
+    monkeypatch.setitem(globals(), "SIGN", -1.0)
+    again = nn.Sequential(Block())
+    expected = again(x)
+    assert torch.allclose(get_peft_model(again, LoraConfig(r=2, target_modules=["w"]))(x), expected)
+
+
+def test_equal_blocks_are_recorded_once_and_not_again_by_later_calls() -> None:
+    def config() -> LoraConfig:
+        return LoraConfig(r=2, target_modules=["w", "one"], init_lora_weights=False)
+
+    def recordings(number: int) -> int:
+        # a class that nothing has recorded
+        own = type("Own", (Block,), {})
+        model = nn.Sequential(*(own() for _ in range(number)))
+        return counting.counted(lambda: get_peft_model(model, config())).recordings
+
+    assert recordings(6) == recordings(1) > 0
+    model: Any = get_peft_model(nn.Sequential(Block(), Block()), config())
+    again = counting.counted(lambda: model.add_adapter("again", config()))
+    switched = counting.counted(lambda: model.set_adapter("again"))
+    another = counting.counted(lambda: get_peft_model(nn.Sequential(Block(), Block()), config()))
+    assert (again.recordings, switched.recordings, another.recordings) == (0, 0, 0)

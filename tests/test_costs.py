@@ -31,11 +31,16 @@ RECORDED, IS_OF_THESE_VERSIONS = _script().recorded()
 
 def assert_as_recorded(rows: Rows) -> None:
     """Asserts that counts haven't risen, and that the page has those that have fallen."""
-    known = {what: RECORDED.get(what) for what in rows}
-    risen = {what: (known[what], count) for what, count in rows.items() if known[what] is None or count > known[what]}
-    assert not risen, "these cost more than docs/costs.md says (before, now)"
-    fallen = {what: (known[what], count) for what, count in rows.items() if count < 0.98 * known[what]}
-    assert not (fallen and IS_OF_THESE_VERSIONS), "these cost less now: run make costs, so that they stay so"
+    both = {what: (RECORDED.get(what, 0), count) for what, count in rows.items()}
+    risen = {what: (before, now) for what, (before, now) in both.items() if now > before + _varying(what, before)}
+    assert risen == {}, "these cost more than docs/costs.md says (before, now)"
+    fallen = {what: (before, now) for what, (before, now) in both.items() if now < before - _varying(what, before)}
+    assert not (fallen and IS_OF_THESE_VERSIONS), f"{fallen} cost less now: run make costs, so that they stay so"
+
+
+def _varying(what: str, count: int) -> float:
+    """Returns by how much a count may differ: a few calls depend on the libraries that a process has imported."""
+    return 5 + 0.02 * count if what.endswith(": calls") else 0
 
 
 def test_the_import_brings_what_it_needs_alone() -> None:

@@ -135,6 +135,7 @@ def test_a_global_that_a_layers_code_reads_is_part_of_the_recording(monkeypatch:
     assert torch.allclose(get_peft_model(again, LoraConfig(r=2, target_modules=["w"]))(x), expected)
 
 
+@pytest.mark.every
 def test_equal_blocks_are_recorded_once_and_not_again_by_later_calls() -> None:
     def config() -> LoraConfig:
         return LoraConfig(r=2, target_modules=["w", "one"], init_lora_weights=False)

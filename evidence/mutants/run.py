@@ -1,10 +1,11 @@
 """Plants each fault of mutants.json in a copy of the package, and notes the first test of each tier that fails.
 
 A fault is first shown to the tests of the tier `make test`, and only if all pass to those that `make test-all` has
-beside them. Which tests are run, either of
+beside them. Which tests are run, one of
 
 python evidence/mutants/run.py --coverage FILE            those that run the fault's lines, by a database of coverage
 python evidence/mutants/run.py --candidates ARGUMENTS     those that pytest finds by these arguments
+python evidence/mutants/run.py --again                    those of the functions that killed the fault before
 
 A test that also fails without the fault doesn't count.
 """
@@ -111,6 +112,8 @@ def _is_wanted(mutant: Mutant, arguments: argparse.Namespace) -> bool:
 
 def _chosen(arguments: argparse.Namespace, wanted: Sequence[Mutant], trees: SimpleQueue[Tree]) -> Chosen:
     """Returns the function that chooses tests as the command line asks for it."""
+    if arguments.again:
+        return lambda mutant, _: sorted({test.partition("[")[0] for test in mutant.killed_by.values()} - {SURVIVES})
     if arguments.candidates:
         given = shlex.split(arguments.candidates)
         return lambda *_: given
@@ -132,6 +135,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--coverage", type=Path, metavar="FILE", help="the database of coverage")
+    which.add_argument("--again", action="store_true", help="the functions that killed each fault before")
     which.add_argument("--candidates", metavar="ARGUMENTS", help='arguments of pytest, as "tests/test_dora.py -k norm"')
     parser.add_argument(
         "--package", type=Path, default=ROOT / "graphpeft", help="the folder of the package that it is of"

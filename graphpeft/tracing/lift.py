@@ -187,7 +187,7 @@ def _observe_tree(module: nn.Module) -> Any:
         if path and "forward" in own:
             return _UNKNOWN  # somebody's function, which code may call
         held = (*inner._parameters.items(), *inner._buffers.items(), *own.items())
-        tensors = tuple([name for name, tensor in held if isinstance(tensor, torch.Tensor)])
+        tensors = tuple([name for name, tensor in held if issubclass(type(tensor), torch.Tensor)])
         cls = in_place.original_class(inner)
         found.append((path, path and cls, tensors, _globals_read(cls, path)))
     return tuple(found)
@@ -216,7 +216,8 @@ def _observe(module: nn.Module, name: str) -> Any:
 
 
 def _observe_value(value: Any) -> Any:
-    if isinstance(value, SIMPLE):
+    # not isinstance, which would read `__class__`, and so run code of somebody's object
+    if issubclass(type(value), SIMPLE):
         return type(value), value
     if type(value) is dict:
         value = tuple(value.items())

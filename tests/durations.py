@@ -14,7 +14,9 @@ import pytest
 FILE = Path(__file__).with_name("durations.json")
 
 RECORDED: dict[str, float] = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
-"""Seconds for one parameter set, by the node ID of the function; tests that take less than a tenth aren't listed."""
+"""Seconds for one parameter set, by the node ID of the function; tests that take less than `LEAST` aren't listed."""
+
+LEAST = 0.02
 
 
 def function_of(nodeid: str) -> str:
@@ -47,5 +49,5 @@ class Recorder:
         """Writes the file, with functions that didn't run as they were."""
         ran = {function: self._seconds[function] / len(sets) for function, sets in self._sets.items()}
         kept = {function: seconds for function, seconds in RECORDED.items() if function not in ran}
-        slow = {function: round(seconds, 1) for function, seconds in {**kept, **ran}.items() if seconds >= 0.1}
+        slow = {function: round(seconds, 2) for function, seconds in {**kept, **ran}.items() if seconds >= LEAST}
         FILE.write_text(json.dumps(dict(sorted(slow.items())), indent=0) + "\n", encoding="utf-8")

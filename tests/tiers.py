@@ -1,7 +1,8 @@
 """Which tests `make test` runs: of each function a sample of its parameter sets. `make test-all` runs all of them.
 
-A function whose sets start processes, trainers, exports or compilers takes seconds for each, as `durations.json` tells.
-The sample has fewer of these.
+Where a set takes milliseconds, as in a table of cases, all are in the sample, as long as they take half a second
+together. Where sets start processes, trainers, exports or compilers, each takes seconds, and the sample has one or none.
+`durations.json` has the times.
 """
 
 from __future__ import annotations
@@ -16,14 +17,19 @@ import pytest
 SETS = 3
 """The number of parameter sets of a function in the sample."""
 
+TOGETHER = 0.5
+"""The seconds up to which further sets are in the sample."""
+
 SLOW, SLOWEST = 1.0, 5.0
 """The seconds of a set from which on the sample has one set of a function, and from which on it has none."""
 
 
 def wanted_of(function: str) -> int:
     """Returns how many parameter sets of a function the sample has."""
-    seconds = durations.RECORDED.get(function, 0.0)
-    return SETS if seconds < SLOW else 1 if seconds < SLOWEST else 0
+    seconds = durations.RECORDED.get(function, durations.LEAST)
+    if seconds >= SLOW:
+        return 1 if seconds < SLOWEST else 0
+    return max(SETS, int(TOGETHER / seconds))
 
 
 def sampled(function: str, sets: int, wanted: int) -> frozenset[int]:

@@ -1,8 +1,8 @@
 """Which tests `make test` runs: of each function a sample of its parameter sets. `make test-all` runs all of them.
 
 Where a set takes milliseconds, as in a table of cases, all are in the sample, as long as they take half a second
-together. Where sets start processes, trainers, exports or compilers, each takes seconds, and the sample has one or none.
-`durations.json` has the times.
+together. Where sets start processes, trainers, exports or compilers, each takes seconds, and the sample has one or
+none. `durations.json` has the times.
 """
 
 from __future__ import annotations

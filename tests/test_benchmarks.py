@@ -18,14 +18,14 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
     """Imports one of the benchmarks' modules by its name."""
-    before = dict(sys.modules)
-    sys.modules.pop("models", None)  # the tests have one of this name, too
+    # the tests have modules of these names, too, whose classes are pickled by name
+    names = [path.stem for path in FOLDER.glob("*.py")]
+    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module
-    for path in FOLDER.glob("*.py"):
-        sys.modules.pop(path.stem, None)
-    if "models" in before:
-        sys.modules["models"] = before["models"]
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.modules.update(before)
 
 
 @pytest.fixture

@@ -609,6 +609,7 @@ class Results(nn.Module):
         return {"complex": complex_, "indices": indices, "mask": x.log(), "number": 3, "rows": x.shape[0]}
 
 
+@pytest.mark.every
 @pytest.mark.parametrize(
     ("name", "change", "match"),
     [

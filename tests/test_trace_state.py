@@ -229,6 +229,7 @@ def counting_elsewhere(self, x):
     return x * self.counter.n
 
 
+@pytest.mark.every
 @pytest.mark.parametrize(
     ("forward", "members", "name"),
     [

@@ -215,13 +215,18 @@ def _observe(module: nn.Module, name: str) -> Any:
     return static if static is _ABSENT or callable(static) or isinstance(static, property) else _observe_value(static)
 
 
-def _observe_value(value: Any) -> Any:
+def _observe_value(value: Any, inside: int = 0) -> Any:
     # not isinstance, which would read `__class__`, and so run code of somebody's object
-    if issubclass(type(value), SIMPLE):
-        return type(value), value
-    if type(value) is dict:
-        value = tuple(value.items())
-    if type(value) in (tuple, list, torch.Size):
-        parts = tuple(_observe_value(part) for part in value)
-        return _UNKNOWN if _UNKNOWN in parts else (type(value), parts)
-    return _UNKNOWN
+    kind = type(value)
+    if issubclass(kind, SIMPLE):
+        return kind, value
+    # a container may hold itself, or a million numbers
+    if kind not in (tuple, list, dict, torch.Size) or inside > _DEEPEST or len(value) > _LONGEST:
+        return _UNKNOWN
+    held = tuple(value.items()) if kind is dict else value
+    parts = tuple([_observe_value(part, inside + 1) for part in held])
+    return _UNKNOWN if _UNKNOWN in parts else (kind, parts)
+
+
+_DEEPEST, _LONGEST = 4, 1000
+"""How deep containers are observed in each other, and how long they may be."""

@@ -62,6 +62,12 @@ def deciding(model: Any) -> None:
     model.first.forward = lambda x: old(x) if float(x.detach().sum()) > 0 else -old(x)
 
 
+def with_a_switch(model: Any) -> None:
+    layer = model.first
+    layer.doubles = False
+    layer.forward = lambda x: doubled(layer, x) if layer.doubles else F.linear(x, layer.weight, layer.bias)
+
+
 def with_more_arguments(model: Any) -> None:
     old = model.first.forward
     model.first.forward = lambda x, scale=1.0: scale * old(x)
@@ -108,7 +114,7 @@ def around_the_models(model: Any) -> None:
     model.forward = lambda x: old(-x)
 
 
-OTHER = [a_lambda, a_method, a_partial, around_the_old_one, deciding, with_more_arguments, generated]
+OTHER = [a_lambda, a_method, a_partial, around_the_old_one, deciding, with_a_switch, with_more_arguments, generated]
 """Forwards of the layer that compute something else than its class."""
 SAME = [compiled, the_same_again, handing_on, of_a_parent, around_a_parents, of_the_model, around_the_models]
 SetForward = Callable[[Any], None]

@@ -83,7 +83,7 @@ def filled(model: Any, seed: int = 2) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             of_adapter = any(word in name for word in ("lora", "trainable_tokens", "prompt"))
-            if of_adapter or name.rpartition("_")[2] in ("one", "two"):
+            if of_adapter or {"one", "two"} & {*name.split(".")}:
                 parameter += torch.randn(parameter.shape, generator=generator) / 5
     return model
 

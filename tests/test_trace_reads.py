@@ -143,6 +143,25 @@ def test_another_answer_than_that_of_the_trace_raises(name, value):
         traced(X)
 
 
+class Shifted(Scaled):
+    def forward(self, x):
+        x = super().forward(x)
+        return x + self.shift if hasattr(self, "shift") else x
+
+
+@pytest.mark.parametrize("kind", ["number", "parameter", "buffer"])
+def test_an_attribute_that_code_has_looked_for_and_that_is_set_later_raises(kind):
+    traced: Any = trace(nn.Sequential(Shifted()), (X,))
+    traced(X)
+    place = traced.get_submodule("0")
+    if kind == "buffer":
+        place.register_buffer("shift", torch.ones(4))
+    else:
+        place.shift = 1.0 if kind == "number" else nn.Parameter(torch.ones(4))
+    with pytest.raises(GuardError, match=r"0\.shift is set"):
+        traced(X)
+
+
 def test_the_error_names_the_line_and_both_values():
     traced = traced_two()
     traced.get_submodule("1").use = False

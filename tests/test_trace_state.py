@@ -441,6 +441,35 @@ def test_a_decision_on_a_mask_sees_what_was_written_into_it():
     assert torch.equal(mask, torch.zeros(2, 5))
 
 
+def of_the_written(self, x, counts):
+    if counts[0] > 0:
+        x = x + 1
+    left = counts[0]
+    if left:
+        x = x * 2
+    left.sub_(1)
+    return x * 3 if left else x
+
+
+def of_a_view(self, x, counts):
+    counts = counts.clone()
+    left = counts[0]
+    if left:
+        x = x * 2
+    counts.sub_(1)
+    return x * 3 if left else x
+
+
+@pytest.mark.parametrize("forward", [of_the_written, of_a_view])
+def test_a_question_is_asked_again_after_a_write(forward):
+    two, one = torch.tensor([2, 2]), torch.tensor([1, 2])
+    model = module_of(forward)
+    traced: Any = trace(model, (X, two.clone()))
+    assert torch.equal(traced(X, two.clone()), model(X, two.clone()))
+    with pytest.raises(GuardError):
+        traced(X, one)
+
+
 def test_sizes_that_follow_from_ids_stay_dynamic_where_nothing_is_decided_on_them():
     def forward(self, x, ids):
         return x[:, ids.nonzero().flatten()]

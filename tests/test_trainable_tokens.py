@@ -121,6 +121,17 @@ def test_rows_have_pefts_names_and_go_with_their_adapter() -> None:
     assert not hasattr(model.get_input_embeddings(), "token_adapter")
 
 
+@pytest.mark.parametrize("name", TIED)
+def test_rows_beside_another_method_are_in_files_once_as_in_peft(name: str) -> None:
+    keys = []
+    for library in (peft, graphpeft):
+        config = library.LoraConfig(target_modules="all-linear", trainable_token_indices=[3, 5])
+        model: Any = library.get_peft_model(built(TIED[name]), config)
+        keys.append(library.get_peft_model_state_dict(model).keys())
+    assert keys[0] == keys[1]
+    assert any("trainable_tokens" in key for key in keys[1])
+
+
 def test_a_table_that_has_the_name_already_is_refused() -> None:
     model: Any = built(LLAMA.build)
     model.get_input_embeddings().token_adapter = nn.Identity()

@@ -38,9 +38,9 @@ def above_with_writes(node: fx.Node) -> set[fx.Node]:
     new = above(node)
     while not new <= found:
         found |= new
-        memory = {part for source in found for part in _memory(source)}
+        memory = {part for source in found for part in storages(source)}
         new = set().union(
-            *(above(writer) for writer, into in writers if isinstance(into, fx.Node) and _memory(into) & memory)
+            *(above(writer) for writer, into in writers if isinstance(into, fx.Node) and storages(into) & memory)
         )
     return found
 
@@ -59,7 +59,7 @@ def reads_metadata_only(node: fx.Node) -> bool:
     return about in METADATA_ATTRIBUTES
 
 
-def _memory(node: fx.Node) -> set[int]:
+def storages(node: fx.Node) -> set[int]:
     """Returns the storage keys of the tensors in a node's value; views share their base's storage."""
     leaves = pytree.tree_leaves(node.meta.get(VALUE))
     return {storage_key(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}

@@ -13,36 +13,42 @@ from torch import nn
 from graphpeft.graph import guards
 from graphpeft.graph.calls import Call
 from graphpeft.graph.errors import NeedsInputsError
+from graphpeft.graph.facts import storages
 from graphpeft.graph.template import VALUE
 
 TAKES_OUT = (operator.getitem, getattr)
 """Functions that return a part of an object."""
 
 
+_Decision = tuple[Any, str, Call | None]
+"""The node that is decided on, the answer with the question, and the module call."""
+
+
 class Decisions:
-    """The decisions that a graph already checks."""
+    """The decisions that a graph already checks, each with the storages that the value has its tensors in."""
 
     def __init__(self) -> None:
-        self._known: set[tuple[Any, str, Call | None]] = set()
+        self._known: dict[_Decision, Set[int]] = {}
 
     def note(self, node: fx.Node, answer: Any, call: Call | None) -> bool:
         """Records that the value of `node` must be `answer` in a module call; returns whether the decision is new."""
+        key: _Decision = (node, repr(answer), call)
         if node.op == "call_function":
             # the same question asked twice has two nodes
             key = (node.args[0] if node.args else None, repr((node.target, node.args, answer)), call)
-        else:
-            key = (node, repr(answer), call)
-        is_new = key not in self._known
-        self._known.add(key)
-        return is_new
+        if key in self._known:
+            return False
+        self._known[key] = storages(key[0]) if isinstance(key[0], fx.Node) else frozenset()
+        return True
 
     def forget_about(self, node: fx.Node) -> None:
-        """Forgets the decisions on a value, which a write has changed."""
-        self._known = {key for key in self._known if key[0] is not node}
+        """Forgets the decisions on a value that was written into, and on the views of its memory."""
+        written = storages(node)
+        self._known = {key: of for key, of in self._known.items() if key[0] is not node and not of & written}
 
     def keep_of(self, nodes: Set[fx.Node]) -> None:
         """Forgets the decisions on all nodes outside `nodes`."""
-        self._known = {key for key in self._known if key[0] in nodes}
+        self._known = {key: of for key, of in self._known.items() if key[0] in nodes}
 
 
 def may_lack(part: fx.Node, kept: Container[str]) -> bool:

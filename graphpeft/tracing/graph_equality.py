@@ -45,9 +45,15 @@ def checks_all_of(graph: fx.Graph, other: fx.Graph, but: Callable[[fx.Node], boo
 
 def _checks(graph: fx.Graph, numbers: dict[Hashable, int], but: Callable[[fx.Node], bool]) -> set[Hashable]:
     known: dict[fx.Node, Hashable] = {}
+    found: set[Hashable] = set()
     for node in graph.nodes:
         known[node] = _expression(node, known, numbers)
-    return {known[node] for node in graph.nodes if node.target in guards.CHECKS and not but(node)}
+        if node.target in guards.CHECKS and not but(node):
+            found.add(known[node])
+        elif node.target is guards.expect_each:
+            values, expected, _ = node.args
+            found |= {(known[value], repr(answer)) for value, answer in zip(values, expected, strict=True)}
+    return found
 
 
 def _expression(node: fx.Node, known: Mapping[fx.Node, Hashable], numbers: dict[Hashable, int]) -> Hashable:

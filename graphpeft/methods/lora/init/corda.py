@@ -167,7 +167,7 @@ def _eigens(layer: nn.Module, covariance: Tensor, rank: int, method: str) -> Cor
     weight = layer.get_parameter("weight").detach().float()
     weight = weight.T if is_stored_transposed(layer) else weight
     covariance = covariance.float()
-    one, mean = torch.eye(len(covariance), device=covariance.device), covariance.diagonal().mean()
+    one, mean = torch.eye(len(covariance), device=covariance.device), covariance.diag().mean()
     damping = 0.01
     while True:
         damped = covariance + torch.diag(torch.ones(len(covariance), device=covariance.device) * mean * damping)

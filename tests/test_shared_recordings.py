@@ -89,6 +89,7 @@ def sets_a_forward(block: Any) -> None:
 OTHERS: dict[str, Callable[[], Block]] = {
     "another list of names": changed(lambda block: block.names.append("two")),
     "another dictionary": changed(lambda block: block.options.update(times=2)),
+    "a dictionary that holds itself": changed(lambda block: block.options.update(times=2, own=block.options)),
     "pairs in place of a dictionary": changed(lambda block: setattr(block, "extra", [("times", 1)])),
     "an attribute that is None": changed(lambda block: setattr(block, "extra", None)),
     "a module that is None": changed(lambda block: block.register_module("extra", None)),

@@ -101,11 +101,13 @@ def _may_lead_to_functions(value: Any) -> bool:
 
 def _has_parameters(held: Iterable[Any]) -> bool:
     """Returns whether there are parameters, or functions with closures, among held values or in their containers."""
-    waiting = [*held]
+    waiting, seen = [*held], set[int]()
     while waiting:
         value = waiting.pop()
         if issubclass(type(value), dict | list | tuple):
-            waiting += parts_of(value)
+            # a container may hold itself
+            waiting += () if id(value) in seen else parts_of(value)
+            seen.add(id(value))
         elif issubclass(type(value), nn.Parameter) or (type(value) is FunctionType and value.__closure__):
             return True
     return False

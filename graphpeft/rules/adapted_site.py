@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterable, Mapping
 from math import prod
@@ -38,6 +39,10 @@ class AdaptedSite(NamedTuple):
     dtype: torch.dtype
     replaced: Mapping[str, str] = MappingProxyType({})
     shared: Mapping[str, tuple[str, str]] = MappingProxyType({})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedSite:
+        """Returns an equal one; only the rule may hold an object of its model, such as a log."""
+        return self._replace(rule=copy.deepcopy(self.rule, memo))
 
     def in_slot(self, slot: int) -> Mapping[str, str]:
         """Returns the attributes' slot names, under which graphs read them, by the rule's names."""

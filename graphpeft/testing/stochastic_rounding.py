@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,20 +30,22 @@ class StochasticRounding(TorchDispatchMode):
         self.has_rounded, self._generator = False, torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(cls.__torch_dispatch__ is not vars(Tensor)["__torch_dispatch__"] for cls in types):
+        if any(cls.__torch_dispatch__ is not _OF_TENSOR for cls in types):
             return NotImplemented  # a class of tensors, such as torchao's, says by which operations it computes
         kwargs = kwargs or {}
-        written, draws = _written(func, args, kwargs), torch.Tag.nondeterministic_seeded in func.tags
-        has_half = any(map(_is_half, pytree.tree_leaves((args, kwargs))))
-        if not has_half or _computes_nothing(func) or (draws and written):
+        known = _traits(func)
+        if known.computes_nothing or not _has_half((*args, *kwargs.values())):
+            return func(*args, **kwargs)
+        written = known.written_of(args, kwargs)
+        if known.draws and written:
             return func(*args, **kwargs)
         wide_args, wide_kwargs = pytree.tree_map(lambda value: _in_single(value, written), (args, kwargs))
         try:
-            exact = None if draws else func(*wide_args, **wide_kwargs)
+            exact = None if known.draws else func(*wide_args, **wide_kwargs)
         except (RuntimeError, NotImplementedError):
             exact = None  # a kernel for half precision alone: its results are moved to numbers beside them
         result = func(*args, **kwargs)
-        wide_written = [None] * len(written) if exact is None else _written(func, wide_args, wide_kwargs)
+        wide_written = [None] * len(written) if exact is None else known.written_of(wide_args, wide_kwargs)
         for tensor, wide in zip(written, wide_written, strict=True):
             if _is_half(tensor):
                 tensor.copy_(self._rounded(tensor, wide))
@@ -66,20 +70,44 @@ class StochasticRounding(TorchDispatchMode):
         return torch.where(nearest == wide, wide, wide + step * noise).to(dtype)
 
 
-def _computes_nothing(func: Any) -> bool:
-    """Returns whether an operation gives a view, or gives a tensor other memory, as copies of buffers do."""
-    if func.overloadpacket in (torch.ops.aten.set_, torch.ops.aten.resize_):
-        return True
+_OF_TENSOR = vars(Tensor)["__torch_dispatch__"]
+
+
+class _Traits(NamedTuple):
+    """What an operation's schema says of it.
+
+    Attributes:
+        computes_nothing: Whether it gives a view, or gives a tensor other memory, as copies of buffers do.
+        draws: Whether it draws random numbers.
+        written: The places and names of the arguments that it writes.
+    """
+
+    computes_nothing: bool
+    draws: bool
+    written: tuple[tuple[int, str], ...]
+
+    def written_of(self, args: Any, kwargs: Any) -> list[Tensor]:
+        """Returns the tensors that a call writes."""
+        values = [args[place] if place < len(args) else kwargs.get(name) for place, name in self.written]
+        return [leaf for value in values for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+@functools.cache
+def _traits(func: Any) -> _Traits:
     aliases = [each.alias_info for each in func._schema.returns]
-    return any(alias is not None and not alias.is_write for alias in aliases)
+    views = any(alias is not None and not alias.is_write for alias in aliases)
+    moves = func.overloadpacket in (torch.ops.aten.set_, torch.ops.aten.resize_)
+    written = [
+        (place, each.name)
+        for place, each in enumerate(func._schema.arguments)
+        if each.alias_info is not None and each.alias_info.is_write
+    ]
+    return _Traits(views or moves, torch.Tag.nondeterministic_seeded in func.tags, tuple(written))
 
 
-def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """Returns the tensors that an operation writes."""
-    schema = func._schema.arguments
-    names = [each.name for each in schema if each.alias_info is not None and each.alias_info.is_write]
-    given = {each.name: value for each, value in zip(schema, args, strict=False)} | kwargs
-    return [leaf for name in names for leaf in pytree.tree_leaves(given.get(name)) if isinstance(leaf, Tensor)]
+def _has_half(values: Iterable[Any]) -> bool:
+    """Returns whether a value is a tensor or a dtype of half precision, or a sequence of such."""
+    return any(_has_half(value) if isinstance(value, list | tuple) else _is_half(value) for value in values)
 
 
 def _is_half(value: Any) -> bool:

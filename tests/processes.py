@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import tempfile
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 from graphpeft import LoraConfig, get_peft_model
 
@@ -37,11 +38,12 @@ def run_in_two_processes(checks: dict[str, Check]) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        spawn(_process, (port, folder, checks), nprocs=WORLD)
+        # forked, since importing the libraries in each would take longer than the checks
+        start_processes(_process, (port, folder, checks), nprocs=WORLD, start_method="fork")
 
 
 def _process(rank: int, port: int, folder: str, checks: dict[str, Check]) -> None:
-    torch.set_num_threads(1)
+    warnings.simplefilter("default")  # PyTorch warns of its own wrappers, and pytest makes errors of that
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(WORLD)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))

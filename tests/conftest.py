@@ -11,6 +11,8 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 import gc
 import importlib
 import shutil
+import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +38,13 @@ gc.set_threshold(50_000, 50, 1_000)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tiers.mark_beyond_sample(items)
     durations.slowest_first(items)
+
+
+def pytest_collection_finish() -> None:
+    # each Trainer lets all garbage be collected, which takes half a second where all libraries are loaded
+    memory: Any = sys.modules.get("accelerate.utils.memory")
+    if memory is not None:
+        memory.gc = types.SimpleNamespace(collect=lambda: 0)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

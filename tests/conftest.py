@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, w
 # inductor needn't build and load ten programs to see whether g++ knows this processor: tests would fail if it didn't
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
+import functools
 import gc
 import importlib
 import shutil
@@ -45,6 +46,10 @@ def pytest_collection_finish() -> None:
     memory: Any = sys.modules.get("accelerate.utils.memory")
     if memory is not None:
         memory.gc = types.SimpleNamespace(collect=lambda: 0)
+    # each export to ONNX parses the sources of all of onnxscript's operators, which are the same each time
+    if "onnxruntime" in sys.modules:
+        operators: Any = importlib.import_module("onnxscript._framework_apis.torch_2_5")
+        operators.get_torchlib_ops = functools.cache(operators.get_torchlib_ops)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -38,9 +38,9 @@ class Text(nn.Module):
 
 TEXT = Example("text", Text, lambda generator: {"input_ids": torch.randint(3, 60, (2, 5), generator=generator)}, {})
 TARGETS = {
-    LLAMA: (["q_proj", "v_proj"], ["q_proj", "down_proj"]),
-    GPT2: (["c_attn"], ["c_attn", "mlp.c_fc"]),
-    TEXT: (["embed", "layers.0"], ["layers.0", "layers.1"]),
+    LLAMA.name: (["q_proj", "v_proj"], ["q_proj", "down_proj"]),
+    GPT2.name: (["c_attn"], ["c_attn", "mlp.c_fc"]),
+    TEXT.name: (["embed", "layers.0"], ["layers.0", "layers.1"]),
 }
 
 
@@ -72,7 +72,7 @@ def experts(example: Example, dropout: float = 0.0) -> dict[str, str]:
             lora_dropout=dropout,
             **options[number],
         )
-        for number, targets in enumerate(TARGETS[example])
+        for number, targets in enumerate(TARGETS[example.name])
     }
 
 

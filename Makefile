@@ -16,7 +16,7 @@ SAMPLE := -m "not full and not long and not compiled and not integrations and no
 # uv is several times as fast as pip; compiled, since compiling warns of some packages, and warnings are errors
 INSTALL := $(BIN)/uv pip install --python .venv --compile-bytecode
 
-.PHONY: help demo notebooks quick test test-all durations integrations browser newest floors release-checks check format bench coverage costs methods third-party peft-tests pictures docs clean
+.PHONY: help demo notebooks quick test test-all durations integrations browser newest floors release-checks check format bench coverage tiers costs methods third-party peft-tests pictures docs clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 10
@@ -27,7 +27,7 @@ demo: .venv/.installed  ## run examples/demo.py
 notebooks: .venv/.installed  ## write examples/notebooks/ from the scripts beside it
 	$(BIN)/python examples/write_notebooks.py
 
-quick test test-all durations integrations: export OMP_NUM_THREADS := 1
+quick test test-all durations tiers integrations: export OMP_NUM_THREADS := 1
 
 # only files with quick tests are imported, since importing all takes a third of the time
 quick: .venv/.installed  ## run the tests that are marked quick, in less than a minute
@@ -85,6 +85,9 @@ coverage: .venv/.installed  ## trace models of three libraries, and write docs/c
 
 methods: .venv/.installed  ## adapt each kind of weight by each method, and write docs/methods.md
 	PYTHONPATH=tests $(BIN)/python evidence/methods.py
+
+tiers: .venv/.installed  ## run all tests, and tell which share of the lines that they run each tier runs
+	$(BIN)/python evidence/tiers.py $(ARGS)
 
 costs: .venv/.installed  ## count what calls cost, and write docs/costs.md
 	PYTHONPATH=tests $(BIN)/python evidence/costs.py

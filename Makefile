@@ -16,7 +16,7 @@ SAMPLE := -m "not full and not long and not compiled and not integrations and no
 # uv is several times as fast as pip; compiled, since compiling warns of some packages, and warnings are errors
 INSTALL := $(BIN)/uv pip install --python .venv --compile-bytecode
 
-.PHONY: help demo notebooks quick test test-all durations integrations browser newest floors release-checks check format bench coverage tiers costs methods third-party peft-tests pictures docs clean
+.PHONY: help demo notebooks quick test test-all durations integrations browser newest floors release-checks check format bench bench-quick environment coverage tiers costs methods third-party peft-tests pictures docs clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 10
@@ -43,7 +43,7 @@ durations: .venv/.installed  ## run them, and write tests/durations.json, by whi
 	$(BIN)/pytest $(TWO) --record-durations $(ARGS)
 
 integrations: .venv/.integrations  ## run the tests with libraries that train models, such as trl, and users' workflows with both
-	$(BIN)/pytest -m integrations $(ARGS)
+	$(BIN)/pytest $(TWO) -m integrations $(ARGS)
 	$(BIN)/python evidence/workflows/run.py
 
 browser: .venv/.browser  ## open pictures in headless Chromium, Debian's package chromium; screenshots are in build/
@@ -77,7 +77,10 @@ format: .venv/.installed  ## format, and mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/.installed  ## compare speed with PEFT; ARGS=--quick only sees if each row runs, ARGS=--write writes the table
+bench-quick: .venv/.installed  ## run each row of the benchmarks once, with small models, to see that it runs
+	$(BIN)/python benchmarks/run.py --quick
+
+bench: .venv/.installed  ## compare speed with PEFT; ARGS=--write writes the table
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
 coverage: .venv/.installed  ## trace models of three libraries, and write docs/coverage.md; ARGS="timm" chooses
@@ -116,6 +119,8 @@ clean:  ## remove everything that these targets make
 	$(BIN)/python -m pip install uv
 	$(INSTALL) -e '.[test]'
 	touch $@
+
+environment: .venv/.installed .venv/.integrations .venv/.browser .venv/.docs  ## install all that .ci/run needs in .venv
 
 .venv/.integrations: .venv/.installed
 	$(INSTALL) -e '.[integrations]'

@@ -61,7 +61,6 @@ def counted(run: Callable[[], object]) -> Counted:
         if event == "call":
             codes[frame.f_code] = codes.get(frame.f_code, 0) + 1
 
-    gc.collect()
     gc.disable()
     sys.setprofile(note)
     try:

@@ -5,6 +5,7 @@ Each pair below is of one class. A fact that `tracing/lift.py` forgets gives the
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 from graphpeft import LoraConfig, get_peft_model
 
 FLAGS: dict[str, Any] = {}
-SIGN = 1.0
+SIGN, TURN = 1.0, 1.0
 
 
 class Inner(nn.Module):
-    """A layer whose forward reads a global."""
+    """A layer whose code reads a global."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,6 +32,28 @@ class Inner(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x) if SIGN > 0 else -self.linear(x)
 
+    def signed(self, x: Tensor) -> Tensor:
+        return TURN * x
+
+    @property
+    def sign(self) -> float:
+        return TURN
+
+    def __getitem__(self, x: Tensor) -> Tensor:
+        return TURN * x
+
+
+class Plain(nn.Module):
+    """A layer of somebody's own that says nothing of how it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 1.0
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
 
 class Block(nn.Module):
     """A block that decides on lists, dictionaries, absent attributes, classes and tensors of its layers."""
@@ -38,7 +61,7 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.w = nn.Parameter(torch.randn(4, 4))
-        self.one, self.two, self.inner = nn.Linear(4, 4), nn.Linear(4, 4), Inner()
+        self.one, self.two, self.inner = nn.Linear(4, 4), nn.Linear(4, 4), Plain()
         self.more = nn.ModuleList([nn.Linear(4, 4)])
         self.names, self.options = ["one"], {"times": 1}
 
@@ -54,8 +77,7 @@ class Block(nn.Module):
             x = x + 1
         if self.inner.scale > 1:
             x = 3 * x
-        # by the forward itself, so that its code is recorded, too
-        return F.linear(self.inner.forward(x), self.two.weight, self.two.bias)
+        return F.linear(self.inner(x), self.two.weight, self.two.bias)
 
 
 def changed(change: Callable[[Any], object]) -> Callable[[], Block]:
@@ -128,13 +150,106 @@ def test_a_block_that_differs_isnt_given_the_graph_of_another(other: str) -> Non
     assert_recorded_as_alone(OTHERS[other], Block)
 
 
-def test_a_global_that_a_layers_code_reads_is_part_of_the_recording(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = nn.Sequential(Block()), torch.randn(3, 4)
-    get_peft_model(model, LoraConfig(r=2, target_modules=["w"]))
-    monkeypatch.setitem(globals(), "SIGN", -1.0)
-    again = nn.Sequential(Block())
-    expected = again(x)
-    assert torch.allclose(get_peft_model(again, LoraConfig(r=2, target_modules=["w"]))(x), expected)
+class Reader(nn.Module):
+    """A block that hands itself and its input to a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.zero = nn.Parameter(torch.randn(4, 4)), 0.0
+        self.inner, self.pair = Inner(), nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+
+Read = Callable[[Any, Tensor], Tensor]
+
+
+def readers(read: Read) -> tuple[nn.Module, nn.Module]:
+    """Returns two blocks of a class that nothing has recorded."""
+    cls = type("Reader", (Reader,), {"forward": lambda self, x: read(self, F.linear(x, self.w))})
+    return cls(), cls()
+
+
+def assert_adapted_as_it_is(block: nn.Module, x: Tensor) -> None:
+    """Asserts that a fresh adapter changes nothing, by a graph that may be another block's."""
+    expected = block(x)
+    adapted: Any = get_peft_model(nn.Sequential(block), LoraConfig(r=2, target_modules=["w"]))
+    torch.testing.assert_close(adapted(x), expected)
+
+
+READS: dict[str, tuple[Read, Callable[[Any], object]]] = {
+    "the hooks of a layer": (
+        lambda block, x: 2 * x if block.pair[0]._forward_hooks else x,
+        lambda block: block.pair[0].register_forward_hook(lambda *_: None),
+    ),
+    "how many tensors are inside": (
+        lambda block, x: len(list(block.pair.parameters())) * x,
+        lambda block: setattr(block.pair[1], "weight", block.pair[0].weight),
+    ),
+    "the mode of a layer": (lambda block, x: 2 * x if block.inner.training else x, lambda block: block.inner.eval()),
+    "the sign of zero": (
+        lambda block, x: 2 * x if str(block.zero).startswith("-") else x,
+        lambda block: setattr(block, "zero", -0.0),
+    ),
+}
+"""What code reads, and what the other block has there."""
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("what", READS)
+@pytest.mark.parametrize("is_changed_first", [False, True])
+def test_a_block_in_which_code_would_read_another_value_has_its_own_graph(what: str, is_changed_first: bool) -> None:
+    read, change = READS[what]
+    blocks, x = readers(read), torch.randn(3, 4)
+    change(blocks[not is_changed_first])
+    for block in blocks:
+        assert_adapted_as_it_is(block, x)
+
+
+class Switch:
+    """An object whose attribute code reads."""
+
+    on = False
+
+
+SWITCH, SPACE, SETS, LIST, NOTHING = Switch(), types.SimpleNamespace(on=False), {0}, [0], None
+GLOBALS: dict[str, tuple[Read, Callable[[pytest.MonkeyPatch], object]]] = {
+    "by the forward of a layer": (
+        lambda block, x: block.inner.forward(x),
+        lambda patch: patch.setitem(globals(), "SIGN", -1.0),
+    ),
+    "by a method of a layer": (
+        lambda block, x: block.inner.signed(x),
+        lambda patch: patch.setitem(globals(), "TURN", -1.0),
+    ),
+    "by a property of a layer": (
+        lambda block, x: block.inner.sign * x,
+        lambda patch: patch.setitem(globals(), "TURN", -1.0),
+    ),
+    "by an operator of a layer": (
+        lambda block, x: block.inner[x],
+        lambda patch: patch.setitem(globals(), "TURN", -1.0),
+    ),
+    "in a dictionary": (lambda _, x: 2 * x if FLAGS else x, lambda patch: patch.setitem(FLAGS, "on", True)),
+    "in a set": (lambda _, x: 2 * x if 1 in SETS else x, lambda patch: patch.setitem(globals(), "SETS", {0, 1})),
+    "in a list": (lambda _, x: 2 * x if LIST[0] else x, lambda patch: patch.setitem(globals(), "LIST", [1])),
+    "of an object": (lambda _, x: 2 * x if SWITCH.on else x, lambda patch: patch.setattr(SWITCH, "on", True)),
+    "of a namespace": (lambda _, x: 2 * x if SPACE.on else x, lambda patch: patch.setattr(SPACE, "on", True)),
+    "that was None": (
+        lambda _, x: x if NOTHING is None else 2 * x,
+        lambda patch: patch.setitem(globals(), "NOTHING", 1),
+    ),
+}
+"""What code reads of globals, and how that changes."""
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("what", GLOBALS)
+def test_a_global_that_has_changed_is_read_anew(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, change = GLOBALS[what]
+    before, after = readers(read)
+    x = torch.randn(3, 4)
+    assert_adapted_as_it_is(before, x)
+    change(monkeypatch)
+    assert_adapted_as_it_is(after, x)
 
 
 @pytest.mark.every

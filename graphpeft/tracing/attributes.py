@@ -32,11 +32,8 @@ from graphpeft.tracing.recorder import Recorder
 MACHINERY = frozenset(dir(nn.Module()))
 """Attributes of every module. A graph depends on none of them except `training`, which it reads in each run."""
 
-INTERNALS = frozenset((
-    "_parameters", "_buffers", "_modules", "parameters", "buffers", "modules", "children", "state_dict",
-    "named_parameters", "named_buffers", "named_modules", "named_children", "get_parameter", "get_buffer",
-))  # fmt: skip
-"""Attributes that list a module's tensors and submodules. Other modules can't share a trace that reads them."""
+_LISTS = frozenset(("_modules", "modules", "children", "named_modules", "named_children"))
+"""Attributes that list a layer's submodules, whose names and classes are facts of a recording."""
 
 ABSENT = object()
 """The recorded value of a missing attribute."""
@@ -61,12 +58,8 @@ def noting_reads(tracer: Recorder, root: nn.Module) -> Callable[[nn.Module, str]
         if name == "__dict__" and tracer.is_recording and module in paths:
             _note_dictionary(tracer, module, paths[module])
         if name in MACHINERY or name.startswith(_INTERNAL_PREFIXES) or not tracer.is_recording or module not in paths:
-            if name in INTERNALS and not _is_of_pytorch(sys._getframe(1).f_code.co_filename):
-                # containers go through their layers, whose classes are facts
-                if module is root or (module in paths and not type(module).__module__.startswith("torch.nn.")):
-                    tracer.session.reads.add(name)
-                if tracer.is_recording and "param" in name:
-                    _refuse_to_compare(tracer, sys._getframe(1).f_code)
+            if name in MACHINERY and module in paths:
+                _note_machinery(tracer, sys._getframe(1).f_code, name, module is root)
             return look_up(module, name)
         # before the lookup, since tensors and submodules raise AttributeError here and are found by __getattr__
         if module is root:
@@ -83,9 +76,30 @@ def noting_reads(tracer: Recorder, root: nn.Module) -> Callable[[nn.Module, str]
             if all(held.get(name) is None for held in (module._parameters, module._buffers, module._modules)):
                 tracer.session.read_once.setdefault(join(paths[module], name), ABSENT)
             raise
+        if module is not root and _is_code_of_layer(module, name, value):
+            tracer.session.specialised = True
         return _noted(tracer, module, name, join(paths[module], name), value)
 
     return note
+
+
+def _note_machinery(tracer: Recorder, code: CodeType, name: str, is_root: bool) -> None:
+    """Notes that code reads what every module has; other modules can't share the recording then."""
+    if name == "training" and is_root:
+        return  # each mode has a graph
+    if code.co_filename == _MODULE_FILE or guards.is_machinery(code.co_filename):
+        return
+    tracer.session.specialised |= is_root or name not in _LISTS
+    if tracer.is_recording and "param" in name:
+        _refuse_to_compare(tracer, code)
+
+
+def _is_code_of_layer(module: nn.Module, name: str, value: Any) -> bool:
+    """Returns whether an attribute of a layer is a method or a property, whose code may read anything."""
+    if name in module.__dict__ or (is_plain(value) and _is_of_class(type(module), name, value)):
+        return False
+    # ModuleList and its like read their layers alone
+    return getattr(value, "__module__", "") != nn.ModuleList.__module__
 
 
 def _refuse_to_compare(tracer: Recorder, code: CodeType) -> None:
@@ -132,6 +146,7 @@ def _note_dictionary(tracer: Recorder, module: nn.Module, path: str) -> None:
 
 
 _PYTORCH = os.path.dirname(torch.__file__)
+_MODULE_FILE = inspect.getfile(nn.Module)
 
 
 def is_plain(value: Any) -> bool:
@@ -155,7 +170,3 @@ def plain_or_proxy(tracer: Recorder, module: nn.Module, path: str, value: Any) -
         tracer.decide(proxy, value)
         return value
     return proxy
-
-
-def _is_of_pytorch(file: str) -> bool:
-    return file == inspect.getfile(nn.Module) or guards.is_machinery(file)

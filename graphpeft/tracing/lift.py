@@ -9,7 +9,9 @@ facts are as they were isn't recorded again.
 from __future__ import annotations
 
 import contextlib
+import enum
 import inspect
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
+from graphpeft.code.contents import CONTAINERS, has_content
 from graphpeft.code.identity_checks import forward_compares_objects
+from graphpeft.code.reach import is_of_a_library
 from graphpeft.code.source import functions_in_forward
 from graphpeft.graph import in_place
 from graphpeft.graph.computed_weights import read_as_attributes
@@ -31,9 +35,8 @@ from graphpeft.graph.paths import modules_by_path
 from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
 from graphpeft.graph.settings import add_check
 from graphpeft.graph.template import SIMPLE, Template, template_of
-from graphpeft.tracing.attributes import INTERNALS
 from graphpeft.tracing.constant_attributes import make_settings
-from graphpeft.tracing.globals_read import plain_globals
+from graphpeft.tracing.globals_read import globals_read
 from graphpeft.tracing.modes import in_each_mode
 from graphpeft.tracing.record import ONE_TRACE_AT_A_TIME, record_forward
 from graphpeft.tracing.tracer import ValueTracer
@@ -48,7 +51,7 @@ class Lifted(NamedTuple):
 
     Attributes:
         forward: The traced function.
-        named: The plain globals that the forward and its functions read, each by a description of its name.
+        named: What the globals are that the forward and its functions read, each by a description of its name.
         facts: What the trace read from the module.
         template: The template.
     """
@@ -61,7 +64,7 @@ class Lifted(NamedTuple):
     def holds_for(self, module: nn.Module) -> bool:
         """Returns whether a trace of `module` would give the same graph."""
         forward = type(module).forward
-        if self.forward is not forward or (self.named and self.named != plain_globals(type(module))):
+        if self.forward is not forward or (self.named and self.named != _named_by(type(module))):
             return False
         return all(_observe_at(module, path) == seen for path, seen in self.facts)
 
@@ -99,7 +102,7 @@ def lift(module: nn.Module, example_inputs: ExampleInputs | None = None) -> Temp
             template, facts = _record(module, example_inputs)
         if facts is None or is_set:
             return template
-        found = Lifted(type(module).forward, plain_globals(type(module)), facts, template)
+        found = Lifted(type(module).forward, _named_by(type(module)), facts, template)
     if not known or found is not known[0]:
         _LIFTED[cls] = [found, *(lifted for lifted in known if lifted is not found)][:_MOST_LIFTED]
     return found.template
@@ -144,9 +147,11 @@ def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Te
         read_as_attributes(graph, module)
         add_check(graph, make_settings(graph, tracer.session.lines_of_reads))
     template = Template(recorded.graphs, shared=True)
-    if tracer.session.specialised or example_inputs is not None or not tracer.session.reads.isdisjoint(INTERNALS):
+    if tracer.session.specialised or example_inputs is not None or _UNKNOWN in _named_by(type(module)).values():
         return template, None
     if any(_reads_its_dict(function) for function in functions_in_forward(type(module))):
+        return template, None
+    if any(_has_operators(type(inner)) for inner in modules_by_path(module).values() if inner is not module):
         return template, None
     session = tracer.session
     read = sorted({*session.reads, *session.lines_of_reads, *session.read_once, ""})
@@ -157,6 +162,27 @@ def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Te
 def _reads_its_dict(forward: Callable[..., Any]) -> bool:
     code = getattr(inspect.unwrap(forward), "__code__", None)
     return code is None or not {"__dict__", "vars"}.isdisjoint(code.co_names)
+
+
+def _has_operators(cls: type) -> bool:
+    """Returns whether a layer's class says how to be called, indexed and the like, which no read of a name shows."""
+    members = (
+        member for base in cls.__mro__ if not base.__module__.startswith("torch.") for member in vars(base).items()
+    )
+    functions = {name for name, member in members if isinstance(member, types.FunctionType)}
+    return any(name.startswith("__") for name in functions - _NO_OPERATORS)
+
+
+_NO_OPERATORS = frozenset(("__init__", "__repr__", "__getstate__", "__setstate__", "__deepcopy__", "__reduce_ex__"))
+
+
+def _named_by(cls: type) -> dict[str, Any]:
+    """Returns the facts of the globals that a forward reads; an object may change and remain the same object."""
+    return {
+        name: value if isinstance(value, enum.Enum) else _observe_value(value)
+        for name, value in globals_read(cls).items()
+        if not is_of_a_library(type(value).__module__) or issubclass(type(value), _OBSERVED) or has_content(value)
+    }
 
 
 _ABSENT = object()
@@ -183,19 +209,10 @@ def _observe_tree(module: nn.Module) -> Any:
     """Returns the classes of a module's submodules, which stay calls, and the names of their tensors."""
     found = []
     for path, inner in modules_by_path(module).items():
-        own = vars(inner)
-        if path and "forward" in own:
-            return _UNKNOWN  # somebody's function, which code may call
-        held = (*inner._parameters.items(), *inner._buffers.items(), *own.items())
+        held = (*inner._parameters.items(), *inner._buffers.items(), *vars(inner).items())
         tensors = tuple([name for name, tensor in held if issubclass(type(tensor), torch.Tensor)])
-        cls = in_place.original_class(inner)
-        found.append((path, path and cls, tensors, _globals_read(cls, path)))
+        found.append((path, path and in_place.original_class(inner), tensors))
     return tuple(found)
-
-
-def _globals_read(cls: type, path: str) -> Any:
-    """Returns the plain globals that a submodule's forward reads, for code that calls the forward itself."""
-    return tuple(plain_globals(cls).items()) if path and not cls.__module__.startswith("torch.") else ()
 
 
 def _observe(module: nn.Module, name: str) -> Any:
@@ -219,7 +236,8 @@ def _observe_value(value: Any, inside: int = 0) -> Any:
     # not isinstance, which would read `__class__`, and so run code of somebody's object
     kind = type(value)
     if issubclass(kind, SIMPLE):
-        return kind, value
+        # by the text of a number, since 0.0 equals -0.0, and no NaN equals itself
+        return kind, repr(value) if issubclass(kind, float | complex) else value
     # a container may hold itself, or a million numbers
     if kind not in (tuple, list, dict, torch.Size) or inside > _DEEPEST or len(value) > _LONGEST:
         return _UNKNOWN
@@ -228,5 +246,6 @@ def _observe_value(value: Any, inside: int = 0) -> Any:
     return _UNKNOWN if _UNKNOWN in parts else (kind, parts)
 
 
+_OBSERVED = (*SIMPLE, *CONTAINERS, tuple, frozenset)
 _DEEPEST, _LONGEST = 4, 1000
 """How deep containers are observed in each other, and how long they may be."""

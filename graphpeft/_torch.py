@@ -35,6 +35,7 @@ from torch._C import _are_functorch_transforms_active as function_transforms_act
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._guards import TracingContext
+from torch._library.custom_ops import CustomOpDef
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses import fake_tensor
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
@@ -55,6 +56,7 @@ __all__ = [
     "GROUPED_MM",  # products with experts' weights, some of which fake tensors refuse
     "PADDING_OF_CONVOLUTION",  # for convolutions with padding other than zeros
     "CheckpointFunction",  # the implementation of `checkpoint` with use_reentrant=True; public by name, undocumented
+    "CustomOpDef",  # an operator of `torch.library.custom_op`, which may write into its arguments
     "DisableTorchFunction",  # reads tensors without `__torch_function__`, and so without recording
     "DisableTorchFunctionSubclass",  # the same, but function modes stay on
     "IncompatibleKeys",  # the result of `nn.Module.load_state_dict`, and of PEFT's functions

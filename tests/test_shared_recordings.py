@@ -150,13 +150,25 @@ def test_a_block_that_differs_isnt_given_the_graph_of_another(other: str) -> Non
     assert_recorded_as_alone(OTHERS[other], Block)
 
 
+class Factor(str):
+    """A text with an attribute."""
+
+    __slots__ = ("factor",)
+
+    def __init__(self) -> None:
+        self.factor = 3
+
+
 class Reader(nn.Module):
     """A block that hands itself and its input to a function."""
 
+    doubles = False
+
     def __init__(self) -> None:
         super().__init__()
-        self.w, self.zero = nn.Parameter(torch.randn(4, 4)), 0.0
-        self.inner, self.pair = Inner(), nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.w, self.zero, self.text = nn.Parameter(torch.randn(4, 4)), 0.0, ""
+        self.first = nn.Linear(4, 4)
+        self.inner, self.pair = Inner(), nn.ModuleList([nn.Linear(4, 4), self.first])
 
 
 Read = Callable[[Any, Tensor], Tensor]
@@ -184,6 +196,18 @@ READS: dict[str, tuple[Read, Callable[[Any], object]]] = {
         lambda block, x: len(list(block.pair.parameters())) * x,
         lambda block: setattr(block.pair[1], "weight", block.pair[0].weight),
     ),
+    "which layer comes first": (
+        lambda block, x: block.pair[0](x),
+        lambda block: setattr(block, "pair", nn.ModuleList([block.first, block.pair[1]])),
+    ),
+    "a name in the list of all": (
+        lambda block, x: 2 * x if "more" in dir(block) else x,
+        lambda block: setattr(block, "more", 1),
+    ),
+    "what a text has": (
+        lambda block, x: getattr(block.text, "factor", 1) * x,
+        lambda block: setattr(block, "text", Factor()),
+    ),
     "the mode of a layer": (lambda block, x: 2 * x if block.inner.training else x, lambda block: block.inner.eval()),
     "the sign of zero": (
         lambda block, x: 2 * x if str(block.zero).startswith("-") else x,
@@ -210,6 +234,17 @@ class Switch:
     on = False
 
 
+def turned(x: Tensor) -> Tensor:
+    return x
+
+
+DEFAULTS = {"factor": 1}
+
+
+def by_default(x: Tensor, options: dict[str, int] = DEFAULTS) -> Tensor:
+    return options["factor"] * x
+
+
 SWITCH, SPACE, SETS, LIST, NOTHING = Switch(), types.SimpleNamespace(on=False), {0}, [0], None
 GLOBALS: dict[str, tuple[Read, Callable[[pytest.MonkeyPatch], object]]] = {
     "by the forward of a layer": (
@@ -231,6 +266,22 @@ GLOBALS: dict[str, tuple[Read, Callable[[pytest.MonkeyPatch], object]]] = {
     "in a dictionary": (lambda _, x: 2 * x if FLAGS else x, lambda patch: patch.setitem(FLAGS, "on", True)),
     "in a set": (lambda _, x: 2 * x if 1 in SETS else x, lambda patch: patch.setitem(globals(), "SETS", {0, 1})),
     "in a list": (lambda _, x: 2 * x if LIST[0] else x, lambda patch: patch.setitem(globals(), "LIST", [1])),
+    "of a class": (
+        lambda _, x: 2 * x if Switch.on else x,
+        lambda patch: patch.setattr(Switch, "on", True),
+    ),
+    "of the block's class": (
+        lambda block, x: 2 * x if type(block).doubles else x,
+        lambda patch: patch.setattr(Reader, "doubles", True),
+    ),
+    "that is a function": (
+        lambda _, x: turned(x),
+        lambda patch: patch.setitem(globals(), "turned", lambda x: -x),
+    ),
+    "as a default": (
+        lambda _, x: by_default(x),
+        lambda patch: patch.setitem(DEFAULTS, "factor", 3),
+    ),
     "of an object": (lambda _, x: 2 * x if SWITCH.on else x, lambda patch: patch.setattr(SWITCH, "on", True)),
     "of a namespace": (lambda _, x: 2 * x if SPACE.on else x, lambda patch: patch.setattr(SPACE, "on", True)),
     "that was None": (

@@ -12,7 +12,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from graphpeft._torch import pytree, storage_key
+from graphpeft._torch import OpOverload, pytree, storage_key, written_arguments
 from graphpeft.code.attribute_paths import METADATA_ATTRIBUTES
 from graphpeft.graph.drawing_functions import draws
 from graphpeft.graph.masks import METADATA_ARGUMENTS, attention_mask
@@ -128,6 +128,8 @@ def writes(target: Any) -> bool:
     """Returns whether a call of `target`, a function or a method's name, changes its first argument in place."""
     if target in _WRITERS or isinstance(target, InPlace):
         return True
+    if isinstance(target, OpOverload):
+        return bool(written_arguments(target))
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     return name.endswith("_") and not name.endswith("__")
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
+import weakref
 from collections.abc import Callable, Iterator
-from types import CodeType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 from graphpeft.code.namespaces import attributes_of
@@ -20,8 +22,28 @@ def plain_globals(cls: type) -> dict[str, Any]:
 
 
 def globals_read(cls: type) -> dict[str, Any]:
-    """Returns the globals and closure variables that a forward reads, but for code, by descriptions of their names."""
-    return {name: value for function in functions_in_forward(cls) for name, value in _read_by(function)}
+    """Returns what a forward reads beside its module and its arguments, by descriptions.
+
+    That is its globals and closure variables, attributes of those and of classes, and defaults of arguments. Functions
+    among them are weak references.
+    """
+    found: dict[str, Any] = {}
+    for function in functions_in_forward(cls):
+        found |= _read_by(function)
+        found |= _of_classes(function, cls)
+        defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        found |= {f"default {number} of {function.__qualname__}": value for number, value in enumerate(defaults)}
+    return found
+
+
+def _of_classes(function: Callable[..., Any], cls: type) -> Iterator[tuple[str, Any]]:
+    """Yields the attributes of a module's class that a function names, as in ``type(self).mode``."""
+    for name in function.__code__.co_names:
+        value = next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), _CODE)
+        if isinstance(value, FunctionType):
+            yield f"the method {name} of {cls.__qualname__}", weakref.ref(value)
+        elif not (_is_code(value) or inspect.isdatadescriptor(value) or isinstance(value, classmethod | staticmethod)):
+            yield f"{name} of the class {cls.__qualname__}", value
 
 
 def _read_by(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
@@ -31,11 +53,15 @@ def _read_by(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
         file = namespace.get("__name__")
         if issubclass(type(value), ModuleType) and attribute is not None:
             name, value, file = attribute, vars(value).get(attribute, _CODE), value.__name__
-        if not _is_code(value) and not is_of_a_library(file):
+        if value is _CODE or is_of_a_library(file):
+            continue
+        if isinstance(value, FunctionType):
+            yield f"the function {name} of {file}", weakref.ref(value)
+        elif not _is_code(value):
             yield f"the global {name} of {file}", value
-            inside = attributes_of(value) or {}
-            if attribute in inside:
-                yield f"{attribute} of the global {name} of {file}", inside[attribute]
+        inside = next((vars(base)[attribute] for base in _namespaces(value) if attribute in vars(base)), _CODE)
+        if not _is_code(inside):
+            yield f"{attribute} of the global {name} of {file}", inside
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             value = cell.cell_contents
@@ -45,13 +71,20 @@ def _read_by(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
             yield f"the variable {name} around {function.__qualname__}", value
 
 
+def _namespaces(value: Any) -> tuple[Any, ...]:
+    """Returns the objects whose own attributes are those of a class, a function or an object."""
+    if isinstance(value, type):
+        return value.__mro__
+    return (value,) if isinstance(value, FunctionType) or attributes_of(value) is not None else ()
+
+
 _CODE = object()
 """Stands for the value of a built-in name, or of one that isn't there."""
 
 
 def _is_code(value: Any) -> bool:
-    # what is called is looked through by its own code, and a module by its attributes
-    return value is _CODE or callable(value) or issubclass(type(value), ModuleType)
+    # classes and modules are looked through by the attributes that code reads of them
+    return value is _CODE or isinstance(value, type | FunctionType | BuiltinFunctionType | ModuleType)
 
 
 @functools.cache

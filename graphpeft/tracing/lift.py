@@ -13,6 +13,7 @@ import enum
 import inspect
 import types
 import weakref
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,10 +29,11 @@ from graphpeft.graph.computed_weights import read_as_attributes
 from graphpeft.graph.copied_graphs import copy_graph
 from graphpeft.graph.errors import NeedsInputsError, TraceError
 from graphpeft.graph.forward_classes import class_of_forward
+from graphpeft.graph.holders import own_modules
 from graphpeft.graph.inputs import ExampleInputs, split_inputs
 from graphpeft.graph.kept_forwards import set_forward
 from graphpeft.graph.offloading import unhooked
-from graphpeft.graph.paths import modules_by_path
+from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
 from graphpeft.graph.settings import add_check
 from graphpeft.graph.template import SIMPLE, Template, template_of
@@ -149,7 +151,7 @@ def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Te
     template = Template(recorded.graphs, shared=True)
     if tracer.session.specialised or example_inputs is not None or _UNKNOWN in _named_by(type(module)).values():
         return template, None
-    if any(_reads_its_dict(function) for function in functions_in_forward(type(module))):
+    if any(_reads_all(function) for function in functions_in_forward(type(module))):
         return template, None
     if any(_has_operators(type(inner)) for inner in modules_by_path(module).values() if inner is not module):
         return template, None
@@ -159,9 +161,10 @@ def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Te
     return template, facts if all(seen is not _UNKNOWN for _, seen in facts) else None
 
 
-def _reads_its_dict(forward: Callable[..., Any]) -> bool:
+def _reads_all(forward: Callable[..., Any]) -> bool:
+    """Returns whether a function names what reads more of a module than some attributes, or tells modules apart."""
     code = getattr(inspect.unwrap(forward), "__code__", None)
-    return code is None or not {"__dict__", "vars"}.isdisjoint(code.co_names)
+    return code is None or not {"__dict__", "vars", "dir", "id", "globals"}.isdisjoint(code.co_names)
 
 
 def _has_operators(cls: type) -> bool:
@@ -177,11 +180,11 @@ _NO_OPERATORS = frozenset(("__init__", "__repr__", "__getstate__", "__setstate__
 
 
 def _named_by(cls: type) -> dict[str, Any]:
-    """Returns the facts of the globals that a forward reads; an object may change and remain the same object."""
+    """Returns the facts of what a forward reads beside its module; an object may change and remain the same object."""
     return {
-        name: value if isinstance(value, enum.Enum) else _observe_value(value)
+        name: value if type(value) is weakref.ref else _observe_value(value)
         for name, value in globals_read(cls).items()
-        if not is_of_a_library(type(value).__module__) or issubclass(type(value), _OBSERVED) or has_content(value)
+        if type(value) in _FACTS or not is_of_a_library(type(value).__module__) or has_content(value)
     }
 
 
@@ -206,12 +209,23 @@ def _observe_at(module: nn.Module, path: str) -> Any:
 
 
 def _observe_tree(module: nn.Module) -> Any:
-    """Returns the classes of a module's submodules, which stay calls, and the names of their tensors."""
-    found = []
-    for path, inner in modules_by_path(module).items():
+    """Returns the classes of a module's submodules, which stay calls, and the names of their tensors, by all paths."""
+    found: list[Any] = []
+    first, waiting = dict[nn.Module, str](), [("", module)]
+    while waiting:
+        path, inner = waiting.pop()
+        if inner in first:
+            found.append((path, first[inner]))
+            continue
+        first[inner] = path
         held = (*inner._parameters.items(), *inner._buffers.items(), *vars(inner).items())
         tensors = tuple([name for name, tensor in held if issubclass(type(tensor), torch.Tensor)])
         found.append((path, path and in_place.original_class(inner), tensors))
+        for name, child in own_modules(inner):
+            if child is None:
+                found.append((join(path, name), None))
+            else:
+                waiting.append((join(path, name), child))
     return tuple(found)
 
 
@@ -235,9 +249,9 @@ def _observe(module: nn.Module, name: str) -> Any:
 def _observe_value(value: Any, inside: int = 0) -> Any:
     # not isinstance, which would read `__class__`, and so run code of somebody's object
     kind = type(value)
-    if issubclass(kind, SIMPLE):
+    if kind in SIMPLE or issubclass(kind, enum.Enum):
         # by the text of a number, since 0.0 equals -0.0, and no NaN equals itself
-        return kind, repr(value) if issubclass(kind, float | complex) else value
+        return kind, repr(value) if kind in (float, complex) else value
     # a container may hold itself, or a million numbers
     if kind not in (tuple, list, dict, torch.Size) or inside > _DEEPEST or len(value) > _LONGEST:
         return _UNKNOWN
@@ -246,6 +260,8 @@ def _observe_value(value: Any, inside: int = 0) -> Any:
     return _UNKNOWN if _UNKNOWN in parts else (kind, parts)
 
 
-_OBSERVED = (*SIMPLE, *CONTAINERS, tuple, frozenset)
+_FACTS = (*SIMPLE, *CONTAINERS, tuple, frozenset, OrderedDict, defaultdict, weakref.ref)
+"""Types of libraries whose values are facts, or prevent that a recording is shared; others have no state."""
+
 _DEEPEST, _LONGEST = 4, 1000
 """How deep containers are observed in each other, and how long they may be."""

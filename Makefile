@@ -16,7 +16,7 @@ SAMPLE := -m "not full and not long and not compiled and not integrations and no
 # uv is several times as fast as pip; compiled, since compiling warns of some packages, and warnings are errors
 INSTALL := $(BIN)/uv pip install --python .venv --compile-bytecode
 
-.PHONY: help demo notebooks quick test test-all durations integrations browser newest floors release-checks check format bench bench-quick environment coverage tiers costs methods third-party peft-tests pictures docs clean
+.PHONY: help demo notebooks quick test test-all durations integrations browser newest floors release-checks check format bench bench-quick environment coverage tiers faults costs methods third-party peft-tests pictures docs clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 10
@@ -91,6 +91,9 @@ methods: .venv/.installed  ## adapt each kind of weight by each method, and writ
 
 tiers: .venv/.installed  ## run all tests, and tell which share of the lines that they run each tier runs
 	$(BIN)/python evidence/tiers.py $(ARGS)
+
+faults: .venv/.installed  ## plant each fault of evidence/mutants/, and note the first test of each tier that fails
+	$(BIN)/python evidence/mutants/run.py --again $(ARGS)
 
 costs: .venv/.installed  ## count what calls cost, and write docs/costs.md
 	PYTHONPATH=tests $(BIN)/python evidence/costs.py

@@ -91,14 +91,15 @@ def versions() -> tuple[str, str]:
     return ".".join(python), ".".join(pytorch)
 
 
-def recorded() -> tuple[Rows, bool]:
-    """Returns the counts of the page, and whether it was written with these versions of Python and PyTorch."""
+def recorded() -> tuple[Rows, bool, bool]:
+    """Returns the counts of the page, and whether it was written with this version of Python, and of PyTorch."""
     text = PAGE.read_text(encoding="utf-8")
     rows = re.findall(r"^\| (.+?) \| ([\d,]+) \|", text, re.MULTILINE)
     found = VERSIONS.search(text)
-    return {
-        what: int(count.replace(",", "")) for what, count in rows
-    }, found is not None and found.groups() == versions()
+    python, pytorch = versions()
+    of_python, of_pytorch = found.groups() if found is not None else ("", "")
+    counts = {what: int(count.replace(",", "")) for what, count in rows}
+    return counts, of_python == python, of_pytorch == pytorch
 
 
 def page(rows: Rows) -> str:

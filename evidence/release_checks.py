@@ -21,6 +21,8 @@ CHECKS: dict[str, tuple[str, ...]] = {
     "compiled": ("test-all", "ARGS=-m compiled"),
     "floors": ("floors", "PYTHON=python3.10", "SAMPLE="),
     "newest": ("newest", "SAMPLE="),
+    "tiers": ("tiers",),
+    "faults": ("faults",),
     "third-party": ("third-party",),
     "peft-tests": ("peft-tests",),
     "benchmarks": ("bench", "ARGS=--write"),
@@ -44,6 +46,8 @@ class Outcome(NamedTuple):
 
 def main(wanted: list[str]) -> None:
     """Runs the checks, writes the page after each, and fails if one has failed."""
+    if unknown := set(wanted) - set(CHECKS):
+        sys.exit(f"no checks are called {', '.join(sorted(unknown))}; there are {', '.join(CHECKS)}")
     outcomes: dict[str, Outcome] = {}
     for name in tqdm(wanted or list(CHECKS), unit="check"):
         outcomes[name] = _outcome(name)
@@ -58,7 +62,8 @@ def _outcome(name: str) -> Outcome:
     start = time.monotonic()
     with log.open("w", encoding="utf-8") as output:
         status = subprocess.run(["make", *CHECKS[name]], cwd=ROOT, stdout=output, stderr=output, check=False).returncode
-    said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    said = [line for line in lines if line.strip() and not line.startswith("make")]
     return Outcome(status, (time.monotonic() - start) / 60, said[-1] if said else "")
 
 

@@ -25,8 +25,12 @@ Lines = dict[str, bytes]
 """The numbers of lines by their file, as the tool coverage packs them."""
 
 
+SHARE = 0.99
+"""The least share of the lines that all tests run which the sample has to run."""
+
+
 def main(database: Path) -> None:
-    """Writes a row for each tier, and the lines that only the whole runs."""
+    """Writes a row for each tier, and the lines that only the whole runs; fails if these are too many."""
     tests = {tier: _tests_of(expression) for tier, expression in TIERS.items()}
     lines = {tier: _run_by(database, of_tier) for tier, of_tier in tests.items()}
     [*_, whole] = TIERS
@@ -39,6 +43,8 @@ def main(database: Path) -> None:
         missed = {*numbits_to_nums(numbers)} - {*numbits_to_nums(lines["test"].get(file, b""))}
         if missed:
             sys.stdout.write(f"only test-all runs {file}: {', '.join(map(str, sorted(missed)))}\n")
+    if _count(lines["test"]) < SHARE * _count(lines[whole]):
+        sys.exit(f"the sample runs less than {SHARE:.0%} of the lines")
 
 
 def _tests_of(expression: str) -> frozenset[str]:

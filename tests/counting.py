@@ -264,6 +264,7 @@ def _calls_of(model: Any, folder: str, number: int) -> dict[str, Counted]:
     found = {
         "load_adapter": counted(lambda: model.load_adapter(folder, name)),
         "set_adapter": counted(lambda: model.set_adapter(name)),
+        "the first forward after it": counted(lambda: model(torch.zeros(1, 16))),
         "disable_adapter": counted(without),
         "save_pretrained": counted(lambda: model.save_pretrained(saved, selected_adapters=[name])),
         "delete_adapter": counted(lambda: model.delete_adapter("leaves")),
@@ -300,7 +301,8 @@ def walks() -> Rows:
         for what, call in {
             "load_adapter": lambda: model.load_adapter(folder, "another"),
             "set_adapter": lambda: model.set_adapter("a3"),
-            "a forward": lambda: model(torch.zeros(1, 16)),
+            "the first forward after it": lambda: model(torch.zeros(1, 16)),
+            "delete_adapter": lambda: model.delete_adapter("a4"),
         }.items():
             _Watched.walks = 0
             call()

@@ -15,7 +15,7 @@ from counting import Rows
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-# what costs only some calls would show is in the sample, however long it takes
+# all sets are in the sample, since a cost may show in one of them alone
 every = pytest.mark.every
 
 
@@ -29,13 +29,14 @@ def _script() -> Any:
     return script
 
 
-RECORDED, IS_OF_THESE_VERSIONS = _script().recorded()
+RECORDED, IS_OF_THIS_PYTHON, IS_OF_THIS_PYTORCH = _script().recorded()
 
 
 def assert_as_recorded(rows: Rows) -> None:
     """Asserts that counts haven't risen, and that the page has those that have fallen."""
-    # with other versions of Python and of PyTorch, calls, modules and operations are others
-    compared = [what for what in rows if IS_OF_THESE_VERSIONS or what.endswith(_IN_ALL_VERSIONS)]
+    compared = [what for what in rows if _is_comparable(what)]
+    if not compared:
+        pytest.skip("docs/costs.md was written with other versions of Python or PyTorch, in which these counts differ")
     both = {what: (RECORDED.get(what, 0), rows[what]) for what in compared}
     risen = {what: (before, now) for what, (before, now) in both.items() if now > before + _varying(what, before)}
     assert risen == {}, "these cost more than docs/costs.md says (before, now)"
@@ -43,6 +44,14 @@ def assert_as_recorded(rows: Rows) -> None:
     assert fallen == {}, "these cost less now: run make costs, so that they stay so"
 
 
+def _is_comparable(what: str) -> bool:
+    """Returns whether a count is the same with the versions of Python and PyTorch that are here."""
+    if what.endswith(_OF_PYTHON):
+        return IS_OF_THIS_PYTHON and IS_OF_THIS_PYTORCH
+    return IS_OF_THIS_PYTORCH or what.endswith(_IN_ALL_VERSIONS)
+
+
+_OF_PYTHON = (": calls", ": files", ": Python modules")
 _IN_ALL_VERSIONS = (": recordings", "Transformers", "holders of 4 layers", "tensors more", "sources more")
 
 
@@ -87,6 +96,6 @@ def test_a_hundred_switches_leave_nothing() -> None:
     assert_as_recorded(counting.left_behind())
 
 
-def test_the_page_has_no_other_rows() -> None:
+def test_the_page_has_three_rows_for_each_method() -> None:
     methods = {what for what in RECORDED if what.partition(":")[0] in {*counting.methods()}}
     assert len(methods) == 3 * len(list(counting.methods()))

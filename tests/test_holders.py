@@ -22,7 +22,7 @@ from graphpeft import (
     VeraConfig,
     get_peft_model,
 )
-from graphpeft.graph.holders import tensor_at
+from graphpeft.graph.holders import own_modules, tensor_at
 
 pytestmark = pytest.mark.quick("graph", "adapters")
 
@@ -208,3 +208,12 @@ def test_a_model_with_places_that_sites_share_has_parameters_of_floating_point_a
     model = get_peft_model(model, FrodConfig(target_modules=["0", "1"], sparse_rate=0.2))
     assert all(parameter.is_floating_point() for parameter in model.parameters())
     assert {tensor.dtype for name, tensor in model.named_buffers() if "indices" in name} == {torch.int64}
+
+
+def test_a_module_of_the_models_own_is_seen_beside_holders_that_other_code_has_taken_away() -> None:
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    own = nn.Linear(4, 4)
+    model[0].add_module("own", own)
+    model.add_adapter("second", LoraConfig(target_modules=["0"]))
+    del model[0]._modules["default"]
+    assert own_modules(model[0]) == [("own", own)]

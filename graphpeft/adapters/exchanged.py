@@ -11,7 +11,7 @@ from torch import nn
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules, told_rows
 from graphpeft.graph import in_place, overrides
-from graphpeft.graph.holders import adapters_at, has_tensor, place_of, tensor_at
+from graphpeft.graph.holders import has_place, has_tensor, place_of, tensor_at
 from graphpeft.graph.ops import Embedding
 from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.graph.sharding import lacking_values
@@ -77,7 +77,8 @@ def _places(modules: Modules, adapters: Adapters) -> _Places:
 def _refuse_elsewhere(modules: Modules, adapters: Adapters, name: str) -> None:
     """Raises AdaptError if an adapter's tensors, or the modules in whose graphs it acts, are no longer in the model."""
     adapter = adapters.by_name[name]
-    held = [path for path, module in modules.items() if name in adapters_at(module)]
+    roots = {root for _, root in adapter.roots(name)}
+    held = [path for path, module in modules.items() if any(has_place(module, root) for root in roots)]
     places = dict(adapter.tensor_names(name))
     lost = _lost(places, held)
     if lost is not None:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from graphpeft.graph import in_place
-from graphpeft.graph.holders import Holder
+from graphpeft.graph.holders import Holder, has_holders
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -31,7 +31,7 @@ def hide_holders(module: nn.Module) -> None:
 
 def stop_hiding(module: nn.Module) -> None:
     """Takes that back, if no adapter is at the module any more."""
-    if not any(isinstance(child, Holder) for child in module._modules.values()):
+    if not has_holders(module):
         in_place.take_off(module, "hiding")
 
 

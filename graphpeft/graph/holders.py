@@ -163,13 +163,12 @@ def put_on(module: nn.Module, path: str, holder: Holder | None) -> None:
 
 
 def _hold(module: nn.Module, name: str, holder: Holder) -> None:
-    if name not in module._modules:
-        set_item(vars(module), _HOLDERS, vars(module).get(_HOLDERS, 0) + 1)
+    set_item(vars(module), _HOLDERS, vars(module).get(_HOLDERS, frozenset()) | {name})
     set_item(module._modules, name, holder)
 
 
 _HOLDERS = "_graphpeft_holders"
-"""The attribute of a module with the number of its holders, and of groups of them."""
+"""The attribute of a module with the names of its holders, and of groups of them."""
 
 
 def take_off(module: nn.Module, path: str) -> None:
@@ -193,8 +192,8 @@ def take_off(module: nn.Module, path: str) -> None:
 def _let_go(module: nn.Module, name: str) -> None:
     if name in module._modules:
         delete_item(module._modules, name)
-        number = vars(module).get(_HOLDERS, 0) - 1
-        set_item(vars(module), _HOLDERS, number) if number > 0 else delete_item(vars(module), _HOLDERS)
+        names = vars(module).get(_HOLDERS, frozenset()) - {name}
+        set_item(vars(module), _HOLDERS, names) if names else delete_item(vars(module), _HOLDERS)
 
 
 def _inside(module: nn.Module, name: str) -> nn.Module:
@@ -276,6 +275,22 @@ def has_tensor(module: nn.Module, name: str) -> bool:
     return module._parameters.get(own) is not None or module._buffers.get(own) is not None
 
 
+def has_place(module: nn.Module, name: str) -> bool:
+    """Returns whether `module` has a holder, or a tensor in a group of holders, at the path `name`."""
+    *path, own = name.split(".")
+    held: Any = module
+    for inner in path:
+        held = held._modules.get(inner)
+        if held is None:
+            return False
+    return own in held._modules or own in held._parameters or own in held._buffers
+
+
+def has_holders(module: nn.Module) -> bool:
+    """Returns whether `module` has holders, or groups of them."""
+    return _HOLDERS in vars(module)
+
+
 def has_own_modules(module: nn.Module) -> bool:
     """Returns whether `module` has submodules beside the holders of adapters."""
     return bool(own_modules(module))
@@ -295,13 +310,16 @@ def tree_of(module: nn.Module) -> Iterator[nn.Module]:
 def own_modules(module: nn.Module) -> list[tuple[str, nn.Module | None]]:
     """Returns the submodules of `module` by name, without holders.
 
-    A layer may have a hundred holders. So they are counted where they come and go, and looked at only where there is
-    more, or where the last submodule is none of them, which came since.
+    A layer may have a hundred holders. So their names are kept where they come and go, and they are looked at only
+    where there is another one.
     """
     inner = module._modules
-    if not inner or (len(inner) == module.__dict__.get(_HOLDERS) and isinstance(inner[next(reversed(inner))], Holder)):
+    if not inner or inner.keys() <= module.__dict__.get(_HOLDERS, _NONE):
         return []
     return [(name, child) for name, child in inner.items() if not isinstance(child, Holder)]
+
+
+_NONE: frozenset[str] = frozenset()
 
 
 def all_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -39,6 +39,10 @@ class Inner(nn.Module):
     def sign(self) -> float:
         return TURN
 
+
+class Indexed(Inner):
+    """A layer that says what indexing it gives."""
+
     def __getitem__(self, x: Tensor) -> Tensor:
         return TURN * x
 
@@ -174,9 +178,17 @@ class Reader(nn.Module):
 Read = Callable[[Any, Tensor], Tensor]
 
 
-def readers(read: Read) -> tuple[nn.Module, nn.Module]:
+class IndexedReader(Reader):
+    """A block with a layer that can be indexed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.indexed = Indexed()
+
+
+def readers(read: Read, base: type[Reader] = Reader) -> tuple[nn.Module, nn.Module]:
     """Returns two blocks of a class that nothing has recorded."""
-    cls = type("Reader", (Reader,), {"forward": lambda self, x: read(self, F.linear(x, self.w))})
+    cls = type("Reader", (base,), {"forward": lambda self, x: read(self, F.linear(x, self.w))})
     return cls(), cls()
 
 
@@ -260,7 +272,7 @@ GLOBALS: dict[str, tuple[Read, Callable[[pytest.MonkeyPatch], object]]] = {
         lambda patch: patch.setitem(globals(), "TURN", -1.0),
     ),
     "by an operator of a layer": (
-        lambda block, x: block.inner[x],
+        lambda block, x: block.indexed[x],
         lambda patch: patch.setitem(globals(), "TURN", -1.0),
     ),
     "in a dictionary": (lambda _, x: 2 * x if FLAGS else x, lambda patch: patch.setitem(FLAGS, "on", True)),
@@ -296,7 +308,7 @@ GLOBALS: dict[str, tuple[Read, Callable[[pytest.MonkeyPatch], object]]] = {
 @pytest.mark.parametrize("what", GLOBALS)
 def test_a_global_that_has_changed_is_read_anew(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read, change = GLOBALS[what]
-    before, after = readers(read)
+    before, after = readers(read, IndexedReader if "operator" in what else Reader)
     x = torch.randn(3, 4)
     assert_adapted_as_it_is(before, x)
     change(monkeypatch)

@@ -173,6 +173,7 @@ class Reader(nn.Module):
         self.w, self.zero, self.text = nn.Parameter(torch.randn(4, 4)), 0.0, ""
         self.first = nn.Linear(4, 4)
         self.inner, self.pair = Inner(), nn.ModuleList([nn.Linear(4, 4), self.first])
+        self.again = self.first
 
 
 Read = Callable[[Any, Tensor], Tensor]
@@ -208,9 +209,9 @@ READS: dict[str, tuple[Read, Callable[[Any], object]]] = {
         lambda block, x: len(list(block.pair.parameters())) * x,
         lambda block: setattr(block.pair[1], "weight", block.pair[0].weight),
     ),
-    "which layer comes first": (
-        lambda block, x: block.pair[0](x),
-        lambda block: setattr(block, "pair", nn.ModuleList([block.first, block.pair[1]])),
+    "which layer another name stands for": (
+        lambda block, x: block.again(x),
+        lambda block: setattr(block, "again", block.pair[0]),
     ),
     "a name in the list of all": (
         lambda block, x: 2 * x if "more" in dir(block) else x,

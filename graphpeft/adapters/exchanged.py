@@ -107,7 +107,7 @@ def refuse_exchanged_classes(modules: Modules, adapters: Adapters, wanted: Itera
         wanted: Those that are to act, beside the ones that act now. Others may be many, and stay as they are.
     """
     changing = {*adapters.slots, *adapters.read, *wanted}
-    owners = set().union(*(adapters.by_name[name].owners for name in changing))
+    owners = {path for name in changing for path in adapters.by_name[name].owners}
     _refuse_exchanged_classes(modules, owners | adapters.lifted.keys())
 
 
@@ -137,7 +137,7 @@ def refuse_missing(modules: Modules, adapter: Adapter, name: str, reads: bool = 
     for path, attribute in adapter.tensor_names(name):
         if path not in modules:
             raise AdaptError(_gone(path, attribute, name))
-    _refuse_exchanged_classes(modules, adapter.owners)
+    _refuse_exchanged_classes(modules, {*adapter.owners})
     refuse_exchanged(modules, adapter, name)
     if not reads:
         return

@@ -182,10 +182,10 @@ class Adapter:
         return found + [(path, overrides.rows(adapter)) for path in self.rows]
 
     @property
-    def owners(self) -> set[str]:
-        """The paths of the modules that have its tensors."""
-        of_sites = {adapted.site.owner for adapted in self.sites if adapted.specs}
-        return of_sites | self.overrides.keys() | self.rows.keys()
+    def owners(self) -> list[str]:
+        """The paths of the modules that have its tensors, each once."""
+        of_sites = [adapted.site.owner for adapted in self.sites if adapted.specs]
+        return list(dict.fromkeys((*of_sites, *self.overrides, *self.rows)))
 
 
 class Cache(dict[Any, Any]):

@@ -59,7 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # with several processes, this one hears of all tests
     if config.getoption("--record-durations") and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(durations.Recorder())
+        config.pluginmanager.register(durations.Recorder(config))
 
 
 @pytest.fixture(autouse=True)

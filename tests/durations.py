@@ -35,7 +35,8 @@ def slowest_first(items: list[pytest.Item]) -> None:
 class Recorder:
     """A plugin that adds up how long each function takes, and writes the file at the end of a run."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: pytest.Config) -> None:
+        self._is_whole = not (config.option.keyword or config.option.file_or_dir)
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._sets: defaultdict[str, set[str]] = defaultdict(set)
 
@@ -46,10 +47,9 @@ class Recorder:
         self._sets[function].add(report.nodeid)
 
     def pytest_sessionfinish(self) -> None:
-        """Writes the file, with functions that didn't run as they were; those of files that are gone aren't kept."""
+        """Writes the file; if only some tests ran, with the other functions as they were."""
         ran = {function: self._seconds[function] / len(sets) for function, sets in self._sets.items()}
-        whole = {function.partition("::")[0] for function in ran}
-        kept = {name: seconds for name, seconds in RECORDED.items() if name.partition("::")[0] not in whole}
+        kept = {} if self._is_whole else RECORDED
         # by one digit, so that a busy machine hardly changes which tests are in the sample
         slow = {name: float(f"{seconds:.1g}") for name, seconds in {**kept, **ran}.items() if seconds >= LEAST}
         FILE.write_text(json.dumps(dict(sorted(slow.items())), indent=0) + "\n", encoding="utf-8")

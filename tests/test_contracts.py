@@ -139,6 +139,7 @@ def test_equal_seeds_give_pefts_values_and_then_equal_numbers(contract: Contract
     assert torch.equal(*following)
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @each_method
 def test_a_half_precision_base_has_pefts_dtypes_and_outputs(

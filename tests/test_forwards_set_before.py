@@ -210,6 +210,7 @@ def test_it_is_merged_where_it_computes_what_the_class_does(change: SetForward) 
     assert not torch.allclose(expected, base)
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("change", OTHER)
 def test_it_is_not_merged_where_it_may_compute_something_else(change: SetForward) -> None:
     model = adapted(change)

@@ -372,6 +372,7 @@ def test_a_call_that_is_interrupted_at_any_line_has_done_all_or_nothing(call: Ca
         assert_whole_at_line(call, chance.randint(1, len(expected(call)[2])), error)
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
 def test_a_call_is_undone_as_a_whole_if_what_it_is_a_part_of_fails(call: Call) -> None:
     before, _, _ = expected(call)

@@ -124,6 +124,7 @@ def assert_refused(model: nn.Module, match: str) -> None:
     require_unchanged(model, held, "get_peft_model")
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("name", READING)
 def test_a_weight_that_a_hook_reads_too_is_refused_and_a_trace_has_the_hook(name):
     inside = r"inner\.layer" if name in ("of a layer inside", "closure") else "inner"

@@ -69,6 +69,7 @@ def test_of_300_killed_writers_each_leaves_an_adapter_whole(process: Writers, tm
     assert set(found) == {"a", "b", "c"}
 
 
+@pytest.mark.every
 @needs_fork
 @pytest.mark.parametrize(("move", "left"), [(1, "b"), (2, "a"), (3, "a")])
 def test_a_writer_that_is_killed_between_two_files_leaves_the_new_adapter(

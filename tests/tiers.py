@@ -20,7 +20,7 @@ SETS = 3
 TOGETHER = 0.5
 """The seconds up to which further sets are in the sample."""
 
-SLOW, SLOWEST = 0.5, 2.0
+SLOW, SLOWEST = 0.5, 3.0
 """The seconds of a set from which on the sample has one set of a function, and from which on it has none."""
 
 

@@ -313,13 +313,10 @@ def own_modules(module: nn.Module) -> list[tuple[str, nn.Module | None]]:
     A layer may have a hundred holders. So their names are kept where they come and go, and they are looked at only
     where there is another one.
     """
-    inner = module._modules
-    if not inner or inner.keys() <= module.__dict__.get(_HOLDERS, _NONE):
+    inner, names = module._modules, module.__dict__.get(_HOLDERS)
+    if not inner or (names is not None and inner.keys() <= names):
         return []
     return [(name, child) for name, child in inner.items() if not isinstance(child, Holder)]
-
-
-_NONE: frozenset[str] = frozenset()
 
 
 def all_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

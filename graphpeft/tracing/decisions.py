@@ -10,11 +10,14 @@ import torch
 import torch.fx as fx
 from torch import nn
 
+from graphpeft._torch import CustomOpDef
 from graphpeft.graph import guards
 from graphpeft.graph.calls import Call
 from graphpeft.graph.errors import NeedsInputsError
-from graphpeft.graph.facts import storages
+from graphpeft.graph.facts import storages, writes
 from graphpeft.graph.template import VALUE
+from graphpeft.tracing.gradients import Applied
+from graphpeft.tracing.scripted import Scripted
 
 TAKES_OUT = (operator.getitem, getattr)
 """Functions that return a part of an object."""
@@ -49,6 +52,16 @@ class Decisions:
     def keep_of(self, nodes: Set[fx.Node]) -> None:
         """Forgets the decisions on all nodes outside `nodes`."""
         self._known = {key: of for key, of in self._known.items() if key[0] in nodes}
+
+
+def writes_itself(node: fx.Node) -> bool:
+    """Returns whether a call writes into an argument, by its name or as its arguments ask."""
+    return writes(node.target) or "out" in node.kwargs or node.kwargs.get("inplace") is True
+
+
+def may_write(node: fx.Node) -> bool:
+    """Returns whether a call writes into an argument, or nothing tells that it doesn't."""
+    return writes_itself(node) or isinstance(node.target, Scripted | CustomOpDef | Applied)
 
 
 def may_lack(part: fx.Node, kept: Container[str]) -> bool:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dis
 import functools
-import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -40,9 +39,9 @@ def _of_classes(function: Callable[..., Any], cls: type) -> Iterator[tuple[str, 
     """Yields the attributes of a module's class that a function names, as in ``type(self).mode``."""
     for name in function.__code__.co_names:
         value = next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), _CODE)
-        if isinstance(value, FunctionType):
+        if type(value) is FunctionType:
             yield f"the method {name} of {cls.__qualname__}", weakref.ref(value)
-        elif not (_is_code(value) or inspect.isdatadescriptor(value) or isinstance(value, classmethod | staticmethod)):
+        elif not (_is_code(value) or issubclass(type(value), property | classmethod | staticmethod)):
             yield f"{name} of the class {cls.__qualname__}", value
 
 
@@ -55,11 +54,11 @@ def _read_by(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
             name, value, file = attribute, vars(value).get(attribute, _CODE), value.__name__
         if value is _CODE or is_of_a_library(file):
             continue
-        if isinstance(value, FunctionType):
+        if type(value) is FunctionType:
             yield f"the function {name} of {file}", weakref.ref(value)
         elif not _is_code(value):
             yield f"the global {name} of {file}", value
-        inside = next((vars(base)[attribute] for base in _namespaces(value) if attribute in vars(base)), _CODE)
+        inside = next((held[attribute] for held in _namespaces(value) if attribute in held), _CODE)
         if not _is_code(inside):
             yield f"{attribute} of the global {name} of {file}", inside
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
@@ -71,11 +70,11 @@ def _read_by(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
             yield f"the variable {name} around {function.__qualname__}", value
 
 
-def _namespaces(value: Any) -> tuple[Any, ...]:
-    """Returns the objects whose own attributes are those of a class, a function or an object."""
-    if isinstance(value, type):
-        return value.__mro__
-    return (value,) if isinstance(value, FunctionType) or attributes_of(value) is not None else ()
+def _namespaces(value: Any) -> list[Mapping[str, Any]]:
+    """Returns the attributes of a class and its bases, or an object's own."""
+    if issubclass(type(value), type):
+        return [vars(base) for base in value.__mro__]
+    return [vars(value) if type(value) is FunctionType else attributes_of(value) or {}]
 
 
 _CODE = object()
@@ -84,7 +83,7 @@ _CODE = object()
 
 def _is_code(value: Any) -> bool:
     # classes and modules are looked through by the attributes that code reads of them
-    return value is _CODE or isinstance(value, type | FunctionType | BuiltinFunctionType | ModuleType)
+    return value is _CODE or issubclass(type(value), type | FunctionType | BuiltinFunctionType | ModuleType)
 
 
 @functools.cache

@@ -172,7 +172,7 @@ def _has_operators(cls: type) -> bool:
     members = (
         member for base in cls.__mro__ if not base.__module__.startswith("torch.") for member in vars(base).items()
     )
-    functions = {name for name, member in members if isinstance(member, types.FunctionType)}
+    functions = {name for name, member in members if type(member) is types.FunctionType}
     return any(name.startswith("__") for name in functions - _NO_OPERATORS)
 
 

@@ -20,7 +20,6 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from graphpeft._torch import CustomOpDef
 from graphpeft.code.identity_checks import compares_objects, is_identity_compared, may_be_compared
 from graphpeft.code.namespaces import Attribute, Namespace
 from graphpeft.graph import guards
@@ -33,14 +32,12 @@ from graphpeft.graph.template import LINE, SIMPLE, VALUE
 from graphpeft.tracing import no_grad
 from graphpeft.tracing.arguments import Arguments, ExampleCall, with_identities
 from graphpeft.tracing.caches import forget_traced_values
-from graphpeft.tracing.decisions import TAKES_OUT, Decisions, may_lack, needs_inputs_error
+from graphpeft.tracing.decisions import TAKES_OUT, Decisions, may_lack, may_write, needs_inputs_error, writes_itself
 from graphpeft.tracing.examples import Examples
-from graphpeft.tracing.gradients import Applied
 from graphpeft.tracing.node_arguments import plain_key, refuse_argument, refuse_object_with_traced_values, traced_fields
 from graphpeft.tracing.proxy import ValueProxy
 from graphpeft.tracing.random_numbers import no_random_python_numbers
 from graphpeft.tracing.recorder import ErrorT
-from graphpeft.tracing.scripted import Scripted
 from graphpeft.tracing.session import RecordAgain, Session
 from graphpeft.tracing.type_checks import refuse_type_checks
 
@@ -201,7 +198,7 @@ class ValueTracer(fx.Tracer):
             return proxy
         self._has_drawn |= draws(target)
         self._evaluate(proxy.node)
-        if _may_write(proxy.node):
+        if may_write(proxy.node):
             for given in proxy.node.all_input_nodes:
                 self._decisions.forget_about(given)
         value = proxy.node.meta.get(VALUE, proxy)
@@ -232,7 +229,7 @@ class ValueTracer(fx.Tracer):
         the write. Whether other functions, such as ``x.to(dtype)``, return their input itself depends on the run. So
         this is a decision, if the code compares objects.
         """
-        if _writes_itself(result.node):
+        if writes_itself(result.node):
             self._before_writes.append((earlier, earlier.node))
             earlier.node = result.node
             return earlier
@@ -437,15 +434,6 @@ class ValueTracer(fx.Tracer):
     def undecided(self, error: Exception | None = None) -> NeedsInputsError:
         """Returns the error for a decision on an unknown value."""
         return self.failing(needs_inputs_error(self.session.root, error))
-
-
-def _writes_itself(node: fx.Node) -> bool:
-    return writes(node.target) or "out" in node.kwargs or node.kwargs.get("inplace") is True
-
-
-def _may_write(node: fx.Node) -> bool:
-    """Returns whether a call may write into its arguments: it does by its name, or nothing tells what it does."""
-    return _writes_itself(node) or isinstance(node.target, Scripted | CustomOpDef | Applied)
 
 
 def _may_be_identity_compared(value: Any, kind: str, target: Any) -> bool:

@@ -58,7 +58,7 @@ def _read_by(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
             yield f"the function {name} of {file}", weakref.ref(value)
         elif not _is_code(value):
             yield f"the global {name} of {file}", value
-        inside = next((held[attribute] for held in _namespaces(value) if attribute in held), _CODE)
+        inside = next((held[attribute] for held in _namespaces(value) if attribute and attribute in held), _CODE)
         if not _is_code(inside):
             yield f"{attribute} of the global {name} of {file}", inside
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):

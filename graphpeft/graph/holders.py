@@ -163,7 +163,9 @@ def put_on(module: nn.Module, path: str, holder: Holder | None) -> None:
 
 
 def _hold(module: nn.Module, name: str, holder: Holder) -> None:
-    set_item(vars(module), _HOLDERS, vars(module).get(_HOLDERS, frozenset()) | {name})
+    # without those that other code has taken away
+    there = vars(module).get(_HOLDERS, frozenset()) & module._modules.keys()
+    set_item(vars(module), _HOLDERS, there | {name})
     set_item(module._modules, name, holder)
 
 
@@ -311,10 +313,12 @@ def own_modules(module: nn.Module) -> list[tuple[str, nn.Module | None]]:
     """Returns the submodules of `module` by name, without holders.
 
     A layer may have a hundred holders. So their names are kept where they come and go, and they are looked at only
-    where there is another one.
+    where there is another submodule, or the last one isn't a holder.
     """
-    inner, names = module._modules, module.__dict__.get(_HOLDERS)
-    if not inner or (names is not None and inner.keys() <= names):
+    inner: Mapping[str, Any] = module._modules
+    names: Any = module.__dict__.get(_HOLDERS, ())
+    # a module's own come first, and what other code adds comes last
+    if not inner or (len(inner) == len(names) and next(reversed(inner)) in names and next(iter(inner)) in names):
         return []
     return [(name, child) for name, child in inner.items() if not isinstance(child, Holder)]
 

@@ -146,7 +146,7 @@ def test_another_answer_than_that_of_the_trace_raises(name, value):
 class Shifted(Scaled):
     def forward(self, x):
         x = super().forward(x)
-        return x + self.shift if hasattr(self, "shift") else x
+        return x + cast(Any, self).shift if hasattr(self, "shift") else x
 
 
 @pytest.mark.parametrize("kind", ["number", "parameter", "buffer"])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import socket
 import tempfile
-import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 
 from graphpeft import LoraConfig, get_peft_model
+
+# importing these in each process would take longer than the checks
+multiprocessing.get_context("forkserver").set_forkserver_preload(["peft", "graphpeft", "torch.distributed.fsdp"])
 
 WORLD = 2
 
@@ -38,12 +41,11 @@ def run_in_two_processes(checks: dict[str, Check]) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        # forked, since importing the libraries in each would take longer than the checks
-        start_processes(_process, (port, folder, checks), nprocs=WORLD, start_method="fork")
+        start_processes(_process, (port, folder, checks), nprocs=WORLD, start_method="forkserver")
 
 
 def _process(rank: int, port: int, folder: str, checks: dict[str, Check]) -> None:
-    warnings.simplefilter("default")  # PyTorch warns of its own wrappers, and pytest makes errors of that
+    torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(WORLD)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))

@@ -24,7 +24,6 @@ TIERS = {"quick": f"quick and {OTHERS}", "test": f"not full and {OTHERS}", "test
 Lines = dict[str, bytes]
 """The numbers of lines by their file, as the tool coverage packs them."""
 
-
 SHARE = 0.99
 """The least share of the lines that all tests run which the sample has to run."""
 

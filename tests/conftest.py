@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    # each Trainer lets all garbage be collected, which takes half a second where all libraries are loaded
+    # a Trainer collects garbage, which takes half a second with all libraries loaded
     memory: Any = sys.modules.get("accelerate.utils.memory")
     if memory is not None:
         memory.gc = types.SimpleNamespace(collect=lambda: 0)

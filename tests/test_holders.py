@@ -210,6 +210,15 @@ def test_a_model_with_places_that_sites_share_has_parameters_of_floating_point_a
     assert {tensor.dtype for name, tensor in model.named_buffers() if "indices" in name} == {torch.int64}
 
 
+def test_a_module_of_the_models_own_doesnt_pass_for_a_holder_that_is_gone() -> None:
+    model: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Sequential())
+    model[2].add_module("default", nn.Linear(4, 4))
+    get_peft_model(model, LoraConfig(target_modules=["0", "1"]))
+    model._modules["0"] = nn.Linear(4, 4)
+    with pytest.raises(AdaptError, match=r"0\.default\.lora_B of adapter 'default' is gone"):
+        model(X)
+
+
 def test_a_module_of_the_models_own_is_seen_beside_holders_that_other_code_has_taken_away() -> None:
     model: Any = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
     own = nn.Linear(4, 4)

@@ -6,6 +6,7 @@ Each pair below is of one class. A fact that `tracing/lift.py` forgets gives the
 from __future__ import annotations
 
 import types
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -179,17 +180,9 @@ class Reader(nn.Module):
 Read = Callable[[Any, Tensor], Tensor]
 
 
-class IndexedReader(Reader):
-    """A block with a layer that can be indexed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.indexed = Indexed()
-
-
-def readers(read: Read, base: type[Reader] = Reader) -> tuple[nn.Module, nn.Module]:
+def readers(read: Read) -> tuple[nn.Module, nn.Module]:
     """Returns two blocks of a class that nothing has recorded."""
-    cls = type("Reader", (base,), {"forward": lambda self, x: read(self, F.linear(x, self.w))})
+    cls = type("Reader", (Reader,), {"forward": lambda self, x: read(self, F.linear(x, self.w))})
     return cls(), cls()
 
 
@@ -259,6 +252,7 @@ def by_default(x: Tensor, options: dict[str, int] = DEFAULTS) -> Tensor:
 
 
 SWITCH, SPACE, SETS, LIST, NOTHING = Switch(), types.SimpleNamespace(on=False), {0}, [0], None
+COUNTER: Counter[str] = Counter()
 GLOBALS: dict[str, tuple[Read, Callable[[pytest.MonkeyPatch], object]]] = {
     "by the forward of a layer": (
         lambda block, x: block.inner.forward(x),
@@ -272,11 +266,8 @@ GLOBALS: dict[str, tuple[Read, Callable[[pytest.MonkeyPatch], object]]] = {
         lambda block, x: block.inner.sign * x,
         lambda patch: patch.setitem(globals(), "TURN", -1.0),
     ),
-    "by an operator of a layer": (
-        lambda block, x: block.indexed[x],
-        lambda patch: patch.setitem(globals(), "TURN", -1.0),
-    ),
     "in a dictionary": (lambda _, x: 2 * x if FLAGS else x, lambda patch: patch.setitem(FLAGS, "on", True)),
+    "in a counter": (lambda _, x: 2 * x if COUNTER["on"] else x, lambda patch: patch.setitem(COUNTER, "on", 1)),
     "in a set": (lambda _, x: 2 * x if 1 in SETS else x, lambda patch: patch.setitem(globals(), "SETS", {0, 1})),
     "in a list": (lambda _, x: 2 * x if LIST[0] else x, lambda patch: patch.setitem(globals(), "LIST", [1])),
     "of a class": (
@@ -309,10 +300,19 @@ GLOBALS: dict[str, tuple[Read, Callable[[pytest.MonkeyPatch], object]]] = {
 @pytest.mark.parametrize("what", GLOBALS)
 def test_a_global_that_has_changed_is_read_anew(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read, change = GLOBALS[what]
-    before, after = readers(read, IndexedReader if "operator" in what else Reader)
+    before, after = readers(read)
     x = torch.randn(3, 4)
     assert_adapted_as_it_is(before, x)
     change(monkeypatch)
+    assert_adapted_as_it_is(after, x)
+
+
+def test_an_operator_of_a_layer_reads_globals_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after = readers(lambda block, x: block.inner[x])
+    before.inner, after.inner = Indexed(), Indexed()
+    x = torch.randn(3, 4)
+    assert_adapted_as_it_is(before, x)
+    monkeypatch.setitem(globals(), "TURN", -1.0)
     assert_adapted_as_it_is(after, x)
 
 

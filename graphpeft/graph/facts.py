@@ -129,7 +129,7 @@ def writes(target: Any) -> bool:
     if target in _WRITERS or isinstance(target, InPlace):
         return True
     if isinstance(target, OpOverload):
-        return bool(written_arguments(target))
+        return 0 in written_arguments(target).values()
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     return name.endswith("_") and not name.endswith("__")
 

@@ -279,13 +279,16 @@ def has_tensor(module: nn.Module, name: str) -> bool:
 
 def has_place(module: nn.Module, name: str) -> bool:
     """Returns whether `module` has a holder, or a tensor in a group of holders, at the path `name`."""
-    *path, own = name.split(".")
-    held: Any = module
+    first, *path = name.split(".")
+    # not by get, which a scripted module's dictionary lacks; a module of the model's own may have the adapter's name
+    held: Any = module._modules[first] if first in module._modules else None
+    if not isinstance(held, Holder):
+        return False
     for inner in path:
-        held = held._modules.get(inner)
+        held = next((of[inner] for of in (held._modules, held._parameters, held._buffers) if inner in of), None)
         if held is None:
             return False
-    return own in held._modules or own in held._parameters or own in held._buffers
+    return True
 
 
 def has_holders(module: nn.Module) -> bool:
@@ -313,7 +316,7 @@ def own_modules(module: nn.Module) -> list[tuple[str, nn.Module | None]]:
     """Returns the submodules of `module` by name, without holders.
 
     A layer may have a hundred holders. So their names are kept where they come and go, and they are looked at only
-    where there is another submodule, or the last one isn't a holder.
+    where there is another submodule, as at the beginning or the end.
     """
     inner: Mapping[str, Any] = module._modules
     names: Any = module.__dict__.get(_HOLDERS, ())

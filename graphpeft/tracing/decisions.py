@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from graphpeft._torch import CustomOpDef
+from graphpeft._torch import CustomOpDef, written_arguments
 from graphpeft.graph import guards
 from graphpeft.graph.calls import Call
 from graphpeft.graph.errors import NeedsInputsError
@@ -61,7 +61,8 @@ def writes_itself(node: fx.Node) -> bool:
 
 def may_write(node: fx.Node) -> bool:
     """Returns whether a call writes into an argument, or nothing tells that it doesn't."""
-    return writes_itself(node) or isinstance(node.target, Scripted | CustomOpDef | Applied)
+    is_unknown = isinstance(node.target, Scripted | CustomOpDef | Applied)
+    return is_unknown or writes_itself(node) or bool(written_arguments(node.target))
 
 
 def may_lack(part: fx.Node, kept: Container[str]) -> bool:

@@ -17,7 +17,8 @@ from graphpeft.tracing.attributes import is_plain
 
 def plain_globals(cls: type) -> dict[str, Any]:
     """Returns the plain globals and closure variables that a forward reads, each by a description of its name."""
-    return {name: value for name, value in globals_read(cls).items() if value is not None and is_plain(value)}
+    found = {name: value for function in functions_in_forward(cls) for name, value in _read_by(function)}
+    return {name: value for name, value in found.items() if value is not None and is_plain(value)}
 
 
 def globals_read(cls: type) -> dict[str, Any]:
@@ -28,8 +29,7 @@ def globals_read(cls: type) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for function in functions_in_forward(cls):
-        found |= _read_by(function)
-        found |= _of_classes(function, cls)
+        found |= {**dict(_read_by(function)), **dict(_inside_globals(function)), **dict(_of_classes(function, cls))}
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
         found |= {f"default {number} of {function.__qualname__}": value for number, value in enumerate(defaults)}
     return found
@@ -46,21 +46,12 @@ def _of_classes(function: Callable[..., Any], cls: type) -> Iterator[tuple[str, 
 
 
 def _read_by(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
-    namespace = function.__globals__
-    for name, attribute in _globals_named_in(function.__code__):
-        value: Any = namespace.get(name, _CODE)
-        file = namespace.get("__name__")
-        if issubclass(type(value), ModuleType) and attribute is not None:
-            name, value, file = attribute, vars(value).get(attribute, _CODE), value.__name__
-        if value is _CODE or is_of_a_library(file):
-            continue
+    """Yields the globals and closure variables that a function reads, but for classes and modules."""
+    for name, _, value in _globals_of(function):
         if type(value) is FunctionType:
-            yield f"the function {name} of {file}", weakref.ref(value)
+            yield f"the function {name}", weakref.ref(value)
         elif not _is_code(value):
-            yield f"the global {name} of {file}", value
-        inside = next((held[attribute] for held in _namespaces(value) if attribute and attribute in held), _CODE)
-        if not _is_code(inside):
-            yield f"{attribute} of the global {name} of {file}", inside
+            yield f"the global {name}", value
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             value = cell.cell_contents
@@ -68,6 +59,26 @@ def _read_by(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
             continue  # an empty cell
         if not _is_code(value):
             yield f"the variable {name} around {function.__qualname__}", value
+
+
+def _inside_globals(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
+    """Yields the attributes of globals that a function reads, as in ``OPTIONS.mode``."""
+    for name, attribute, value in _globals_of(function):
+        inside = next((held[attribute] for held in _namespaces(value) if attribute and attribute in held), _CODE)
+        if not _is_code(inside):
+            yield f"{attribute} of the global {name}", inside
+
+
+def _globals_of(function: Callable[..., Any]) -> Iterator[tuple[str, str | None, Any]]:
+    """Yields the globals of a user's that a function names: a description, the attribute read of it, and the value."""
+    namespace = function.__globals__
+    for name, attribute in _globals_named_in(function.__code__):
+        value: Any = namespace.get(name, _CODE)
+        file = namespace.get("__name__")
+        if issubclass(type(value), ModuleType) and attribute is not None:
+            name, value, file = attribute, vars(value).get(attribute, _CODE), value.__name__
+        if value is not _CODE and not is_of_a_library(file):
+            yield f"{name} of {file}", attribute, value
 
 
 def _namespaces(value: Any) -> list[Mapping[str, Any]]:

@@ -13,7 +13,6 @@ import enum
 import inspect
 import types
 import weakref
-from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -184,7 +183,7 @@ def _named_by(cls: type) -> dict[str, Any]:
     return {
         name: value if type(value) is weakref.ref else _observe_value(value)
         for name, value in globals_read(cls).items()
-        if type(value) in _FACTS or not is_of_a_library(type(value).__module__) or has_content(value)
+        if issubclass(type(value), _FACTS) or not is_of_a_library(type(value).__module__) or has_content(value)
     }
 
 
@@ -260,7 +259,7 @@ def _observe_value(value: Any, inside: int = 0) -> Any:
     return _UNKNOWN if _UNKNOWN in parts else (kind, parts)
 
 
-_FACTS = (*SIMPLE, *CONTAINERS, tuple, frozenset, OrderedDict, defaultdict, weakref.ref)
+_FACTS = (*SIMPLE, *CONTAINERS, tuple, frozenset, weakref.ref)
 """Types of libraries whose values are facts, or prevent that a recording is shared; others have no state."""
 
 _DEEPEST, _LONGEST = 4, 1000

@@ -280,10 +280,10 @@ def has_tensor(module: nn.Module, name: str) -> bool:
 def has_place(module: nn.Module, name: str) -> bool:
     """Returns whether `module` has a holder, or a tensor in a group of holders, at the path `name`."""
     first, *path = name.split(".")
-    # not by get, which a scripted module's dictionary lacks; a module of the model's own may have the adapter's name
-    held: Any = module._modules[first] if first in module._modules else None
-    if not isinstance(held, Holder):
+    # a module of the model's own may have the adapter's name
+    if first not in module._modules or not isinstance(module._modules[first], Holder):
         return False
+    held: Any = module._modules[first]
     for inner in path:
         held = next((of[inner] for of in (held._modules, held._parameters, held._buffers) if inner in of), None)
         if held is None:

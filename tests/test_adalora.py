@@ -13,10 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from models import BERT, GPT2, LLAMA, T5, Example, output
+from models import GPT2, LLAMA, Example, output
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
-from test_loha import assert_defaults_name_the_targets_that_pefts_do
 from torch import Tensor, nn
 
 import graphpeft
@@ -120,14 +119,6 @@ def test_without_a_smaller_target_all_ranks_stay(target_r: int):
     # PEFT's kthvalue fails at the first allocation
     (*_, (_, pattern)) = trained(adapted(graphpeft, target_r=target_r), steps=12)
     assert all(map(all, (pattern or {}).values()))
-
-
-@pytest.mark.parametrize("example", [LLAMA, BERT, T5], ids=str)
-def test_defaults_name_the_targets_that_pefts_do(example: Example):
-    models = [
-        library.get_peft_model(example.build(), library.AdaLoraConfig(total_step=5)) for library in (peft, graphpeft)
-    ]
-    assert_defaults_name_the_targets_that_pefts_do(example, *models)
 
 
 # files

@@ -104,19 +104,6 @@ def test_dropout_draws_the_random_numbers_that_pefts_draws(case: Case):
     assert_close(ours.eval()(x), theirs.eval()(x), 1e-5)
 
 
-def test_two_active_adapters_are_pefts():
-    theirs, ours = by_both(LINEAR)
-    for model, config in ((theirs, peft.BOFTConfig), (ours, BOFTConfig)):
-        model.add_adapter("second", config(boft_block_size=3, target_modules=["0"]))
-    theirs.base_model.set_adapter(["default", "second"])
-    moved(theirs)
-    for name in ("default", "second"):
-        values = peft.get_peft_model_state_dict(theirs, adapter_name=name)
-        graphpeft.set_peft_model_state_dict(ours, values, adapter_name=name)
-    ours.set_adapter(["default", "second"])
-    assert_close(outputs(ours, LINEAR), outputs(theirs, LINEAR), 1e-5)
-
-
 class Beyond(nn.Module):
     """Weights that PEFT's BOFT doesn't adapt."""
 

@@ -16,13 +16,13 @@ import transformers
 from contracts import CONTRACTS, FIRST
 from contracts.contract import Contract
 from kinds import BOTH_WAYS
-from models import LLAMA
-from oracle import Case, assert_close, assert_trains_alike, moved, outputs
+from models import BERT, GPT2, LLAMA, T5, Example, call, result
+from oracle import TRANSPOSED, Case, assert_close, assert_trains_alike, moved, outputs
 from safetensors.torch import load_file
 from torch import Tensor
 
 import graphpeft
-from graphpeft import AdaptError, LoraConfig, PeftModel, get_peft_model
+from graphpeft import AdaptError, LoraConfig, PeftModel, PeftType, get_peft_model
 from graphpeft.rules.registry import registered
 from graphpeft.testing import verify
 
@@ -209,7 +209,32 @@ def test_a_training_step_has_pefts_outputs_and_gradients(contract: Contract, cas
     assert_trains_alike(ours, theirs, case, contract.tolerance)
 
 
-# rows of a batch
+# several adapters
+
+
+@pairs(lambda contract: contract.cases[:1])
+def test_two_active_adapters_are_those_that_peft_merges(contract: Contract, case: Case) -> None:
+    # PEFT has none with biases beside another, and runs two active ones of C3A, OFT and OSF otherwise than merged
+    alone: Any = {"bias": "none"} if hasattr(contract.our_config(case), "bias") else {}
+    both = ["default", "second"]
+    theirs: Any = peft.get_peft_model(case.build(), contract.their_config(case, **alone))
+    # one of AdaLoRA's can be trained
+    theirs.add_adapter("second", contract.their_config(case, **alone, inference_mode=True))
+    model: Any = get_peft_model(case.build(), contract.our_config(case, **alone))
+    model.add_adapter("second", contract.our_config(case, **alone))
+    if "together" in contract.refuses:
+        with pytest.raises(AdaptError, match=contract.refuses["together"]):
+            model.set_adapter(both)
+        return
+    theirs.base_model.set_adapter(both)
+    moved(theirs)
+    for name in both:
+        graphpeft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(theirs, adapter_name=name), name)
+    model.set_adapter(both)
+    # what it can't merge it runs alike
+    if contract.theirs is not peft.LilyConfig and str(contract) != "beft-without-bias":
+        theirs.merge_adapter()
+    assert_close(outputs(model.eval(), case), outputs(theirs.eval(), case), contract.tolerance)
 
 
 IN_ROWS = [*FIRST, *(contract for contract in CONTRACTS if str(contract) in ("dora", "ia3-inputs", "miss-bat"))]
@@ -241,6 +266,37 @@ def test_rows_of_a_batch_have_adapters_of_this_method_of_another_or_none(contrac
 
 
 # a whole model
+
+
+OF_NAMES = (PeftType.LN_TUNING, PeftType.TRAINABLE_TOKENS)
+"""Methods that train tensors of the model by their names, whatever layers have them."""
+
+WITH_DEFAULTS = [
+    (contract, example)
+    for contract in FIRST
+    for example in (LLAMA, BERT, T5, GPT2)
+    # PEFT's other methods don't take the layers of GPT-2
+    if example is not GPT2 or TRANSPOSED in contract.cases or contract.method in OF_NAMES
+]
+
+
+@pytest.mark.parametrize(("contract", "example"), WITH_DEFAULTS, ids=str)
+def test_defaults_name_the_targets_that_pefts_do(contract: Contract, example: Example) -> None:
+    our_config: Any = contract.ours(**contract.options)
+    their_config: Any = contract.theirs(**contract.options)
+    if contract.method is PeftType.LN_TUNING and example is BERT:
+        with pytest.raises(ValueError, match="Please specify `target_modules`"):
+            peft.get_peft_model(example.build(), their_config)
+        with pytest.raises(AdaptError, match="no default target_modules are known"):
+            get_peft_model(example.build(), our_config)
+        return
+    expected: Any = moved(peft.get_peft_model(example.build(), their_config))
+    model: Any = get_peft_model(example.build(), our_config).eval()
+    values = peft.get_peft_model_state_dict(expected)
+    assert graphpeft.get_peft_model_state_dict(model).keys() == values.keys()
+    graphpeft.set_peft_model_state_dict(model, values)
+    found, expected = (result(call(each, example.inputs())) for each in (model, expected))
+    assert_close(found, expected, contract.tolerance)
 
 
 def tokens(seed: int = 0) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from oracle import LINEAR
@@ -20,19 +19,6 @@ def adapted(first: Any, second: Any) -> Any:
     model.add_adapter("second", second)
     model.set_adapter(["default", "second"])
     return moved(model)
-
-
-@pytest.mark.parametrize("method", ["relu", "qr"])
-def test_two_active_adapters_each_take_out_of_the_base_as_in_peft(method: str):
-    options: tuple[dict[str, Any], ...] = ({"r": 2, "decomposition_method": method}, {"r": 1, "alpha": 3})
-    theirs: Any = peft.get_peft_model(LINEAR.build(), peft.DeftConfig(target_modules=["0"], **options[0]))
-    theirs.add_adapter("second", peft.DeftConfig(target_modules=["0"], **options[1]))
-    theirs.base_model.set_adapter(["default", "second"])
-    moved(theirs)
-    ours = adapted(*(DeftConfig(target_modules=["0"], **each) for each in options))
-    for name in ("default", "second"):
-        graphpeft.set_peft_model_state_dict(ours, peft.get_peft_model_state_dict(theirs, adapter_name=name), name)
-    torch.testing.assert_close(ours(*LINEAR.inputs()), theirs(*LINEAR.inputs()))
 
 
 BESIDE = {

@@ -7,7 +7,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models import GPT2
 from oracle import LINEAR
 from torch import nn
 
@@ -20,16 +19,6 @@ def test_the_change_is_the_transform_of_its_coefficients():
     dense = torch.zeros(48).index_put((adapter.fourierft_places,), adapter.fourierft_spectrum.detach()).view(8, 6)
     change = model.merge_and_unload()[0].weight - base[0].weight  # pyright: ignore[reportIndexIssue]
     torch.testing.assert_close(change, 2 * torch.fft.ifft2(dense).real)
-
-
-def test_defaults_name_the_targets_that_pefts_do():
-    keys = [
-        library.get_peft_model_state_dict(
-            library.get_peft_model(GPT2.build(), config(n_frequency=3, fan_in_fan_out=True))
-        ).keys()
-        for library, config in ((peft, peft.FourierFTConfig), (__import__("graphpeft"), FourierFTConfig))
-    ]
-    assert keys[0] == keys[1]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from oracle import LINEAR, WITHOUT_BIAS
@@ -27,23 +26,6 @@ def test_a_bias_is_scaled_shifted_and_given_a_part_of_the_weight():
     merged = model.merge_and_unload()[0]
     torch.testing.assert_close(merged.bias, expected)
     assert torch.equal(merged.weight, layer.weight)
-
-
-def test_two_active_adapters_each_change_the_base_as_in_peft():
-    options: tuple[dict[str, Any], ...] = ({"config_D_E": "vector"}, {"config_A_B": "constant", "config_C": "vector"})
-    theirs: Any = peft.get_peft_model(LINEAR.build(), peft.GloraConfig(r=2, target_modules=["0"], **options[0]))
-    theirs.add_adapter("second", peft.GloraConfig(r=2, target_modules=["0"], **options[1]))
-    theirs.base_model.set_adapter(["default", "second"])
-    moved(theirs)
-    ours = adapted(**options[0])
-    ours.add_adapter("second", GloraConfig(r=2, target_modules=["0"], **options[1]))
-    ours.set_adapter(["default", "second"])
-    for name in ("default", "second"):
-        graphpeft.set_peft_model_state_dict(ours, peft.get_peft_model_state_dict(theirs, adapter_name=name), name)
-    expected = theirs(*LINEAR.inputs())
-    torch.testing.assert_close(ours(*LINEAR.inputs()), expected)
-    ours.merge_adapter()
-    torch.testing.assert_close(ours(*LINEAR.inputs()), expected)
 
 
 def test_one_of_two_cannot_be_merged_without_the_other():

@@ -8,23 +8,15 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models import BERT, GPT2, LLAMA, T5, Example, output
+from models import BERT, GPT2, LLAMA, Example, output
 from oracle import perturb
-from test_loha import assert_defaults_name_the_targets_that_pefts_do
 from torch import nn
 
-import graphpeft
 from graphpeft import AdaptError, GraloraConfig, PeftModel, get_peft_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:no gradient goes through", "ignore:::peft")
 
 HYBRID: dict[str, Any] = {"r": 6, "hybrid_r": 2, "gralora_k": 2, "alpha": 5}
-
-
-@pytest.mark.parametrize("example", [LLAMA, BERT, T5], ids=str)
-def test_defaults_name_the_targets_that_pefts_do(example: Example):
-    models = [library.get_peft_model(example.build(), library.GraloraConfig()) for library in (peft, graphpeft)]  # type: ignore[attr-defined]
-    assert_defaults_name_the_targets_that_pefts_do(example, *models)
 
 
 @pytest.mark.parametrize(("example", "bias"), [(LLAMA, "none"), (GPT2, "all"), (BERT, "gralora_only")], ids=str)

@@ -8,10 +8,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models import BERT, LLAMA, T5, Example, tiny_llama
+from models import tiny_llama
 from oracle import perturb
 from peft.tuners.tuners_utils import _find_minimal_target_modules
-from test_loha import assert_defaults_name_the_targets_that_pefts_do
 from torch import nn
 
 import graphpeft
@@ -104,12 +103,6 @@ def test_the_longest_of_several_ends_is_the_target():
     model: Any = get_peft_model(blocks(3), LilyConfig(r=2, target_modules=["up", "1.up"]))
     assert model.get_parameter("0.up.default.lily_B") is model.get_parameter("2.up.default.lily_B")
     assert model.get_parameter("0.up.default.lily_B") is not model.get_parameter("1.up.default.lily_B")
-
-
-@pytest.mark.parametrize("example", [LLAMA, BERT, T5], ids=str)
-def test_defaults_name_the_targets_that_pefts_do(example: Example):
-    models = [library.get_peft_model(example.build(), library.LilyConfig()) for library in (peft, graphpeft)]  # type: ignore[attr-defined]
-    assert_defaults_name_the_targets_that_pefts_do(example, *models)
 
 
 def test_a_file_whose_layers_should_share_and_do_not_is_refused(tmp_path: Path):

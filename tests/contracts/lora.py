@@ -15,12 +15,14 @@ def _variant(name: str, **options: object) -> Contract:
     return Contract(name, LoraConfig, peft.LoraConfig, own, (LINEAR, WITHOUT_BIAS))
 
 
+IN_PLACE = {"together": "both have another tensor in the place of 0.weight"}
+
 CONTRACTS = [
     Contract("lora", LoraConfig, peft.LoraConfig, {"r": 2, "lora_alpha": 3}, (*MATRICES, CONV_1D, CONV_2D, EMBEDDING)),
     Contract("dora", LoraConfig, peft.LoraConfig, {"r": 2, "lora_alpha": 3, "use_dora": True}, (*MATRICES, CONV_2D)),
     _variant("bdlora-a", use_bdlora=BLOCKS_OF_A),
-    _variant("kasa", kasa_config={}),
-    _variant("kasa-dropout", kasa_config={}, lora_dropout=0.4, init_lora_weights="gaussian"),
+    _variant("kasa", kasa_config={})._replace(refuses=IN_PLACE),
+    _variant("kasa-dropout", kasa_config={}, lora_dropout=0.4, init_lora_weights="gaussian")._replace(refuses=IN_PLACE),
     _variant("monteclora", monteclora_config={"buffer_size": 3})._replace(cases=MATRICES, trains_alike=False),
     _variant("velora", velora_config={"num_groups": 4, "scale": 0.7}),
     _variant("velora-once", velora_config={"num_groups": 3, "init_type": "batch_average_once"}, lora_dropout=0.4),

@@ -1,7 +1,7 @@
 """LoRA, DoRA and the variants; the rest of LoRA's options have tests of their own."""
 
 import peft
-from oracle import CONV_1D, CONV_2D, EMBEDDING, LINEAR, MATRICES, WITHOUT_BIAS
+from oracle import CONV_1D, CONV_2D, CONVOLUTIONS, EMBEDDING, LINEAR, MATRICES, WITHOUT_BIAS
 
 from contracts.contract import Contract
 from graphpeft import LoraConfig
@@ -15,11 +15,17 @@ def _variant(name: str, **options: object) -> Contract:
     return Contract(name, LoraConfig, peft.LoraConfig, own, (LINEAR, WITHOUT_BIAS))
 
 
+DORA = {"r": 2, "lora_alpha": 3, "use_dora": True}
+DRAWN = {"init_lora_weights": False, "use_rslora": True, "bias": "lora_only"}
+DROPOUT = {"init_lora_weights": "gaussian", "lora_dropout": 0.4}
+
 IN_PLACE = {"together": "both have another tensor in the place of 0.weight"}
 
 CONTRACTS = [
     Contract("lora", LoraConfig, peft.LoraConfig, {"r": 2, "lora_alpha": 3}, (*MATRICES, CONV_1D, CONV_2D, EMBEDDING)),
-    Contract("dora", LoraConfig, peft.LoraConfig, {"r": 2, "lora_alpha": 3, "use_dora": True}, (*MATRICES, CONV_2D)),
+    Contract("dora", LoraConfig, peft.LoraConfig, DORA, (*MATRICES, *CONVOLUTIONS, EMBEDDING)),
+    Contract("dora-drawn", LoraConfig, peft.LoraConfig, DORA | DRAWN, (*MATRICES, CONV_2D, EMBEDDING)),
+    Contract("dora-dropout", LoraConfig, peft.LoraConfig, DORA | DROPOUT, (*MATRICES, *CONVOLUTIONS)),
     _variant("bdlora-a", use_bdlora=BLOCKS_OF_A),
     _variant("kasa", kasa_config={})._replace(refuses=IN_PLACE),
     _variant("kasa-dropout", kasa_config={}, lora_dropout=0.4, init_lora_weights="gaussian")._replace(refuses=IN_PLACE),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphpeft
-from graphpeft import PeftModel, get_peft_model_state_dict
+from graphpeft import PeftModel
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{begins}")
@@ -73,33 +73,6 @@ def build() -> nn.Module:
 
 def inputs() -> Tensor:
     return LAYERS.inputs()[0]
-
-
-@each_method
-def test_biases_that_are_trained_go_both_ways(method: Method, tmp_path: Path):
-    for bias in ("all", method.biases):
-        folder = tmp_path / bias
-        models = [moved(method.adapted(lib, build(), target_modules=["0"], bias=bias)) for lib in (peft, graphpeft)]
-        for model, library, name in ((models[0], graphpeft, "theirs"), (models[1], peft, "ours")):
-            model.save_pretrained(str(folder / name))
-            loaded = library.PeftModel.from_pretrained(build(), str(folder / name)).eval()
-            torch.testing.assert_close(loaded(inputs()), model(inputs()))
-        theirs, ours = peft.get_peft_model_state_dict(models[0]), get_peft_model_state_dict(models[1])
-        assert {key: t.shape for key, t in ours.items()} == {key: t.shape for key, t in theirs.items()}
-
-
-@each_method
-def test_rows_of_a_batch_have_adapters_of_their_own(method: Method):
-    model = moved(method.adapted(graphpeft, build(), target_modules=TARGETS))
-    model.add_adapter("other", method.config(target_modules=["0", "4"]))
-    expected = {}
-    for name in ("other", "default"):
-        model.set_adapter(name)
-        expected[name] = moved(model, seed=len(name))(inputs())
-    expected["__base__"] = build()(inputs())
-    names = ["default", "other", "__base__", "default"]
-    found = model(inputs(), adapter_names=names)
-    torch.testing.assert_close(found, torch.stack([expected[name][row] for row, name in enumerate(names)]))
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method.is_for_quantised], ids=str)

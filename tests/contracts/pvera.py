@@ -18,7 +18,9 @@ CONTRACTS = [
         beyond=(MATRIX, ROUNDED),
         refuses={"both ways": "gives each input its own noise"},
     ),
-    Contract("pvera-drawn", PveraConfig, peft.PveraConfig, {"r": 3, "init_weights": False}, (LAYERS,)),
+    Contract(
+        "pvera-drawn", PveraConfig, peft.PveraConfig, {"r": 3, "init_weights": False, "bias": "pvera_only"}, (LAYERS,)
+    ),
     Contract("pvera-dropout", PveraConfig, peft.PveraConfig, {"r": 3, "pvera_dropout": 0.4}, (LAYERS,)),
     Contract("pvera-unsaved", PveraConfig, peft.PveraConfig, {"r": 3, "save_projection": False}, (LINEAR, LAYERS)),
 ]

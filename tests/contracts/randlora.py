@@ -19,7 +19,7 @@ CONTRACTS = [
         (LINEAR, WITHOUT_BIAS, TRANSPOSED, LAYERS),
         beyond=(USES, ATTENTION, ROUNDED),
     ),
-    Contract("randlora-drawn", RandLoraConfig, peft.RandLoraConfig, OPTIONS, (LAYERS,)),
+    Contract("randlora-drawn", RandLoraConfig, peft.RandLoraConfig, OPTIONS | {"bias": "all"}, (LAYERS,)),
     Contract("randlora-sparse", RandLoraConfig, peft.RandLoraConfig, OPTIONS | {"sparse": True}, (LAYERS,)),
     Contract("randlora-very-sparse", RandLoraConfig, peft.RandLoraConfig, OPTIONS | {"very_sparse": True}, (LAYERS,)),
     Contract("randlora-unsaved", RandLoraConfig, peft.RandLoraConfig, OPTIONS | {"save_projection": False}, (LAYERS,)),

@@ -19,7 +19,9 @@ CONTRACTS = [
         (LINEAR, WITHOUT_BIAS, TRANSPOSED, LAYERS, EMBEDDING),
         beyond=(USES, ATTENTION),
     ),
-    Contract("tinylora-drawn", TinyLoraConfig, peft.TinyLoraConfig, OPTIONS, (LAYERS, EMBEDDING)),
+    Contract(
+        "tinylora-drawn", TinyLoraConfig, peft.TinyLoraConfig, OPTIONS | {"bias": "tinylora_only"}, (LAYERS, EMBEDDING)
+    ),
     Contract("tinylora-tied", TinyLoraConfig, peft.TinyLoraConfig, OPTIONS | {"weight_tying": 0.5}, (LAYERS,)),
     Contract("tinylora-one", TinyLoraConfig, peft.TinyLoraConfig, OPTIONS | {"weight_tying": 1.0}, (LAYERS,)),
     Contract("tinylora-unsaved", TinyLoraConfig, peft.TinyLoraConfig, OPTIONS | {"save_projection": False}, (LAYERS,)),

@@ -21,7 +21,11 @@ CONTRACTS = [
     ),
     Contract("unilora-saved", UniLoraConfig, peft.UniLoraConfig, OPTIONS | {"save_indices": True}, (LINEAR, LAYERS)),
     Contract(
-        "unilora-drawn", UniLoraConfig, peft.UniLoraConfig, {"theta_d_length": 300, "init_weights": False}, (LAYERS,)
+        "unilora-drawn",
+        UniLoraConfig,
+        peft.UniLoraConfig,
+        {"theta_d_length": 300, "init_weights": False, "bias": "unilora_only"},
+        (LAYERS,),
     ),
     Contract("unilora-dropout", UniLoraConfig, peft.UniLoraConfig, OPTIONS | {"unilora_dropout": 0.4}, (LAYERS,)),
 ]

@@ -20,6 +20,6 @@ CONTRACTS = [
         beyond=(USES, ATTENTION, ROUNDED),
         sized={"vector_length": 16},
     ),
-    Contract("vblora-one", VBLoRAConfig, peft.VBLoRAConfig, OPTIONS | {"topk": 1}, (LAYERS,)),
+    Contract("vblora-one", VBLoRAConfig, peft.VBLoRAConfig, OPTIONS | {"topk": 1, "bias": "vblora_only"}, (LAYERS,)),
     Contract("vblora-dropout", VBLoRAConfig, peft.VBLoRAConfig, OPTIONS | {"vblora_dropout": 0.4}, (LAYERS,)),
 ]

@@ -17,7 +17,9 @@ CONTRACTS = [
         (LINEAR, WITHOUT_BIAS, TRANSPOSED, LAYERS),
         beyond=(USES, ATTENTION, ROUNDED),
     ),
-    Contract("vera-drawn", VeraConfig, peft.VeraConfig, {"r": 3, "init_weights": False}, (LAYERS,)),
+    Contract(
+        "vera-drawn", VeraConfig, peft.VeraConfig, {"r": 3, "init_weights": False, "bias": "vera_only"}, (LAYERS,)
+    ),
     Contract("vera-dropout", VeraConfig, peft.VeraConfig, {"r": 3, "vera_dropout": 0.4}, (LAYERS,)),
     Contract("vera-unsaved", VeraConfig, peft.VeraConfig, {"r": 3, "save_projection": False}, (LINEAR, LAYERS)),
 ]

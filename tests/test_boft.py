@@ -8,12 +8,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from bitsandbytes.nn.modules import LinearNF4
 from models import Experts
 from oracle import LINEAR, Case, assert_close, assert_same_tensors, moved, outputs
 from peft.tuners.boft import layer as their_layer
 from safetensors.torch import load_file
-from test_quantised import by_bitsandbytes
 from torch import Tensor, nn
 
 import graphpeft
@@ -130,19 +128,6 @@ def test_every_law_holds_for_weights_that_peft_lacks():
 def test_each_matrix_of_a_stack_has_a_butterfly_of_its_own():
     config = BOFTConfig(boft_block_size=5, target_modules=["up"])
     assert get_peft_model(Experts(), config).default.up_boft_R.shape == (2, 1, 1, 5, 5)
-
-
-@pytest.mark.filterwarnings("ignore:adapters are merged into the quantised weights")
-def test_quantised_layers_are_adapted_and_their_codes_made_anew():
-    case = Case("nf4", by_bitsandbytes(LinearNF4), lambda: (torch.randn(3, 64),))
-    theirs, ours = by_both(case, target_modules=["0", "2"], boft_block_size=16)
-    active = outputs(ours, case)
-    assert_close(active, outputs(theirs, case), 1e-5)
-    theirs.merge_adapter()
-    ours.merge_adapter()
-    assert_close(outputs(ours, case), outputs(theirs, case), 1e-5)
-    ours.unmerge_adapter()
-    assert torch.equal(outputs(ours, case), active)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import onnxruntime
 import peft
 import pytest
@@ -19,6 +20,7 @@ from kinds import BOTH_WAYS
 from models import BERT, GPT2, LLAMA, T5, Example, call, result
 from oracle import TRANSPOSED, Case, assert_close, assert_trains_alike, moved, outputs
 from safetensors.torch import load_file
+from test_quantised import by_bitsandbytes
 from torch import Tensor
 
 import graphpeft
@@ -207,6 +209,38 @@ def test_a_training_step_has_pefts_outputs_and_gradients(contract: Contract, cas
     ours = PeftModel.from_pretrained(case.build(), tmp_path, is_trainable=True)
     theirs = peft.PeftModel.from_pretrained(case.build(), str(tmp_path), is_trainable=True)
     assert_trains_alike(ours, theirs, case, contract.tolerance)
+
+
+# quantised layers
+
+
+def in_four_bits() -> Any:
+    model: Any = by_bitsandbytes(bitsandbytes.nn.LinearNF4)()
+    model.is_loaded_in_4bit = True  # by which PEFT tells such a model
+    return model
+
+
+QUANTISED = Case("nf4", in_four_bits, lambda: (torch.randn(3, 64),))
+MERGED_INTO_CODES = ("boft", "hira", "lora", "miss", "oft", "vera")
+ACTING_ON_CODES = ("adalora", "beft", "gralora", "ia3", "lily", "pvera", "randlora", "road", "vblora")
+
+
+@pytest.mark.filterwarnings("ignore:adapters are merged into the quantised weights", "ignore:Merge .* module")
+@pytest.mark.parametrize(
+    "contract", [each for each in FIRST if str(each) in (*MERGED_INTO_CODES, *ACTING_ON_CODES)], ids=str
+)
+def test_quantised_layers_have_pefts_outputs_and_codes(contract: Contract) -> None:
+    theirs = moved(peft.get_peft_model(QUANTISED.build(), contract.their_config(QUANTISED)))
+    model: Any = get_peft_model(QUANTISED.build(), contract.our_config(QUANTISED)).eval()
+    graphpeft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(theirs))
+    active = outputs(model, QUANTISED)
+    assert_close(active, outputs(theirs, QUANTISED), contract.tolerance)
+    if str(contract) in MERGED_INTO_CODES:
+        theirs.merge_adapter()
+        model.merge_adapter()
+        assert_close(outputs(model, QUANTISED), outputs(theirs, QUANTISED), contract.tolerance)
+        model.unmerge_adapter()
+        assert torch.equal(outputs(model, QUANTISED), active)
 
 
 # several adapters

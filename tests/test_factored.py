@@ -7,12 +7,10 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import peft
 import pytest
 import torch
 from matrix_uses import LAYERS
-from oracle import Case, moved
-from test_quantised import by_bitsandbytes
+from oracle import moved
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -73,15 +71,6 @@ def build() -> nn.Module:
 
 def inputs() -> Tensor:
     return LAYERS.inputs()[0]
-
-
-@pytest.mark.parametrize("method", [method for method in METHODS if method.is_for_quantised], ids=str)
-def test_quantised_layers_have_pefts_outputs(method: Method, tmp_path: Path):
-    case = Case("4 bits", by_bitsandbytes(__import__("bitsandbytes").nn.LinearNF4), lambda: (torch.randn(3, 64),))
-    theirs = moved(method.adapted(peft, case.build(), target_modules=["0", "2"]))
-    theirs.save_pretrained(str(tmp_path))
-    ours: Any = PeftModel.from_pretrained(case.build(), tmp_path).eval()
-    torch.testing.assert_close(ours(*case.inputs()), theirs(*case.inputs()))
 
 
 @each_method

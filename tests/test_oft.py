@@ -9,11 +9,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from bitsandbytes.nn.modules import LinearNF4
 from models import Experts
 from oracle import CONV_2D, EMBEDDING, LINEAR, POINTWISE, TRANSPOSED, Case, assert_close, moved
 from peft.tuners.oft.layer import OFTLayer
-from test_quantised import by_bitsandbytes
 from torch import Tensor, nn
 
 import graphpeft
@@ -114,20 +112,6 @@ def test_blocks_that_reach_over_groups_are_refused():
     base = nn.Sequential(nn.Conv2d(6, 4, 1, groups=2))
     with pytest.raises(AdaptError, match="blocks of 2 features don't fit into its 2 groups of 3"):
         get_peft_model(base, OFTConfig(oft_block_size=2, target_modules=["0"]))
-
-
-@pytest.mark.filterwarnings("ignore:adapters are merged into the quantised weights")
-def test_the_inputs_of_quantised_layers_are_rotated_and_their_codes_made_anew():
-    case = Case("nf4", by_bitsandbytes(LinearNF4), lambda: (torch.randn(3, 64),))
-    theirs, ours = by_both(case.build, target_modules=["0", "2"], oft_block_size=16)
-    (x,) = case.inputs()
-    active = ours(x)
-    assert_close(active, theirs(x), 1e-5)
-    theirs.merge_adapter()
-    ours.merge_adapter()
-    assert_close(ours(x), theirs(x), 1e-5)
-    ours.unmerge_adapter()
-    assert torch.equal(ours(x), active)
 
 
 @pytest.mark.parametrize("case", [LINEAR, POINTWISE, EMBEDDING], ids=str)

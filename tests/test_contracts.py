@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import onnxruntime
 import peft
 import pytest
 import torch
 import transformers
+from bitsandbytes.nn.modules import LinearNF4
 from contracts import CONTRACTS, FIRST
 from contracts.contract import Contract
 from kinds import BOTH_WAYS
@@ -215,7 +215,7 @@ def test_a_training_step_has_pefts_outputs_and_gradients(contract: Contract, cas
 
 
 def in_four_bits() -> Any:
-    model: Any = by_bitsandbytes(bitsandbytes.nn.LinearNF4)()
+    model: Any = by_bitsandbytes(LinearNF4)()
     model.is_loaded_in_4bit = True  # by which PEFT tells such a model
     return model
 

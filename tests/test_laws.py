@@ -39,8 +39,8 @@ from graphpeft.testing.edits import assert_edits_can_be_undone, edits
 from graphpeft.testing.generated_models import DIM, SPELLINGS, Case, Functional, Model, cases, in_dtype, tied_cases
 from graphpeft.testing.strategies import METHODS, Method, adaptations
 
-# few for each method: each run has others, and test_every_rule.py and test_contracts.py hold the laws for chosen layers of
-# each class of rules and of each method
+# few for each method: each run has others, and test_every_rule.py and test_contracts.py hold the laws for chosen layers
+# of each class of rules and of each method
 some = settings(max_examples=settings.default.max_examples // 8)  # type: ignore[union-attr]
 # where what differs from method to method is little
 few = settings(max_examples=settings.default.max_examples // 10)  # type: ignore[union-attr]

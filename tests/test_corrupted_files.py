@@ -7,7 +7,6 @@ import random
 import re
 import shutil
 import struct
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import corruption
 import pytest
 import torch
 from corruption import CONFIG, PICKLE, SAVED, WEIGHTS, Damage, Saved
+from counting import counted
 from models import MLP
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -88,13 +88,11 @@ def with_options(saved: Saved, folder: Path, **options: Any) -> None:
 
 
 def refused(saved: Saved, folder: Path, *words: str, error: type[Exception] = CheckpointError, **options: Any) -> None:
-    """Asserts that a folder is refused with these words, soon, and that the model is as it was."""
+    """Asserts that a folder is refused with these words, and that the model is as it was."""
     model = saved.model()
     before = corruption.state_of(model)
-    began = time.process_time()
     with pytest.raises(error) as found:
         PeftModel.from_pretrained(model, folder, **options)
-    assert time.process_time() - began < 2
     assert type(found.value) in (error, *error.__subclasses__())
     for word in words:
         assert word in str(found.value)
@@ -254,7 +252,10 @@ def test_tokens_of_a_context_outside_of_the_vocabulary_are_refused_in_a_file_too
 def test_more_names_than_a_model_can_have_are_refused(option: str, tmp_path: Path) -> None:
     names = [f"x{number}" for number in range(50_000)]
     with_options(BY_NAME["lora"], tmp_path, **{option: dict.fromkeys(names, 2) if "pattern" in option else names})
-    refused(BY_NAME["lora"], tmp_path, f"{option} has 50000 names; for a model of this size", error=AdaptError)
+    reason = f"{option} has 50000 names; for a model of this size"
+    cost = counted(lambda: refused(BY_NAME["lora"], tmp_path, reason, error=AdaptError))
+    # a few for each name, and none for each pair of them
+    assert cost.own < 30 * len(names)
 
 
 def test_more_layers_than_anybody_makes_of_a_model_are_refused(tmp_path: Path) -> None:
@@ -300,10 +301,8 @@ def test_a_pattern_that_takes_forever_is_refused_by_name(option: str, value: Any
     inner = "a_block_with_a_long_name_0123456789_0123456789"
     model = nn.ModuleDict({inner: nn.ModuleDict({inner: MLP.build()})})
     before = laws.snapshot(model)
-    began = time.process_time()
     with pytest.raises(AdaptError, match=f"{option}.*too long"):
         get_peft_model(model, LoraConfig(**{"target_modules": ["down"], option: value, **more}))
-    assert time.process_time() - began < 2
     laws.require_unchanged(model, before, "a refused adaptation")
 
 
@@ -315,19 +314,15 @@ def test_a_pattern_that_takes_forever_is_refused_by_name(option: str, value: Any
 @pytest.mark.parametrize("option", ["target_modules", "rank_pattern", "exclude_modules"])
 def test_a_pattern_that_takes_all_memory_is_refused_by_name(option: str, pattern: str) -> None:
     value: Any = {pattern: 3} if option == "rank_pattern" else pattern
-    began = time.process_time()
     with pytest.raises(ValueError, match=f"in {option}.* repeats a part too often"):
         get_peft_model(MLP.build(), LoraConfig(**{"target_modules": ["down"], option: value}))
-    assert time.process_time() - began < 2
 
 
 def test_many_patterns_that_take_long_each_are_refused_together() -> None:
     patterns = {rf"(\w|\w\w)*(a|aa){{{number}}}[A-Z]": 2 for number in range(1, 800)}
     names = [f"layers.{number}.{'a' * 22}" for number in range(40)]
-    began = time.process_time()
     with pytest.raises(ValueError, match="rank_pattern or alpha_pattern takes too long"):
         [pattern_values.pattern_value(patterns, name, 0) for name in names]
-    assert time.process_time() - began < 3
 
 
 @pytest.mark.parametrize(
@@ -390,9 +385,10 @@ def test_a_rank_for_each_of_many_sites_is_found_soon() -> None:
     names = [f"model.layers.{number}.{part}" for number in range(700) for part in ("q_proj", "mlp.up")]
     for spelled in (str, lambda name: f"^{re.escape(name)}$"):
         patterns = {spelled(name): place for place, name in enumerate(names)}
-        began = time.process_time()
-        assert [pattern_values.pattern_value(patterns, name, -1) for name in names] == list(range(len(names)))
-        assert time.process_time() - began < 1
+        places = [pattern_values.pattern_value(patterns, name, -1) for name in names]
+        assert places == list(range(len(names)))
+        cost = counted(lambda of=patterns: pattern_values.pattern_value(of, names[-1], -1))
+        assert cost.calls < 30
 
 
 # tensors

@@ -1,4 +1,4 @@
-"""BEFT by default, beside others, in mixed batches, and where no bias can be added or merged."""
+"""BEFT behind another method, on quantised layers, and where no bias can be added."""
 
 from __future__ import annotations
 

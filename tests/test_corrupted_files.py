@@ -1,4 +1,4 @@
-"""A file of anybody's is loaded as it says, or refused with its name and the key, soon, and without a change."""
+"""A file of anybody's is loaded as it says, or refused with its name and the key, and without a change."""
 
 from __future__ import annotations
 

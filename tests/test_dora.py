@@ -1,4 +1,4 @@
-"""DoRA has PEFT's numbers and files, and adapts what PEFT's doesn't: transposed convolutions and any weight."""
+"""DoRA behind other adapters, in half precision, and on weights that PEFT doesn't adapt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GLoRA: what acts on the bias, tensors of zeros in files, and two adapters that each scale the base."""
+"""GLoRA: changes of a bias, and tensors of zeros in files."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ RANKS = [2, 3]
 
 @pytest.fixture(autouse=True)
 def _own_objects() -> Iterator[None]:
-    """Leaves what other tests have made out of each collection, which would take a second for it."""
+    """Hides the objects of other tests from the collector, since each collection would take a second for them."""
     gc.collect()
     gc.freeze()
     yield
@@ -58,7 +58,7 @@ def expected(model: Any, names: list[str], x: Tensor) -> Tensor:
 
 
 def templates() -> int:
-    """Returns how many templates are kept."""
+    """Returns how many templates of this test are kept."""
     while gc.collect():
         pass  # what one collection frees may have kept what the next one finds
     return sum(type(known) is Template for known in gc.get_objects())

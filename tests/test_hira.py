@@ -1,4 +1,4 @@
-"""HiRA with several ranks, beside others of its kind, and on weights that PEFT doesn't adapt."""
+"""HiRA with several ranks, with its first values, and on weights that PEFT doesn't adapt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HRA beside PEFT's where that is noise, beside others of its kind, and on weights that PEFT doesn't adapt."""
+"""HRA's reflections, where PEFT's fresh adapter is noise, and on weights that PEFT doesn't adapt."""
 
 from __future__ import annotations
 

@@ -19,11 +19,7 @@ import graphpeft
 from graphpeft import AdaptError, IA3Config, get_peft_model
 from graphpeft.testing import verify
 
-pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False", "ignore:no gradient goes through")
-
-
-def get_peft_state_of(library: Any, model: Any) -> dict[str, Tensor]:
-    return library.get_peft_model_state_dict(model)
+pytestmark = pytest.mark.filterwarnings("ignore:no gradient goes through")
 
 
 def test_a_pattern_names_feed_forward_modules_by_their_whole_path():

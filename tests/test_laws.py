@@ -39,11 +39,9 @@ from graphpeft.testing.edits import assert_edits_can_be_undone, edits
 from graphpeft.testing.generated_models import DIM, SPELLINGS, Case, Functional, Model, cases, in_dtype, tied_cases
 from graphpeft.testing.strategies import METHODS, Method, adaptations
 
-# few for each method: each run has others, and test_every_rule.py and test_contracts.py hold the laws for chosen layers
-# of each class of rules and of each method
+# a few for each method, since test_every_rule.py holds the laws for chosen layers of each class of rules, and
+# test_contracts.py for those of most methods
 some = settings(max_examples=settings.default.max_examples // 8)  # type: ignore[union-attr]
-# where what differs from method to method is little
-few = settings(max_examples=settings.default.max_examples // 10)  # type: ignore[union-attr]
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=plain)
 
@@ -202,7 +200,7 @@ def test_a_traced_model_is_adapted_as_the_model_is(method, data):
 
 
 @every_method_that(lambda method: method.merges)
-@few
+@some
 @given(data=st.data())
 def test_a_traced_model_with_tied_weights_is_adapted_as_the_model_is(method, data):
     case = data.draw(tied_cases())
@@ -220,7 +218,7 @@ def spelled(spelling: str, bias: bool, as_graph: bool) -> nn.Module:
 
 
 @every_method_that(lambda method: method.merges)
-@few
+@some
 @given(data=st.data(), bias=st.booleans(), as_graph=st.booleans())
 @pytest.mark.parametrize("spellings", SAME_COMPUTATION, ids=["stored as (out, in)", "stored as (in, out)"])
 def test_every_spelling_is_adapted_alike(method, data, spellings, bias, as_graph):

@@ -14,6 +14,7 @@ from bitsandbytes.nn.modules import LinearNF4
 from matrix_uses import LAYERS
 from models import Experts
 from oracle import LINEAR, Case, assert_close, moved, outputs
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_OSF_TARGET_MODULES_MAPPING
 from test_quantised import by_bitsandbytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -172,6 +173,13 @@ def test_ranks_without_a_meaning_are_refused(options: dict[str, Any], reason: st
 def test_a_rank_is_a_positive_number_or_a_share(value: Any):
     with pytest.raises(ValueError, match="effective_rank must be"):
         OSFConfig(effective_rank=value)
+
+
+def test_the_default_targets_are_pefts_also_for_an_unknown_model() -> None:
+    theirs, ours = peft.get_peft_model(LAYERS.build(), peft.OSFConfig()), get_peft_model(LAYERS.build(), OSFConfig())
+    assert graphpeft.get_peft_model_state_dict(ours).keys() == peft.get_peft_model_state_dict(theirs).keys()
+    known = {kind: list(names) for kind, names in OSFConfig.default_targets.items()}
+    assert known == TRANSFORMERS_MODELS_TO_OSF_TARGET_MODULES_MAPPING
 
 
 def test_each_matrix_of_a_stack_has_directions_of_its_own():

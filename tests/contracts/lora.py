@@ -16,16 +16,16 @@ def _variant(name: str, **options: object) -> Contract:
 
 
 DORA = {"r": 2, "lora_alpha": 3, "use_dora": True}
-DRAWN = {"init_lora_weights": False, "use_rslora": True, "bias": "lora_only"}
-DROPOUT = {"init_lora_weights": "gaussian", "lora_dropout": 0.4}
+DRAWN_SCALED_BY_ROOT = {"init_lora_weights": False, "use_rslora": True, "bias": "lora_only"}
+GAUSSIAN_WITH_DROPOUT = {"init_lora_weights": "gaussian", "lora_dropout": 0.4}
 
 IN_PLACE = {"together": "both have another tensor in the place of 0.weight"}
 
 CONTRACTS = [
     Contract("lora", LoraConfig, peft.LoraConfig, {"r": 2, "lora_alpha": 3}, (*MATRICES, CONV_1D, CONV_2D, EMBEDDING)),
-    Contract("dora", LoraConfig, peft.LoraConfig, DORA, (*MATRICES, *CONVOLUTIONS, EMBEDDING)),
-    Contract("dora-drawn", LoraConfig, peft.LoraConfig, DORA | DRAWN, (*MATRICES, CONV_2D, EMBEDDING)),
-    Contract("dora-dropout", LoraConfig, peft.LoraConfig, DORA | DROPOUT, (*MATRICES, *CONVOLUTIONS)),
+    Contract("dora", LoraConfig, peft.LoraConfig, DORA, (*MATRICES, *CONVOLUTIONS, EMBEDDING), tolerance=1e-6),
+    Contract("dora-drawn", LoraConfig, peft.LoraConfig, DORA | DRAWN_SCALED_BY_ROOT, (*MATRICES, CONV_2D, EMBEDDING)),
+    Contract("dora-dropout", LoraConfig, peft.LoraConfig, DORA | GAUSSIAN_WITH_DROPOUT, (*MATRICES, *CONVOLUTIONS)),
     _variant("bdlora-a", use_bdlora=BLOCKS_OF_A),
     _variant("kasa", kasa_config={})._replace(refuses=IN_PLACE),
     _variant("kasa-dropout", kasa_config={}, lora_dropout=0.4, init_lora_weights="gaussian")._replace(refuses=IN_PLACE),

@@ -35,6 +35,7 @@ def test_all_layers_train_one_bank_which_files_have_once():
     assert banks.pop().grad.count_nonzero() > 2  # of more than one vector
 
 
+@pytest.mark.every
 @pytest.mark.parametrize(
     ("options", "dtype"),
     [({"topk": 1}, torch.uint8), ({"topk": 3}, torch.uint8), ({"num_vectors": 300}, torch.int16)],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,9 @@ from graphpeft.graph.template import template_of
 
 pytestmark = pytest.mark.browser
 
-SECONDS_TO_OPEN = 2
+MOST_ELEMENTS = 1_000
+"""What a page has at most before a reader unfolds it, so that it opens at once."""
+
 SHOTS = Path(os.environ.get("GRAPHPEFT_SCREENSHOTS", "build/screenshots"))
 
 
@@ -37,10 +38,8 @@ class Opened:
         self.tab.set_default_timeout(10_000)
         self.tab.on("pageerror", lambda error: self.errors.append(str(error)))
         self.tab.on("request", lambda request: self.errors.append(request.url) if "file:" not in request.url else None)
-        began = time.perf_counter()
         self.tab.goto(path.absolute().as_uri())
         self.tab.wait_for_selector("body[data-ready]")
-        self.seconds = time.perf_counter() - began
 
     def open_all(self) -> None:
         self.tab.click("#unfold")
@@ -102,9 +101,10 @@ def page(browser: Any, shown: tuple[str, nn.Module, Path]) -> Opened:
     return Opened(browser, shown[2])
 
 
-def test_it_opens_soon_and_meets_no_error(page: Opened):
-    assert page.seconds < SECONDS_TO_OPEN
-    assert page.errors == []
+def test_it_opens_with_few_elements_and_meets_no_error(browser: Any, shown: tuple[str, nn.Module, Path]):
+    opened = Opened(browser, shown[2])
+    assert opened.count("*") < MOST_ELEMENTS
+    assert opened.errors == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -44,3 +44,15 @@ USES = Case(
     {"target_modules": ["one", "grouped", "turned", "w", "experts", "named"]},
 )
 ATTENTION = Case("attention", _attention, lambda: (torch.randn(2, 5, 8),), {"target_modules": ["self_attn", "linear1"]})
+
+TARGETS = LAYERS.targets["target_modules"]
+
+
+def build() -> nn.Module:
+    """Returns the model of `LAYERS`."""
+    return LAYERS.build()
+
+
+def inputs() -> Tensor:
+    """Returns its input."""
+    return LAYERS.inputs()[0]

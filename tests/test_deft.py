@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import LINEAR
-from test_contracts import moved
+from oracle import LINEAR, moved
 
 import graphpeft
 from graphpeft import AdaptError, DeftConfig, ExportError, IA3Config, LoraConfig, get_peft_model

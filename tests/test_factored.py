@@ -9,7 +9,7 @@ import pytest
 import torch
 from contracts import CONTRACTS
 from contracts.contract import Contract
-from matrix_uses import LAYERS
+from matrix_uses import LAYERS, build, inputs
 from oracle import moved
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,8 +49,7 @@ def test_an_operation_never_makes_the_whole_change(contract: Contract) -> None:
 @pytest.mark.filterwarnings("ignore:::graphpeft")
 @each_method
 def test_an_adapter_becomes_plain_lora(contract: Contract, tmp_path: Path) -> None:
-    model = moved(get_peft_model(LAYERS.build(), contract.our_config(LAYERS, target_modules=["0", "2"], bias="none")))
+    model = moved(get_peft_model(build(), contract.our_config(LAYERS, target_modules=["0", "2"], bias="none")))
     graphpeft.save_as_lora(tmp_path, model, rank=1.0)
-    plain = PeftModel.from_pretrained(LAYERS.build(), tmp_path).eval()
-    (x,) = LAYERS.inputs()
-    torch.testing.assert_close(plain(x), model(x), atol=1e-4, rtol=1e-4)
+    plain = PeftModel.from_pretrained(build(), tmp_path).eval()
+    torch.testing.assert_close(plain(inputs()), model(inputs()), atol=1e-4, rtol=1e-4)

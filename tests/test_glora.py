@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import LINEAR, WITHOUT_BIAS
+from oracle import LINEAR, WITHOUT_BIAS, moved
 from safetensors.torch import load_file, save_file
-from test_contracts import moved
 
 import graphpeft
 from graphpeft import CheckpointError, GloraConfig, PeftModel, get_peft_model

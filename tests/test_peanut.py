@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import LINEAR
-from test_contracts import moved
+from oracle import LINEAR, moved
 from transformers.activations import ACT2FN
 
 from graphpeft import LoraConfig, PeanutConfig, get_peft_model

@@ -8,9 +8,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from matrix_uses import USES
-from test_contracts import moved
-from test_factored import TARGETS, build, inputs
+from matrix_uses import TARGETS, USES, build, inputs
+from oracle import moved
 from torch.utils.checkpoint import checkpoint
 
 import graphpeft

@@ -7,9 +7,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from oracle import LINEAR
+from oracle import LINEAR, moved
 from safetensors.torch import load_file
-from test_contracts import moved
 
 from graphpeft import AdaptError, PeftModel, SupertuningConfig, get_peft_model
 

@@ -7,9 +7,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from oracle import EMBEDDING
-from test_contracts import moved
-from test_factored import TARGETS, build, inputs
+from matrix_uses import TARGETS, build, inputs
+from oracle import EMBEDDING, moved
 from torch import nn
 
 import graphpeft

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from matrix_uses import TARGETS, build, inputs
 from safetensors.torch import load_file, save_file
-from test_factored import TARGETS, build, inputs
 
 from graphpeft import CheckpointError, PeftModel, UniLoraConfig, get_peft_model, get_peft_model_state_dict
 

@@ -8,9 +8,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+from matrix_uses import TARGETS, build, inputs
+from oracle import moved
 from safetensors.torch import load_file, save_file
-from test_contracts import moved
-from test_factored import TARGETS, build, inputs
 from torch import nn
 
 import graphpeft

@@ -7,8 +7,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+from matrix_uses import TARGETS, build, inputs
 from oracle import moved
-from test_factored import TARGETS, build, inputs
 
 import graphpeft
 from graphpeft import (

@@ -8,9 +8,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from oracle import LINEAR
+from oracle import LINEAR, moved
 from peft.tuners.waveft.wavelet import Wavelet
-from test_contracts import moved
 from torch import Tensor, nn
 
 import graphpeft

@@ -7,8 +7,9 @@ export HF_HUB_OFFLINE := 1
 # Each process would compile the package and the tests again, which takes as long as importing PyTorch.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Two processes, each with files of its own until one has no more: the tests of a file share imports, models and graphs.
-TWO := -n 2 --dist worksteal
+# For two cores, with a third process for when others wait for what they have started. Each has files of its own until
+# one has no more: the tests of a file share imports, models and graphs.
+PROCESSES := -n 3 --dist worksteal
 
 # Of each function a sample of its parameter sets, see tests/tiers.py.
 SAMPLE := -m "not full and not long and not compiled and not integrations and not browser"
@@ -31,19 +32,19 @@ quick test test-all durations tiers integrations: export OMP_NUM_THREADS := 1
 
 # only files with quick tests are imported, since importing all takes a third of the time
 quick: .venv/.installed  ## run the tests that are marked quick, in less than a minute
-	$(BIN)/pytest $(TWO) -m "quick and not long and not compiled and not integrations" $(ARGS) $$(grep -l "mark\.quick" tests/test_*.py)
+	$(BIN)/pytest $(PROCESSES) -m "quick and not long and not compiled and not integrations" $(ARGS) $$(grep -l "mark\.quick" tests/test_*.py)
 
 test: .venv/.installed  ## run a sample of the tests, in a few minutes; ARGS="-k lora" goes to pytest
-	$(BIN)/pytest $(TWO) $(SAMPLE) $(ARGS)
+	$(BIN)/pytest $(PROCESSES) $(SAMPLE) $(ARGS)
 
 test-all: .venv/.installed  ## run the tests with all their parameters; likewise
-	$(BIN)/pytest $(TWO) $(ARGS)
+	$(BIN)/pytest $(PROCESSES) $(ARGS)
 
 durations: .venv/.installed  ## run them, and write tests/durations.json, by which slow ones are rare in make test
-	$(BIN)/pytest $(TWO) --record-durations $(ARGS)
+	$(BIN)/pytest $(PROCESSES) --record-durations $(ARGS)
 
 integrations: .venv/.integrations  ## run the tests with libraries that train models, such as trl, and users' workflows with both
-	$(BIN)/pytest $(TWO) -m integrations $(ARGS)
+	$(BIN)/pytest $(PROCESSES) -m integrations $(ARGS)
 	$(BIN)/python evidence/workflows/run.py
 
 browser: .venv/.browser  ## open pictures in headless Chromium, Debian's package chromium; screenshots are in build/
@@ -65,7 +66,7 @@ $(1)/bin/python -m pip install uv
 $(1)/bin/uv pip install --python $(1) --compile-bytecode --resolution $(2) \
 	-e '.[test]' $(if $(TORCH),'torch==$(TORCH).*')
 $(1)/bin/python -c "import sys, torch; print('Python', sys.version, 'torch', torch.__version__)"
-OMP_NUM_THREADS=1 $(1)/bin/pytest $(TWO) $(SAMPLE) $(ARGS)
+OMP_NUM_THREADS=1 $(1)/bin/pytest $(PROCESSES) $(SAMPLE) $(ARGS)
 endef
 
 check: .venv/.installed  ## check format, lint and types

@@ -6,9 +6,10 @@ python evidence/workflows/run.py [modules, as with_trl]
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,23 +21,20 @@ from workflow import MODULES, workflows
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "workflows.md"
 LIBRARIES = ("peft", "graphpeft")
-MINUTES = 10  # that a module's workflows may take in one library
+LOGS = HERE.parents[1] / "build" / "workflows"
+MINUTES = 20  # that a module's workflows may take in both
 
 
 def main(wanted: list[str]) -> None:
     """Runs them, says which went wrong, and writes the page if all ran."""
     modules = wanted or list(MODULES)
-    with ThreadPoolExecutor(max_workers=2) as two:
-        both = {
-            (module, library): two.submit(_outcomes, library, module) for module in modules for library in LIBRARIES
-        }
-        for future in tqdm(both.values(), unit="process"):
-            future.result()
-    rows = [
-        Row(each, *(both[module, library].result().get(each.name, _LOST) for library in LIBRARIES))
-        for module in modules
-        for each in workflows(module)
-    ]
+    LOGS.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(max_workers=3) as pool:
+        list(tqdm(pool.map(_run, modules), total=len(modules), unit="module"))
+    rows = []
+    for module in modules:
+        both = [_outcomes(module, library) for library in LIBRARIES]
+        rows += [Row(each, *(found.get(each.name, _LOST) for found in both)) for each in workflows(module)]
     for row in rows:
         tqdm.write(page.line(row))
     if not wanted:
@@ -48,20 +46,27 @@ def main(wanted: list[str]) -> None:
 _LOST = Outcome(error="its process ended before")
 
 
-def _outcomes(library: str, module: str) -> dict[str, Outcome]:
-    with tempfile.TemporaryDirectory() as folder:
-        lines = Path(folder) / "lines.jsonl"
-        lines.touch()
-        log = HERE.parents[1] / "build" / "workflows" / f"{module}-{library}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(HERE / "one_library.py"), library, module, str(lines)]
-        with log.open("w", encoding="utf-8") as output:
-            try:
-                subprocess.run(command, stdout=output, stderr=output, timeout=60 * MINUTES, check=False)
-            except subprocess.TimeoutExpired:
-                tqdm.write(f"{module} took more than {MINUTES} minutes with {library}")
-        rows = map(json.loads, lines.read_text(encoding="utf-8").splitlines())
-        return {row["workflow"]: Outcome(row.get("values"), row.get("error", "")) for row in rows}
+def _run(module: str) -> None:
+    """Runs a module's workflows with both libraries."""
+    for library in LIBRARIES:
+        _lines(module, library).unlink(missing_ok=True)
+    command = [sys.executable, str(HERE / "one_module.py"), module, str(LOGS), *LIBRARIES]
+    with subprocess.Popen(command, start_new_session=True) as process:
+        try:
+            process.wait(60 * MINUTES)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            tqdm.write(f"{module} took more than {MINUTES} minutes")
+
+
+def _outcomes(module: str, library: str) -> dict[str, Outcome]:
+    lines = _lines(module, library)
+    rows = map(json.loads, lines.read_text(encoding="utf-8").splitlines()) if lines.exists() else ()
+    return {row["workflow"]: Outcome(row.get("values"), row.get("error", "")) for row in rows}
+
+
+def _lines(module: str, library: str) -> Path:
+    return LOGS / f"{module}-{library}.jsonl"
 
 
 if __name__ == "__main__":

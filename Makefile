@@ -72,7 +72,7 @@ endef
 check: .venv/.installed  ## check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --threads 2
 
 format: .venv/.installed  ## format, and mend what the linter can
 	$(BIN)/ruff check --fix .

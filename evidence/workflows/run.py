@@ -1,6 +1,6 @@
 """Runs each workflow with PEFT and with graphpeft, and writes docs/workflows.md; fails if one holds in PEFT alone.
 
-python evidence/workflows/run.py [modules, as with_trl]
+python evidence/workflows/run.py [modules, as with_trl_sft]
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ durations: .venv/.installed  ## run them, and write tests/durations.json, by whi
 	$(BIN)/pytest $(PROCESSES) --record-durations $(ARGS)
 
 integrations: .venv/.integrations  ## run the tests with libraries that train models, such as trl, and users' workflows with both
-	$(BIN)/pytest $(PROCESSES) -m integrations $(ARGS)
+	$(BIN)/pytest -n 2 --dist worksteal -m integrations $(ARGS)
 	$(BIN)/python evidence/workflows/run.py
 
 browser: .venv/.browser  ## open pictures in headless Chromium, Debian's package chromium; screenshots are in build/

@@ -248,7 +248,7 @@ def test_quantised_layers_have_pefts_outputs_active_and_merged(contract: Contrac
 
 
 OF_ONE_KIND = tuple(PeftType(name) for name in ("FROD", "IA3", "MISS", "PVERA", "RANDLORA", "TINYLORA", "VERA"))
-"""Methods of which PEFT takes no adapters with other kinds of tensors beside each other, or fails."""
+"""Methods whose adapters need equal options in PEFT to stand beside each other."""
 
 
 def second_beside(contract: Contract, case: Case) -> Contract:
@@ -260,7 +260,7 @@ def second_beside(contract: Contract, case: Case) -> Contract:
 
 
 UNLIKE_MERGED = (PeftType.C3A, PeftType.OFT, PeftType.OSF)
-"""Methods of which two active adapters compute something else in PEFT than merged ones, or fail."""
+"""Methods whose two active adapters fail in PEFT, or differ from the merged ones."""
 
 
 @pairs(lambda contract: contract.cases[:1])

@@ -39,9 +39,8 @@ from graphpeft.testing.edits import assert_edits_can_be_undone, edits
 from graphpeft.testing.generated_models import DIM, SPELLINGS, Case, Functional, Model, cases, in_dtype, tied_cases
 from graphpeft.testing.strategies import METHODS, Method, adaptations
 
-# a few for each method, since test_every_rule.py holds the laws for chosen layers of each class of rules, and
-# test_contracts.py for those of most methods
-some = settings(max_examples=settings.default.max_examples // 8)  # type: ignore[union-attr]
+# a few for each method, since test_every_rule.py and test_contracts.py hold the laws for chosen layers
+some = settings(max_examples=settings().max_examples // 8)
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=plain)
 

@@ -40,17 +40,10 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
     _put_into_slots_of_groups(modules, adapters, seats)
     if adapters.passes is not None:
         # they read what is in slots
-        for path, of_module in layers.items():
-            in_place.exchange(modules[path], of_module)
-    seated = {slot: name for name, slot in seats.items()}
-    for region, template in templates.items():
-        # a graph around the whole model runs around what was set on that, see model/set_forwards.py
-        if region or template is None or not template.calls_own_forward:
-            refuse_foreign_forward(modules[region], region)
-        graph = None if template is None else _graph_layer(modules[region], adapters, template, seated)
-        layers.setdefault(region, {})["graph"] = graph
-    for path, of_module in layers.items():
-        in_place.exchange(modules[path], of_module)
+        in_place.exchange_all((modules[path], of_module) for path, of_module in layers.items())
+    for region, layer in _graph_layers(modules, adapters, templates, seats):
+        layers.setdefault(region, {})["graph"] = layer
+    in_place.exchange_all((modules[path], of_module) for path, of_module in layers.items())
     keep_padded(modules, templates)
     row_readers = _row_readers(adapters, wanted)
     changing = [adapters.by_name[name] for name in (*adapters.read, *wanted)]
@@ -79,14 +72,27 @@ def refuse_foreign_forward(module: nn.Module, path: str) -> None:
         )
 
 
-def _graph_layer(
-    module: nn.Module, adapters: Adapters, template: Template, seated: Mapping[int, str]
-) -> in_place.Layer:
-    """Returns what gives a region the graph of its template, after the passes of the model."""
-    if adapters.passes is not None:
-        template = adapters.passes(template, module)
-    refuse_other_options(module, template)
-    return template.layer_for({**names_of_others(module, adapters), **seated})
+def _graph_layers(
+    modules: Modules, adapters: Adapters, templates: Mapping[str, Template | None], seats: Mapping[str, int]
+) -> Iterator[tuple[str, in_place.Layer | None]]:
+    """Yields what gives each region the graph of its template, after the passes of the model, by path."""
+    seated = {slot: name for name, slot in seats.items()}
+    known: dict[tuple[Template, type], in_place.Layer] = {}  # those of a class have the same names in slots
+    for region, template in templates.items():
+        module = modules[region]
+        # a graph around the whole model runs around what was set on that, see model/set_forwards.py
+        if region or template is None or not template.calls_own_forward:
+            refuse_foreign_forward(module, region)
+        if template is None:
+            yield region, None
+            continue
+        if adapters.passes is not None:
+            template = adapters.passes(template, module)
+        refuse_other_options(module, template)
+        kind = template, type(module)
+        if kind not in known:
+            known[kind] = template.layer_for({**names_of_others(module, adapters), **seated})
+        yield region, known[kind]
 
 
 def _slot_layers(
@@ -103,8 +109,8 @@ def _slot_layers(
                 of_owner[seats[name]] = name
     for path, own in names.items():
         if path in modules:
-            there = slots.read_in(modules[path])
-            yield path, slots.layer_for({slot: name for slot, name in there.items() if slot not in before} | own)
+            there = slots.read_in(modules[path]).items()
+            yield path, slots.layer_for({slot: name for slot, name in there if slot not in before} | own)
 
 
 def _put_into_slots_of_groups(modules: Modules, adapters: Adapters, seats: Mapping[str, int]) -> None:

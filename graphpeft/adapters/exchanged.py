@@ -112,10 +112,10 @@ def refuse_exchanged_classes(modules: Modules, adapters: Adapters, wanted: Itera
 
 
 def _refuse_exchanged_classes(modules: Modules, paths: Set[str]) -> None:
-    present = sorted(paths & modules.keys())
     # a model has many modules, and few classes
-    exchanged = {cls for cls in {type(modules[path]) for path in present} if in_place.is_exchanged(cls)}
-    for path in present if exchanged else ():
+    classes = {type(modules[path]) for path in paths if path in modules}
+    exchanged = {cls for cls in classes if in_place.is_exchanged(cls)}
+    for path in sorted(paths & modules.keys()) if exchanged else ():
         module = modules[path]
         if type(module) in exchanged:
             raise AdaptError(
@@ -134,9 +134,7 @@ def refuse_missing(modules: Modules, adapter: Adapter, name: str, reads: bool = 
         name: Its name.
         reads: Whether the tensors are to be read here, all of which this process must have then.
     """
-    for path, attribute in adapter.tensor_names(name):
-        if path not in modules:
-            raise AdaptError(_gone(path, attribute, name))
+    refuse_removed(modules, adapter, name)
     _refuse_exchanged_classes(modules, {*adapter.owners})
     refuse_exchanged(modules, adapter, name)
     if not reads:
@@ -153,6 +151,14 @@ def refuse_missing(modules: Modules, adapter: Adapter, name: str, reads: bool = 
         if reason is not None:
             raise AdaptError(f"the tensors of {path or 'the model'} can't be read or written: {reason}")
     refuse_resized(modules, adapter, name)
+
+
+def refuse_removed(modules: Modules, adapter: Adapter, name: str) -> None:
+    """Raises AdaptError if a module on which an adapter has a tensor is no longer in the model."""
+    removed = {path for path in adapter.owners if path not in modules}
+    if removed:
+        place = next(place for place in adapter.tensor_names(name) if place[0] in removed)
+        raise AdaptError(_gone(*place, name))
 
 
 def refuse_exchanged(modules: Modules, adapter: Adapter, name: str) -> None:
@@ -207,7 +213,9 @@ def _own(modules: Modules, path: str, name: str) -> torch.Tensor | None:
     """Returns a module's own tensor where that is whole."""
     if path not in modules:
         return None
-    tensor = {**modules[path]._buffers, **modules[path]._parameters}.get(name)
+    tensor = modules[path]._parameters.get(name)
+    if tensor is None:
+        tensor = modules[path]._buffers.get(name)
     # where processes have parts of it, one may have none, or a flat one
     is_part = tensor is None or tensor.numel() == 0 or hasattr(tensor, "_fsdp_flattened")
     return None if is_part else tensor

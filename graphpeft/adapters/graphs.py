@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 
 from torch import fx, nn
 from torch.fx.proxy import TraceError as ProxyError
@@ -169,26 +169,29 @@ def with_adapter(
         region: The module's path.
         sites: The adapter's sites there.
     """
-    edits = tuple(
-        [
-            (adapted.site.op, adapted.site.nodes, adapted.rule, _attributes(adapted, region, slot), _is_change(adapted))
-            for adapted in sites
-        ]
-    )
 
     def edit(graphs: Graphs) -> None:
         for index, graph in enumerate(graphs):
             named = {node.name: node for node in graph.nodes}
-            for kind, nodes, rule, attributes, is_change in edits:
-                for node in nodes[index]:
+            for adapted in sites:
+                rule, attributes = adapted.rule, _attributes(adapted, region, slot)
+                for node in adapted.site.nodes[index]:
                     # read anew each time: an edit before this one may have given the operation another input
-                    op = op_in(graph, named, node, kind, module, region)
+                    op = op_in(graph, named, node, adapted.site.op, module, region)
                     try:
-                        rewrite.insert(graph, op, rule, dict(attributes), slot, method, is_change)
+                        rewrite.insert(graph, op, rule, attributes, slot, method, _is_change(adapted))
                     except (RuleError, ProxyError) as error:
                         raise AdaptError(f"{type(rule).__name__} of {method} can't adapt {region}: {error}") from error
 
+    edits = tuple([_edit(adapted, region) for adapted in sites])
     return worn.derive(("with", slot, method, edits), edit, back=("without", slot))
+
+
+def _edit(adapted: AdaptedSite, region: str) -> tuple[Hashable, ...]:
+    """Returns what is equal for two sites if an adapter inserts the same nodes at them."""
+    site, owner = adapted.site, adapted.site.owner
+    place = "" if owner == region else within(owner, region)
+    return site.op, site.nodes, adapted.rule, place, adapted.in_holder, site.reads, _is_change(adapted)
 
 
 def _is_change(adapted: AdaptedSite) -> bool:
@@ -235,10 +238,11 @@ def _remove(graphs: Graphs, slot: int) -> None:
         rewrite.remove(graph, slot)
 
 
-def _attributes(adapted: AdaptedSite, region: str, slot: int) -> tuple[tuple[str, str], ...]:
+def _attributes(adapted: AdaptedSite, region: str, slot: int) -> dict[str, str]:
+    """Returns where a region's graph reads what a rule asks for, by the rule's names."""
     owner, in_slot = adapted.site.owner, adapted.in_slot(slot)
     if owner == region:
-        return (*in_slot.items(), *adapted.site.reads)
+        return {**in_slot, **dict(adapted.site.reads)}
     relative = within(owner, region)
-    names = tuple((local, join(relative, attribute)) for local, attribute in in_slot.items())
-    return (*names, ("training", join(relative, "training")))
+    names = {local: join(relative, attribute) for local, attribute in in_slot.items()}
+    return {**names, "training": join(relative, "training")}

@@ -336,13 +336,9 @@ def unload(model: nn.Module, adapters: Adapters, left: Tensors) -> None:
 
 def refuse_untrainable(modules: Modules, adapter: Adapter, name: str) -> None:
     """Raises AdaptError if an adapter that was loaded for inference asks for what can't be done in training."""
-    for path, own in adapter.tensor_names(name):
-        if (
-            path in modules
-            and is_managed(modules[path])
-            and has_tensor(modules[path], own)
-            and not is_managed(place_of(modules[path], own)[0])
-        ):
+    managed = {path for path in adapter.owners if path in modules and is_managed(modules[path])}
+    for path, own in adapter.tensor_names(name) if managed else ():
+        if path in managed and has_tensor(modules[path], own) and not is_managed(place_of(modules[path], own)[0]):
             _refuse_unmanaged(modules[path], path, name)
     config = copy.copy(adapter.config)
     config.inference_mode = False

@@ -293,9 +293,10 @@ def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template) 
     if reason is not None:
         raise AdaptError(f"{config.method}: {reason}")
     _refuse_unknown_arguments(rule, site, (*specs, *constants), config)
-    names = _names(names_in_holder(specs, constants, site.prefix), rule.held_in, plan.report.adapter)
+    in_holder = names_in_holder(specs, constants, site.prefix)
+    names = _names(in_holder, rule.held_in, plan.report.adapter)
     shared = _shared(plan, site, specs, names, dtype)
-    plan.sites.append(AdaptedSite(site, rule, specs, constants, names, dtype, replaced, shared))
+    plan.sites.append(AdaptedSite(site, rule, specs, constants, names, in_holder, dtype, replaced, shared))
     plan.templates[site.region] = template
 
 

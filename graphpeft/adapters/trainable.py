@@ -26,18 +26,19 @@ def trained_besides(model: nn.Module) -> list[str]:
 def freeze(modules: Modules, adapters: Adapters) -> None:
     """Freezes the parameters of the base."""
     before = [own_parameter(modules[path], name) for path, name in adapters.trained_before]
-    off = [parameter for parameter in before if parameter.requires_grad]
-    undone_by(_give_flags, off, [])
-    _give_flags([], off)
+    _set_flags({True: [], False: [parameter for parameter in before if parameter.requires_grad]})
 
 
 def thaw(modules: Modules, adapters: Adapters) -> None:
     """Makes those parameters require grad that did before the first adapter came, and no others."""
-    trained, changed = set(adapters.trained_before), _Flags()
+    trained = set(adapters.trained_before)
+    flags: _Flags = {True: [], False: []}
     for path, module in modules.items():
         for name, parameter in all_parameters(module):
-            changed.note(parameter, (path, name) in trained)
-    changed.set()
+            wanted = (path, name) in trained
+            if parameter.requires_grad != wanted:
+                flags[wanted].append(parameter)
+    _set_flags(flags)
 
 
 def set_trainable(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
@@ -61,38 +62,31 @@ def set_trainable_now(modules: Modules, adapters: Adapters, wanted: Mapping[str,
         adapters: The model's adapters.
         wanted: Whether those of an adapter require grad, by its name.
     """
-    changed = _Flags()
+    flags: _Flags = {True: [], False: []}
     for name, trains in wanted.items():
         adapter = adapters.by_name[name]
-        frozen = adapter.frozen_names(name)
-        for path, attribute in adapter.tensor_names(name):
+        frozen = adapter.frozen_names(name) if trains else ()
+        for place in adapter.tensor_names(name):
+            path, attribute = place
             # somebody may have put another module in the place of an adapted one
-            if path in modules:
-                changed.note(parameter_at(modules[path], attribute), trains and (path, attribute) not in frozen)
-    changed.set()
+            parameter = parameter_at(modules[path], attribute) if path in modules else None
+            train = trains and place not in frozen
+            if parameter is not None and parameter.requires_grad != train:
+                flags[train].append(parameter)
+    _set_flags(flags)
     on = {name for name, trains in wanted.items() if trains}
     set_attribute(adapters, "trainable", (adapters.trainable - wanted.keys()) | on)
 
 
-class _Flags:
-    """The parameters that come to require grad, and those that cease to."""
+_Flags = dict[bool, list[nn.Parameter]]
+"""Parameters by whether they come to require grad, or cease to."""
 
-    def __init__(self) -> None:
-        self._on: list[nn.Parameter] = []
-        self._off: list[nn.Parameter] = []
 
-    def note(self, parameter: nn.Parameter | None, wanted: bool) -> None:
-        """Notes a parameter, if there is one, unless it is so already or can't have a gradient."""
-        if parameter is not None and parameter.requires_grad != wanted:
-            if not wanted:
-                self._off.append(parameter)
-            elif parameter.is_floating_point() or parameter.is_complex():
-                self._on.append(parameter)
-
-    def set(self) -> None:
-        """Sets the flags of all that were noted."""
-        undone_by(_give_flags, self._off, self._on)
-        _give_flags(self._on, self._off)
+def _set_flags(flags: _Flags) -> None:
+    """Sets the flags of parameters that have others now, but for those that can't have a gradient."""
+    on = [parameter for parameter in flags[True] if parameter.is_floating_point() or parameter.is_complex()]
+    undone_by(_give_flags, flags[False], on)
+    _give_flags(on, flags[False])
 
 
 def _give_flags(on: list[nn.Parameter], off: list[nn.Parameter]) -> None:

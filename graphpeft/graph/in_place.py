@@ -15,7 +15,7 @@ import functools
 import inspect
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, cast
 
 from torch import nn
@@ -25,7 +25,14 @@ from graphpeft import transaction
 from graphpeft._torch import without_compiler
 from graphpeft.graph.forward_arguments import leading_to_class
 from graphpeft.graph.holders import distribute_adapters, without_holders
-from graphpeft.graph.kept_forwards import follow, keep_own_forward, own_forwards, step_aside, step_back
+from graphpeft.graph.kept_forwards import (
+    follow,
+    has_forward,
+    keep_own_forward,
+    own_forwards,
+    step_aside,
+    step_back,
+)
 from graphpeft.graph.sharded_classes import over_shards, under_shards
 from graphpeft.graph.sharding import is_asked_by
 from graphpeft.peft_classes import ending_in
@@ -314,35 +321,58 @@ def take_off(module: nn.Module, kind: str) -> None:
 
 def exchange(module: nn.Module, layers: Mapping[str, Layer | None]) -> None:
     """Replaces layers of `module` by kind, all at once; None removes the layer of that kind."""
+    exchange_all([(module, layers)])
+
+
+def exchange_all(wanted: Iterable[tuple[nn.Module, Mapping[str, Layer | None]]]) -> None:
+    """Replaces layers of modules by kind, as `exchange` does."""
+    known: dict[Any, type] = {}  # most modules get the layers that others of their class get
+    for module, layers in wanted:
+        key = type(module), *layers.items()
+        cls = known.get(key)
+        if cls is None:
+            cls = known[key] = _class_with(module, layers)
+        if cls is not type(module):
+            transaction.undone_by(_exchange_class, module, type(module))
+            _exchange_class(module, cls)
+
+
+def _class_with(module: nn.Module, layers: Mapping[str, Layer | None]) -> type:
+    """Returns the class that `module` has with other layers."""
     worn = {layer.kind: layer for layer in layers_of(module)}
     wanted = {**worn, **layers} if worn else layers
     ordered = tuple([layer for kind in KINDS if (layer := wanted.get(kind)) is not None])
     original = original_class(module)
-    cls = over_shards(type(module), dressed_class(original, ordered) if ordered else original)
-    if cls is not type(module):
-        _set_class(module, cls)
-
-
-def _set_class(module: nn.Module, cls: type) -> None:
-    transaction.undone_by(_exchange_class, module, type(module))
-    _exchange_class(module, cls)
+    return over_shards(type(module), dressed_class(original, ordered) if ordered else original)
 
 
 def _exchange_class(module: nn.Module, cls: type) -> None:
+    if has_forward(module):
+        _exchange_under_forward(module, cls)
+    else:
+        _give_class(module, cls)
+    # PyTorch 2.10 checks the class of a compiled module again only after a write to its __dict__
+    vars(module)[_TOUCHED] = None
+    del vars(module)[_TOUCHED]
+
+
+def _exchange_under_forward(module: nn.Module, cls: type) -> None:
+    """Exchanges the class of a module that has a forward itself, which may have to call that of the class."""
     layers: tuple[Layer, ...] = getattr(cls, "_graphpeft_layers", ())
     runs_graph = any(layer.kind in _OF_GRAPHS for layer in layers)
     follow(module, bool(layers))
     if runs_graph:
         step_aside(module)
     kept = own_forwards(module)
-    # bypasses nn.Module.__setattr__, which is for tensors and submodules
-    object.__setattr__(module, "__class__", cls)
+    _give_class(module, cls)
     keep_own_forward(module, kept)
     if not runs_graph:
         step_back(module)
-    # PyTorch 2.10 checks the class of a compiled module again only after a write to its __dict__
-    vars(module)[_TOUCHED] = None
-    del vars(module)[_TOUCHED]
+
+
+def _give_class(module: nn.Module, cls: type) -> None:
+    # bypasses nn.Module.__setattr__, which is for tensors and submodules
+    object.__setattr__(module, "__class__", cls)
 
 
 @contextlib.contextmanager

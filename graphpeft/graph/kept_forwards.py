@@ -30,6 +30,12 @@ KNOWN = "_graphpeft_set_forward"
 """The attribute of a module with the foreign forward that was there when the module was adapted."""
 
 
+def has_forward(module: nn.Module) -> bool:
+    """Returns whether `module` itself has a forward, under one of the names in which code keeps one."""
+    held = vars(module)
+    return "forward" in held or "_old_forward" in held
+
+
 def own_forwards(module: nn.Module) -> tuple[str, ...]:
     """Returns the names of the attributes in which `module` itself has the forward of its class."""
     held = vars(module)
@@ -56,8 +62,7 @@ def set_forward(module: nn.Module) -> Any | None:
 
 def _known(module: nn.Module) -> Any | None:
     # without the attributes, somebody has deleted it
-    held = vars(module)
-    return held.get(KNOWN) if "forward" in held or "_old_forward" in held else None
+    return vars(module).get(KNOWN) if has_forward(module) else None
 
 
 def name_of(forward: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -66,8 +66,10 @@ def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
         if module not in seen:
             seen.add(module)
             found[path] = module
-            if module._modules:
-                waiting += _inside(path, module)
+            # most modules have none, or holders alone
+            inner = own_modules(module) if module._modules else ()
+            if inner:
+                waiting += _at_paths(path, inner)
     return found
 
 
@@ -79,12 +81,10 @@ def all_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if path:
             module = unwrapped(module)
         yield path, module
-        waiting += _inside(path, module)
+        waiting += _at_paths(path, own_modules(module))
 
 
-def _inside(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Returns a module's own modules with their paths, the last first."""
+def _at_paths(path: str, inner: Sequence[tuple[str, nn.Module | None]]) -> list[tuple[str, nn.Module]]:
+    """Returns the modules inside of the one at `path` with their paths, the last first."""
     prefix = f"{path}." if path else ""
-    inner = [(prefix + name, child) for name, child in own_modules(module) if child is not None]
-    inner.reverse()
-    return inner
+    return [(prefix + name, child) for name, child in reversed(inner) if child is not None]

@@ -9,7 +9,7 @@ from typing import Any
 
 from graphpeft.adapters import lifecycle
 from graphpeft.adapters.adapting import known_adapter, modules_of
-from graphpeft.adapters.exchanged import refuse_missing, refuse_resized
+from graphpeft.adapters.exchanged import refuse_missing, refuse_removed, refuse_resized
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.trainable import set_trainable, set_trainable_now
 from graphpeft.model.adapter_info import AdapterInfo
@@ -42,10 +42,16 @@ class SwitchingMethods(AdapterInfo):
             if config.inference_mode and not inference_mode:
                 lifecycle.refuse_untrainable(modules, known_adapter(self, name), name)
         with transaction(self):
-            lifecycle.activate(modules, self._peft_adapters, names)
+            acted = set(state.slots)
+            lifecycle.activate(modules, state, names)
+            came = state.slots.keys() - acted
             for name in names:
-                refuse_missing(modules, known_adapter(self, name), name, reads=False)
-                refuse_resized(modules, known_adapter(self, name), name)
+                adapter = known_adapter(self, name)
+                if name in came:  # its tensors were asked for
+                    refuse_removed(modules, adapter, name)
+                else:
+                    refuse_missing(modules, adapter, name, reads=False)
+                refuse_resized(modules, adapter, name)
             for config in configs:
                 set_attribute(config, "inference_mode", inference_mode)
             set_trainable_now(

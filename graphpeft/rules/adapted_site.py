@@ -16,6 +16,9 @@ from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.rule import changes_bias
 from graphpeft.sites.site import CallSite, LeafSite, Site
 
+NamesInHolder = tuple[tuple[str, str], ...]
+"""The rule's names of its parameters and constants, each with its path in an adapter's holder."""
+
 
 class AdaptedSite(NamedTuple):
     """A site with the rule that adapts it, and the rule's parameters and constants there.
@@ -26,6 +29,7 @@ class AdaptedSite(NamedTuple):
         specs: The rule's parameters by name.
         constants: The rule's constants by name.
         names: The attributes of the owner that hold parameters and constants, by the rule's names for them.
+        in_holder: The paths of the same in the adapter's holder.
         dtype: The dtype of the parameters.
         replaced: The names of the adapter's frozen overrides, by the names of the owner's own tensors.
         shared: The parameters that another site holds: the path of its owner, and their name there.
@@ -36,6 +40,7 @@ class AdaptedSite(NamedTuple):
     specs: Mapping[str, ParameterSpec]
     constants: Mapping[str, float]
     names: Mapping[str, str]
+    in_holder: NamesInHolder
     dtype: torch.dtype
     replaced: Mapping[str, str] = MappingProxyType({})
     shared: Mapping[str, tuple[str, str]] = MappingProxyType({})
@@ -46,7 +51,7 @@ class AdaptedSite(NamedTuple):
 
     def in_slot(self, slot: int) -> Mapping[str, str]:
         """Returns the attributes' slot names, under which graphs read them, by the rule's names."""
-        return _in_slot(names_in_holder(self.specs, self.constants, self.site.prefix), self.rule.held_in, slot)
+        return _in_slot(self.in_holder, self.rule.held_in, slot)
 
     @property
     def unmergeable(self) -> str | None:
@@ -60,10 +65,6 @@ class AdaptedSite(NamedTuple):
     def parameter_count(self) -> int:
         """The number of elements of the rule's parameters, without shared ones."""
         return sum(prod(spec.shape) for name, spec in self.specs.items() if name not in self.shared)
-
-
-NamesInHolder = tuple[tuple[str, str], ...]
-"""The rule's names of its parameters and constants, each with its path in an adapter's holder."""
 
 
 def names_in_holder(specs: Mapping[str, ParameterSpec], constants: Iterable[str], prefix: str) -> NamesInHolder:

@@ -38,8 +38,15 @@ def main(module: str, folder: Path, libraries: Sequence[str]) -> None:
         log = os.open(folder / f"{module}-{library}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, sys.stdout.fileno())
         os.dup2(log, sys.stderr.fileno())
-        _run(scripts, library, folder / f"{module}-{library}.jsonl")
-        sys.exit()
+        try:
+            _run(scripts, library, folder / f"{module}-{library}.jsonl")
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # not by sys.exit: at its end, a library may wait for threads that the fork hasn't copied
+            os._exit(0)
 
 
 def _run(scripts: Sequence[Workflow], library: str, lines: Path) -> None:

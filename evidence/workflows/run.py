@@ -23,6 +23,7 @@ PAGE = HERE.parents[1] / "docs" / "workflows.md"
 LIBRARIES = ("peft", "graphpeft")
 LOGS = HERE.parents[1] / "build" / "workflows"
 MINUTES = 20  # that a module's workflows may take in both
+LONGEST = ("with_sharding_trainers", "with_processes")  # which begin, so that none works alone at the end
 
 
 def main(wanted: list[str]) -> None:
@@ -30,7 +31,8 @@ def main(wanted: list[str]) -> None:
     modules = wanted or list(MODULES)
     LOGS.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(max_workers=3) as pool:
-        list(tqdm(pool.map(_run, modules), total=len(modules), unit="module"))
+        longest_first = sorted(modules, key=lambda module: module not in LONGEST)
+        list(tqdm(pool.map(_run, longest_first), total=len(modules), unit="module"))
     rows = []
     for module in modules:
         both = [_outcomes(module, library) for library in LIBRARIES]

@@ -14,6 +14,9 @@ PROCESSES := -n 3 --dist worksteal
 # Of each function a sample of its parameter sets, see tests/tiers.py.
 SAMPLE := -m "not full and not long and not compiled and not integrations and not browser"
 
+# each of these processes starts others
+INTEGRATIONS := -n 2 --dist worksteal -m "integrations and not long"
+
 # uv is several times as fast as pip; compiled, since compiling warns of some packages, and warnings are errors
 INSTALL := $(BIN)/uv pip install --python .venv --compile-bytecode
 
@@ -40,11 +43,12 @@ test: .venv/.installed  ## run a sample of the tests, in a few minutes; ARGS="-k
 test-all: .venv/.installed  ## run the tests with all their parameters; likewise
 	$(BIN)/pytest $(PROCESSES) $(ARGS)
 
-durations: .venv/.installed  ## run them, and write tests/durations.json, by which slow ones are rare in make test
+durations: .venv/.integrations  ## run them, and write tests/durations.json, by which slow ones are rare in make test
 	$(BIN)/pytest $(PROCESSES) --record-durations $(ARGS)
+	$(BIN)/pytest $(INTEGRATIONS) --record-durations $(ARGS)
 
 integrations: .venv/.integrations  ## run the tests with libraries that train models, such as trl, and users' workflows with both
-	$(BIN)/pytest -n 2 --dist worksteal -m integrations $(ARGS)
+	$(BIN)/pytest $(INTEGRATIONS) $(ARGS)
 	$(BIN)/python evidence/workflows/run.py
 
 browser: .venv/.browser  ## open pictures in headless Chromium, Debian's package chromium; screenshots are in build/

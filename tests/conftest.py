@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import durations
+import jinja2
 import pytest
 import tiers
 import torch
@@ -30,6 +31,8 @@ devices: Any = (torch.cuda, torch.xpu, torch.mtia)
 for device in devices:
     if not device.is_available():
         device.manual_seed_all = lambda seed: None
+# each adapter that is saved compiles the template of its model card, which is the same each time
+jinja2.Template = functools.cache(jinja2.Template)
 load_profile()
 # rarely, since each full collection goes through all libraries; not frozen, since the tracer looks for caches in them
 gc.set_threshold(50_000, 50, 1_000)
@@ -59,7 +62,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # with several processes, this one hears of all tests
     if config.getoption("--record-durations") and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(durations.Recorder(config))
+        config.pluginmanager.register(durations.Recorder())
 
 
 @pytest.fixture(autouse=True)

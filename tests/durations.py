@@ -32,11 +32,17 @@ def slowest_first(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: -of_file[item.path])
 
 
+def _is_there(function: str) -> bool:
+    """Returns whether there still is a function, by its node ID."""
+    file, *_, name = function.split("::")
+    path = FILE.parents[1] / file
+    return path.exists() and f"def {name}(" in path.read_text(encoding="utf-8")
+
+
 class Recorder:
     """A plugin that adds up how long each function takes, and writes the file at the end of a run."""
 
-    def __init__(self, config: pytest.Config) -> None:
-        self._is_whole = not (config.option.keyword or config.option.file_or_dir)
+    def __init__(self) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._sets: defaultdict[str, set[str]] = defaultdict(set)
 
@@ -47,9 +53,9 @@ class Recorder:
         self._sets[function].add(report.nodeid)
 
     def pytest_sessionfinish(self) -> None:
-        """Writes the file; if only some tests ran, with the other functions as they were."""
+        """Writes the file, with functions that didn't run as they were."""
         ran = {function: self._seconds[function] / len(sets) for function, sets in self._sets.items()}
-        kept = {} if self._is_whole else RECORDED
+        kept = {function: seconds for function, seconds in RECORDED.items() if _is_there(function)}
         # by one digit, so that a busy machine hardly changes which tests are in the sample
         slow = {name: float(f"{seconds:.1g}") for name, seconds in {**kept, **ran}.items() if seconds >= LEAST}
         FILE.write_text(json.dumps(dict(sorted(slow.items())), indent=0) + "\n", encoding="utf-8")

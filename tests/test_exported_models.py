@@ -32,9 +32,15 @@ def test_no_refusal_of_the_table_is_the_adapters_alone() -> None:
     assert {cell for _, merged, inputs, _ in ROWS.values() for cell in (merged, inputs)} <= {"yes", "nor is the base"}
 
 
+# in which sizes of windows follow from sizes of images, and SymPy works on them for four minutes
+LONG = ("Swin2SR",)
+
+
 @pytest.mark.integrations
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in ROWS]
+)
 def test_a_model_is_exported_as_its_row_says(name: str) -> None:
     library = pytest.importorskip(MODELS.MODELS[name].library)
     assert MODELS.cells(name, library) == ROWS[name]

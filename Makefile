@@ -33,6 +33,9 @@ notebooks: .venv/.installed  ## write examples/notebooks/ from the scripts besid
 
 quick test test-all durations tiers integrations: export OMP_NUM_THREADS := 1
 
+# as in the tests: no ten programs need be built to see that g++ knows this processor
+bench-quick: export TORCHINDUCTOR_VEC_ISA_OK := 1
+
 # only files with quick tests are imported, since importing all takes a third of the time
 quick: .venv/.installed  ## run the tests that are marked quick, in less than a minute
 	$(BIN)/pytest $(PROCESSES) -m "quick and not long and not compiled and not integrations" $(ARGS) $$(grep -l "mark\.quick" tests/test_*.py)

@@ -20,7 +20,7 @@ from graphpeft.graph.template import Graphs, Template, names_in_slots, template_
 from graphpeft.rules import rewrite
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.code_in_graphs import RuleError
-from graphpeft.rules.rule import Mergeable, changes_bias
+from graphpeft.rules.rule import Mergeable
 from graphpeft.wording import joined
 
 
@@ -103,7 +103,7 @@ def templates_with(adapters: Adapters, seats: Mapping[str, int], modules: Module
                 ) from error
     # a graph that its owner has edited is not thrown away for being without adapters
     return {
-        region: None if region in adapters.lifted and template and template.shared and not template.slots else template
+        region: None if template and not template.slots and template.shared and region in adapters.lifted else template
         for region, template in templates.items()
     }
 
@@ -198,7 +198,7 @@ def _is_change(adapted: AdaptedSite) -> bool:
     """Returns whether what an adapter does at an operation is a change of its weight, as far as the rule tells."""
     rule = adapted.rule
     # a bias without a place to be merged into is no matter of the weight
-    return isinstance(rule, Mergeable) and (changes_bias(rule) or rule.unmergeable(adapted.site) is None)
+    return isinstance(rule, Mergeable) and (rule.changes_bias or rule.unmergeable(adapted.site) is None)
 
 
 def op_in(

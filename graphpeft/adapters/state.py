@@ -181,7 +181,7 @@ class Adapter:
             found += [(path, overrides.override_name(name, adapter)) for name in names]
         return found + [(path, overrides.rows(adapter)) for path in self.rows]
 
-    @property
+    @functools.cached_property
     def owners(self) -> list[str]:
         """The paths of the modules that have its tensors, each once."""
         of_sites = [adapted.site.owner for adapted in self.sites if adapted.specs]

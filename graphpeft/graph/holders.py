@@ -8,7 +8,6 @@ and parts are holders, too. Code that goes through a model's own modules leaves 
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -258,7 +257,7 @@ def tensor_at(module: nn.Module, name: str) -> torch.Tensor:
 
 def parameter_at(module: nn.Module, name: str) -> nn.Parameter | None:
     """Returns the parameter `name` of `module`, which may be an adapter's; None if there is none."""
-    path, own = _parts(name)
+    *path, own = name.split(".")
     held: Any = module
     for inner in path:
         held = held._modules.get(inner)
@@ -267,17 +266,9 @@ def parameter_at(module: nn.Module, name: str) -> nn.Parameter | None:
     return held._parameters.get(own)
 
 
-# cached, since an adapter has few names, at many modules
-@functools.lru_cache(maxsize=1024)
-def _parts(name: str) -> tuple[tuple[str, ...], str]:
-    """Returns the path in a name, and the last part."""
-    *path, own = name.split(".")
-    return tuple(path), own
-
-
 def has_tensor(module: nn.Module, name: str) -> bool:
     """Returns whether `module` has the parameter or buffer `name`, which may be an adapter's."""
-    path, own = _parts(name)
+    *path, own = name.split(".")
     for inner in path:
         found = module._modules.get(inner)
         if found is None:

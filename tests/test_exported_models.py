@@ -32,7 +32,7 @@ def test_no_refusal_of_the_table_is_the_adapters_alone() -> None:
     assert {cell for _, merged, inputs, _ in ROWS.values() for cell in (merged, inputs)} <= {"yes", "nor is the base"}
 
 
-# in which sizes of windows follow from sizes of images, and SymPy works on them for four minutes
+# models whose windows have sizes that follow from those of images, on which SymPy works for four minutes
 LONG = ("Swin2SR",)
 
 

@@ -23,7 +23,7 @@ PAGE = HERE.parents[1] / "docs" / "workflows.md"
 LIBRARIES = ("peft", "graphpeft")
 LOGS = HERE.parents[1] / "build" / "workflows"
 MINUTES = 20  # that a module's workflows may take in both
-LONGEST = ("with_sharding_trainers", "with_processes")  # which begin, so that none works alone at the end
+LONGEST = ("with_sharding_trainers", "with_processes")  # they begin, so that no process works alone at the end
 
 
 def main(wanted: list[str]) -> None:

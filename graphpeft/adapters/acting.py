@@ -77,7 +77,7 @@ def _graph_layers(
 ) -> Iterator[tuple[str, in_place.Layer | None]]:
     """Yields what gives each region the graph of its template, after the passes of the model, by path."""
     seated = {slot: name for name, slot in seats.items()}
-    known: dict[tuple[Template, type], in_place.Layer] = {}  # those of a class have the same names in slots
+    known: dict[tuple[Template, type], in_place.Layer] = {}  # modules of a class have the same names in slots
     for region, template in templates.items():
         module = modules[region]
         # a graph around the whole model runs around what was set on that, see model/set_forwards.py

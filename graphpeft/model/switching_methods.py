@@ -47,7 +47,7 @@ class SwitchingMethods(AdapterInfo):
             came = state.slots.keys() - acted
             for name in names:
                 adapter = known_adapter(self, name)
-                if name in came:  # its tensors were asked for
+                if name in came:  # activating has looked for its tensors
                     refuse_removed(modules, adapter, name)
                 else:
                     refuse_missing(modules, adapter, name, reads=False)

@@ -32,7 +32,7 @@ def test_no_refusal_of_the_table_is_the_adapters_alone() -> None:
     assert {cell for _, merged, inputs, _ in ROWS.values() for cell in (merged, inputs)} <= {"yes", "nor is the base"}
 
 
-# models whose windows have sizes that follow from those of images, on which SymPy works for four minutes
+# SymPy takes four minutes for the sizes of its windows
 LONG = ("Swin2SR",)
 
 

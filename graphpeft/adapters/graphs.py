@@ -188,7 +188,7 @@ def with_adapter(
 
 
 def _edit(adapted: AdaptedSite, region: str) -> tuple[Hashable, ...]:
-    """Returns what is equal for two sites if an adapter inserts the same nodes at them."""
+    """Returns the key of the nodes that an adapter inserts at a site."""
     site, owner = adapted.site, adapted.site.owner
     place = "" if owner == region else within(owner, region)
     return site.op, site.nodes, adapted.rule, place, adapted.in_holder, site.reads, _is_change(adapted)

@@ -26,19 +26,19 @@ def trained_besides(model: nn.Module) -> list[str]:
 def freeze(modules: Modules, adapters: Adapters) -> None:
     """Freezes the parameters of the base."""
     before = [own_parameter(modules[path], name) for path, name in adapters.trained_before]
-    _set_flags({True: [], False: [parameter for parameter in before if parameter.requires_grad]})
+    _set_flags([(parameter, False) for parameter in before])
 
 
 def thaw(modules: Modules, adapters: Adapters) -> None:
     """Makes those parameters require grad that did before the first adapter came, and no others."""
     trained = set(adapters.trained_before)
-    flags: _Flags = {True: [], False: []}
-    for path, module in modules.items():
-        for name, parameter in all_parameters(module):
-            wanted = (path, name) in trained
-            if parameter.requires_grad != wanted:
-                flags[wanted].append(parameter)
-    _set_flags(flags)
+    _set_flags(
+        [
+            (parameter, (path, name) in trained)
+            for path, module in modules.items()
+            for name, parameter in all_parameters(module)
+        ]
+    )
 
 
 def set_trainable(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
@@ -62,31 +62,29 @@ def set_trainable_now(modules: Modules, adapters: Adapters, wanted: Mapping[str,
         adapters: The model's adapters.
         wanted: Whether those of an adapter require grad, by its name.
     """
-    flags: _Flags = {True: [], False: []}
+    flags: list[tuple[nn.Parameter | None, bool]] = []
     for name, trains in wanted.items():
         adapter = adapters.by_name[name]
         frozen = adapter.frozen_names(name) if trains else ()
-        for place in adapter.tensor_names(name):
-            path, attribute = place
-            # somebody may have put another module in the place of an adapted one
-            parameter = parameter_at(modules[path], attribute) if path in modules else None
-            train = trains and place not in frozen
-            if parameter is not None and parameter.requires_grad != train:
-                flags[train].append(parameter)
+        flags += [
+            (parameter_at(modules[path], attribute), trains and (path, attribute) not in frozen)
+            for path, attribute in adapter.tensor_names(name)
+            if path in modules  # somebody may have put another module in the place of an adapted one
+        ]
     _set_flags(flags)
     on = {name for name, trains in wanted.items() if trains}
     set_attribute(adapters, "trainable", (adapters.trainable - wanted.keys()) | on)
 
 
-_Flags = dict[bool, list[nn.Parameter]]
-"""Parameters by whether they come to require grad, or cease to."""
-
-
-def _set_flags(flags: _Flags) -> None:
-    """Sets the flags of parameters that have others now, but for those that can't have a gradient."""
-    on = [parameter for parameter in flags[True] if parameter.is_floating_point() or parameter.is_complex()]
-    undone_by(_give_flags, flags[False], on)
-    _give_flags(on, flags[False])
+def _set_flags(flags: Iterable[tuple[nn.Parameter | None, bool]]) -> None:
+    """Makes parameters require grad, or not, but for those that can't have a gradient."""
+    changed: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter, wanted in flags:
+        if parameter is not None and parameter.requires_grad != wanted:
+            changed[wanted].append(parameter)
+    off, on = changed[False], [each for each in changed[True] if each.is_floating_point() or each.is_complex()]
+    undone_by(_give_flags, off, on)
+    _give_flags(on, off)
 
 
 def _give_flags(on: list[nn.Parameter], off: list[nn.Parameter]) -> None:

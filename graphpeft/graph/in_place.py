@@ -25,14 +25,7 @@ from graphpeft import transaction
 from graphpeft._torch import without_compiler
 from graphpeft.graph.forward_arguments import leading_to_class
 from graphpeft.graph.holders import distribute_adapters, without_holders
-from graphpeft.graph.kept_forwards import (
-    follow,
-    has_forward,
-    keep_own_forward,
-    own_forwards,
-    step_aside,
-    step_back,
-)
+from graphpeft.graph.kept_forwards import follow, has_forward, keep_own_forward, own_forwards, step_aside, step_back
 from graphpeft.graph.sharded_classes import over_shards, under_shards
 from graphpeft.graph.sharding import is_asked_by
 from graphpeft.peft_classes import ending_in
@@ -326,7 +319,7 @@ def exchange(module: nn.Module, layers: Mapping[str, Layer | None]) -> None:
 
 def exchange_all(wanted: Iterable[tuple[nn.Module, Mapping[str, Layer | None]]]) -> None:
     """Replaces layers of modules by kind, as `exchange` does."""
-    known: dict[Any, type] = {}  # most modules get the layers that others of their class get
+    known: dict[Any, type] = {}  # modules of a class mostly get equal layers
     for module, layers in wanted:
         key = type(module), *layers.items()
         cls = known.get(key)
@@ -357,7 +350,7 @@ def _exchange_class(module: nn.Module, cls: type) -> None:
 
 
 def _exchange_under_forward(module: nn.Module, cls: type) -> None:
-    """Exchanges the class of a module that has a forward itself, which may have to call that of the class."""
+    """Exchanges the class under a forward that is set on the module itself."""
     layers: tuple[Layer, ...] = getattr(cls, "_graphpeft_layers", ())
     runs_graph = any(layer.kind in _OF_GRAPHS for layer in layers)
     follow(module, bool(layers))

@@ -31,7 +31,7 @@ demo: .venv/.installed  ## run examples/demo.py
 notebooks: .venv/.installed  ## write examples/notebooks/ from the scripts beside it
 	$(BIN)/python examples/write_notebooks.py
 
-quick test test-all durations tiers integrations: export OMP_NUM_THREADS := 1
+quick test test-all durations tiers integrations costs: export OMP_NUM_THREADS := 1
 
 # as in the tests: no ten programs need be built to see that g++ knows this processor
 bench-quick: export TORCHINDUCTOR_VEC_ISA_OK := 1
@@ -47,8 +47,8 @@ test-all: .venv/.installed  ## run the tests with all their parameters; likewise
 	$(BIN)/pytest $(PROCESSES) $(ARGS)
 
 durations: .venv/.integrations  ## run them, and write tests/durations.json, by which slow ones are rare in make test
-	$(BIN)/pytest $(PROCESSES) --record-durations $(ARGS)
-	$(BIN)/pytest $(INTEGRATIONS) --record-durations $(ARGS)
+	$(BIN)/pytest $(PROCESSES) --record-durations
+	$(BIN)/pytest $(INTEGRATIONS) --record-durations
 
 integrations: .venv/.integrations  ## run the tests with libraries that train models, such as trl, and users' workflows with both
 	$(BIN)/pytest $(INTEGRATIONS) $(ARGS)

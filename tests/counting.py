@@ -5,14 +5,15 @@ A row is a name and a number. `docs/costs.md` has them all, and `make costs` wri
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import linecache
+import os
 import subprocess
 import sys
 import tempfile
 import textwrap
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,10 +23,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import graphpeft
 from graphpeft import IA3Config, LoraConfig, TargetedConfig, get_peft_model, optimize, trace
-from graphpeft._torch import TorchDispatchMode
+from graphpeft.graph.holders import Holder
 from graphpeft.rules.registry import registered
 from graphpeft.testing.memory import kept_bytes
 
@@ -152,13 +154,26 @@ def named_layers(number: int) -> nn.Module:
     return nn.Sequential(*(NamedLayers() for _ in range(number)))
 
 
+def llama(layers: int) -> nn.Module:
+    """Returns Transformers' Llama, which only what counts it has to import."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, use_cache=False, **sizes))
+
+
+def prompt(method: str, **options: Any) -> Any:
+    config: Any = graphpeft.PEFT_TYPE_TO_CONFIG_MAPPING[method]
+    return config(task_type=graphpeft.TaskType.CAUSAL_LM, **options)
+
+
 def lora(*targets: str) -> LoraConfig:
     return LoraConfig(r=4, target_modules=list(targets) or "all-linear")
 
 
 _OWN = ("q", "k", "o", "w")
 
-FURTHER: dict[str, tuple[Callable[[int], nn.Module], Callable[[], Any], int]] = {
+MODELS: dict[str, tuple[Callable[[int], nn.Module], Callable[[], Any], int]] = {
     "LoRA, linear layers": (linears, lora, 1),
     "IA3, linear layers": (linears, lambda: IA3Config(target_modules=["linear"], feedforward_modules=[]), 1),
     "LoRA, a decoder": (Decoder, lambda: lora(*PROJECTIONS), 7),
@@ -169,6 +184,8 @@ FURTHER: dict[str, tuple[Callable[[int], nn.Module], Callable[[], Any], int]] = 
     ),
     "LoRA, blocks with a functional weight": (blocks, lambda: lora(*_OWN), 4),
     "LoRA, blocks that call layers by name": (named_layers, lambda: lora(*_OWN), 4),
+    "LoRA, a Llama": (llama, lambda: lora(*PROJECTIONS), 7),
+    "prefix tuning, a Llama": (llama, lambda: prompt("PREFIX_TUNING", num_virtual_tokens=4), 1),
 }
 """Models by their number of parts, with a config and its targets in a part."""
 
@@ -206,13 +223,15 @@ def imported() -> Rows:
     }
 
 
-def further_targets() -> Rows:
-    """Counts the calls for a further target, and the recordings for eight more parts."""
+def targets() -> Rows:
+    """Counts the first part of a model, and the calls for a further target and the recordings for eight more parts."""
     rows = {}
-    for what, (build, config, targets) in FURTHER.items():
-        get_peft_model(build(2), config())
-        few, many = (_adapting(build(number), config()) for number in (4, 12))
-        rows[f"a further target: {what}: calls"] = round((many.own - few.own) / 8 / targets)
+    for what, (build, config, of_part) in MODELS.items():
+        first, few, many = (_adapting(build(number), config()) for number in (1, 4, 12))
+        rows[f"the first part: {what}: calls"] = first.own
+        rows[f"the first part: {what}: files"] = first.files
+        rows[f"the first part: {what}: recordings"] = first.recordings
+        rows[f"a further target: {what}: calls"] = round((many.own - few.own) / 8 / of_part)
         rows[f"a further target: {what}: recordings"] = many.recordings - few.recordings
     return rows
 
@@ -230,103 +249,111 @@ LIFECYCLES: dict[str, tuple[Callable[[int], nn.Module], Callable[[], Any]]] = {
 ADAPTERS = 50
 """The number of adapters that a model has in the end."""
 
+GROWTH = ": % of the calls of all libraries with two"
+"""How rows end that tell what the last call costs beside one of the first."""
 
-def lifecycle(what: str) -> tuple[Rows, dict[str, float]]:
-    """Counts what calls on a model with few adapters cost, and how much more each costs with many."""
+
+def lifecycle(what: str) -> Rows:
+    """Counts what calls on a model with two adapters cost, what they cost with fifty, and how much more that is."""
     build, config = LIFECYCLES[what]
-    few, many = _lifecycle(build(8), config())
     rows: Rows = {}
-    for call, first in few.items():
-        rows[f"{call}, 8 {what}: calls"] = first.own
-        rows[f"{call}, 8 {what}: recordings"] = first.recordings
-    return rows, {call: many[call].calls / first.calls for call, first in few.items()}
-
-
-def _lifecycle(model: Any, config: Any) -> tuple[dict[str, Counted], dict[str, Counted]]:
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = get_peft_model(model, config)
+    with tempfile.TemporaryDirectory() as folder:
+        model: Any = get_peft_model(build(8), config())
         model.save_pretrained(folder)
         few = _calls_of(model, folder, 2)
         for number in range(3, ADAPTERS):
             model.load_adapter(folder, f"a{number}")
-        return few, _calls_of(model, folder, ADAPTERS)
+        many = _calls_of(model, folder, ADAPTERS)
+    for call, first in few.items():
+        rows[f"{call}, 8 {what}: calls"] = first.own
+        rows[f"{call}, 8 {what}: recordings"] = first.recordings
+        rows[f"{call}, 8 {what}, the 50th: calls"] = many[call].own
+        rows[f"{call}, 8 {what}, the 50th{GROWTH}"] = round(100 * many[call].calls / first.calls)
+    return rows
 
 
 def _calls_of(model: Any, folder: str, number: int) -> dict[str, Counted]:
-    name, saved = f"a{number}", Path(folder) / f"saved {number}"
+    model.load_adapter(folder, "leaves")
+    found = {call: counted(run) for call, run in _calls(model, folder, f"a{number}", "leaves").items()}
+    model.set_adapter("default")
+    return found
+
+
+def _calls(model: Any, folder: str, name: str, leaves: str) -> dict[str, Callable[[], object]]:
+    """Returns the calls of a model's life, in their order: `name` comes, and `leaves` is deleted."""
 
     def without() -> None:
         with model.disable_adapter():
             pass
 
-    model.load_adapter(folder, "leaves")
-    found = {
-        "load_adapter": counted(lambda: model.load_adapter(folder, name)),
-        "set_adapter": counted(lambda: model.set_adapter(name)),
-        "the first forward after it": counted(lambda: model(torch.zeros(1, 16))),
-        "disable_adapter": counted(without),
-        "save_pretrained": counted(lambda: model.save_pretrained(saved, selected_adapters=[name])),
-        "delete_adapter": counted(lambda: model.delete_adapter("leaves")),
+    return {
+        "load_adapter": lambda: model.load_adapter(folder, name),
+        "set_adapter": lambda: model.set_adapter(name),
+        "the first forward after it": lambda: model(torch.zeros(1, 16)),
+        "disable_adapter": without,
+        "save_pretrained": lambda: model.save_pretrained(Path(folder) / name, selected_adapters=[name]),
+        "delete_adapter": lambda: model.delete_adapter(leaves),
     }
-    model.set_adapter("default")
-    return found
+
+
+def mixed_batches() -> Rows:
+    """Counts the calls for a batch whose rows have different adapters, the first of its kind and later ones."""
+    rows = {}
+    for what, (build, config) in LIFECYCLES.items():
+        model: Any = get_peft_model(build(8), config())
+        model.add_adapter("other", config())
+        for batch, pairs in (("the first", 4), ("the next", 4), ("32 rows", 16)):
+            names = ["default", "other"] * pairs
+            call = functools.partial(model, torch.zeros(len(names), 16), adapter_names=names)
+            rows[f"a mixed batch, {batch}, 8 {what}: calls"] = counted(call).own
+    return rows
 
 
 class _Watched(dict[str, Any]):
-    """The submodules of a layer, most of which are holders; counts how often somebody goes through them."""
+    """The submodules of a module, most of which are holders; counts how many of these somebody goes through."""
 
-    walks = 0
+    passed = 0
 
-    def items(self) -> Any:
-        _Watched.walks += 1
-        return super().items()
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in self.items())
 
     def values(self) -> Any:
-        _Watched.walks += 1
-        return super().values()
+        return (held for _, held in self.items())
+
+    def items(self) -> Any:
+        for place, (name, held) in enumerate(super().items()):
+            # the first one is looked at to see whether there are others than holders
+            _Watched.passed += place > 0 and isinstance(held, Holder)
+            yield name, held
 
 
 def walks() -> Rows:
-    """Counts how often calls go through the holders of a layer with ten adapters, which no count of calls shows."""
-    model: Any = get_peft_model(linears(4), lora())
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        for number in range(9):
-            model.load_adapter(folder, f"a{number}")
-        layers = [module for module in model.modules() if type(module).__name__ == "Linear"]
-        for layer in layers:
-            vars(layer)["_modules"] = _Watched(layer._modules)
-        found = {}
-        for what, call in {
-            "load_adapter": lambda: model.load_adapter(folder, "another"),
-            "set_adapter": lambda: model.set_adapter("a3"),
-            "the first forward after it": lambda: model(torch.zeros(1, 16)),
-            "delete_adapter": lambda: model.delete_adapter("a4"),
-        }.items():
-            _Watched.walks = 0
-            call()
-            found[f"{what}: walks through the holders of 4 layers"] = _Watched.walks
-    return found
-
-
-class _Operations(TorchDispatchMode):
-    """Counts the operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.number = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.number += 1
-        return func(*args, **(kwargs or {}))
+    """Counts how many holders calls go through in models with ten adapters, which no count of calls shows."""
+    rows: Rows = {}
+    for what, (build, config) in LIFECYCLES.items():
+        model: Any = get_peft_model(build(4), config())
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            for number in range(9):
+                model.load_adapter(folder, f"a{number}")
+            for module in model.modules():
+                if any(type(held) is Holder for held in module._modules.values()):
+                    vars(module)["_modules"] = _Watched(module._modules)
+            for call, run in _calls(model, folder, "another", "a4").items():
+                _Watched.passed = 0
+                run()
+                rows[f"{call}, 4 {what}: holders gone through"] = _Watched.passed
+    return rows
 
 
 def operations(run: Callable[[], object]) -> int:
-    """Returns how many operators of PyTorch a function runs."""
-    with _Operations() as mode:
+    """Returns how many operators of PyTorch a function runs, those that operators call among them.
+
+    A dispatch mode would see what an exporter sees: kernels of adapted layers step aside for both.
+    """
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled:
         run()
-    return mode.number
+    return sum(event.name.startswith("aten::") for event in profiled.events())
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -358,34 +385,61 @@ def adapted(method: str, **options: Any) -> Any:
     return get_peft_model(Decoder(1, 64), config(**{"target_modules": PROJECTIONS} | OPTIONS.get(method, {}) | options))
 
 
-def loss(model: nn.Module) -> Tensor:
-    return model(TOKENS).square().mean()
-
-
-def of_model(what: str, model: nn.Module) -> Rows:
+def of_model(what: str, model: nn.Module, outputs: Callable[[], Tensor]) -> Rows:
     """Counts the operations of a forward and of a step, and the bytes that the forward keeps for its backward."""
+
+    def loss() -> Tensor:
+        return outputs().square().mean()
+
+    model.eval()
     with torch.no_grad():
-        model.eval()(TOKENS)  # the first call may prepare something
-        forward = operations(lambda: model(TOKENS))
-    loss(model.train()).backward()
+        outputs()  # the first call may prepare something
+        forward = operations(outputs)
+    model.train()
+    loss().backward()
     return {
         f"{what}: operations of a forward": forward,
-        f"{what}: operations of a step": operations(lambda: loss(model).backward()),
-        f"{what}: bytes kept for the backward": kept_bytes(lambda: loss(model)),
+        f"{what}: operations of a step": operations(lambda: loss().backward()),
+        f"{what}: bytes kept for the backward": kept_bytes(loss),
     }
 
 
 def of_method(method: str) -> Rows:
     """Counts what a method computes and keeps."""
-    return of_model(method, adapted(method))
+    model = adapted(method)
+    return of_model(method, model, lambda: model(TOKENS))
+
+
+def of_methods() -> Rows:
+    """Counts what each method computes and keeps."""
+    return {what: count for method in methods() for what, count in of_method(method).items()}
+
+
+PROMPTS: dict[str, dict[str, Any]] = {
+    "ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 1},
+    "P_TUNING": {"num_virtual_tokens": 4},
+    "PREFIX_TUNING": {"num_virtual_tokens": 4},
+    "PROMPT_TUNING": {"num_virtual_tokens": 4},
+}
+"""Methods that change what a model is given, with their options."""
+
+
+def of_prompts() -> Rows:
+    """Counts what prompts compute and keep, on a Llama of one layer."""
+    rows: Rows = {}
+    for method, options in PROMPTS.items():
+        torch.manual_seed(0)
+        model: Any = get_peft_model(llama(1), prompt(method, **options))
+        rows |= of_model(f"{method}, a Llama", model, lambda model=model: model(input_ids=TOKENS).logits)
+    return rows
 
 
 def of_passes() -> Rows:
     """Counts what passes change of that, and what no adapter costs."""
     model = adapted("LORA", lora_dropout=0.1)
-    rows = of_model("LORA with dropout", model)
+    rows = of_model("LORA with dropout", model, lambda: model(TOKENS))
     optimize(model, ["regenerated_dropout", "inplace_addmm"])
-    rows |= of_model("LORA with dropout and passes", model)
+    rows |= of_model("LORA with dropout and passes", model, lambda: model(TOKENS))
     model = adapted("LORA")
     with model.disable_adapter():
         rows |= {"LORA disabled: operations of a forward": _without_gradients(model)}
@@ -434,11 +488,29 @@ def _alive() -> int:
     return sum(issubclass(type(each), Tensor) for each in gc.get_objects())
 
 
-def all_rows() -> Rows:
-    """Counts everything."""
-    rows = {**imported(), **further_targets()}
-    for what in LIFECYCLES:
-        rows |= lifecycle(what)[0]
-    for method in methods():
-        rows |= of_method(method)
-    return {**rows, **walks(), **of_passes(), **of_traces(), **left_behind()}
+GROUPS: dict[str, Callable[[], Rows]] = {
+    "the import and one layer": imported,
+    "adapting": targets,
+    **{f"calls on {what}": functools.partial(lifecycle, what) for what in LIFECYCLES},
+    "mixed batches": mixed_batches,
+    "walks": walks,
+    "methods": of_methods,
+    "prompts": of_prompts,
+    "passes": of_passes,
+    "traces": of_traces,
+    "switches": left_behind,
+}
+"""What counts the rows of each table of the page."""
+
+
+def fresh(group: str) -> Rows:
+    """Counts in a process of its own, since calls are fewer where others have filled caches, or loaded libraries."""
+    command = [sys.executable, "-W", "ignore", __file__, group]
+    environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    rows: Rows = json.loads(done.stdout.splitlines()[-1])
+    return rows
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(GROUPS[sys.argv[1]]()))

@@ -121,7 +121,6 @@ class Lifecycle(RuleBasedStateMachine):
         self.names.append(name)
         self.give_values(name, seed)
 
-    @precondition(lambda self: not self.merged)
     @rule(places=st.lists(st.integers(0, 9), min_size=1, max_size=2), is_frozen=st.booleans())
     def activate(self, places: list[int], is_frozen: bool) -> None:
         names = self.chosen(places)
@@ -166,7 +165,6 @@ class Lifecycle(RuleBasedStateMachine):
     def set_mode(self, is_training: bool) -> None:
         self.each(lambda model: model.train(is_training))
 
-    @precondition(lambda self: not self.merged)
     @rule()
     def train(self) -> None:
         self.activate([0], False)

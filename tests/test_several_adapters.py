@@ -615,6 +615,31 @@ def test_rows_of_one_thread_are_not_those_of_another():
     assert torch.equal(found[0], plain)
 
 
+def test_first_mixed_batches_of_two_threads_have_the_graphs_of_their_own_adapters():
+    model: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for number, name in enumerate("uv"):
+        get_peft_model(model, graphpeft.LoraConfig(target_modules=[str(number)], init_lora_weights=False), name)
+    x, expected = torch.randn(1, 4), []
+    for name in "uv":
+        model.set_adapter(name)
+        expected.append(model(x))
+
+    class Interrupted(dict[Any, Any]):
+        """Lets the other thread have its first batch while this one stores what it has worked out."""
+
+        def setdefault(self, key: Any, default: Any = None) -> Any:
+            vars(model._peft_adapters)["signatures"] = kept = dict(self)
+            other = threading.Thread(target=lambda: model(x, adapter_names=["v"]))
+            other.start()
+            other.join()
+            self |= kept
+            return super().setdefault(key, default)
+
+    vars(model._peft_adapters)["signatures"] = Interrupted()
+    for name, wanted in zip("uv", expected, strict=True):
+        torch.testing.assert_close(model(x, adapter_names=[name]), wanted)
+
+
 def test_rows_of_one_task_are_not_those_of_another():
     model = mixed_llama(graphpeft)
     names = [["u"] * 5, ["v"] * 5, ["w"] * 5, ["__base__"] * 5, ROWS]
@@ -973,6 +998,27 @@ def test_what_cannot_be_merged_can_be_mixed():
         assert torch.allclose(found[row], model(x)[row], atol=1e-5)
     with model.disable_adapter():
         assert torch.allclose(found[2], model(x)[2], atol=1e-5)
+
+
+def test_rows_without_a_rank_are_not_given_that_of_an_adapter_of_another_batch():
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.w = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x) @ self.w
+
+    model: Any = Around().eval()
+    get_peft_model(model, graphpeft.LoraConfig(r=3, target_modules=["block"]), "elsewhere")
+    ada = graphpeft.AdaLoraConfig(total_step=9, target_modules=["block"], init_lora_weights=False)
+    model.add_adapter("a", ada)
+    model.add_adapter("h", graphpeft.HiraConfig(r=2, target_modules=["w"], init_weights=False))
+    x = torch.randn(3, 8)
+    found = model(x, adapter_names=["a", "h", "__base__"])
+    for row, name in enumerate("ah"):
+        model.set_adapter(name)
+        torch.testing.assert_close(found[row], model(x)[row], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -820,14 +820,19 @@ def test_a_replaced_child_does_not_stop_unloading():
 def test_a_replaced_child_stops_neither_switching_to_another_adapter_nor_deleting():
     adapted = get_peft_model(nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4)), lora("0.0", "1"))
     adapted.add_adapter("other", lora("1"))
+    adapted.add_adapter("waiting", lora("0.0"))
     adapted._modules["0"] = nn.Identity()
-    for use in (adapted.save_pretrained, adapted.set_adapter):
-        with pytest.raises(AdaptError, match=r"0\.0\.default.lora_A of adapter 'default' is gone"):
-            use("default")
+    for use, name in [
+        (adapted.save_pretrained, "default"),
+        (adapted.set_adapter, "default"),
+        (adapted.set_adapter, "waiting"),
+    ]:
+        with pytest.raises(AdaptError, match=rf"0\.0\.{name}.lora_A of adapter '{name}' is gone"):
+            use(name)
     with pytest.warns(UserWarning, match="'other' is active now"):
         adapted.delete_adapter("default")
     adapted.set_adapter("other")
-    assert list(adapted.peft_config) == ["other"]
+    assert list(adapted.peft_config) == ["other", "waiting"]
 
 
 def test_an_attribute_of_the_class_in_an_adapters_place_is_noticed():

@@ -104,6 +104,12 @@ def test_adapters_of_other_names_have_the_same_graphs() -> None:
     assert first is second
 
 
+def test_equal_layers_of_models_inside_have_their_own_adapters_and_that_of_the_model() -> None:
+    inner = [get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]), own) for own in NAMES]
+    get_peft_model(nn.Sequential(*inner), LoraConfig(target_modules=["0.0", "1.0", "2.0"]), "of all")
+    assert [names_in_slots(model[0]) for model in inner] == [{0: own, 1: "of all"} for own in NAMES]
+
+
 def test_an_edit_of_a_graph_stays_when_other_adapters_come() -> None:
     model, x = adapted(), torch.randn(3, 6)
     model.set_adapter(NAMES[0], inference_mode=True)

@@ -59,7 +59,8 @@ def in_turn(plain: Template, module: nn.Module, region: str, adapters: Adapters,
                 "it isn't known which are rows of the batch; call it for one adapter at a time"
             )
         batch = present()
-        groups = batch.of(tensors[0], module).groups()
+        of_rows = batch.of(tensors[0], module)
+        groups = of_rows.groups()
         results = []
         for name, rows in groups.items():
             index = torch.tensor(rows, device=tensors[0].device)
@@ -68,7 +69,7 @@ def in_turn(plain: Template, module: nn.Module, region: str, adapters: Adapters,
             given = [taken[id(leaf)] if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
             own_args, own_kwargs = pytree.tree_unflatten(given, structure)
             # regions inside have the same adapter for all of these rows
-            of_one = {len(rows): RowAdapters((name,) * len(rows), adapters)}
+            of_one = {len(rows): RowAdapters((name,) * len(rows), of_rows.batch, adapters)}
             own = Rows((), batch.runners, of_one, adapters, batch.modules)
             with taken_along(functools.partial(ROWS.during, own)), given_to_rows(rows):
                 owner = overrides.with_tensors(module, reading_of(name)(module)) if has_others else module

@@ -180,8 +180,7 @@ def activate(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None
     wanted = list(dict.fromkeys(names))
     override_readers(adapters, wanted)
     _refuse_apart(adapters, wanted)
-    if wanted != adapters.active:
-        _unmerge_first(modules, adapters)
+    _unmerge_first(modules, adapters)
     let_act(modules, adapters, [] if adapters.are_off else wanted)
     set_attribute(adapters, "active", wanted)
 

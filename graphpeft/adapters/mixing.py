@@ -102,9 +102,10 @@ def mixed(
     _refuse_merged(adapters)
     wanted = tuple(name for name in dict.fromkeys(names) if name != BASE)
     runners = _runners(modules, adapters, wanted)
-    by_count = {len(names): RowAdapters(names, adapters)}
+    by_count = {len(names): RowAdapters(names, wanted, adapters)}
     if repeats > 1:
-        by_count[len(names) * repeats] = RowAdapters(tuple(name for name in names for _ in range(repeats)), adapters)
+        repeated = tuple(name for name in names for _ in range(repeats))
+        by_count[len(repeated)] = RowAdapters(repeated, wanted, adapters)
     return taken_along(functools.partial(ROWS.during, Rows(wanted, runners, by_count, adapters, modules)))
 
 
@@ -145,16 +146,17 @@ class _Known(NamedTuple):
     worn: list[tuple[nn.Module, Template | None]]
 
 
-def _signature(adapters: Adapters, name: str) -> int:
-    """Returns a number that is the same for adapters with equal rules at the same sites."""
+def _signature(adapters: Adapters, name: str) -> object:
+    """Returns an object that is the same one for adapters with equal rules at the same sites."""
     known = adapters.signatures
-    if name not in known:
+    found = known.get(name)
+    if found is None:
         adapter = adapters.by_name[name]
         _refuse_adapter(adapter, name)
         sites = tuple((place_of(adapted), adapted.rule) for adapted in adapter.sites), *_reads(adapter).items()
-        # comparing hundreds of sites in each call would take its time
-        known[name] = known.setdefault(sites, len(known))
-    return known[name]
+        # comparing hundreds of sites in each call would take its time; other threads may be here, too
+        found = known[name] = known.setdefault(sites, object())
+    return found
 
 
 def _refuse_adapter(adapter: Adapter, name: str) -> None:

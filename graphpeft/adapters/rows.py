@@ -11,7 +11,7 @@ from torch import nn
 from graphpeft.adapters.adapter_names import BASE
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapters, Modules
-from graphpeft.graph.holders import Holder, as_number
+from graphpeft.graph.holders import as_number
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.wording import joined, number_of
 
@@ -24,12 +24,18 @@ Where = tuple[str, str, str]
 
 
 class RowAdapters:
-    """Which adapter each row of a tensor has."""
+    """Which adapter each row of a tensor has.
 
-    def __init__(self, names: tuple[str, ...], adapters: Adapters) -> None:
+    Args:
+        names: The adapter of each row.
+        batch: The adapters of the whole batch, of which these rows may be a part.
+        adapters: The model's adapters.
+    """
+
+    def __init__(self, names: tuple[str, ...], batch: Sequence[str], adapters: Adapters) -> None:
         self.names = names
-        self._adapters = adapters
-        self._there: dict[Any, list[str | None]] = {}
+        self.batch, self._adapters = batch, adapters
+        self._there: dict[Any, list[str]] = {}
         self._numbers: dict[Any, torch.Tensor] = {}
 
     def stacked(self, owner: nn.Module, stem: str, where: Where | None) -> torch.Tensor:
@@ -42,17 +48,18 @@ class RowAdapters:
             stem: Their name in the adapters' holders.
             where: The site, if only adapters with this very one are meant.
         """
-        holders = owner._modules
-        held = [None if name is None else holders.get(name) for name in self._of_rows(where)]
+        holders = self._holders(owner, where)
         # each call of each layer goes through all rows here, so no function is called for one
-        tensors = [None if at is None else at._parameters.get(stem, at._buffers.get(stem)) for at in held]
-        there: list[torch.Tensor] = [tensor for tensor in tensors if tensor is not None]
-        if len(there) == len(tensors) and len({tensor.shape for tensor in there}) == 1:
+        parameters = [None if holder is None else holder._parameters.get(stem) for holder in holders]
+        there = [parameter for parameter in parameters if parameter is not None]
+        if len(there) == len(parameters) and not [each for each in there if each.shape != there[0].shape]:
             return torch.stack(there)
+        tensors = [None if holder is None else _tensor(holder, stem) for holder in holders]
+        there = [tensor for tensor in tensors if tensor is not None]
         if not there:
-            # those of any adapter will do for the shape
-            known = (_tensor(holder, stem) for holder in holders.values() if isinstance(holder, Holder))
-            like = next(tensor for tensor in known if tensor is not None)
+            # those of an adapter of the batch tell the shape, since another one may have another rank
+            known = [owner._modules.get(name) for name in self.batch]
+            like = next(t for holder in known if holder is not None and (t := _tensor(holder, stem)) is not None)
             return like.new_zeros(len(tensors), *like.shape)
         shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in there), strict=True)]
         nothing = there[0].new_zeros(shape)
@@ -66,8 +73,8 @@ class RowAdapters:
             stem: The number's name in the adapters' holders.
             missing: What it is where there is none; None if any value will do.
         """
-        held = [None if name is None else owner._modules.get(name) for name in self._of_rows(None)]
-        found = [missing if holder is None else holder.__dict__.get(stem, missing) for holder in held]
+        holders = self._holders(owner, None)
+        found = [missing if holder is None else holder.__dict__.get(stem, missing) for holder in holders]
         are_tensors = any(issubclass(kind, torch.Tensor) for kind in {*map(type, found)})
         values = tuple(map(as_number, found) if are_tensors else found)
         there = {value for value in values if value is not None}
@@ -77,12 +84,12 @@ class RowAdapters:
             self._numbers[values] = torch.tensor([0.0 if value is None else value for value in values])
         return self._numbers[values]
 
-    def _of_rows(self, where: Where | None) -> list[str | None]:
-        """Returns the adapter of each row, or None for rows whose adapter isn't meant."""
+    def _holders(self, owner: nn.Module, where: Where | None) -> list[nn.Module | None]:
+        """Returns the holder of each row's adapter in `owner`, or None for rows whose adapter isn't meant."""
         if where not in self._there:
             are_there = {name: name != BASE and self._is_at(name, where) for name in set(self.names)}
-            self._there[where] = [name if are_there[name] else None for name in self.names]
-        return self._there[where]
+            self._there[where] = [name if are_there[name] else "" for name in self.names]
+        return list(map(owner._modules.get, self._there[where]))  # no module has an empty name
 
     def _is_at(self, name: str, where: Where | None) -> bool:
         return where is None or any(place_of(site)[:3] == where for site in self._adapters.by_name[name].sites)
@@ -121,6 +128,7 @@ class Rows:
         modules: Callable[[], Modules],
     ) -> None:
         self._names, self._runners, self.by_count, self._adapters = names, runners, by_count, adapters
+        self._wanted = frozenset(names)
         self.modules = modules
 
     @property
@@ -132,9 +140,8 @@ class Rows:
         """
         if self._adapters.merged:
             self._refuse(self._adapters.merged, "merged into the weights, which all rows share")
-        gone = [name for name in self._names if name not in self._adapters.by_name]
-        if gone:
-            self._refuse(gone, "deleted")
+        if not self._wanted <= self._adapters.by_name.keys():
+            self._refuse([name for name in self._names if name not in self._adapters.by_name], "deleted")
         return self._runners
 
     def _refuse(self, names: Sequence[str], how: str) -> None:

@@ -8,6 +8,7 @@ and parts are holders, too. Code that goes through a model's own modules leaves 
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -315,15 +316,17 @@ def tree_of(module: nn.Module) -> Iterator[nn.Module]:
 def own_modules(module: nn.Module) -> list[tuple[str, nn.Module | None]]:
     """Returns the submodules of `module` by name, without holders.
 
-    A layer may have a hundred holders. So their names are kept where they come and go, and they are looked at only
-    where there is another submodule, as at the beginning or the end.
+    A layer may have a hundred holders. So their names are kept where they come and go, and they aren't gone through
+    where the module's own come first, or there are none.
     """
     inner: Mapping[str, Any] = module._modules
-    names: Any = module.__dict__.get(_HOLDERS, ())
-    # a module's own come first, and what other code adds comes last
+    names: frozenset[str] = module.__dict__.get(_HOLDERS, frozenset())
     if not inner or (len(inner) == len(names) and next(reversed(inner)) in names and next(iter(inner)) in names):
         return []
-    return [(name, child) for name, child in inner.items() if not isinstance(child, Holder)]
+    first = list(itertools.islice(inner, len(inner) - len(names)))
+    # other code may have taken holders away, or added modules behind them
+    own = first if names.isdisjoint(first) and names <= inner.keys() else inner
+    return [(name, child) for name in own if not isinstance(child := inner[name], Holder)]
 
 
 def all_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from graphpeft.graph import in_place
-from graphpeft.graph.holders import HolderGroup, name_at
+from graphpeft.graph.holders import HolderGroup, name_at, own_modules
 from graphpeft.transaction import delete_item, set_item
 
 Names = tuple[tuple[int, str], ...]
@@ -88,7 +88,8 @@ def read_in_group(group: HolderGroup, names: Mapping[int, str], left: Collection
 
 def names_like_slots(module: nn.Module) -> list[str]:
     """Returns the module's own attributes whose names look like slot names."""
-    own = (*module.__dict__, *module._parameters, *module._buffers, *module._modules)
+    modules = [name for name, _ in own_modules(module)]
+    own = (*module.__dict__, *module._parameters, *module._buffers, *modules)
     return _like_slots(in_place.original_class(module), own)
 
 

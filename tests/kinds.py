@@ -20,6 +20,18 @@ class Matrix(nn.Module):
         return torch.tanh(x @ self.w)
 
 
+class Added(Matrix):
+    """The same with a bias in one operation, which is a parameter or computed."""
+
+    def __init__(self, is_computed: bool) -> None:
+        super().__init__()
+        self.b, self.is_computed = nn.Parameter(torch.randn(8)), is_computed
+
+    def forward(self, x: Tensor) -> Tensor:
+        b = self.b.sum(0) if self.is_computed else self.b
+        return torch.addmm(b, x.flatten(0, 1), self.w).unflatten(0, x.shape[:2]).tanh()
+
+
 class BothWays(nn.Module):
     """A matrix, by which the model multiplies, and by whose transpose."""
 
@@ -40,6 +52,25 @@ class Stack(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.einsum("bti,eio->bto", x, self.w).tanh()
+
+
+class Kernels(nn.Module):
+    """Weights that no one matrix is: kernels of three dimensions, paddings, stacks, and plain parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.solid = nn.Conv3d(2, 4, 2, padding=1, padding_mode="circular")
+        self.grouped = nn.Conv1d(4, 6, 3, groups=2, dilation=2)
+        self.up = nn.ConvTranspose1d(6, 4, 2, groups=2)
+        self.w = nn.Parameter(torch.randn(4, 5))
+        self.experts = nn.Parameter(torch.randn(2, 5, 7) / 3)
+        self.kernel = nn.Parameter(torch.randn(3, 7, 3, 1) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.solid(x)).flatten(2)
+        x = torch.tanh(self.up(torch.tanh(self.grouped(x)))).mT @ self.w
+        x = torch.tanh(torch.bmm(x, self.experts)).mT[..., None]
+        return nn.functional.conv2d(x, self.kernel * torch.sigmoid(x.mean()))
 
 
 class Attention(nn.Module):
@@ -68,10 +99,18 @@ class Rounded(nn.Module):
 VECTORS = (4, 3, 6)
 WEIGHT = {"target_modules": ["0.w"]}
 MATRIX = Case("matrix", lambda: nn.Sequential(Matrix()), lambda: (torch.randn(VECTORS),), WEIGHT)
+ADDED = Case("added", lambda: nn.Sequential(Added(False)), lambda: (torch.randn(VECTORS),), WEIGHT)
+COMPUTED = Case("computed-bias", lambda: nn.Sequential(Added(True)), lambda: (torch.randn(VECTORS),), WEIGHT)
 BOTH_WAYS = [
     Case(f"both-ways-{n}", lambda n=n: nn.Sequential(BothWays(n)), lambda: (torch.randn(VECTORS),), WEIGHT)
     for n in (6, 8)
 ]
+KERNELS = Case(
+    "kernels",
+    Kernels,
+    lambda: (torch.randn(2, 2, 2, 3, 4),),
+    {"target_modules": ["solid", "grouped", "up", "w", "experts", "kernel"]},
+)
 STACK = Case("stack", lambda: nn.Sequential(Stack()), lambda: (torch.randn(VECTORS),), WEIGHT)
 ATTENTION = Case("attention", Attention, lambda: (torch.randn(4, 3, 8),), {"target_modules": ["attention"]})
 ROUNDED = Case("rounded", lambda: nn.Sequential(Rounded(), nn.Tanh()), lambda: (torch.randn(VECTORS),))

@@ -12,11 +12,10 @@ from models import Experts
 from oracle import LINEAR, Case, assert_close, assert_same_tensors, moved, outputs
 from peft.tuners.boft import layer as their_layer
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 import graphpeft
 from graphpeft import AdaptError, BOFTConfig, PeftModel, get_peft_model
-from graphpeft.testing import verify
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Failed to load the CUDA extension",
@@ -100,29 +99,6 @@ def test_dropout_draws_the_random_numbers_that_pefts_draws(case: Case):
         found.add(drawn[1].sum().item())
     assert len(found) > 4
     assert_close(ours.eval()(x), theirs.eval()(x), 1e-5)
-
-
-class Beyond(nn.Module):
-    """Weights that PEFT's BOFT doesn't adapt."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.back = nn.ConvTranspose1d(6, 4, 2, stride=2, groups=2)
-        self.w, self.b = nn.Parameter(torch.randn(4, 8) / 2), nn.Parameter(torch.randn(4, 1))
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.back(x)).mT
-        # a bias that is computed
-        x = torch.addmm(self.b.sum(0), x.flatten(0, 1), self.w).unflatten(0, x.shape[:2])
-        return self.attention(x, x, x, need_weights=False)[0]
-
-
-def test_every_law_holds_for_weights_that_peft_lacks():
-    torch.manual_seed(0)
-    config = BOFTConfig(boft_block_size=2, target_modules=["back", "w", "attention"])
-    verification = verify(Beyond().eval(), config, (torch.randn(2, 6, 3),), progress=False, quiet=True)
-    assert verification.holds, verification
 
 
 def test_each_matrix_of_a_stack_has_a_butterfly_of_its_own():

@@ -12,12 +12,11 @@ import torch
 from models import LLAMA
 from oracle import LINEAR, Case, moved
 from test_quantised import by_bitsandbytes, by_torchao
-from torch import Tensor, nn
+from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig
 
 import graphpeft
 from graphpeft import AdaptError, IA3Config, get_peft_model
-from graphpeft.testing import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:no gradient goes through")
 
@@ -30,27 +29,6 @@ def test_a_pattern_names_feed_forward_modules_by_their_whole_path():
         shapes.append({key: tensor.shape for key, tensor in state.items()})
     assert shapes[0] == shapes[1]
     assert {shape[0] == 1 for key, shape in shapes[1].items() if "down_proj" in key} == {True, False}
-
-
-class Odd(nn.Module):
-    """Layers that PEFT's (IA)³ doesn't adapt: of one dimension, in groups, and a weight that is a plain parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular")
-        self.grouped = nn.Conv1d(6, 8, 3, groups=2)
-        self.w = nn.Parameter(torch.randn(8, 5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.grouped(torch.tanh(self.one(x)))).mT @ self.w
-
-
-@pytest.mark.parametrize("enters", [[], ["one", "grouped", "w"]], ids=["outputs", "inputs"])
-def test_every_law_holds_for_layers_that_peft_lacks(enters: list[str]):
-    torch.manual_seed(0)
-    config = IA3Config(target_modules=["one", "grouped", "w"], feedforward_modules=enters)
-    verification = verify(Odd(), config, (torch.randn(2, 4, 9),), progress=False, quiet=True)
-    assert verification.holds, verification
 
 
 def test_inputs_of_groups_are_scaled_as_in_peft_active_and_merged():

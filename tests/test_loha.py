@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from kinds import Kernels
 from models import GPT2, LLAMA, call, result
 from oracle import CONV_1D, CONV_2D, LINEAR, TRANSPOSED, Case, moved
 from peft.tuners.lora.conversion import convert_to_lora as convert_by_peft
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 import graphpeft
 from graphpeft import AdaptError, LoHaConfig, get_peft_model, get_peft_model_state_dict, rescale_adapter_scale
 from graphpeft.methods.loha import hadamard
-from graphpeft.testing import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:no gradient goes through", "ignore:Converting a PEFT")
 
@@ -97,13 +97,7 @@ def test_training_draws_the_random_numbers_that_pefts_draws(options: dict[str, A
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
 
 
-def test_without_dropout_nothing_is_drawn_so_that_a_flat_graph_draws_the_same():
-    torch.manual_seed(0)
-    # whose feed-forward weights are read by no one operation, but by layers in its flat graph
-    base = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))
-    config = LoHaConfig(r=2, target_modules=["self_attn", "linear1"])
-    verification = verify(base, config, (torch.randn(3, 5, 16),), progress=False, quiet=True)
-    assert verification.holds, verification
+def test_without_dropout_nothing_is_drawn():
     model: Any = get_peft_model(LINEAR.build(), drawn(target_modules=["0"])).train()
     (x,) = LINEAR.inputs()
     before = torch.get_rng_state()
@@ -173,39 +167,9 @@ def test_the_backward_keeps_the_factors_and_none_of_their_products():
     assert torch.autograd.gradgradcheck(hadamard, [tensor.detach().requires_grad_() for tensor in small])
 
 
-class Odd(nn.Module):
-    """What PEFT's LoHa doesn't adapt: kernels of three dimensions, paddings, stacks, and plain parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.solid = nn.Conv3d(2, 4, 2, padding=1, padding_mode="circular")
-        self.grouped = nn.Conv1d(4, 6, 3, groups=2, dilation=2)
-        self.up = nn.ConvTranspose1d(6, 4, 2, groups=2)
-        self.w = nn.Parameter(torch.randn(4, 5))
-        self.experts = nn.Parameter(torch.randn(2, 5, 7) / 3)
-        self.kernel = nn.Parameter(torch.randn(3, 7, 3, 1) / 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.solid(x)).flatten(2)
-        x = torch.tanh(self.up(torch.tanh(self.grouped(x)))).mT @ self.w
-        x = torch.tanh(torch.bmm(x, self.experts)).mT[..., None]
-        return nn.functional.conv2d(x, self.kernel * torch.sigmoid(x.mean()))
-
-
-ODD = ["solid", "grouped", "up", "w", "experts", "kernel"]
-
-
-@pytest.mark.parametrize("cores", [False, True])
-def test_every_law_holds_for_what_peft_lacks(cores: bool):
-    torch.manual_seed(0)
-    config = LoHaConfig(r=2, alpha=3, target_modules=ODD, use_effective_conv2d=cores)
-    verification = verify(Odd(), config, (torch.randn(2, 2, 2, 3, 4),), progress=False, quiet=True)
-    assert verification.holds, verification
-
-
 def test_each_expert_has_factors_of_its_own():
     torch.manual_seed(0)
-    model: Any = get_peft_model(Odd(), drawn(target_modules=["experts"]))
+    model: Any = get_peft_model(Kernels(), drawn(target_modules=["experts"]))
     a, b, c, d = (getattr(model.default, f"experts_hada_{name}") for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
     before = model.experts.detach().clone()
     assert (a.shape, b.shape) == ((2, 5, 2), (2, 2, 7))
@@ -289,7 +253,7 @@ def test_one_exported_graph_serves_adapters_with_and_without_dropout(tmp_path: A
 def test_what_has_no_operation_has_no_dropout():
     config = drawn(target_modules=["kernel"], rank_dropout=0.1)
     with pytest.raises(AdaptError, match="no one operation uses its kernel; set rank_dropout and module_dropout to 0"):
-        get_peft_model(Odd(), config)
+        get_peft_model(Kernels(), config)
 
 
 def test_a_vector_is_refused():

@@ -12,12 +12,11 @@ import torch
 from models import Experts
 from oracle import CONV_2D, EMBEDDING, LINEAR, POINTWISE, TRANSPOSED, Case, assert_close, moved
 from peft.tuners.oft.layer import OFTLayer
-from torch import Tensor, nn
+from torch import nn
 
 import graphpeft
 from graphpeft import AdaptError, CheckpointError, OFTConfig, get_peft_model
 from graphpeft.methods.rotations import nearest_divisor
-from graphpeft.testing import verify
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Invalid `oft_block_size`", "ignore:Invalid `r`", "ignore:no gradient goes through"
@@ -64,30 +63,6 @@ def test_kernels_over_several_positions_are_refused_where_pefts_fresh_adapter_ch
     with pytest.raises(AdaptError, match="its kernel is 3×3: positions overlap, so that no rotation of its input is"):
         get_peft_model(base, OFTConfig(**options()))
     assert type(base.get_submodule("0")) is nn.Conv2d
-
-
-class Beyond(nn.Module):
-    """Layers that PEFT's OFT doesn't adapt, and a weight that is a plain parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.grouped = nn.Conv1d(8, 12, 1, groups=2, padding=1, padding_mode="circular")
-        self.back = nn.ConvTranspose2d(12, 4, 1, stride=2, groups=2)
-        self.w = nn.Parameter(torch.randn(4, 6) / 2)
-        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.back(torch.tanh(self.grouped(x))[..., None]))
-        x = x.flatten(2).mT @ self.w
-        return self.attention(x, x, x, need_weights=False)[0]
-
-
-@pytest.mark.parametrize("block_share", [False, True])
-def test_every_law_holds_for_layers_that_peft_lacks(block_share: bool):
-    torch.manual_seed(0)
-    config = OFTConfig(oft_block_size=2, block_share=block_share, target_modules=["grouped", "back", "w", "attention"])
-    verification = verify(Beyond().eval(), config, (torch.randn(2, 8, 5),), progress=False, quiet=True)
-    assert verification.holds, verification
 
 
 def test_each_matrix_of_a_stack_has_rotations_of_its_own():

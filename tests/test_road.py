@@ -11,12 +11,11 @@ from bitsandbytes.nn.modules import LinearNF4
 from models import Experts
 from oracle import LINEAR, Case, assert_close, moved, outputs
 from test_quantised import by_bitsandbytes
-from torch import Tensor, nn
+from torch import nn
 
 import graphpeft
 from graphpeft import AdaptError, RoadConfig, get_peft_model
 from graphpeft.sites import quantisers
-from graphpeft.testing import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:no gradient goes through")
 
@@ -47,27 +46,6 @@ def test_each_row_of_a_batch_has_pefts_rotations(variant: str):
     names = ["second", "__base__", "default", "second"]
     with torch.no_grad():
         assert_close(ours(x, adapter_names=names), theirs(x, adapter_names=names), 1e-5)
-
-
-class Beyond(nn.Module):
-    """Weights that PEFT's RoAd doesn't adapt."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w, self.b = nn.Parameter(torch.randn(4, 8) / 2), nn.Parameter(torch.randn(8))
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.addmm(self.b, x.flatten(0, 1), self.w).unflatten(0, x.shape[:2])
-        return self.attention(x, x, x, need_weights=False)[0]
-
-
-@pytest.mark.parametrize("variant", ["road_1", "road_4"])
-def test_every_law_holds_for_weights_that_peft_lacks(variant: Any):
-    torch.manual_seed(0)
-    config = RoadConfig(variant=variant, group_size=4, target_modules=["w", "attention"])
-    verification = verify(Beyond().eval(), config, (torch.randn(2, 3, 4),), progress=False, quiet=True)
-    assert verification.holds, verification
 
 
 def test_each_matrix_of_a_stack_has_rotations_of_its_own():

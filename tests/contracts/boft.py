@@ -2,8 +2,8 @@
 
 import peft
 import torch
-from kinds import STACK
-from oracle import CONV_2D, LINEAR, POINTWISE, TRANSPOSED, WITHOUT_BIAS, Case
+from kinds import ATTENTION, COMPUTED, STACK
+from oracle import BACK, CONV_2D, LINEAR, POINTWISE, TRANSPOSED, WITHOUT_BIAS, Case
 from torch import nn
 
 from contracts.contract import Contract
@@ -26,7 +26,7 @@ CONTRACTS = [
         peft.BOFTConfig,
         {"boft_block_size": 2},
         CASES,
-        beyond=(TRANSPOSED, GROUPED, STACK),
+        beyond=(TRANSPOSED, GROUPED, BACK, STACK, COMPUTED, ATTENTION),
         refuses=REFUSES,
     ),
     Contract(

@@ -1,7 +1,8 @@
 """(IA)³, of inputs and of outputs."""
 
 import peft
-from kinds import MATRIX, STACK
+from kinds import STACK
+from matrix_uses import USES
 from oracle import CONV_2D, CONV_3D, GROUPED, MATRICES, POINTWISE
 
 from contracts.contract import Contract
@@ -18,12 +19,20 @@ CONTRACTS = [
         peft.IA3Config,
         OF_OUTPUTS,
         (*MATRICES, CONV_2D, POINTWISE, CONV_3D),
-        (GROUPED, MATRIX, STACK),
+        (GROUPED, STACK, USES),
         sized=OF_OUTPUTS,
         refuses={"both ways": "its operations read it both as"},
     ),
     Contract(
         "ia3-inputs", IA3Config, peft.IA3Config, OF_INPUTS, (*MATRICES, CONV_2D, CONV_3D), (GROUPED,), llama=LLAMA
+    ),
+    Contract(
+        "ia3-inputs-of-uses",
+        IA3Config,
+        peft.IA3Config,
+        {"feedforward_modules": USES.targets["target_modules"]},
+        (),
+        (USES,),
     ),
     Contract("ia3-drawn", IA3Config, peft.IA3Config, OF_OUTPUTS | {"init_ia3_weights": False}, (*MATRICES,)),
 ]

@@ -1,11 +1,13 @@
 """LoRA, DoRA and the variants; the rest of LoRA's options have tests of their own."""
 
 import peft
+from matrix_uses import LAYERS
 from oracle import CONV_1D, CONV_2D, CONVOLUTIONS, EMBEDDING, LINEAR, MATRICES, WITHOUT_BIAS
 
 from contracts.contract import Contract
 from graphpeft import LoraConfig
 
+BLOCKS = {"target_modules_bd_a": ["0"], "target_modules_bd_b": ["2"], "nblocks": 2, "match_strict": False}
 BLOCKS_OF_A = {"target_modules_bd_a": ["0"], "nblocks": 2}
 BLOCKS_OF_B = {"target_modules_bd_b": ["0"], "nblocks": 2}
 
@@ -40,10 +42,16 @@ CONTRACTS = [
         (*MATRICES, *CONVOLUTIONS),
         tolerance=1e-6,
     ),
+    _variant("bdlora", use_bdlora=BLOCKS)._replace(cases=(LAYERS,)),
     _variant("bdlora-a", use_bdlora=BLOCKS_OF_A),
     _variant("kasa", kasa_config={})._replace(refuses=IN_PLACE),
     _variant("kasa-dropout", kasa_config={}, lora_dropout=0.4, init_lora_weights="gaussian")._replace(refuses=IN_PLACE),
     _variant("monteclora", monteclora_config={"buffer_size": 3})._replace(cases=MATRICES, trains_alike=False),
+    # PEFT takes the bias of a B for a shard of a tensor
+    _variant("kasa-bias", kasa_config={}, lora_bias=True)._replace(cases=(), beyond=(LINEAR,), refuses=IN_PLACE),
+    _variant("monteclora-bias", monteclora_config={"buffer_size": 2}, lora_bias=True)._replace(
+        cases=(), beyond=(LINEAR,)
+    ),
     _variant("velora", velora_config={"num_groups": 4, "scale": 0.7}),
     _variant("velora-once", velora_config={"num_groups": 3, "init_type": "batch_average_once"}, lora_dropout=0.4),
     _variant("velora-random", velora_config={"num_groups": 2, "init_type": "random"}),

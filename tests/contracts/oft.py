@@ -1,13 +1,27 @@
 """OFT, by Neumann's series and exactly, and with its constraints."""
 
 import peft
-from kinds import STACK
-from oracle import EMBEDDING, LINEAR, POINTWISE, TRANSPOSED, WITHOUT_BIAS
+import torch
+from kinds import ATTENTION, MATRIX, STACK
+from oracle import EMBEDDING, LINEAR, POINTWISE, TRANSPOSED, WITHOUT_BIAS, Case
+from torch import nn
 
 from contracts.contract import Contract
 from graphpeft import OFTConfig
 
 CASES = (LINEAR, WITHOUT_BIAS, POINTWISE, EMBEDDING)
+WITHIN_GROUPS = Case(
+    "within-groups",
+    lambda: nn.Sequential(
+        nn.Conv1d(8, 12, 1, groups=2, padding=1, padding_mode="circular"),
+        nn.Tanh(),
+        nn.Unflatten(2, (7, 1)),
+        nn.ConvTranspose2d(12, 4, 1, stride=2, groups=2),
+    ),
+    lambda: (torch.randn(2, 8, 5),),
+    {"target_modules": ["0", "3"]},
+)
+BEYOND = (TRANSPOSED, STACK, MATRIX, ATTENTION, WITHIN_GROUPS)
 BLOCKS = {"oft_block_size": 2}
 OPTIONS = {
     "oft": BLOCKS,
@@ -24,7 +38,7 @@ CONTRACTS = [
         peft.OFTConfig,
         options,
         CASES,
-        beyond=(TRANSPOSED, STACK) if name == "oft" else (TRANSPOSED,),
+        beyond=BEYOND if name in ("oft", "oft-shared") else (TRANSPOSED,),
         llama={"target_modules": ["q_proj", "down_proj"]},
         refuses={"both ways": "its operations read it both as"},
     )

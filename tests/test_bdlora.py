@@ -63,26 +63,9 @@ def test_a_llama_has_pefts_values_outputs_and_files(init_lora_weights: Any, dtyp
         assert_close(logits(again), expected, 1e-5)
 
 
-def test_two_adapters_act_together_and_rows_of_a_batch_have_their_own():
+def test_blocks_are_not_combined():
     model: Any = get_peft_model(LLAMA.build(), config(graphpeft))
     model.add_adapter("second", config(graphpeft, use_bdlora=BLOCKS | {"nblocks": 4}))
-    model.add_adapter("third", config(graphpeft, r=6))
-    model.add_adapter("plain", LoraConfig(**OPTIONS))
-    names = ["default", "second", "third", "plain"]
-    alone: dict[str, Tensor] = {"__base__": logits(LLAMA.build())}
-    for seed, name in enumerate(names):
-        model.set_adapter(name)
-        alone[name] = logits(moved(model, seed))
-    for rows in (["default", "third", "__base__"], ["default", "plain", "second"]):
-        found = logits(model, adapter_names=rows)
-        for row, name in enumerate(rows):
-            torch.testing.assert_close(found[row], alone[name][row], atol=1e-5, rtol=1e-4)
-    model.set_adapter(names)
-    together = logits(model)
-    model.merge_adapter()
-    assert_close(logits(model), together, 1e-5)
-    model.unmerge_adapter()
-    assert torch.equal(logits(model), together)
     with pytest.raises(AdaptError, match="BD-LoRA is more than a product of A and B"):
         model.add_weighted_adapter(["default", "second"], [1, 1], "sum", combination_type="linear")
 

@@ -66,26 +66,6 @@ def test_the_base_keeps_its_weights():
     assert torch.equal(logits(model.unload()), base)
 
 
-def test_it_is_beside_others_and_rows_of_a_batch_have_their_own():
-    model: Any = get_peft_model(LLAMA.build(), config(graphpeft))
-    model.add_adapter("second", config(graphpeft, r=2))
-    model.add_adapter("plain", LoraConfig(**OPTIONS))
-    alone: dict[str, Tensor] = {"__base__": logits(LLAMA.build())}
-    for seed, name in enumerate(("default", "second", "plain")):
-        model.set_adapter(name)
-        alone[name] = logits(moved(model, seed))
-    for rows in (["default", "plain", "__base__"], ["second", "default", "plain"]):
-        found = logits(model, adapter_names=rows)
-        for row, name in enumerate(rows):
-            torch.testing.assert_close(found[row], alone[name][row], atol=1e-5, rtol=1e-4)
-    model.set_adapter(["default", "plain"])
-    together = logits(model)
-    with pytest.raises(AdaptError, match="both"):
-        model.set_adapter(["default", "second"])
-    assert torch.equal(logits(model), together)
-    assert_close(logits(model.merge_and_unload()), together, 1e-5)
-
-
 def test_the_penalty_and_its_gradients_are_pefts(tmp_path: Path):
     theirs: Any = moved(peft.get_peft_model(LLAMA.build(), config(peft)))
     theirs.save_pretrained(str(tmp_path))

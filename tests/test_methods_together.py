@@ -60,6 +60,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 OF_TABLES = [("trainable-tokens", other) for other in ("trainable-tokens", "lora", "hira", "oft")]
 """Rows of an embedding, which few methods adapt."""
+OF_VARIANTS = [(variant, "lora") for variant in ("bdlora-a", "bdlora-b", "kasa", "monteclora", "velora")]
 
 
 def pairs() -> Iterator[tuple[str, str]]:
@@ -76,7 +77,7 @@ def pairs() -> Iterator[tuple[str, str]]:
         waiting = waiting[1:] or ([(rare[0], rare[-1])] if rare else [])
 
 
-PAIRS = [*dict.fromkeys([*pairs(), *OF_TABLES])]
+PAIRS = [*dict.fromkeys([*pairs(), *OF_TABLES, *OF_VARIANTS])]
 OF_KINDS = PAIRS[: len([*itertools.combinations_with_replacement(KINDS, 2)])]
 """One pair of methods for each two kinds."""
 

@@ -193,23 +193,6 @@ def test_a_has_the_mean_and_the_spread_that_its_file_tells():
     torch.testing.assert_close(drawn_a.std(1), spread, rtol=0.2, atol=0)
 
 
-def test_rows_of_a_batch_and_two_adapters_act():
-    model: Any = get_peft_model(LLAMA.build(), config(graphpeft))
-    model.add_adapter("plain", LoraConfig(**OPTIONS))
-    alone: dict[str, Tensor] = {"__base__": logits(LLAMA.build())}
-    for seed, name in enumerate(("default", "plain")):
-        model.set_adapter(name)
-        alone[name] = logits(moved(model, seed))
-    names = ["default", "__base__", "plain"]
-    found = logits(model, adapter_names=names)
-    for row, name in enumerate(names):
-        torch.testing.assert_close(found[row], alone[name][row], atol=1e-5, rtol=1e-4)
-    model.set_adapter(["default", "plain"])
-    together = logits(model)
-    model.merge_adapter()
-    assert_close(logits(model), together, 1e-5)
-
-
 def test_options_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="monteclora_config: num_samples must be a positive integer"):
         LoraConfig(monteclora_config={"num_samples": 0})

@@ -117,23 +117,6 @@ def test_a_gradient_is_an_approximation_and_the_input_is_not_kept():
     torch.testing.assert_close(single[1], exact[1])
 
 
-def test_rows_of_a_batch_and_two_adapters_act():
-    model: Any = get_peft_model(LLAMA.build(), config(graphpeft, "random"))
-    model.add_adapter("plain", LoraConfig(**OPTIONS))
-    alone: dict[str, Tensor] = {"__base__": logits(LLAMA.build())}
-    for seed, name in enumerate(("default", "plain")):
-        model.set_adapter(name)
-        alone[name] = logits(moved(model, seed))
-    names = ["default", "__base__", "plain"]
-    found = logits(model, adapter_names=names)
-    for row, name in enumerate(names):
-        torch.testing.assert_close(found[row], alone[name][row], atol=1e-5, rtol=1e-4)
-    model.set_adapter(["default", "plain"])
-    together = logits(model)
-    model.merge_adapter()
-    assert_close(logits(model), together, 1e-5)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", ["compiled", "checkpointed"])
 def test_compiled_and_checkpointed_it_trains_the_same(way: str, kind: str):

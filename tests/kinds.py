@@ -73,6 +73,14 @@ class Kernels(nn.Module):
         return nn.functional.conv2d(x, self.kernel * torch.sigmoid(x.mean()))
 
 
+class Dropping(nn.Sequential):
+    """Layers of all kinds that PEFT adapts, with dropout of the model's own between them."""
+
+    def __init__(self) -> None:
+        layers = (nn.Conv2d(4, 6, 3, groups=2), nn.Flatten(2), nn.Dropout(0.3), nn.Conv1d(6, 8, 1), nn.Linear(9, 5))
+        super().__init__(*layers)
+
+
 class Attention(nn.Module):
     """PyTorch's attention, which has its projections' weights as one parameter."""
 

@@ -20,6 +20,8 @@ import graphpeft
 
 VOCABULARY = 64
 CLASSES = 5
+IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+"""The ways in which Transformers runs experts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +140,17 @@ def llama_config(**options: Any) -> transformers.LlamaConfig:
 def tiny_llama() -> nn.Module:
     """Builds a Llama with grouped key and value heads."""
     return transformers.LlamaForCausalLM(llama_config())
+
+
+def tiny_experts(implementation: str) -> Any:
+    """Builds a Qwen3 whose experts run by one of `IMPLEMENTATIONS`."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 1}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    routing: dict[str, Any] = {"num_experts": 16, "num_experts_per_tok": 2}
+    config = transformers.Qwen3MoeConfig(vocab_size=VOCABULARY, **sizes, **heads, **routing)
+    config._experts_implementation = implementation
+    torch.manual_seed(0)
+    return transformers.Qwen3MoeForCausalLM(config).eval()
 
 
 def _opt() -> nn.Module:

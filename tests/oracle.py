@@ -118,6 +118,15 @@ def by_us(case: Any, seed: int = 2, **options: Any) -> Any:
     return graphpeft.get_peft_model(model, config(case, **options))
 
 
+def by_both_libraries(base: nn.Module, config: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Returns two copies of a model, adapted by PEFT and by this library, with equal values."""
+    models = []
+    for library in (peft, graphpeft):
+        torch.manual_seed(2)
+        models.append(library.get_peft_model(copy.deepcopy(base), getattr(library, config)(**options)))
+    return models[0], models[1]
+
+
 def config(case: Any, **options: Any) -> graphpeft.LoraConfig:
     """Returns a config for a case."""
     return graphpeft.LoraConfig(**_options(case, options))

@@ -15,8 +15,8 @@ import transformers
 from matrix_uses import LAYERS
 from models import LLAMA, Experts
 from oracle import LINEAR, assert_close, moved, outputs
-from test_contracts import losses, tokens, trainer_of
 from torch import nn
+from trainers import losses, tokens, trainer_of
 
 import graphpeft
 from graphpeft import (

@@ -11,6 +11,7 @@ from pathlib import Path
 import networkx
 import pytest
 import torch
+from rooms import DOCUMENT, ROOMS
 from torch import fx, nn
 
 import graphpeft
@@ -18,13 +19,6 @@ import graphpeft
 pytestmark = pytest.mark.quick("_torch")
 
 PACKAGE = Path(graphpeft.__file__).parent
-DOCUMENT = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
-
-ROOMS = {
-    name: [] if knows == "none" else knows.split(", ")
-    for name, knows in re.findall(r"^\| `(\w+)(?:/|\.py)` \| [^|]+ \| ([\w, ]+) \|$", DOCUMENT, flags=re.MULTILINE)
-}
-"""The rooms from the ground up, with those that each knows."""
 
 LISTED = set(re.findall(r"^\| `(\w+/(?:\w+\.py|\w+/))` \|", DOCUMENT, flags=re.MULTILINE))
 """The files and folders of which the tables of rooms say what they are about."""

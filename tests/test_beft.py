@@ -8,7 +8,7 @@ import pytest
 import torch
 from bitsandbytes.nn.modules import LinearNF4
 from oracle import LINEAR, Case, assert_close, moved, outputs
-from test_quantised import by_bitsandbytes
+from quantised import by_bitsandbytes
 from torch import nn
 
 from graphpeft import AdaptError, BeftConfig, IA3Config, get_peft_model

@@ -12,16 +12,16 @@ import onnxruntime
 import peft
 import pytest
 import torch
-import transformers
 from bitsandbytes.nn.modules import LinearNF4
 from contracts import CONTRACTS, FIRST
 from contracts.contract import Contract
 from kinds import BOTH_WAYS
 from models import BERT, GPT2, LLAMA, T5, Example, call, result
 from oracle import TRANSPOSED, Case, assert_close, assert_trains_alike, moved, outputs
+from quantised import by_bitsandbytes
 from safetensors.torch import load_file
-from test_quantised import by_bitsandbytes
 from torch import Tensor
+from trainers import losses, tokens, trainer_of
 
 import graphpeft
 from graphpeft import AdaptError, LoraConfig, PeftModel, PeftType, get_peft_model
@@ -357,10 +357,6 @@ def test_defaults_name_the_targets_that_pefts_do(contract: Contract, example: Ex
     assert_close(found, expected, contract.tolerance)
 
 
-def tokens(seed: int = 0) -> Tensor:
-    return torch.randint(3, 20, (2, 5), generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.mark.parametrize("contract", [*FIRST, BY_NAME["dora"]], ids=str)
 def test_a_llama_has_pefts_outputs_active_merged_and_beside_lora(contract: Contract, tmp_path: Path) -> None:
     theirs = moved(peft.get_peft_model(LLAMA.build(), contract.their_config()))
@@ -384,28 +380,6 @@ def test_a_llama_has_pefts_outputs_active_merged_and_beside_lora(contract: Contr
         model.set_adapter("default")
         merged = model.merge_and_unload()
         torch.testing.assert_close(merged(input_ids=tokens()).logits, expected, atol=1e-4, rtol=1e-4)
-
-
-def trainer_of(model: Any, folder: Path) -> transformers.Trainer:
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=2,
-        max_steps=4,
-        save_steps=2,
-        logging_steps=1,
-        learning_rate=0.01,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        report_to=[],
-        seed=3,
-    )
-    rows: Any = [{"input_ids": row, "labels": row} for seed in range(4) for row in tokens(seed)]
-    return transformers.Trainer(model, arguments, train_dataset=rows)
-
-
-def losses(trainer: transformers.Trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 @each_method

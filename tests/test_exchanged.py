@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import LLAMA, VOCABULARY
-from test_misuse import refused
+from refusals import refused
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import LlavaConfig, LlavaForConditionalGeneration

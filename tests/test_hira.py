@@ -11,7 +11,7 @@ import torch
 from bitsandbytes.nn.modules import LinearNF4
 from models import LLAMA, Experts, call, result
 from oracle import Case, assert_close, assert_same_tensors, moved, outputs
-from test_quantised import by_bitsandbytes
+from quantised import by_bitsandbytes
 from torch import nn
 
 import graphpeft

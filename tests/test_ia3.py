@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import LLAMA
 from oracle import LINEAR, Case, moved
-from test_quantised import by_bitsandbytes, by_torchao
+from quantised import by_bitsandbytes, by_torchao
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig
 

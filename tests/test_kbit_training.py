@@ -14,8 +14,8 @@ from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt, LinearNF4
 from measuring import let_peft_round_on_the_cpu
 from models import LLAMA, call
 from oracle import Case, assert_close, by_us, config, peft_config, tensors
+from quantised import by_bitsandbytes
 from safetensors.torch import save_file
-from test_quantised import by_bitsandbytes
 from torch import nn
 
 from graphpeft import (

@@ -10,6 +10,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from learning_blocks import SIZE, Block
 from models import tiny_llama
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,14 +28,6 @@ from graphpeft import (
 )
 
 pytestmark = pytest.mark.quick("learning")
-
-SIZE = 6
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.norm = nn.Linear(SIZE, SIZE), nn.LayerNorm(SIZE)
 
 
 class Plain(Block):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_learning import SIZE, Block
+from learning_blocks import SIZE, Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint

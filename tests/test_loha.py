@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import peft
 import pytest
 import torch
-from kinds import Kernels
+from kinds import Dropping, Kernels
 from models import GPT2, LLAMA, call, result
-from oracle import CONV_1D, CONV_2D, LINEAR, TRANSPOSED, Case, moved
+from oracle import CONV_1D, CONV_2D, LINEAR, TRANSPOSED, Case, by_both_libraries, moved
 from peft.tuners.lora.conversion import convert_to_lora as convert_by_peft
-from test_quantised import by_bitsandbytes
+from quantised import by_bitsandbytes
 from torch import Tensor, nn
 
 import graphpeft
@@ -26,15 +25,6 @@ DRAWN: dict[str, Any] = {"r": 2, "alpha": 3, "init_weights": False}
 
 def drawn(**options: Any) -> LoHaConfig:
     return LoHaConfig(**{**DRAWN, **options})
-
-
-def by_both_libraries(base: nn.Module, config: str, options: dict[str, Any]) -> tuple[Any, Any]:
-    """Returns two copies of a model, adapted by PEFT and by this library, with equal values."""
-    models = []
-    for library in (peft, graphpeft):
-        torch.manual_seed(2)
-        models.append(library.get_peft_model(copy.deepcopy(base), getattr(library, config)(**options)))
-    return models[0], models[1]
 
 
 def by_both(base: nn.Module, **options: Any) -> tuple[Any, Any]:
@@ -66,14 +56,6 @@ def test_patterns_give_layers_other_ranks_and_alphas_in_any_order(tmp_path: Any)
     for library in (peft, graphpeft):
         loaded = library.PeftModel.from_pretrained(LLAMA.build(), str(tmp_path)).eval()
         torch.testing.assert_close(result(call(loaded, LLAMA.inputs())), expected)
-
-
-class Dropping(nn.Sequential):
-    """Layers of all kinds that PEFT adapts, with dropout of the model's own between them."""
-
-    def __init__(self) -> None:
-        layers = (nn.Conv2d(4, 6, 3, groups=2), nn.Flatten(2), nn.Dropout(0.3), nn.Conv1d(6, 8, 1), nn.Linear(9, 5))
-        super().__init__(*layers)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from kinds import Kernels
+from kinds import Dropping, Kernels
 from models import LLAMA, call, result
-from oracle import CONV_1D, LINEAR
+from oracle import CONV_1D, LINEAR, by_both_libraries
 from peft.tuners.lokr.layer import factorization
 from peft.tuners.lora.conversion import convert_to_lora as convert_by_peft
-from test_loha import Dropping, by_both_libraries
 from torch import nn
 
 import graphpeft

@@ -11,8 +11,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
-from models import VOCABULARY
+from models import IMPLEMENTATIONS, VOCABULARY, tiny_experts
 from torch import Tensor
 
 import graphpeft
@@ -250,17 +249,6 @@ def test_metadata_is_that_of_the_weight() -> None:
 # Transformers' experts
 
 
-def experts(implementation: str) -> Any:
-    sizes: dict[str, Any] = {"hidden_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 1}
-    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    routing: dict[str, Any] = {"num_experts": 16, "num_experts_per_tok": 2}
-    config = transformers.Qwen3MoeConfig(vocab_size=VOCABULARY, **sizes, **heads, **routing)
-    config._experts_implementation = implementation
-    torch.manual_seed(0)
-    return transformers.Qwen3MoeForCausalLM(config).eval()
-
-
-IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 CONFIG = {"r": 4, "lora_alpha": 6, "target_modules": ["gate_up_proj", "down_proj"], "init_lora_weights": False}
 
 
@@ -270,7 +258,7 @@ def test_experts_train_without_a_tensor_of_the_stacks_size(
     implementation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = torch.randint(3, VOCABULARY, (2, 6))
-    model: Any = get_peft_model(experts(implementation).to(dtype), LoraConfig(**CONFIG))
+    model: Any = get_peft_model(tiny_experts(implementation).to(dtype), LoraConfig(**CONFIG))
     expected = model(input_ids=ids).logits
     merged = copy.deepcopy(model).merge_and_unload()(input_ids=ids).logits
     torch.testing.assert_close(expected, merged, atol=1e-5 if dtype == torch.float32 else 0.05, rtol=1e-3)
@@ -288,9 +276,9 @@ def test_experts_have_the_gradients_of_pefts(implementation: str, tmp_path: Path
     ids = torch.randint(3, VOCABULARY, (2, 6))
     found = []
     options = CONFIG | {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
-    theirs = peft.get_peft_model(experts(implementation), peft.LoraConfig(**options))
+    theirs = peft.get_peft_model(tiny_experts(implementation), peft.LoraConfig(**options))
     theirs.save_pretrained(str(tmp_path))
-    ours = PeftModel.from_pretrained(experts(implementation), tmp_path, is_trainable=True)
+    ours = PeftModel.from_pretrained(tiny_experts(implementation), tmp_path, is_trainable=True)
     for library, model in ((peft, theirs), (graphpeft, ours)):
         model.train()(input_ids=ids, labels=ids).loss.backward()
         names = {tensor.data_ptr(): name for name, tensor in library.get_peft_model_state_dict(model).items()}
@@ -304,7 +292,7 @@ def test_experts_have_the_gradients_of_pefts(implementation: str, tmp_path: Path
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
 def test_experts_are_compiled_as_one_graph(implementation: str) -> None:
     ids = torch.randint(3, VOCABULARY, (2, 6))
-    model: Any = get_peft_model(experts(implementation), LoraConfig(**CONFIG))
+    model: Any = get_peft_model(tiny_experts(implementation), LoraConfig(**CONFIG))
     compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
 
@@ -314,7 +302,7 @@ def test_recomputed_layers_have_the_same_gradients() -> None:
     found = []
     for recomputes in (False, True):
         torch.manual_seed(5)
-        model: Any = get_peft_model(experts("eager"), LoraConfig(**CONFIG))
+        model: Any = get_peft_model(tiny_experts("eager"), LoraConfig(**CONFIG))
         if recomputes:
             # Transformers' newer name for it, and the older one
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -327,7 +315,7 @@ def test_recomputed_layers_have_the_same_gradients() -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_experts_are_trained_with_dropout(implementation: str, tmp_path: Path) -> None:
     ids = torch.randint(3, VOCABULARY, (2, 6))
-    model: Any = get_peft_model(experts(implementation), LoraConfig(**CONFIG, lora_dropout=0.5))
+    model: Any = get_peft_model(tiny_experts(implementation), LoraConfig(**CONFIG, lora_dropout=0.5))
     expected = model(input_ids=ids).logits
     torch.testing.assert_close(
         copy.deepcopy(model).merge_and_unload()(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-4
@@ -345,7 +333,7 @@ def test_experts_are_trained_with_dropout(implementation: str, tmp_path: Path) -
     assert all(gradient.abs().max() > 0 for gradient in of_first)
     with pytest.warns(PeftWarning, match="is saved as 0, since PEFT refuses dropout beside parameters"):
         model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(experts(implementation), tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_experts(implementation), tmp_path)
     torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, expected)
 
 

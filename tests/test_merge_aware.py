@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import CONV_2D, EMBEDDING, LINEAR, TRANSPOSED, Case, outputs
-from test_quantised_merging import CASES as QUANTISED
+from quantised import CASES as QUANTISED
 from torch import Tensor, nn
 
 import graphpeft

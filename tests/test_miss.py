@@ -9,7 +9,7 @@ import pytest
 import torch
 from bitsandbytes.nn.modules import LinearNF4
 from oracle import LINEAR, moved
-from test_quantised import by_bitsandbytes
+from quantised import by_bitsandbytes
 
 import graphpeft
 from graphpeft import AdaptError, LoraConfig, MissConfig, get_peft_model

@@ -17,23 +17,12 @@ import pytest
 import torch
 import transformers
 from models import MLP, VOCABULARY, llama_config, output
+from refusals import refused
 from torch import nn
 
 import graphpeft
 from graphpeft import AdaptError, CheckpointError, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from graphpeft.adapters.base_names import warn_of_other_base
-from graphpeft.testing import laws
-
-
-@contextlib.contextmanager
-def refused(model: nn.Module, error: type[Exception], *words: str) -> Iterator[None]:
-    """Expects an error whose message has all of `words`, and a model that is as it was."""
-    before = laws.snapshot(model)
-    with pytest.raises(error) as caught:
-        yield
-    for word in words:
-        assert word in str(caught.value)
-    laws.require_unchanged(model, before, "what is refused")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from matrix_uses import LAYERS
 from models import Experts
 from oracle import LINEAR, Case, assert_close, moved, outputs
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_OSF_TARGET_MODULES_MAPPING
-from test_quantised import by_bitsandbytes
+from quantised import by_bitsandbytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -11,7 +11,7 @@ import torch
 from bitsandbytes.nn.modules import LinearNF4
 from models import Experts
 from oracle import LINEAR, Case, assert_close, moved, outputs
-from test_quantised import by_bitsandbytes
+from quantised import by_bitsandbytes
 from torch import nn
 
 import graphpeft

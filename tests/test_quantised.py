@@ -7,14 +7,13 @@ import io
 import itertools
 import pickle
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from bitsandbytes.nn.modules import Embedding8bit, Linear4bit, Linear8bitLt, LinearNF4
+from bitsandbytes.nn.modules import Embedding8bit, Linear4bit
 from oracle import (
     Case,
     assert_close,
@@ -26,8 +25,10 @@ from oracle import (
     perturb,
     tensors,
 )
+from quantised import CASES as QUANTISED
+from quantised import by_bitsandbytes, by_torchao
 from torch import nn
-from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 
 from graphpeft import AdaptError, IA3Config, LoraConfig, check_learning, explain, get_peft_model, hotswap_adapter, trace
 from graphpeft.sites.quantised import is_quantised
@@ -41,48 +42,17 @@ pytestmark = [
 ]
 
 
-def by_torchao(config: Callable[[], Any], dtype: torch.dtype = torch.float32) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)).to(dtype)
-        quantize_(model, config())
-        return model
-
-    return make
-
-
-def by_bitsandbytes(
-    cls: type[nn.Module], dtype: torch.dtype = torch.float32, **options: Any
-) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        # they quantise where they are moved to a device
-        model = nn.Sequential(cls(64, 64, **options), nn.Tanh(), cls(64, 64, **options)).to(dtype).to("cpu")
-        for layer in (model[0], model[2]):
-            # else some CPUs pack 4 bits anew in the first evaluation, and give no gradients from then on
-            vars(layer)["support_avx512bf16_for_cpu"] = False
-        return model
-
-    return make
-
-
-MAKERS: dict[str, Callable[[], nn.Module]] = {
-    "torchao int8": by_torchao(Int8WeightOnlyConfig),
-    "torchao int8 bfloat16": by_torchao(Int8WeightOnlyConfig, torch.bfloat16),
-    "torchao int8 of inputs, too": by_torchao(Int8DynamicActivationInt8WeightConfig),
-    "bitsandbytes int8": by_bitsandbytes(Linear8bitLt, has_fp16_weights=False),
-    "bitsandbytes int8 bfloat16": by_bitsandbytes(Linear8bitLt, torch.bfloat16, has_fp16_weights=False),
-    "bitsandbytes fp4": by_bitsandbytes(Linear4bit),
-    "bitsandbytes nf4, packed as floats": by_bitsandbytes(LinearNF4, quant_storage=torch.float32),
-    "bitsandbytes nf4 without bias": by_bitsandbytes(LinearNF4, bias=False),
-}
-
-
-def case(name: str) -> Case:
-    dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
-    targets = {"target_modules": ["0", "2"]}
-    return Case(name, MAKERS[name], lambda: (torch.randn(4, 3, 64).to(dtype),), targets)
-
-
-CASES = [case(name) for name in MAKERS]
+NAMES = (
+    "torchao int8",
+    "torchao int8 bfloat16",
+    "torchao int8 of inputs, too",
+    "bitsandbytes int8",
+    "bitsandbytes int8 bfloat16",
+    "bitsandbytes fp4",
+    "bitsandbytes nf4, packed as floats",
+    "bitsandbytes nf4 without bias",
+)
+CASES = [case for case in QUANTISED if case.name in NAMES]
 each_kind = pytest.mark.parametrize("case", CASES, ids=str)
 
 
@@ -402,7 +372,7 @@ def test_none_is_merged_into_codes_past_one_that_multiplies_what_the_layer_gives
     torch.manual_seed(0)
     options: dict[str, Any] = {"target_modules": ["0"]}
     config = LoraConfig(r=2, lora_alpha=6, init_lora_weights=False, **options)
-    model: Any = get_peft_model(MAKERS["bitsandbytes fp4"](), config, adapter_name="u")
+    model: Any = get_peft_model(by_bitsandbytes(Linear4bit)(), config, adapter_name="u")
     model.add_adapter("w", IA3Config(feedforward_modules=[], init_ia3_weights=False, **options))
     model.set_adapter(["w", "u"])
     x = torch.randn(4, 64)

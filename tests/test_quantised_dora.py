@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import Case, assert_close, assert_files_go_both_ways, assert_trains_alike, by_us, config, outputs, tensors
-from test_quantised_merging import CASES, ours_of, theirs_of
+from quantised import CASES, ours_of, theirs_of
 
 import graphpeft
 from graphpeft import explain, trace

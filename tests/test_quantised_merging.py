@@ -15,10 +15,10 @@ import pytest
 import torch
 import torchao.quantization as torchao
 from bitsandbytes.functional import _convert_weight_packed_for_cpu
-from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt, LinearNF4
+from bitsandbytes.nn.modules import Linear4bit, LinearNF4
 from interrupting import failing_at_line, lines_of
-from oracle import Case, assert_close, by_us, config, outputs, peft_config, perturb
-from test_quantised import by_bitsandbytes, by_torchao
+from oracle import Case, assert_close, config, outputs, perturb
+from quantised import CASES, by_bitsandbytes, ours_of, theirs_of
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
@@ -43,58 +43,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:adapters are merged into the quantised weights:UserWarning"),
 ]
 
-LIBRARIES: dict[str, Any] = {
-    "torchao int8": torchao.Int8WeightOnlyConfig,
-    "torchao int8 of tensors": lambda: torchao.Int8WeightOnlyConfig(granularity=torchao.PerTensor()),
-    "torchao int8 of groups": lambda: torchao.Int8WeightOnlyConfig(granularity=torchao.PerGroup(32)),
-    "torchao int8 of inputs, too": torchao.Int8DynamicActivationInt8WeightConfig,
-    "torchao float8": torchao.Float8WeightOnlyConfig,
-    "torchao intx": torchao.IntxWeightOnlyConfig,
-    "torchao intx of 4 bits": lambda: torchao.IntxWeightOnlyConfig(torch.int4, torchao.PerGroup(32)),  # type: ignore[attr-defined]
-    "torchao intx of inputs, too": torchao.Int8DynamicActivationIntxWeightConfig,
-}
-MAKERS: dict[str, Callable[[], nn.Module]] = {
-    **{name: by_torchao(make) for name, make in LIBRARIES.items()},
-    "torchao int8 bfloat16": by_torchao(torchao.Int8WeightOnlyConfig, torch.bfloat16),
-    "bitsandbytes int8": by_bitsandbytes(Linear8bitLt, has_fp16_weights=False),
-    "bitsandbytes int8 bfloat16": by_bitsandbytes(Linear8bitLt, torch.bfloat16, has_fp16_weights=False),
-    "bitsandbytes fp4": by_bitsandbytes(Linear4bit),
-    "bitsandbytes nf4": by_bitsandbytes(LinearNF4),
-    "bitsandbytes nf4 bfloat16": by_bitsandbytes(LinearNF4, torch.bfloat16, compute_dtype=torch.bfloat16),
-    "bitsandbytes nf4, packed as floats": by_bitsandbytes(LinearNF4, quant_storage=torch.float32),
-    "bitsandbytes nf4 without bias": by_bitsandbytes(LinearNF4, bias=False),
-    "bitsandbytes nf4 with plain scales": by_bitsandbytes(LinearNF4, compress_statistics=False),
-}
-LIBRARIES["torchao int8 bfloat16"] = LIBRARIES["torchao int8"]
-
-
-def case(name: str) -> Case:
-    dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
-    return Case(name, MAKERS[name], lambda: (torch.randn(4, 3, 64).to(dtype),), {"target_modules": ["0", "2"]})
-
-
-CASES = [case(name) for name in MAKERS]
 each_kind = pytest.mark.parametrize("case", CASES, ids=str)
-
-
-def ours_of(case: Case, **options: Any) -> Any:
-    model = by_us(case, **options)
-    perturb(model)
-    return model
-
-
-def theirs_of(case: Case, **options: Any) -> Any:
-    """Returns PEFT's model, which is told by marks how the base is quantised."""
-    model: Any = case.build()
-    if "bitsandbytes" in case.name:
-        setattr(model, "is_loaded_in_8bit" if "int8" in case.name else "is_loaded_in_4bit", True)
-    torch.manual_seed(2)
-    adapted = peft.get_peft_model(model, peft_config(case, **options)).eval()
-    for layer in adapted.modules():
-        if hasattr(layer, "get_apply_tensor_subclass"):
-            vars(layer)["get_apply_tensor_subclass"] = LIBRARIES[case.name]
-    perturb(adapted)
-    return adapted
 
 
 @each_kind

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torchao.quantization as torchao
 from oracle import Case, assert_close, assert_files_go_both_ways, assert_trains_alike, outputs, perturb, tensors
-from test_quantised_merging import CASES, ours_of, theirs_of
+from quantised import CASES, ours_of, theirs_of
 
 import graphpeft
 from graphpeft import ExportError

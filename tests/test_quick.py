@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_architecture import ROOMS
+from rooms import ROOMS
 
 pytestmark = pytest.mark.quick
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_tracing import X, module_of
+from made_modules import X, module_of
 from torch import nn
 
 from graphpeft import GuardError, TraceError, trace

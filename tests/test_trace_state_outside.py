@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_tracing import X, module_of
+from made_modules import X, module_of
 from torch import fx, nn
 
 from graphpeft import AdaptError, GuardError, LoraConfig, TraceError, get_peft_model, trace

@@ -18,6 +18,7 @@ import torch
 import torch.fx as fx
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
+from made_modules import X, module_of
 from models import EXAMPLES, LLAMA, MLP, UNTRACED, VIT, Example
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -37,27 +38,8 @@ from graphpeft.testing import laws
 from graphpeft.tracing.examples import Examples
 
 
-def module_of(forward, **members) -> Any:
-    """Returns a module with this forward, and with these tensors, modules and attributes."""
-
-    class Made(nn.Module):
-        def __init__(self):
-            super().__init__()
-            for name, value in members.items():
-                if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
-                    self.register_buffer(name, value)
-                else:
-                    setattr(self, name, value)
-
-    Made.forward = forward
-    return Made()
-
-
 def code_of(module, *inputs) -> str:
     return trace(module, inputs or None).code
-
-
-X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 
 
 # whole models

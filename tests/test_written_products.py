@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.fx as fx
+from models import IMPLEMENTATIONS, tiny_experts
 from oracle import moved
-from test_low_rank_sum import IMPLEMENTATIONS, experts
 from torch import Tensor, nn
 from torch.fx.proxy import GraphAppendingTracer
 
@@ -40,7 +40,7 @@ IDS = torch.randint(3, 20, (2, 6), generator=torch.Generator().manual_seed(0))
 def adapted(name: str, implementation: str, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(3)
     config = getattr(graphpeft, name)(**TARGETS, **METHODS[name])
-    return moved(get_peft_model(experts(implementation).to(dtype), config))
+    return moved(get_peft_model(tiny_experts(implementation).to(dtype), config))
 
 
 def train(model: Any) -> None:
@@ -62,7 +62,7 @@ def test_nothing_is_added_up_and_all_is_the_sum(
     assert {(16, 64, 32), (16, 32, 32)} <= {*sums}
     precision: dict[str, Any] = {} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}
     torch.testing.assert_close(found, merged, **precision)
-    assert not torch.allclose(found, experts(implementation).to(dtype)(input_ids=IDS).logits, atol=1e-6)
+    assert not torch.allclose(found, tiny_experts(implementation).to(dtype)(input_ids=IDS).logits, atol=1e-6)
     train(model)
     for parameter_name, parameter in model.named_parameters():
         if parameter.requires_grad and "experts" in parameter_name:

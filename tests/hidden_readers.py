@@ -40,13 +40,13 @@ class Reader(nn.Module):
 
 
 class SelfByAnotherName(Reader):
-    def forward(this, x):  # noqa: N805
-        return F.linear(x, this.inner.weight, this.inner.bias)
+    def forward(_this, x):  # noqa: N805
+        return F.linear(x, _this.inner.weight, _this.inner.bias)
 
 
 class ByVariable(Reader):
-    def forward(this, x):  # noqa: N805
-        layer = this.inner
+    def forward(_this, x):  # noqa: N805
+        layer = _this.inner
         return F.linear(x, layer.weight, layer.bias)
 
 

@@ -63,9 +63,18 @@ def test_a_llama_has_pefts_values_outputs_and_files(init_lora_weights: Any, dtyp
         assert_close(logits(again), expected, 1e-5)
 
 
-def test_blocks_are_not_combined():
+def test_adapters_of_several_numbers_of_blocks_and_ranks_are_mixed_and_not_combined():
     model: Any = get_peft_model(LLAMA.build(), config(graphpeft))
     model.add_adapter("second", config(graphpeft, use_bdlora=BLOCKS | {"nblocks": 4}))
+    model.add_adapter("third", config(graphpeft, r=6))
+    alone: dict[str, Tensor] = {"__base__": logits(LLAMA.build())}
+    for seed, name in enumerate(("default", "second", "third")):
+        model.set_adapter(name)
+        alone[name] = logits(moved(model, seed))
+    for rows in (["default", "third", "__base__"], ["default", "second", "third"]):
+        found = logits(model, adapter_names=rows)
+        for row, name in enumerate(rows):
+            torch.testing.assert_close(found[row], alone[name][row], atol=1e-5, rtol=1e-4)
     with pytest.raises(AdaptError, match="BD-LoRA is more than a product of A and B"):
         model.add_weighted_adapter(["default", "second"], [1, 1], "sum", combination_type="linear")
 

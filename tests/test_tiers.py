@@ -1,4 +1,4 @@
-"""The sample of `make test` has some sets of each quick function, spread over its list, one of a slow one, and no more."""
+"""The sample of `make test` has some sets of each quick function, spread over its list, and one or none of slow ones."""
 
 from __future__ import annotations
 

@@ -179,11 +179,12 @@ def refuse_resized(modules: Modules, adapter: Adapter, name: str) -> None:
     """Raises AdaptError if a tensor that an adapter changes or replaces has another size than when the adapter came."""
     for adapted in adapter.weight_sites:
         weight = _own(modules, adapted.site.owner, adapted.site.attribute)
-        # what was quantised since has another form, and the size that it had
-        if weight is not None and weight.is_floating_point():
-            reason = resized(adapted, weight, name)
-            if reason is not None:
-                raise AdaptError(reason)
+        # most have the size that they had, and what was quantised since has another form
+        if weight is None or weight.shape == adapted.site.shape or _is_part(weight) or not weight.is_floating_point():
+            continue
+        reason = resized(adapted, weight, name)
+        if reason is not None:
+            raise AdaptError(reason)
     for label, now, before in _other_sizes(modules, adapter, name):
         if now != before:
             raise AdaptError(_has_another(label, now, before, name))
@@ -196,12 +197,12 @@ def _other_sizes(
     for path, names in adapter.fully_trained.items():
         for own in names:
             tensor = _own(modules, path, own)
-            if tensor is not None:
+            if tensor is not None and not _is_part(tensor):
                 trained = tensor_at(modules[path], overrides.override_name(own, name))
                 yield join(path, own), tuple(trained.shape), tuple(tensor.shape)
     for path in adapter.rows:
         table = _own(modules, path, "weight")
-        if table is not None:
+        if table is not None and not _is_part(table):
             # whoever resizes a table reads it with the rows in it, and so has put the new size on what was read
             told = told_rows(modules[path])
             if told is not None:
@@ -210,15 +211,16 @@ def _other_sizes(
 
 
 def _own(modules: Modules, path: str, name: str) -> torch.Tensor | None:
-    """Returns a module's own tensor where that is whole."""
+    """Returns a module's own tensor."""
     if path not in modules:
         return None
     tensor = modules[path]._parameters.get(name)
-    if tensor is None:
-        tensor = modules[path]._buffers.get(name)
-    # where processes have parts of it, one may have none, or a flat one
-    is_part = tensor is None or tensor.numel() == 0 or hasattr(tensor, "_fsdp_flattened")
-    return None if is_part else tensor
+    return modules[path]._buffers.get(name) if tensor is None else tensor
+
+
+def _is_part(tensor: torch.Tensor) -> bool:
+    """Returns whether processes have parts of a tensor, of which one may have none, or a flat one."""
+    return tensor.numel() == 0 or hasattr(tensor, "_fsdp_flattened")
 
 
 def resized(adapted: AdaptedSite, weight: nn.Parameter | torch.Tensor, name: str) -> str | None:

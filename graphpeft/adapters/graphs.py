@@ -72,20 +72,20 @@ def templates_with(adapters: Adapters, seats: Mapping[str, int], modules: Module
     kept = _kept(adapters, seats)
     leaving = [name for name in adapters.slots if name not in kept]
     coming = [name for name in seats if name not in kept]
-    left = {name: regions_of(adapters.by_name[name].sites, modules) for name in leaving}
-    for name, regions in left.items():
-        _refuse_moved(name, regions, modules)
+    regions = {name: by_region(adapters.by_name[name].sites, modules) for name in {*leaving, *coming}}
+    for name in leaving:
+        _refuse_moved(name, regions[name], modules)
     for name in coming:
         refuse_exchanged(modules, adapters.by_name[name], name)
     templates: dict[str, Template | None] = {}
     # the last one first, so that each step back is one that was taken
     for name in reversed(leaving):
-        for region in left[name]:
+        for region in regions[name]:
             worn = templates.get(region) or worn_in(adapters, region, modules)
             templates[region] = without(worn, adapters.slots[name])
     for name in coming:
         method = adapters.by_name[name].config.method
-        for region, sites in by_region(adapters.by_name[name].sites, modules).items():
+        for region, sites in regions[name].items():
             worn = templates.get(region) or worn_in(adapters, region, modules)
             try:
                 templates[region] = with_adapter(worn, modules[region], seats[name], method, region, sites)
@@ -121,13 +121,8 @@ def _refuse_moved(name: str, regions: Iterable[str], modules: Modules) -> None:
         )
 
 
-def regions_of(sites: Iterable[AdaptedSite], modules: Modules) -> dict[str, None]:
-    """Returns the regions of sites, without what somebody has taken out of the model."""
-    return dict.fromkeys([region for adapted in sites if (region := adapted.site.region) in modules])
-
-
-def by_region(sites: Iterable[AdaptedSite], modules: Modules) -> dict[str, list[AdaptedSite]]:
-    """Groups sites by these regions."""
+def by_region(sites: list[AdaptedSite], modules: Modules) -> dict[str, list[AdaptedSite]]:
+    """Groups sites by their region; a region that somebody has taken out of the model is left out."""
     regions: dict[str, list[AdaptedSite]] = {}
     for adapted in sites:
         if adapted.site.region in modules:

@@ -176,8 +176,7 @@ class Adapter:
 
     def tensor_names(self, adapter: str) -> list[tuple[str, str]]:
         """Returns the module's path and the name of every tensor of this adapter."""
-        in_holders = [(adapted.site.owner, adapted.names, adapted.specs) for adapted in self.sites]
-        found = [(owner, names[name]) for owner, names, specs in in_holders for name in specs]
+        found = [(adapted.site.owner, adapted.names[name]) for adapted in self.sites for name in adapted.specs]
         for path, names in self.overrides.items():
             found += [(path, overrides.override_name(name, adapter)) for name in names]
         return found + [(path, overrides.rows(adapter)) for path in self.rows]

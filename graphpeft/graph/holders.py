@@ -320,13 +320,15 @@ def own_modules(module: nn.Module) -> list[tuple[str, nn.Module | None]]:
     where the module's own come first, or there are none.
     """
     inner: Mapping[str, Any] = module._modules
-    names: frozenset[str] = module.__dict__.get(_HOLDERS, frozenset())
+    names: Any = module.__dict__.get(_HOLDERS, ())
     if not inner or (len(inner) == len(names) and next(reversed(inner)) in names and next(iter(inner)) in names):
         return []
-    first = list(itertools.islice(inner, len(inner) - len(names)))
-    # other code may have taken holders away, or added modules behind them
-    own = first if names.isdisjoint(first) and names <= inner.keys() else inner
-    return [(name, child) for name in own if not isinstance(child := inner[name], Holder)]
+    if names:
+        first = list(itertools.islice(inner, len(inner) - len(names)))
+        # other code may have taken holders away, or added modules behind them
+        if names.isdisjoint(first) and names <= inner.keys():
+            inner = {name: inner[name] for name in first}
+    return [(name, child) for name, child in inner.items() if not isinstance(child, Holder)]
 
 
 def all_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

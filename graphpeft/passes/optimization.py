@@ -9,7 +9,7 @@ from torch import nn
 
 from graphpeft.adapters.adapting import known_adapters, modules_of
 from graphpeft.adapters.exchanged import refuse_exchanged_classes
-from graphpeft.adapters.graphs import regions_of, worn_in
+from graphpeft.adapters.graphs import by_region, worn_in
 from graphpeft.adapters.state import Adapters, Modules
 from graphpeft.graph.template import wear_template
 from graphpeft.passes import PASSES, Optimized, Passes, in_order, optimized
@@ -94,7 +94,7 @@ def _applied(modules: Modules, state: Adapters, names: tuple[str, ...]) -> dict[
     sites = [adapted for name in state.acting for adapted in state.by_name[name].sites]
     done = {
         region: optimized(worn_in(state, region, modules), modules[region], names)
-        for region in regions_of(sites, modules)
+        for region in by_region(sites, modules)
     }
     for region, found in done.items():
         wear_template(modules[region], found.template)

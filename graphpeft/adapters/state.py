@@ -152,15 +152,15 @@ class Adapter:
 
     def frozen_names(self, adapter: str) -> set[tuple[str, str]]:
         """Returns the module's path and the name of each tensor of this adapter that isn't trained now."""
-        # most methods let none rest
-        rests = self.config.rests if type(self.config).rests is not PeftConfig.rests else None
-        frozen = {
+        frozen = self._untrained | self.replacing_names(adapter)
+        if type(self.config).rests is PeftConfig.rests:  # most methods let none rest
+            return frozen
+        return frozen | {
             (adapted.site.owner, adapted.names[name])
             for adapted in self.sites
-            for name, spec in adapted.specs.items()
-            if not spec.is_trained or (rests is not None and rests(adapted.site, name))
+            for name in adapted.specs
+            if self.config.rests(adapted.site, name)
         }
-        return frozen | self.replacing_names(adapter)
 
     def replacing_names(self, adapter: str) -> set[tuple[str, str]]:
         """Returns the module's path and the name of each tensor that is read in place of a weight."""
@@ -176,10 +176,26 @@ class Adapter:
 
     def tensor_names(self, adapter: str) -> list[tuple[str, str]]:
         """Returns the module's path and the name of every tensor of this adapter."""
-        found = [(adapted.site.owner, adapted.names[name]) for adapted in self.sites for name in adapted.specs]
+        found = list(self._at_sites)
         for path, names in self.overrides.items():
             found += [(path, overrides.override_name(name, adapter)) for name in names]
         return found + [(path, overrides.rows(adapter)) for path in self.rows]
+
+    # sites may be exchanged for others with tensors of the same names
+    @functools.cached_property
+    def _at_sites(self) -> list[tuple[str, str]]:
+        """The module's path and the name of each tensor at its sites."""
+        return [(adapted.site.owner, adapted.names[name]) for adapted in self.sites for name in adapted.specs]
+
+    @functools.cached_property
+    def _untrained(self) -> set[tuple[str, str]]:
+        """Those of these that are never trained."""
+        return {
+            (adapted.site.owner, adapted.names[name])
+            for adapted in self.sites
+            for name, spec in adapted.specs.items()
+            if not spec.is_trained
+        }
 
     @functools.cached_property
     def owners(self) -> list[str]:

@@ -67,9 +67,9 @@ def set_trainable_now(modules: Modules, adapters: Adapters, wanted: Mapping[str,
         adapter = adapters.by_name[name]
         frozen = adapter.frozen_names(name) if trains else ()
         flags += [
-            (parameter_at(modules[path], attribute), trains and (path, attribute) not in frozen)
-            for path, attribute in adapter.tensor_names(name)
-            if path in modules  # somebody may have put another module in the place of an adapted one
+            (parameter_at(modules[place[0]], place[1]), trains and place not in frozen)
+            for place in adapter.tensor_names(name)
+            if place[0] in modules  # somebody may have put another module in the place of an adapted one
         ]
     _set_flags(flags)
     on = {name for name, trains in wanted.items() if trains}

@@ -1,4 +1,4 @@
-"""The sample of `make test` has some sets of each quick function, spread over its list, and one or none of slow ones."""
+"""The sample of `make test` has some sets of each quick function, spread over its list, and fewer of slower ones."""
 
 from __future__ import annotations
 

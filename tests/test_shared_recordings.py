@@ -5,6 +5,9 @@ Each pair below is of one class. A fact that `tracing/lift.py` forgets gives the
 
 from __future__ import annotations
 
+import functools
+import os
+import sys
 import types
 from collections import Counter
 from collections.abc import Callable
@@ -175,6 +178,7 @@ class Reader(nn.Module):
         self.first = nn.Linear(4, 4)
         self.inner, self.pair = Inner(), nn.ModuleList([nn.Linear(4, 4), self.first])
         self.again = self.first
+        self.register_buffer("table", torch.zeros(2, 4))
 
 
 Read = Callable[[Any, Tensor], Tensor]
@@ -215,6 +219,18 @@ READS: dict[str, tuple[Read, Callable[[Any], object]]] = {
         lambda block: setattr(block, "text", Factor()),
     ),
     "the mode of a layer": (lambda block, x: 2 * x if block.inner.training else x, lambda block: block.inner.eval()),
+    "how many rows a tensor has": (
+        lambda block, x: len(block.table) * x,
+        lambda block: setattr(block, "table", torch.zeros(3, 4)),
+    ),
+    "whether a tensor has numbers": (
+        lambda block, x: 2 * x if block.table.is_floating_point() else x,
+        lambda block: setattr(block, "table", torch.zeros(2, 4, dtype=torch.int64)),
+    ),
+    "the class of a tensor": (
+        lambda block, x: 2 * x if isinstance(block.table, torch.nn.Buffer) else x,
+        lambda block: setattr(block, "table", nn.Buffer(torch.zeros(2, 4))),
+    ),
     "the sign of zero": (
         lambda block, x: 2 * x if str(block.zero).startswith("-") else x,
         lambda block: setattr(block, "zero", -0.0),
@@ -251,6 +267,35 @@ def by_default(x: Tensor, options: dict[str, int] = DEFAULTS) -> Tensor:
     return options["factor"] * x
 
 
+class Keeping:
+    """A class by whose name code calls a function."""
+
+    @staticmethod
+    def turned(x: Tensor) -> Tensor:
+        return x
+
+
+class Turning:
+    """Another one."""
+
+    @staticmethod
+    def turned(x: Tensor) -> Tensor:
+        return -x
+
+
+def made_reading() -> Any:
+    activation = torch.tanh
+    return lambda _, x: activation(x)
+
+
+def importing(_: nn.Module, x: Tensor) -> Tensor:
+    from test_shared_recordings import TURN
+
+    return TURN * x
+
+
+BUILT_IN, LAYER, PARTIAL = torch.tanh, nn.Hardshrink(), functools.partial(torch.mul, 2.0)
+PART, KIND, INSIDE = slice(0, 2), Keeping, made_reading()
 SWITCH, SPACE, SETS, LIST, NOTHING = Switch(), types.SimpleNamespace(on=False), {0}, [0], None
 COUNTER: Counter[str] = Counter()
 GLOBALS: dict[str, tuple[Read, Callable[[pytest.MonkeyPatch], object]]] = {
@@ -282,6 +327,29 @@ GLOBALS: dict[str, tuple[Read, Callable[[pytest.MonkeyPatch], object]]] = {
         lambda _, x: turned(x),
         lambda patch: patch.setitem(globals(), "turned", lambda x: -x),
     ),
+    "that is a function of PyTorch": (
+        lambda _, x: BUILT_IN(x),
+        lambda patch: patch.setitem(globals(), "BUILT_IN", torch.sigmoid),
+    ),
+    "that is a layer of PyTorch": (lambda _, x: LAYER(x), lambda patch: patch.setattr(LAYER, "lambd", 2.0)),
+    "that has arguments of its own": (
+        lambda _, x: PARTIAL(x),
+        lambda patch: patch.setitem(globals(), "PARTIAL", functools.partial(torch.mul, 5.0)),
+    ),
+    "that is a slice": (lambda _, x: x[:, PART], lambda patch: patch.setitem(globals(), "PART", slice(1, 3))),
+    "that is a class": (lambda _, x: KIND.turned(x), lambda patch: patch.setitem(globals(), "KIND", Turning)),
+    "that a function around has": (
+        INSIDE,
+        lambda patch: patch.setattr(INSIDE.__closure__[0], "cell_contents", torch.sigmoid),
+    ),
+    "by an import in it": (
+        importing,
+        lambda patch: patch.setattr(sys.modules[__name__], "TURN", -1.0),
+    ),
+    "of the process": (
+        lambda _, x: 2 * x if os.environ.get("DOUBLES") else x,
+        lambda patch: patch.setenv("DOUBLES", "1"),
+    ),
     "as a default": (
         lambda _, x: by_default(x),
         lambda patch: patch.setitem(DEFAULTS, "factor", 3),
@@ -304,6 +372,27 @@ def test_a_global_that_has_changed_is_read_anew(what: str, monkeypatch: pytest.M
     x = torch.randn(3, 4)
     assert_adapted_as_it_is(before, x)
     change(monkeypatch)
+    assert_adapted_as_it_is(after, x)
+
+
+class Above(Reader):
+    """A block from which another derives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.w)
+
+
+class Below(Above):
+    """That one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x
+
+
+def test_the_forward_of_a_class_above_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after, x = Below(), Below(), torch.randn(3, 4)
+    assert_adapted_as_it_is(before, x)
+    monkeypatch.setattr(Above, "forward", lambda self, x: -F.linear(x, self.w))
     assert_adapted_as_it_is(after, x)
 
 
@@ -333,3 +422,11 @@ def test_equal_blocks_are_recorded_once_and_not_again_by_later_calls() -> None:
     switched = counting.counted(lambda: model.set_adapter("again"))
     another = counting.counted(lambda: get_peft_model(nn.Sequential(Block(), Block()), config()))
     assert (again.recordings, switched.recordings, another.recordings) == (0, 0, 0)
+
+
+def test_an_attribute_that_was_set_on_a_tensor_is_no_attribute_of_its_example() -> None:
+    before, after = readers(lambda block, x: x * getattr(block.table, "factor", 1))
+    x = torch.randn(3, 4)
+    assert_adapted_as_it_is(before, x)
+    after.table.factor = 3
+    assert_adapted_as_it_is(after, x)

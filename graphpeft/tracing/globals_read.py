@@ -6,7 +6,7 @@ import dis
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from graphpeft.code.namespaces import attributes_of
@@ -25,7 +25,7 @@ def globals_read(cls: type) -> dict[str, Any]:
     """Returns what a forward reads beside its module and its arguments, by descriptions.
 
     That is its globals and closure variables, attributes of those and of classes, and defaults of arguments. Functions
-    among them are weak references.
+    and classes among them are weak references.
     """
     found: dict[str, Any] = {}
     for function in functions_in_forward(cls):
@@ -36,48 +36,43 @@ def globals_read(cls: type) -> dict[str, Any]:
 
 
 def _of_classes(function: Callable[..., Any], cls: type) -> Iterator[tuple[str, Any]]:
-    """Yields the attributes of a module's class that a function names, as in ``type(self).mode``."""
-    for name in function.__code__.co_names:
-        value = next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), _CODE)
-        if type(value) is FunctionType:
-            yield f"the method {name} of {cls.__qualname__}", weakref.ref(value)
-        elif not (_is_code(value) or issubclass(type(value), property | classmethod | staticmethod)):
-            yield f"{name} of the class {cls.__qualname__}", value
+    """Yields the attributes of a module's classes that a function names, as in ``type(self).mode``."""
+    for base in cls.__mro__:
+        if not is_of_a_library(base.__module__):
+            for name in function.__code__.co_names:
+                if name in vars(base):
+                    yield f"{name} of the class {base.__qualname__}", _weak(vars(base)[name])
 
 
 def _read_by(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
-    """Yields the globals and closure variables that a function reads, but for classes and modules."""
+    """Yields the globals and closure variables that a function reads."""
     for name, _, value in _globals_of(function):
-        if type(value) is FunctionType:
-            yield f"the function {name}", weakref.ref(value)
-        elif not _is_code(value):
-            yield f"the global {name}", value
+        yield f"the global {name}", _weak(value)
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             value = cell.cell_contents
         except ValueError:
             continue  # an empty cell
-        if not _is_code(value):
-            yield f"the variable {name} around {function.__qualname__}", value
+        yield f"the variable {name} around {function.__qualname__}", _weak(value)
 
 
 def _inside_globals(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
     """Yields the attributes of globals that a function reads, as in ``OPTIONS.mode``."""
     for name, attribute, value in _globals_of(function):
-        inside = next((held[attribute] for held in _namespaces(value) if attribute and attribute in held), _CODE)
-        if not _is_code(inside):
-            yield f"{attribute} of the global {name}", inside
+        inside = next((held[attribute] for held in _namespaces(value) if attribute and attribute in held), _ABSENT)
+        if inside is not _ABSENT:
+            yield f"{attribute} of the global {name}", _weak(inside)
 
 
 def _globals_of(function: Callable[..., Any]) -> Iterator[tuple[str, str | None, Any]]:
     """Yields the globals of a user's that a function names: a description, the attribute read of it, and the value."""
     namespace = function.__globals__
     for name, attribute in _globals_named_in(function.__code__):
-        value: Any = namespace.get(name, _CODE)
+        value: Any = namespace.get(name, _ABSENT)
         file = namespace.get("__name__")
         if issubclass(type(value), ModuleType) and attribute is not None:
-            name, value, file = attribute, vars(value).get(attribute, _CODE), value.__name__
-        if value is not _CODE and not is_of_a_library(file):
+            name, value, file = attribute, vars(value).get(attribute, _ABSENT), value.__name__
+        if value is not _ABSENT and not is_of_a_library(file):
             yield f"{name} of {file}", attribute, value
 
 
@@ -88,13 +83,18 @@ def _namespaces(value: Any) -> list[Mapping[str, Any]]:
     return [vars(value) if type(value) is FunctionType else attributes_of(value) or {}]
 
 
-_CODE = object()
+_ABSENT = object()
 """Stands for the value of a built-in name, or of one that isn't there."""
 
 
-def _is_code(value: Any) -> bool:
-    # classes and modules are looked through by the attributes that code reads of them
-    return value is _CODE or issubclass(type(value), type | FunctionType | BuiltinFunctionType | ModuleType)
+def _weak(value: Any) -> Any:
+    """Returns a weak reference to a function or a class, which may have come with the module's own."""
+    return weakref.ref(value) if issubclass(type(value), type | FunctionType) else value
+
+
+def imports_code_of_a_user(code: CodeType) -> bool:
+    """Returns whether code imports a module of a user's each time that it runs."""
+    return any(each.opname == "IMPORT_NAME" and not is_of_a_library(each.argval) for each in dis.get_instructions(code))
 
 
 @functools.cache

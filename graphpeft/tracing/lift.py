@@ -37,7 +37,7 @@ from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
 from graphpeft.graph.settings import add_check
 from graphpeft.graph.template import SIMPLE, Template, template_of
 from graphpeft.tracing.constant_attributes import make_settings
-from graphpeft.tracing.globals_read import globals_read
+from graphpeft.tracing.globals_read import globals_read, imports_code_of_a_user
 from graphpeft.tracing.modes import in_each_mode
 from graphpeft.tracing.record import ONE_TRACE_AT_A_TIME, record_forward
 from graphpeft.tracing.tracer import ValueTracer
@@ -161,9 +161,18 @@ def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Te
 
 
 def _reads_all(forward: Callable[..., Any]) -> bool:
-    """Returns whether a function names what reads more of a module than some attributes, or tells modules apart."""
+    """Returns whether a function reads what isn't observed: more than some attributes, or settings of the process."""
     code = getattr(inspect.unwrap(forward), "__code__", None)
-    return code is None or not {"__dict__", "vars", "dir", "id", "globals"}.isdisjoint(code.co_names)
+    return code is None or not _READ_MORE.isdisjoint(code.co_names) or imports_code_of_a_user(code)
+
+
+_READ_MORE = frozenset(
+    (
+        *("__dict__", "vars", "dir", "id", "globals"),
+        *("environ", "getenv", "get_default_dtype", "get_default_device", "backends"),
+    )
+)
+"""Names by which code reads any attribute, tells modules apart, or asks for settings that others may change."""
 
 
 def _has_operators(cls: type) -> bool:
@@ -179,12 +188,28 @@ _NO_OPERATORS = frozenset(("__init__", "__repr__", "__getstate__", "__setstate__
 
 
 def _named_by(cls: type) -> dict[str, Any]:
-    """Returns the facts of what a forward reads beside its module; an object may change and remain the same object."""
-    return {
-        name: value if type(value) is weakref.ref else _observe_value(value)
-        for name, value in globals_read(cls).items()
-        if issubclass(type(value), _FACTS) or not is_of_a_library(type(value).__module__) or has_content(value)
-    }
+    """Returns the facts of what a forward reads beside its module."""
+    return {name: _observe_global(value) for name, value in globals_read(cls).items()}
+
+
+def _observe_global(value: Any) -> Any:
+    if type(value) is weakref.ref:
+        return value
+    # an object of a user's, or a layer, may change and remain the same object
+    may_change = not is_of_a_library(type(value).__module__) or issubclass(type(value), nn.Module) or has_content(value)
+    return _observe_value(value) if may_change or issubclass(type(value), _FACTS) else Itself(value)
+
+
+class Itself(NamedTuple):
+    """An object of a library, which is a fact as long as it is the same one."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Itself) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 _ABSENT = object()
@@ -259,7 +284,7 @@ def _observe_value(value: Any, inside: int = 0) -> Any:
     return _UNKNOWN if _UNKNOWN in parts else (kind, parts)
 
 
-_FACTS = (*SIMPLE, *CONTAINERS, tuple, frozenset, weakref.ref)
+_FACTS = (*SIMPLE, *CONTAINERS, tuple, frozenset)
 """Types of libraries whose values are facts, or prevent that a recording is shared; others have no state."""
 
 _DEEPEST, _LONGEST = 4, 1000

@@ -272,7 +272,9 @@ def _truthful_isinstance() -> Callable[[Any, Any], bool]:
         if type(instance) is not ValueProxy or instance.tracer.is_running:
             return False
         if VALUE in instance.node.meta:
-            answer = ask(instance.node.meta[VALUE], classes)
+            held = instance.tracer.session.own_tensor(instance.node)
+            instance.tracer.session.specialised |= held is not None
+            answer = ask(instance.node.meta[VALUE] if held is None else held, classes)
             if instance.node.op == "placeholder":
                 # `kind` returns a string, for which the tracer adds a check
                 instance.tracer.create_proxy("call_function", guards.kind, (instance,), {})

@@ -48,6 +48,8 @@ class ValueProxy(fx.Proxy):
         value = self.node.meta[VALUE]
         if isinstance(value, torch.Tensor) and callable(getattr(type(value), name, None)):
             return functools.partial(self._call_method, name)
+        if not name.startswith("_") and not hasattr(torch.Tensor, name):
+            self._refuse_own_attribute(name)
         with self.tracer.examples.real_calls():
             attribute = getattr(value, name)
         if name == "grad_fn":
@@ -73,6 +75,17 @@ class ValueProxy(fx.Proxy):
         self.tracer.decide(read, attribute)
         return attribute
 
+    def _refuse_own_attribute(self, name: str) -> None:
+        """Raises TraceError if somebody has set an attribute on a tensor of the module, whose example has none."""
+        held = self.tracer.session.own_tensor(self.node)
+        self.tracer.session.specialised |= held is not None
+        if hasattr(held, name):
+            message = (
+                f"{guards.deciding_line()} reads {name} of {self.node.target}, an attribute that was set on the tensor "
+                "itself, which a graph can't hold; set it on the module"
+            )
+            raise self.tracer.failing(TraceError(message))
+
     def _attribute_of_a_tensor(self, name: str) -> Any:
         """Returns an attribute that every tensor has, of an unknown value; code may test other attributes for None."""
         of_tensors = getattr(torch.Tensor, name, None)
@@ -94,7 +107,6 @@ class ValueProxy(fx.Proxy):
         super().__setattr__(name, value)
 
     def _call_method(self, name: str, *args: Any, **kwargs: Any) -> fx.Proxy:
-        self.tracer.session.specialised |= self.node.op == "get_attr" and name in ("size", "dim", "numel", "stride")
         return self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
 
     def __bool__(self) -> bool:

@@ -120,6 +120,14 @@ class Session:
         """Returns the path of a parameter, a buffer or another attribute of the root's modules, or None."""
         return self._names.get(id(tensor))
 
+    def own_tensor(self, node: fx.Node) -> torch.Tensor | None:
+        """Returns the tensor of a module that a node reads, of which its example is a copy without attributes."""
+        path, _, name = str(node.target).rpartition(".")
+        if node.op != "get_attr" or path not in self.modules:
+            return None
+        held = self.modules[path]
+        return held._parameters.get(name, held._buffers.get(name))
+
     def mode_of(self, module: nn.Module) -> bool:
         """Returns whether a module is recorded as one in training."""
         if module in self.modes:

@@ -422,6 +422,7 @@ class ValueTracer(fx.Tracer):
     def check(self, proxy: fx.Proxy, answer: Any, decision: str | None = None) -> bool:
         """Adds a check that `proxy` is `answer` in every run; returns whether the check is new."""
         node = proxy.node
+        self.session.specialised |= _is_about_own_tensors(node)
         if self._has_drawn and any(draws(source.target) for source in above(node)):
             message = f"{guards.deciding_line()} decides on numbers that Python's random or NumPy draws"
             raise self.failing(TraceError(message))
@@ -434,6 +435,20 @@ class ValueTracer(fx.Tracer):
     def undecided(self, error: Exception | None = None) -> NeedsInputsError:
         """Returns the error for a decision on an unknown value."""
         return self.failing(needs_inputs_error(self.session.root, error))
+
+
+def _is_about_own_tensors(node: fx.Node) -> bool:
+    """Returns whether a value depends on tensors of the module alone, of which equal modules may have others."""
+    seen, waiting, are_tensors = set[fx.Node](), [node], False
+    while waiting:
+        source = waiting.pop()
+        if source not in seen:
+            seen.add(source)
+            waiting += source.all_input_nodes
+            if not source.all_input_nodes and source.op != "get_attr":
+                return False
+            are_tensors |= source.op == "get_attr" and isinstance(source.meta.get(VALUE), torch.Tensor)
+    return are_tensors
 
 
 def _may_be_identity_compared(value: Any, kind: str, target: Any) -> bool:

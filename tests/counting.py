@@ -158,7 +158,7 @@ def llama(layers: int) -> nn.Module:
     """Returns Transformers' Llama, which only what counts it has to import."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, use_cache=False, **sizes))
 
 
@@ -353,7 +353,7 @@ def operations(run: Callable[[], object]) -> int:
     """
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled:
         run()
-    return sum(event.name.startswith("aten::") for event in profiled.events())
+    return sum(event.name.startswith("aten::") for event in profiled.events() or ())
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

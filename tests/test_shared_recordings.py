@@ -426,7 +426,8 @@ def test_equal_blocks_are_recorded_once_and_not_again_by_later_calls() -> None:
 
 def test_an_attribute_that_was_set_on_a_tensor_is_no_attribute_of_its_example() -> None:
     before, after = readers(lambda block, x: x * getattr(block.table, "factor", 1))
+    table: Any = after.table
     x = torch.randn(3, 4)
     assert_adapted_as_it_is(before, x)
-    after.table.factor = 3
+    table.factor = 3
     assert_adapted_as_it_is(after, x)

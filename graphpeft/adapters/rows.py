@@ -51,7 +51,7 @@ class RowAdapters:
         holders = self._holders(owner, where)
         # each call of each layer goes through all rows here, so no function is called for one
         parameters = [None if holder is None else holder._parameters.get(stem) for holder in holders]
-        there = [parameter for parameter in parameters if parameter is not None]
+        there: list[torch.Tensor] = [parameter for parameter in parameters if parameter is not None]
         if len(there) == len(parameters) and not [each for each in there if each.shape != there[0].shape]:
             return torch.stack(there)
         tensors = [None if holder is None else _tensor(holder, stem) for holder in holders]

@@ -144,10 +144,8 @@ class Reference:
         return len(set(replaced)) < len(replaced)
 
     def activate(self, names: list[str]) -> None:
-        """Makes adapters active; what is merged is unmerged if that changes something."""
-        if names != self.active:
-            self.merged = []
-        self.active = names
+        """Makes adapters active; what is merged is unmerged."""
+        self.active, self.merged = names, []
 
     def step(self, target: Tensor, rate: float) -> None:
         """Takes a step of gradient descent on what is trained."""

@@ -27,7 +27,7 @@ CONTRACTS = [
         {"r": 1, "alpha": 3, **options},
         # PEFT fails with cores where W₁ has more than one row
         CASES if name != "lokr-cores-parted" else (),
-        (KERNELS,) if name in BEYOND else (GROUPED,),
+        (GROUPED, KERNELS) if name in BEYOND else (GROUPED,),
         trains_alike=False,
     )
     for name, options in OPTIONS.items()

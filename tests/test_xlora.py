@@ -113,6 +113,7 @@ def test_outputs_scalings_gradients_and_generated_tokens_are_pefts(options: dict
 @each_option
 def test_equal_seeds_give_pefts_classifier_and_then_equal_numbers(options: dict[str, Any]) -> None:
     found = []
+    experts(LLAMA)  # which are made once, and draw numbers
     for make in (lambda: get_peft_model(without_cache(), config(LLAMA, **options)), lambda: theirs(**options)):
         torch.manual_seed(3)
         model = make()

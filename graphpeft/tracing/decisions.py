@@ -11,6 +11,7 @@ import torch.fx as fx
 from torch import nn
 
 from graphpeft._torch import CustomOpDef, written_arguments
+from graphpeft.code.identity_checks import may_be_compared
 from graphpeft.graph import guards
 from graphpeft.graph.calls import Call
 from graphpeft.graph.errors import NeedsInputsError
@@ -52,6 +53,26 @@ class Decisions:
     def keep_of(self, nodes: Set[fx.Node]) -> None:
         """Forgets the decisions on all nodes outside `nodes`."""
         self._known = {key: of for key, of in self._known.items() if key[0] in nodes}
+
+
+def is_about_own_tensors(node: fx.Node) -> bool:
+    """Returns whether a value depends on tensors of the module alone, of which equal modules may have others."""
+    seen, waiting, are_tensors = set[fx.Node](), [node], False
+    while waiting:
+        source = waiting.pop()
+        if source not in seen:
+            seen.add(source)
+            waiting += source.all_input_nodes
+            if not source.all_input_nodes and source.op != "get_attr":
+                return False
+            are_tensors |= source.op == "get_attr" and isinstance(source.meta.get(VALUE), torch.Tensor)
+    return are_tensors
+
+
+def may_be_identity_compared(value: Any, kind: str, target: Any) -> bool:
+    """Returns whether `value` is an item or a method's result that the calling code may compare by identity."""
+    is_taken = kind == "call_method" or target is operator.getitem
+    return is_taken and may_be_compared(value, guards.deciding_frame().f_code)
 
 
 def writes_itself(node: fx.Node) -> bool:

@@ -20,7 +20,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from graphpeft.code.identity_checks import compares_objects, is_identity_compared, may_be_compared
+from graphpeft.code.identity_checks import compares_objects, is_identity_compared
 from graphpeft.code.namespaces import Attribute, Namespace
 from graphpeft.graph import guards
 from graphpeft.graph.calls import CALLS, Call
@@ -32,7 +32,16 @@ from graphpeft.graph.template import LINE, SIMPLE, VALUE
 from graphpeft.tracing import no_grad
 from graphpeft.tracing.arguments import Arguments, ExampleCall, with_identities
 from graphpeft.tracing.caches import forget_traced_values
-from graphpeft.tracing.decisions import TAKES_OUT, Decisions, may_lack, may_write, needs_inputs_error, writes_itself
+from graphpeft.tracing.decisions import (
+    TAKES_OUT,
+    Decisions,
+    is_about_own_tensors,
+    may_be_identity_compared,
+    may_lack,
+    may_write,
+    needs_inputs_error,
+    writes_itself,
+)
 from graphpeft.tracing.examples import Examples
 from graphpeft.tracing.node_arguments import plain_key, refuse_argument, refuse_object_with_traced_values, traced_fields
 from graphpeft.tracing.proxy import ValueProxy
@@ -202,7 +211,7 @@ class ValueTracer(fx.Tracer):
             for given in proxy.node.all_input_nodes:
                 self._decisions.forget_about(given)
         value = proxy.node.meta.get(VALUE, proxy)
-        if target not in _EFFECTS and (is_identity_compared(value) or _may_be_identity_compared(value, kind, target)):
+        if target not in _EFFECTS and (is_identity_compared(value) or may_be_identity_compared(value, kind, target)):
             self.decide(proxy, value)
             return value
         if target in TAKES_OUT and may_lack(proxy.node, self.session.kept):
@@ -422,7 +431,7 @@ class ValueTracer(fx.Tracer):
     def check(self, proxy: fx.Proxy, answer: Any, decision: str | None = None) -> bool:
         """Adds a check that `proxy` is `answer` in every run; returns whether the check is new."""
         node = proxy.node
-        self.session.specialised |= _is_about_own_tensors(node)
+        self.session.specialised |= is_about_own_tensors(node)
         if self._has_drawn and any(draws(source.target) for source in above(node)):
             message = f"{guards.deciding_line()} decides on numbers that Python's random or NumPy draws"
             raise self.failing(TraceError(message))
@@ -435,23 +444,3 @@ class ValueTracer(fx.Tracer):
     def undecided(self, error: Exception | None = None) -> NeedsInputsError:
         """Returns the error for a decision on an unknown value."""
         return self.failing(needs_inputs_error(self.session.root, error))
-
-
-def _is_about_own_tensors(node: fx.Node) -> bool:
-    """Returns whether a value depends on tensors of the module alone, of which equal modules may have others."""
-    seen, waiting, are_tensors = set[fx.Node](), [node], False
-    while waiting:
-        source = waiting.pop()
-        if source not in seen:
-            seen.add(source)
-            waiting += source.all_input_nodes
-            if not source.all_input_nodes and source.op != "get_attr":
-                return False
-            are_tensors |= source.op == "get_attr" and isinstance(source.meta.get(VALUE), torch.Tensor)
-    return are_tensors
-
-
-def _may_be_identity_compared(value: Any, kind: str, target: Any) -> bool:
-    """Returns whether `value` is an item or a method's result that the calling code may compare by identity."""
-    is_taken = kind == "call_method" or target is operator.getitem
-    return is_taken and may_be_compared(value, guards.deciding_frame().f_code)

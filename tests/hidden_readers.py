@@ -40,13 +40,14 @@ class Reader(nn.Module):
 
 
 class SelfByAnotherName(Reader):
+    # the other name is the case
     def forward(_this, x):  # noqa: N805
         return F.linear(x, _this.inner.weight, _this.inner.bias)
 
 
 class ByVariable(Reader):
-    def forward(_this, x):  # noqa: N805
-        layer = _this.inner
+    def forward(self, x):
+        layer = self.inner
         return F.linear(x, layer.weight, layer.bias)
 
 

@@ -47,6 +47,7 @@ LIBRARIES: dict[str, Any] = {
     "torchao int8 of inputs, too": torchao.Int8DynamicActivationInt8WeightConfig,
     "torchao float8": torchao.Float8WeightOnlyConfig,
     "torchao intx": torchao.IntxWeightOnlyConfig,
+    # PyTorch's types lack its int4
     "torchao intx of 4 bits": lambda: torchao.IntxWeightOnlyConfig(torch.int4, torchao.PerGroup(32)),  # type: ignore[attr-defined]
     "torchao intx of inputs, too": torchao.Int8DynamicActivationIntxWeightConfig,
 }

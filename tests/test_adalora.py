@@ -17,6 +17,7 @@ from models import GPT2, LLAMA, Example, output
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from trainers import losses, trainer_of
 
 import graphpeft
 from graphpeft import (
@@ -406,26 +407,10 @@ def test_ranks_of_any_weights_share_a_budget(tmp_path: Path):
 # whole trainings
 
 
-def trainer_of(model: Any, folder: Path, save_steps: int = 6) -> transformers.Trainer:
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=2,
-        max_steps=8,
-        save_steps=save_steps,
-        logging_steps=1,
-        learning_rate=0.02,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        report_to=[],
-        seed=3,
-    )
-    rows: Any = [{"input_ids": row, "labels": row} for seed in range(8) for row in tokens(seed, rows=2)]
-    return transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[update_and_allocate_callback()])
-
-
-def losses(trainer: transformers.Trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+def trainer_for(model: Any, folder: Path, save_steps: int = 6) -> transformers.Trainer:
+    rows = [{"input_ids": row, "labels": row} for seed in range(8) for row in tokens(seed, rows=2)]
+    callbacks = [update_and_allocate_callback()]
+    return trainer_of(model, folder, rows, callbacks, max_steps=8, save_steps=save_steps, learning_rate=0.02)
 
 
 IN_TRAINER: dict[str, Any] = {"total_step": 8, "tinit": 1, "tfinal": 3}
@@ -435,7 +420,7 @@ def test_a_trainer_with_the_callback_trains_as_with_peft(tmp_path: Path):
     found = {}
     for library in (peft, graphpeft):
         model = adapted(library, **IN_TRAINER)
-        trainer = trainer_of(model, tmp_path / library.__name__)
+        trainer = trainer_for(model, tmp_path / library.__name__)
         trainer.train()
         found[library.__name__] = losses(trainer), pattern_of(model)
     assert found["graphpeft"][1] == found["peft"][1]
@@ -447,10 +432,10 @@ def test_a_trainer_with_the_callback_trains_as_with_peft(tmp_path: Path):
 @pytest.mark.parametrize("steps", [1, 3, 5, 6])
 def test_a_trainer_resumes_in_every_phase_as_if_it_had_not_stopped(steps: int, tmp_path: Path):
     model = adapted(graphpeft, **IN_TRAINER)
-    whole = trainer_of(model, tmp_path / "whole", save_steps=steps)
+    whole = trainer_for(model, tmp_path / "whole", save_steps=steps)
     whole.train()
     again = adapted(graphpeft, **IN_TRAINER)
-    resumed = trainer_of(again, tmp_path / "resumed", save_steps=steps)
+    resumed = trainer_for(again, tmp_path / "resumed", save_steps=steps)
     resumed.train(str(tmp_path / "whole" / f"checkpoint-{steps}"))
     assert losses(resumed) == pytest.approx(losses(whole), rel=1e-5)
     assert pattern_of(again) == pattern_of(model)
@@ -458,7 +443,7 @@ def test_a_trainer_resumes_in_every_phase_as_if_it_had_not_stopped(steps: int, t
 
 def test_the_callback_leaves_other_models_alone(tmp_path: Path):
     model: Any = get_peft_model(LLAMA.build(), LLAMA.config(task_type="CAUSAL_LM"))
-    trainer = trainer_of(model, tmp_path)
+    trainer = trainer_for(model, tmp_path)
     trainer.train()
     assert len(losses(trainer)) == 8
 

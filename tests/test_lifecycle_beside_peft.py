@@ -142,10 +142,12 @@ class Lifecycle(RuleBasedStateMachine):
     def unmerge(self) -> None:
         self.each(lambda model: model.unmerge_adapter())
 
-    @precondition(lambda self: len(self.names) > 1 and not self.merged)
+    @precondition(lambda self: len(self.names) > 1)
     @rule(place=st.integers(0, 9))
     def delete(self, place: int) -> None:
         (name,) = self.chosen([place])
+        if self.merged and name in (*self.merged, *self.active):
+            return
         self.each(lambda model: model.delete_adapter(name))
         self.names.remove(name)
 

@@ -10,12 +10,12 @@ import onnxruntime
 import peft
 import pytest
 import torch
-import transformers
 from kinds import ROUNDED
 from models import BERT, LLAMA, T5, Example
 from oracle import moved
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from trainers import losses, tokens, trainer_of
 from transformers.pytorch_utils import Conv1D
 
 import graphpeft
@@ -226,10 +226,6 @@ def test_every_law_holds(layer: Any, init_weights: bool):
 # a whole model
 
 
-def tokens(seed: int = 0) -> Tensor:
-    return torch.randint(3, 20, (2, 5), generator=torch.Generator().manual_seed(seed))
-
-
 def test_a_llama_has_pefts_outputs_and_generates_with_tasks(tmp_path: Path):
     theirs: Any = moved(peft.get_peft_model(LLAMA.build(), peft.PolyConfig(**IN_LLAMA)))
     theirs.save_pretrained(str(tmp_path))
@@ -242,30 +238,12 @@ def test_a_llama_has_pefts_outputs_and_generates_with_tasks(tmp_path: Path):
 
 
 def test_a_trainer_gives_pefts_losses_and_goes_on_from_a_checkpoint(tmp_path: Path):
-    def trainer_of(model: Any, folder: Path) -> transformers.Trainer:
-        arguments = transformers.TrainingArguments(
-            output_dir=str(folder),
-            per_device_train_batch_size=2,
-            max_steps=4,
-            save_steps=2,
-            logging_steps=1,
-            learning_rate=0.05,
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            disable_tqdm=True,
-            report_to=[],
-            remove_unused_columns=False,
-            seed=3,
-        )
-        rows: Any = [
-            {"input_ids": row, "labels": row, "task_ids": (seed + at) % 4}
-            for seed in range(4)
-            for at, row in enumerate(tokens(seed))
-        ]
-        return transformers.Trainer(model, arguments, train_dataset=rows)
-
-    def losses(trainer: transformers.Trainer) -> list[float]:
-        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    rows = [
+        {"input_ids": row, "labels": row, "task_ids": (seed + at) % 4}
+        for seed in range(4)
+        for at, row in enumerate(tokens(seed))
+    ]
+    options: dict[str, Any] = {"learning_rate": 0.05, "remove_unused_columns": False}
 
     def adapted(library: Any) -> Any:
         model = LLAMA.build()
@@ -274,12 +252,12 @@ def test_a_trainer_gives_pefts_losses_and_goes_on_from_a_checkpoint(tmp_path: Pa
 
     found = {}
     for library in (peft, graphpeft):
-        trainer = trainer_of(adapted(library), tmp_path / library.__name__)
+        trainer = trainer_of(adapted(library), tmp_path / library.__name__, rows, **options)
         trainer.train()
         found[library.__name__] = losses(trainer)
     assert len(set(found["graphpeft"])) == 4
     assert found["graphpeft"] == pytest.approx(found["peft"], rel=1e-4)
-    again = trainer_of(adapted(graphpeft), tmp_path / "again")
+    again = trainer_of(adapted(graphpeft), tmp_path / "again", rows, **options)
     again.train(str(tmp_path / "graphpeft" / "checkpoint-2"))
     assert losses(again) == pytest.approx(found["graphpeft"], rel=1e-5)
 

@@ -144,8 +144,10 @@ class Reference:
         return len(set(replaced)) < len(replaced)
 
     def activate(self, names: list[str]) -> None:
-        """Makes adapters active; what is merged is unmerged."""
-        self.active, self.merged = names, []
+        """Makes adapters active; what is merged is unmerged if that changes something."""
+        if names != self.active:
+            self.merged = []
+        self.active = names
 
     def step(self, target: Tensor, rate: float) -> None:
         """Takes a step of gradient descent on what is trained."""
@@ -223,6 +225,7 @@ class Run:
             return
         self.model.set_adapter(names)
         self.reference.activate(names)
+        self.reference.merged = []
 
     def disable(self) -> None:
         self.model.disable_adapters()

@@ -190,10 +190,10 @@ def readers(read: Read) -> tuple[nn.Module, nn.Module]:
     return cls(), cls()
 
 
-def assert_adapted_as_it_is(block: nn.Module, x: Tensor) -> None:
+def assert_adapted_as_it_is(block: nn.Module, x: Tensor, target: str = "w") -> None:
     """Asserts that a fresh adapter changes nothing, by a graph that may be another block's."""
     expected = block(x)
-    adapted: Any = get_peft_model(nn.Sequential(block), LoraConfig(r=2, target_modules=["w"]))
+    adapted: Any = get_peft_model(nn.Sequential(block), LoraConfig(r=2, target_modules=[target]))
     torch.testing.assert_close(adapted(x), expected)
 
 
@@ -255,6 +255,9 @@ class Switch:
 
     on = False
 
+    def doubled(self, x: Tensor) -> Tensor:
+        return 2 * x if self.on else x
+
 
 def turned(x: Tensor) -> Tensor:
     return x
@@ -297,6 +300,7 @@ def importing(_: nn.Module, x: Tensor) -> Tensor:
 BUILT_IN, LAYER, PARTIAL = torch.tanh, nn.Hardshrink(), functools.partial(torch.mul, 2.0)
 PART, KIND, INSIDE = slice(0, 2), Keeping, made_reading()
 SWITCH, SPACE, SETS, LIST, NOTHING = Switch(), types.SimpleNamespace(on=False), {0}, [0], None
+METHOD, WITH_OBJECT = SWITCH.doubled, functools.partial(Switch.doubled, SWITCH)
 COUNTER: Counter[str] = Counter()
 GLOBALS: dict[str, tuple[Read, Callable[[pytest.MonkeyPatch], object]]] = {
     "by the forward of a layer": (
@@ -335,6 +339,14 @@ GLOBALS: dict[str, tuple[Read, Callable[[pytest.MonkeyPatch], object]]] = {
     "that has arguments of its own": (
         lambda _, x: PARTIAL(x),
         lambda patch: patch.setitem(globals(), "PARTIAL", functools.partial(torch.mul, 5.0)),
+    ),
+    "that is a method of an object": (
+        lambda _, x: METHOD(x),
+        lambda patch: patch.setattr(SWITCH, "on", True),
+    ),
+    "that has an object's method with arguments": (
+        lambda _, x: WITH_OBJECT(x),
+        lambda patch: patch.setattr(SWITCH, "on", True),
     ),
     "that is a slice": (lambda _, x: x[:, PART], lambda patch: patch.setitem(globals(), "PART", slice(1, 3))),
     "that is a class": (lambda _, x: KIND.turned(x), lambda patch: patch.setitem(globals(), "KIND", Turning)),
@@ -389,11 +401,22 @@ class Below(Above):
         return super().forward(x) + x
 
 
-def test_the_forward_of_a_class_above_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    before, after, x = Below(), Below(), torch.randn(3, 4)
-    assert_adapted_as_it_is(before, x)
-    monkeypatch.setattr(Above, "forward", lambda self, x: -F.linear(x, self.w))
-    assert_adapted_as_it_is(after, x)
+class OfPyTorch(nn.Linear):
+    """A layer that derives from one of PyTorch's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + input
+
+
+@pytest.mark.parametrize(("above", "target", "make"), [(Above, "w", Below), (nn.Linear, "0", lambda: OfPyTorch(4, 4))])
+def test_the_forward_of_a_class_above_is_read_anew(
+    above: type[nn.Module], target: str, make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, after, x = make(), make(), torch.randn(3, 4)
+    assert_adapted_as_it_is(before, x, target)
+    own: Any = above.forward
+    monkeypatch.setattr(above, "forward", lambda self, x: -own(self, x))
+    assert_adapted_as_it_is(after, x, target)
 
 
 def test_an_operator_of_a_layer_reads_globals_anew(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,7 +219,7 @@ def _own(modules: Modules, path: str, name: str) -> torch.Tensor | None:
 
 
 def _is_part(tensor: torch.Tensor) -> bool:
-    """Returns whether processes have parts of a tensor, of which one may have none, or a flat one."""
+    """Returns whether a tensor is one process's part of a sharded tensor: an empty one, or FSDP's flat one."""
     return tensor.numel() == 0 or hasattr(tensor, "_fsdp_flattened")
 
 

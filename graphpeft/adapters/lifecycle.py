@@ -180,7 +180,8 @@ def activate(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None
     wanted = list(dict.fromkeys(names))
     override_readers(adapters, wanted)
     _refuse_apart(adapters, wanted)
-    _unmerge_first(modules, adapters)
+    if wanted != adapters.active:
+        _unmerge_first(modules, adapters)
     let_act(modules, adapters, [] if adapters.are_off else wanted)
     set_attribute(adapters, "active", wanted)
 

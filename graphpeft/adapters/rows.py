@@ -28,7 +28,7 @@ class RowAdapters:
 
     Args:
         names: The adapter of each row.
-        batch: The adapters of the whole batch, of which these rows may be a part.
+        batch: The adapters of all rows of the batch.
         adapters: The model's adapters.
     """
 
@@ -57,7 +57,7 @@ class RowAdapters:
         tensors = [None if holder is None else _tensor(holder, stem) for holder in holders]
         there = [tensor for tensor in tensors if tensor is not None]
         if not there:
-            # those of an adapter of the batch tell the shape, since another one may have another rank
+            # an adapter of another batch may have another rank
             known = [owner._modules.get(name) for name in self.batch]
             like = next(t for holder in known if holder is not None and (t := _tensor(holder, stem)) is not None)
             return like.new_zeros(len(tensors), *like.shape)

@@ -327,7 +327,7 @@ def own_modules(module: nn.Module) -> list[tuple[str, nn.Module | None]]:
         first = list(itertools.islice(inner, len(inner) - len(names)))
         # other code may have taken holders away, or added modules behind them
         if names.isdisjoint(first) and names <= inner.keys():
-            inner = {name: inner[name] for name in first}
+            return [(name, inner[name]) for name in first]
     return [(name, child) for name, child in inner.items() if not isinstance(child, Holder)]
 
 

@@ -272,7 +272,9 @@ def quiet_subclass(cls: type, namespace: dict[str, Any]) -> type:
 
 def original_class(module: nn.Module) -> type:
     """Returns the class of `module` before it was dressed, and before it was sharded."""
-    cls = under_shards(type(module))
+    cls = type(module)
+    if len(cls.__bases__) > 1:  # a class under shards has the one that shards beside it
+        cls = under_shards(cls)
     return cls.__dict__.get("_graphpeft_original", cls)
 
 

@@ -88,8 +88,7 @@ def read_in_group(group: HolderGroup, names: Mapping[int, str], left: Collection
 
 def names_like_slots(module: nn.Module) -> list[str]:
     """Returns the module's own attributes whose names look like slot names."""
-    modules = [name for name, _ in own_modules(module)]
-    own = (*module.__dict__, *module._parameters, *module._buffers, *modules)
+    own = (*module.__dict__, *module._parameters, *module._buffers, *dict(own_modules(module)))
     return _like_slots(in_place.original_class(module), own)
 
 

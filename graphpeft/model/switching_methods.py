@@ -23,7 +23,8 @@ class SwitchingMethods(AdapterInfo):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes exactly these adapters active, and trainable; no other is trainable then.
 
-        A forward that runs in another thread may see the change half done, see `PeftModel`.
+        What is merged is unmerged first, with a warning. A forward that runs in another thread may see the change half
+        done, see `PeftModel`.
 
         Args:
             adapter_name: The name of one adapter, or a list of names.
@@ -42,6 +43,8 @@ class SwitchingMethods(AdapterInfo):
             if config.inference_mode and not inference_mode:
                 lifecycle.refuse_untrainable(modules, known_adapter(self, name), name)
         with transaction(self):
+            if state.merged:
+                lifecycle.activate(modules, state, [])  # which unmerges, since what is merged can't be trained
             acted = set(state.slots)
             lifecycle.activate(modules, state, names)
             came = state.slots.keys() - acted

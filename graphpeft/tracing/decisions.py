@@ -55,18 +55,17 @@ class Decisions:
         self._known = {key: of for key, of in self._known.items() if key[0] in nodes}
 
 
-def is_about_own_tensors(node: fx.Node) -> bool:
-    """Returns whether a value depends on tensors of the module alone, of which equal modules may have others."""
-    seen, waiting, are_tensors = set[fx.Node](), [node], False
+def is_about_own_tensor(node: fx.Node) -> bool:
+    """Returns whether a value depends on a tensor of the module, of which an equal module may have another."""
+    seen, waiting = set[fx.Node](), [node]
     while waiting:
         source = waiting.pop()
+        if source.op == "get_attr" and isinstance(source.meta.get(VALUE), torch.Tensor):
+            return True
         if source not in seen:
             seen.add(source)
             waiting += source.all_input_nodes
-            if not source.all_input_nodes and source.op != "get_attr":
-                return False
-            are_tensors |= source.op == "get_attr" and isinstance(source.meta.get(VALUE), torch.Tensor)
-    return are_tensors
+    return False
 
 
 def may_be_identity_compared(value: Any, kind: str, target: Any) -> bool:

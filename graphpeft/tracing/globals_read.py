@@ -38,10 +38,9 @@ def globals_read(cls: type) -> dict[str, Any]:
 def _of_classes(function: Callable[..., Any], cls: type) -> Iterator[tuple[str, Any]]:
     """Yields the attributes of a module's classes that a function names, as in ``type(self).mode``."""
     for base in cls.__mro__:
-        if not is_of_a_library(base.__module__):
-            for name in function.__code__.co_names:
-                if name in vars(base):
-                    yield f"{name} of the class {base.__qualname__}", _weak(vars(base)[name])
+        for name in function.__code__.co_names:
+            if name in vars(base):
+                yield f"{name} of the class {base.__qualname__}", _weak(vars(base)[name])
 
 
 def _read_by(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import inspect
 import types
 import weakref
@@ -195,21 +196,19 @@ def _named_by(cls: type) -> dict[str, Any]:
 def _observe_global(value: Any) -> Any:
     if type(value) is weakref.ref:
         return value
-    # an object of a user's, or a layer, may change and remain the same object
-    may_change = not is_of_a_library(type(value).__module__) or issubclass(type(value), nn.Module) or has_content(value)
-    return _observe_value(value) if may_change or issubclass(type(value), _FACTS) else Itself(value)
+    kind = type(value)
+    may_change = not is_of_a_library(kind.__module__) or issubclass(kind, _CHANGING) or has_content(value)
+    return _observe_value(value) if may_change or issubclass(kind, _FACTS) else _Itself(value)
 
 
-class Itself(NamedTuple):
-    """An object of a library, which is a fact as long as it is the same one."""
+class _Itself:
+    """The observation of an object of a library, which is a fact as long as it is the same one."""
 
-    value: Any
+    def __init__(self, value: Any) -> None:
+        self._value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Itself) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
+        return isinstance(other, _Itself) and self._value is other._value
 
 
 _ABSENT = object()
@@ -286,6 +285,9 @@ def _observe_value(value: Any, inside: int = 0) -> Any:
 
 _FACTS = (*SIMPLE, *CONTAINERS, tuple, frozenset)
 """Types of libraries whose values are facts, or prevent that a recording is shared; others have no state."""
+
+_CHANGING = (nn.Module, torch.Tensor, types.MethodType, functools.partial)
+"""Types of libraries whose objects hold what may change while they remain the same objects."""
 
 _DEEPEST, _LONGEST = 4, 1000
 """How deep containers are observed in each other, and how long they may be."""

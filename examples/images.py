@@ -79,7 +79,7 @@ def main(picture: str | Path = "build/images.html") -> Result:
     torch.manual_seed(0)
     train_x, train_y, test_x, test_y = digits()
     model = base()
-    train(model, train_x, train_y, steps=120, rate=4e-3)
+    train(model, train_x, train_y, steps=80, rate=4e-3)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     before = accuracy(model, on_their_side(test_x), test_y)
 
@@ -87,7 +87,7 @@ def main(picture: str | Path = "build/images.html") -> Result:
         r=8, lora_alpha=16, target_modules=["conv_dw", "fc1", "fc2"], modules_to_save=["head.fc"]
     )
     model = graphpeft.get_peft_model(model, config)
-    train(model, on_their_side(train_x), train_y, steps=100, rate=1e-2)
+    train(model, on_their_side(train_x), train_y, steps=80, rate=1e-2)
     trainable, total = model.get_nb_trainable_parameters()
     shown = graphpeft.show(model, picture)  # the gradients of the last step are still there
 

@@ -72,9 +72,9 @@ def docstrings() -> tuple[list[str], list[int]]:
 def train(model: nn.Module, tokenizer: Any, texts: list[str], labels: list[int]) -> None:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=60)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=40)
     model.train()
-    for _ in range(60):
+    for _ in range(40):
         rows = torch.randint(len(texts), (16,)).tolist()
         optimizer.zero_grad()
         logits = model(**batch(tokenizer, [texts[row] for row in rows])).logits

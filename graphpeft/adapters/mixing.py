@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from graphpeft._torch import without_compiler
 from graphpeft.adapters import adapter_names
 from graphpeft.adapters.acting import refuse_foreign_forward
 from graphpeft.adapters.adapter_names import BASE
@@ -128,9 +129,7 @@ def _runners(modules: Callable[[], Modules], adapters: Adapters, names: tuple[st
     known: _Known | None = adapters.mixing.get(key)
     # other adapters act since, or somebody has edited a graph
     if known is None or any(template_of(module) is not template for module, template in known.worn):
-        present = modules()
-        with transaction(present[""]):
-            known = adapters.mixing[key] = _made_runners(present, adapters, names)
+        known = adapters.mixing[key] = _made_runners(modules, adapters, names)
         if len(adapters.mixing) > _MOST_MIXTURES:
             adapters.mixing.pop(next(iter(adapters.mixing)), None)
     return known.runners
@@ -184,36 +183,39 @@ def _reads(adapter: Adapter) -> dict[str, tuple[str, ...]]:
     return adapter.overrides | {path: (*adapter.overrides.get(path, ()), "weight") for path in adapter.rows}
 
 
-def _made_runners(modules: Modules, adapters: Adapters, names: tuple[str, ...]) -> _Known:
-    by_region: dict[str, dict[str, list[AdaptedSite]]] = {}
-    for name in names:
-        refuse_missing(modules, adapters.by_name[name], name)
-        for adapted in adapters.by_name[name].sites:
-            by_region.setdefault(adapted.site.region, {}).setdefault(name, []).append(adapted)
-    for name in adapters.acting:
-        # where it acts and no row has an adapter, all rows have the base
-        for adapted in adapters.by_name[name].sites:
-            if adapted.site.region in modules:
-                by_region.setdefault(adapted.site.region, {})
-    reading: dict[str, set[str]] = {}
-    for name in (*names, *adapters.read):
-        for path, own in _reads(adapters.by_name[name]).items():
-            reading.setdefault(path, set()).update(own)
-    _refuse_read_elsewhere(modules, adapters, reading)
-    by_region |= {path: {} for path in reading if path not in by_region}
-    _refuse_rows_elsewhere(modules, by_region)
-    regions = regions_of_weights(by_region)
-    runners: dict[int, Runner] = {}
-    for region, by_name in by_region.items():
-        plain = bare(adapters, region, modules)
-        graph = at_once(plain, modules[region], region, by_name, regions) if region not in reading else None
-        if isinstance(graph, Template):
-            runners[id(modules[region])] = graph.forward_for(names_of_others(modules[region], adapters))
-        else:
-            runners[id(modules[region])] = in_turn(plain, modules[region], region, adapters, region in reading)
-    for region in by_region:
-        _let_ask(modules, adapters, region)
-    return _Known(runners, [(modules[region], template_of(modules[region])) for region in by_region])
+@without_compiler("how a mixture of adapters runs is worked out once, before its graphs run")
+def _made_runners(all_modules: Callable[[], Modules], adapters: Adapters, names: tuple[str, ...]) -> _Known:
+    modules = all_modules()
+    with transaction(modules[""]):
+        by_region: dict[str, dict[str, list[AdaptedSite]]] = {}
+        for name in names:
+            refuse_missing(modules, adapters.by_name[name], name)
+            for adapted in adapters.by_name[name].sites:
+                by_region.setdefault(adapted.site.region, {}).setdefault(name, []).append(adapted)
+        for name in adapters.acting:
+            # where it acts and no row has an adapter, all rows have the base
+            for adapted in adapters.by_name[name].sites:
+                if adapted.site.region in modules:
+                    by_region.setdefault(adapted.site.region, {})
+        reading: dict[str, set[str]] = {}
+        for name in (*names, *adapters.read):
+            for path, own in _reads(adapters.by_name[name]).items():
+                reading.setdefault(path, set()).update(own)
+        _refuse_read_elsewhere(modules, adapters, reading)
+        by_region |= {path: {} for path in reading if path not in by_region}
+        _refuse_rows_elsewhere(modules, by_region)
+        regions = regions_of_weights(by_region)
+        runners: dict[int, Runner] = {}
+        for region, by_name in by_region.items():
+            plain = bare(adapters, region, modules)
+            graph = at_once(plain, modules[region], region, by_name, regions) if region not in reading else None
+            if isinstance(graph, Template):
+                runners[id(modules[region])] = graph.forward_for(names_of_others(modules[region], adapters))
+            else:
+                runners[id(modules[region])] = in_turn(plain, modules[region], region, adapters, region in reading)
+        for region in by_region:
+            _let_ask(modules, adapters, region)
+        return _Known(runners, [(modules[region], template_of(modules[region])) for region in by_region])
 
 
 def _refuse_rows_elsewhere(modules: Modules, regions: Iterable[str]) -> None:

@@ -86,7 +86,7 @@ format: .venv/.installed  ## format, and mend what the linter can
 	$(BIN)/ruff format .
 
 bench-quick: .venv/.installed  ## run each row of the benchmarks once, with small models, to see that it runs
-	$(BIN)/python benchmarks/run.py --quick
+	$(BIN)/python benchmarks/run.py --quick $(ARGS)
 
 bench: .venv/.installed  ## compare speed with PEFT; ARGS=--write writes the table
 	$(BIN)/python benchmarks/run.py $(ARGS)

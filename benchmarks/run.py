@@ -71,10 +71,10 @@ def main() -> None:
     start = time.perf_counter()
     rows, failed = run(options)
     print(f"\n{NOTES}\nIt took {time.perf_counter() - start:.0f} s.")
-    if options.write:
-        write(rows, *where)
-    elif options.quick and options.names == "all":
+    if options.quick and options.names == "all":
         failed |= records.unmatched({row.name for row in rows}, records.read())
+    if options.write and not failed:
+        write(rows, *where)
     for what, reason in failed.items():
         print(f"\nFAILED: {what}\n{reason}")
     sys.exit(bool(failed))

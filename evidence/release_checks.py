@@ -1,10 +1,12 @@
 """Runs what a release needs and no single change, one after the other, and writes build/release_checks.md.
 
-python evidence/release_checks.py [names of checks]
+python evidence/release_checks.py                   all of it
+python evidence/release_checks.py long third-party  some of it
 """
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import time
@@ -17,6 +19,8 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "build" / "release_checks.md"
 
 CHECKS: dict[str, tuple[str, ...]] = {
+    # first, while all changes are committed: others write pages
+    "benchmarks": ("bench", "ARGS=--write"),
     "long": ("test-all", "ARGS=-m long"),
     "compiled": ("test-all", "ARGS=-m compiled"),
     "floors": ("floors", "PYTHON=python3.10", "SAMPLE="),
@@ -25,7 +29,6 @@ CHECKS: dict[str, tuple[str, ...]] = {
     "faults": ("faults",),
     "third-party": ("third-party",),
     "peft-tests": ("peft-tests",),
-    "benchmarks": ("bench", "ARGS=--write"),
 }
 """The arguments of make by the name of the check. Without a sample, an environment of its own runs all tests."""
 
@@ -45,9 +48,7 @@ class Outcome(NamedTuple):
 
 
 def main(wanted: list[str]) -> None:
-    """Runs the checks, writes the page after each, and fails if one has failed."""
-    if unknown := set(wanted) - set(CHECKS):
-        sys.exit(f"no checks are called {', '.join(sorted(unknown))}; there are {', '.join(CHECKS)}")
+    """Runs these checks, or all, writes the page after each, and fails if one has failed."""
     outcomes: dict[str, Outcome] = {}
     for name in tqdm(wanted or list(CHECKS), unit="check"):
         outcomes[name] = _outcome(name)
@@ -82,5 +83,15 @@ def _line(name: str, outcome: Outcome) -> str:
     return f"| {name} | {outcome.status} | {outcome.minutes:.0f} | {said} |"
 
 
+def _parse() -> list[str]:
+    """Returns the names of the checks on the command line."""
+    parser = argparse.ArgumentParser(description="Runs what a release needs, and writes build/release_checks.md.")
+    parser.add_argument("checks", nargs="*", metavar="CHECK", help=" | ".join(CHECKS))
+    wanted = parser.parse_args().checks
+    if unknown := sorted(set(wanted) - set(CHECKS)):
+        parser.error(f"no checks are called {', '.join(unknown)}; there are {', '.join(CHECKS)}")
+    return wanted
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(_parse())

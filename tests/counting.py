@@ -9,6 +9,7 @@ import functools
 import gc
 import json
 import linecache
+import math
 import os
 import subprocess
 import sys
@@ -271,7 +272,7 @@ def lifecycle(what: str) -> Rows:
         rows[f"{call}, 8 {what}: calls"] = first.own
         rows[f"{call}, 8 {what}: recordings"] = first.recordings
         rows[f"{call}, 8 {what}, the 50th: calls"] = many[call].own
-        rows[f"{call}, 8 {what}, the 50th{GROWTH}"] = round(100 * many[call].calls / first.calls)
+        rows[f"{call}, 8 {what}, the 50th{GROWTH}"] = math.ceil(100 * many[call].calls / first.calls)
     return rows
 
 
@@ -308,7 +309,9 @@ def mixed_batches() -> Rows:
         for batch, pairs in (("the first", 4), ("the next", 4), ("32 rows", 16)):
             names = ["default", "other"] * pairs
             call = functools.partial(model, torch.zeros(len(names), 16), adapter_names=names)
-            rows[f"a mixed batch, {batch}, 8 {what}: calls"] = counted(call).own
+            made = counted(call)
+            rows[f"a mixed batch, {batch}, 8 {what}: calls"] = made.own
+            rows[f"a mixed batch, {batch}, 8 {what}: recordings"] = made.recordings
     return rows
 
 

@@ -113,7 +113,10 @@ def test_a_run_replaces_the_table_alone(module: Any, row: Any) -> None:
     assert page.page(new, "a machine", [row(0.8)], {"a step, to PEFT": record}) == new
 
 
-def test_each_row_of_the_table_has_a_record_and_each_record_a_row(module: Any) -> None:
+def test_each_row_of_the_table_has_a_record_and_each_record_with_figures_a_row(module: Any) -> None:
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (.+?) \|.*? × (\w+) \|", text, re.MULTILINE)
-    assert sorted(f"{what}, to {to}" for what, to in rows) == sorted(module("records").read())
+    rows = {f"{what}, to {to}" for what, to in re.findall(r"^\| (.+?) \|.*? × (\w+) \|", text, re.MULTILINE)}
+    recorded = module("records").read()
+    assert rows <= recorded.keys()
+    # a new row has none before a run has written the table
+    assert {name for name, record in recorded.items() if any(record)} <= rows

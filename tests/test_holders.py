@@ -226,3 +226,13 @@ def test_a_module_of_the_models_own_is_seen_beside_holders_that_other_code_has_t
     model.add_adapter("second", LoraConfig(target_modules=["0"]))
     del model[0]._modules["default"]
     assert own_modules(model[0]) == [("own", own)]
+
+
+def test_holders_that_other_code_has_taken_away_are_no_modules_of_the_models_own() -> None:
+    config = LoraConfig(target_modules=["0"])
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
+    model.add_adapter("second", config)
+    del model[0]._modules["default"]
+    assert own_modules(model[0]) == []
+    with pytest.raises(AdaptError, match="of adapter 'default' is gone"):
+        model.set_adapter("default")

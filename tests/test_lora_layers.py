@@ -559,7 +559,7 @@ def test_a_table_comes_back_if_its_adapter_is_deleted_while_another_is_merged_in
     model.add_adapter("other", graphpeft.LoraConfig(r=3, target_modules=["embed_tokens"], init_lora_weights=False))
     model.set_adapter("other")
     model.merge_adapter()
-    with pytest.warns(UserWarning, match="other are merged, and unmerged before"):
+    with pytest.warns(UserWarning, match="other are merged, and are unmerged first"):
         model.delete_adapter("default")
     assert model.merged_adapters == []
     assert torch.equal(model.get_input_embeddings().weight, resized(1).get_input_embeddings().weight)

@@ -1077,13 +1077,28 @@ def test_adapters_that_are_not_merged_act_on_beside_those_that_are():
     assert near(output(model, text()), both, 1e-5)
     with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do: u, v"):
         model.merge_adapter()
-    with pytest.warns(UserWarning, match="u, v are merged, and unmerged before other adapters act"):
+    with pytest.warns(UserWarning, match="u, v are merged, and are unmerged first"):
         model.set_adapter("u")
     assert model.merged_adapters == []
     with pytest.warns(UserWarning, match="nothing to unmerge"):
         model.unmerge_adapter()
     model.set_adapter(["u", "v"])
     assert torch.equal(output(model, text()), both)
+    model.merge_adapter(["u"])
+    model.delete_adapter("v")
+    assert (model.active_adapters, model.merged_adapters) == (["u"], ["u"])
+
+
+def test_what_is_merged_while_none_is_active_is_unmerged_by_a_switch_to_none():
+    model = with_adapters(graphpeft, LLAMA.build(), {"r": 2, "target_modules": ["q_proj"]})
+    model.set_adapter([])
+    base = output(model, text())
+    model.merge_adapter(["u"])
+    assert not near(output(model, text()), base, 1e-5)
+    with pytest.warns(UserWarning, match="u are merged, and are unmerged first"):
+        model.set_adapter([])
+    assert model.merged_adapters == []
+    assert torch.equal(output(model, text()), base)
 
 
 def test_one_that_is_merged_acts_before_one_that_cannot_be():

@@ -324,10 +324,10 @@ def test_where_warnings_are_errors_nothing_is_swapped_beside_what_is_merged(tmp_
     model.merge_adapter()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with refused(model, UserWarning, "plain are merged, and unmerged before other adapters act"):
+        with refused(model, UserWarning, "plain are merged, and are unmerged first"):
             graphpeft.hotswap_adapter(model, other, "odd")
     assert model.merged_adapters == ["plain"]
-    with pytest.warns(UserWarning, match="plain are merged, and unmerged"):
+    with pytest.warns(UserWarning, match="plain are merged, and are unmerged"):
         graphpeft.hotswap_adapter(model, other, "odd")
     assert model.active_adapters == ["plain"]
 

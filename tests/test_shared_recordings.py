@@ -9,6 +9,7 @@ import functools
 import os
 import sys
 import types
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft import LoraConfig, get_peft_model
+from graphpeft.tracing.globals_read import globals_read
 
 FLAGS: dict[str, Any] = {}
 SIGN, TURN = 1.0, 1.0
@@ -287,8 +289,13 @@ class Turning:
 
 
 def made_reading() -> Any:
-    activation = torch.tanh
-    return lambda _, x: activation(x)
+    activation, space = torch.tanh, SPACE
+    return lambda _, x: activation(x), lambda _, x: 2 * x if space.on else x
+
+
+def by_another_name(_: nn.Module, x: Tensor, default: Any = None) -> Tensor:
+    space = SPACE if default is None else default
+    return 2 * x if space.on else x
 
 
 def importing(_: nn.Module, x: Tensor) -> Tensor:
@@ -298,8 +305,10 @@ def importing(_: nn.Module, x: Tensor) -> Tensor:
 
 
 BUILT_IN, LAYER, PARTIAL = torch.tanh, nn.Hardshrink(), functools.partial(torch.mul, 2.0)
-PART, KIND, INSIDE = slice(0, 2), Keeping, made_reading()
+PART, KIND = slice(0, 2), Keeping
 SWITCH, SPACE, SETS, LIST, NOTHING = Switch(), types.SimpleNamespace(on=False), {0}, [0], None
+NESTED, (INSIDE, AROUND_SPACE) = types.SimpleNamespace(space=SPACE), made_reading()
+WITH_SPACE = types.FunctionType(by_another_name.__code__, globals(), argdefs=(SPACE,))
 METHOD, WITH_OBJECT = SWITCH.doubled, functools.partial(Switch.doubled, SWITCH)
 COUNTER: Counter[str] = Counter()
 GLOBALS: dict[str, tuple[Read, Callable[[pytest.MonkeyPatch], object]]] = {
@@ -368,6 +377,20 @@ GLOBALS: dict[str, tuple[Read, Callable[[pytest.MonkeyPatch], object]]] = {
     ),
     "of an object": (lambda _, x: 2 * x if SWITCH.on else x, lambda patch: patch.setattr(SWITCH, "on", True)),
     "of a namespace": (lambda _, x: 2 * x if SPACE.on else x, lambda patch: patch.setattr(SPACE, "on", True)),
+    "of a namespace by another name": (by_another_name, lambda patch: patch.setattr(SPACE, "on", True)),
+    "of a namespace in a namespace": (
+        lambda _, x: 2 * x if NESTED.space.on else x,
+        lambda patch: patch.setattr(SPACE, "on", True),
+    ),
+    "of a namespace that a function around has": (AROUND_SPACE, lambda patch: patch.setattr(SPACE, "on", True)),
+    "of a namespace that is a default": (
+        lambda block, x: WITH_SPACE(block, x),
+        lambda patch: patch.setattr(SPACE, "on", True),
+    ),
+    "of PyTorch, in a function inside": (
+        lambda _, x: max(torch.get_num_threads() for _ in range(1)) * x,
+        lambda patch: patch.setattr(torch, "get_num_threads", lambda: 7),
+    ),
     "that was None": (
         lambda _, x: x if NOTHING is None else 2 * x,
         lambda patch: patch.setitem(globals(), "NOTHING", 1),
@@ -447,10 +470,40 @@ def test_equal_blocks_are_recorded_once_and_not_again_by_later_calls() -> None:
     assert (again.recordings, switched.recordings, another.recordings) == (0, 0, 0)
 
 
-def test_an_attribute_that_was_set_on_a_tensor_is_no_attribute_of_its_example() -> None:
-    before, after = readers(lambda block, x: x * getattr(block.table, "factor", 1))
-    table: Any = after.table
+@pytest.mark.parametrize("name", ["factor", "_factor"])
+def test_an_attribute_that_was_set_on_a_tensor_is_no_attribute_of_its_example(name: str) -> None:
+    before, after = readers(lambda block, x: x * getattr(block.table, name, 1))
     x = torch.randn(3, 4)
     assert_adapted_as_it_is(before, x)
-    table.factor = 3
+    setattr(after.table, name, 3)
     assert_adapted_as_it_is(after, x)
+
+
+def test_a_class_of_the_same_name_above_hides_no_attribute() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = F.linear(x, self.w)
+        return 2 * x if type(self).doubles else x
+
+    own: Any = type("Reader", (Reader,), {"forward": forward, "doubles": False})
+    before, after, x = own(), own(), torch.randn(3, 4)
+    assert_adapted_as_it_is(before, x)
+    own.doubles = True
+    assert_adapted_as_it_is(after, x)
+
+
+def test_what_a_class_may_be_held_by_is_referred_to_weakly() -> None:
+    class Own(Reader):
+        @property
+        def factor(self) -> int:
+            return 2
+
+        @staticmethod
+        def turned(x: Tensor) -> Tensor:
+            return -x
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.factor * self.turned(F.linear(x, self.w))
+
+    read = [value for name, value in globals_read(Own) if name.startswith(("factor", "turned"))]
+    assert len(read) == 2
+    assert all(type(value) is weakref.ref for value in read)

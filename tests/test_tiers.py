@@ -1,4 +1,4 @@
-"""The sample of `make test` has some sets of each quick function, spread over its list, and fewer of slower ones."""
+"""The sample of `make test` has some sets of each fast function, spread over its list, and fewer of slower ones."""
 
 from __future__ import annotations
 

@@ -316,8 +316,8 @@ def exchange(model: nn.Module, name: str, plan: Plan, values: Tensors | None = N
     modules, state = plan.modules, known_adapters(model)
     order, active, room = list(state.by_name), list(state.active), state.by_name[name].padded_to
     with transaction(model):
-        # so that nodes come in their order; first, since it unmerges others with a warning, which may be an error
-        lifecycle.activate(modules, state, [])
+        lifecycle.unmerge_first(modules, state)  # since one that is merged can't be taken off
+        lifecycle.activate(modules, state, [])  # so that nodes come in their order
         lifecycle.remove(modules, state, name)
         lifecycle.add(modules, state, name, plan, values)
         if room is not None:

@@ -181,7 +181,7 @@ def activate(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None
     override_readers(adapters, wanted)
     _refuse_apart(adapters, wanted)
     if wanted != adapters.active:
-        _unmerge_first(modules, adapters)
+        unmerge_first(modules, adapters, stacklevel=4)
     let_act(modules, adapters, [] if adapters.are_off else wanted)
     set_attribute(adapters, "active", wanted)
 
@@ -257,22 +257,22 @@ def _modules_of(model: nn.Module) -> Modules:
     return modules_by_path(model)
 
 
-def _unmerge_first(modules: Modules, adapters: Adapters) -> None:
+def unmerge_first(modules: Modules, adapters: Adapters, stacklevel: int = 3) -> None:
+    """Unmerges what is merged, with a warning, before other adapters act or one is trained."""
     if adapters.merged:
-        warnings.warn(
-            f"{joined(adapters.merged)} are merged, and unmerged before other adapters act",
-            PeftWarning,
-            stacklevel=4,
-        )
+        text = f"{joined(adapters.merged)} are merged, and are unmerged first"
+        warnings.warn(text, PeftWarning, stacklevel=stacklevel)
         unmerge(modules, adapters)
 
 
 def remove(modules: Modules, adapters: Adapters, name: str) -> None:
-    """Takes an adapter and its tensors off the model."""
-    activate(modules, adapters, [other for other in adapters.active if other != name])
+    """Takes an adapter, which isn't merged, and its tensors off the model; others stay merged."""
+    left = [other for other in adapters.active if other != name]
+    let_act(modules, adapters, [] if adapters.are_off else left)
+    set_attribute(adapters, "active", left)
     adapter = adapters.by_name[name]
     if adapter.overwritten:
-        _unmerge_first(modules, adapters)  # or their originals would bring back what was replaced
+        unmerge_first(modules, adapters)  # or their originals would bring back what was replaced
     delete_item(adapters.by_name, name)
     set_attribute(adapters, "trainable", adapters.trainable - {name})
     adapters.note_call_inputs(modules[""])

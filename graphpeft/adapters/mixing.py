@@ -131,7 +131,8 @@ def _runners(modules: Callable[[], Modules], adapters: Adapters, names: tuple[st
     if known is None or any(template_of(module) is not template for module, template in known.worn):
         known = adapters.mixing[key] = _made_runners(modules, adapters, names)
         if len(adapters.mixing) > _MOST_MIXTURES:
-            adapters.mixing.pop(next(iter(adapters.mixing)), None)
+            # through a copy, since other threads may add some
+            adapters.mixing.pop(next(iter([*adapters.mixing]), None), None)
     return known.runners
 
 

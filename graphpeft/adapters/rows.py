@@ -75,9 +75,9 @@ class RowAdapters:
         """
         holders = self._holders(owner, None)
         found = [missing if holder is None else holder.__dict__.get(stem, missing) for holder in holders]
-        are_tensors = any(issubclass(kind, torch.Tensor) for kind in {*map(type, found)})
-        values = tuple(map(as_number, found) if are_tensors else found)
-        there = {value for value in values if value is not None}
+        values = tuple(found if {*map(type, found)} <= _NUMBERS else map(as_number, found))
+        there = {*values}
+        there.discard(None)
         if len(there) == 1:
             return next(iter(there))
         if values not in self._numbers:
@@ -100,6 +100,9 @@ class RowAdapters:
         for row, name in enumerate(self.names):
             found.setdefault(name, []).append(row)
         return found
+
+
+_NUMBERS = {int, float, type(None)}
 
 
 def _tensor(holder: nn.Module, stem: str) -> torch.Tensor | None:

@@ -323,7 +323,7 @@ def own_modules(module: nn.Module) -> list[tuple[str, nn.Module | None]]:
     names: Any = module.__dict__.get(_HOLDERS, ())
     if not inner or (len(inner) == len(names) and next(reversed(inner)) in names and next(iter(inner)) in names):
         return []
-    if names:
+    if len(inner) >= len(names) > 0:
         first = list(itertools.islice(inner, len(inner) - len(names)))
         # other code may have taken holders away, or added modules behind them
         if names.isdisjoint(first) and names <= inner.keys():

@@ -21,17 +21,19 @@ def plain_globals(cls: type) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None and is_plain(value)}
 
 
-def globals_read(cls: type) -> dict[str, Any]:
-    """Returns what a forward reads beside its module and its arguments, by descriptions.
+def globals_read(cls: type) -> list[tuple[str, Any]]:
+    """Returns what a forward reads beside its module and its arguments, with descriptions, which may be equal.
 
     That is its globals and closure variables, attributes of those and of classes, and defaults of arguments. Functions
     and classes among them are weak references.
     """
-    found: dict[str, Any] = {}
+    found: list[tuple[str, Any]] = []
     for function in functions_in_forward(cls):
-        found |= {**dict(_read_by(function)), **dict(_inside_globals(function)), **dict(_of_classes(function, cls))}
-        defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-        found |= {f"default {number} of {function.__qualname__}": value for number, value in enumerate(defaults)}
+        found += _read_by(function)
+        found += _inside_globals(function)
+        found += _of_classes(function, cls)
+        found += [("a default", value) for value in (function.__defaults__ or ())]
+        found += (function.__kwdefaults__ or {}).items()
     return found
 
 
@@ -87,8 +89,15 @@ _ABSENT = object()
 
 
 def _weak(value: Any) -> Any:
-    """Returns a weak reference to a function or a class, which may have come with the module's own."""
-    return weakref.ref(value) if issubclass(type(value), type | FunctionType) else value
+    """Returns a weak reference to a function, also one in a property, or to a class: it may hold the module's own."""
+    if issubclass(type(value), _AROUND_FUNCTIONS):
+        value = next(getattr(value, name) for name in ("fget", "func", "__func__") if hasattr(value, name))
+    return weakref.ref(value) if issubclass(type(value), _REFERRED) else value
+
+
+_AROUND_FUNCTIONS = (property, functools.cached_property, classmethod, staticmethod)
+_REFERRED = (type, FunctionType, type(functools.cache(len)))
+"""Types whose objects are referred to weakly: a recording is kept as long as the class, which they may hold."""
 
 
 def imports_code_of_a_user(code: CodeType) -> bool:

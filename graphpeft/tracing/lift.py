@@ -22,8 +22,8 @@ from torch import fx, nn
 
 from graphpeft.code.contents import CONTAINERS, has_content
 from graphpeft.code.identity_checks import forward_compares_objects
-from graphpeft.code.reach import is_of_a_library
-from graphpeft.code.source import functions_in_forward
+from graphpeft.code.reach import is_stateless
+from graphpeft.code.source import functions_in_forward, names_in
 from graphpeft.graph import in_place
 from graphpeft.graph.computed_weights import read_as_attributes
 from graphpeft.graph.copied_graphs import copy_graph
@@ -53,13 +53,14 @@ class Lifted(NamedTuple):
 
     Attributes:
         forward: The traced function.
-        named: What the globals are that the forward and its functions read, each by a description of its name.
+        named: The facts of what the forward and its functions read beside the module and their arguments: globals,
+            closure variables, attributes of classes, defaults. Objects without state are the same ones, others equal.
         facts: What the trace read from the module.
         template: The template.
     """
 
     forward: Callable[..., Any]
-    named: dict[str, Any]
+    named: list[tuple[str, Any]]
     facts: Facts
     template: Template
 
@@ -149,7 +150,11 @@ def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Te
         read_as_attributes(graph, module)
         add_check(graph, make_settings(graph, tracer.session.lines_of_reads))
     template = Template(recorded.graphs, shared=True)
-    if tracer.session.specialised or example_inputs is not None or _UNKNOWN in _named_by(type(module)).values():
+    if (
+        tracer.session.specialised
+        or example_inputs is not None
+        or any(seen is _UNKNOWN for _, seen in _named_by(type(module)))
+    ):
         return template, None
     if any(_reads_all(function) for function in functions_in_forward(type(module))):
         return template, None
@@ -164,16 +169,18 @@ def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Te
 def _reads_all(forward: Callable[..., Any]) -> bool:
     """Returns whether a function reads what isn't observed: more than some attributes, or settings of the process."""
     code = getattr(inspect.unwrap(forward), "__code__", None)
-    return code is None or not _READ_MORE.isdisjoint(code.co_names) or imports_code_of_a_user(code)
+    return code is None or not _READ_MORE.isdisjoint(names_in(code).read) or imports_code_of_a_user(code)
 
 
 _READ_MORE = frozenset(
     (
         *("__dict__", "vars", "dir", "id", "globals"),
-        *("environ", "getenv", "get_default_dtype", "get_default_device", "backends"),
+        *("environ", "getenv", "argv", "flags", "backends", "get_default_dtype", "get_default_device"),
+        *("get_num_threads", "get_num_interop_threads", "get_float32_matmul_precision", "is_anomaly_enabled"),
+        *("are_deterministic_algorithms_enabled", "is_deterministic_algorithms_warn_only_enabled"),
     )
 )
-"""Names by which code reads any attribute, tells modules apart, or asks for settings that others may change."""
+"""Names by which code reads any attribute, tells modules apart, or asks for settings of the process or of PyTorch."""
 
 
 def _has_operators(cls: type) -> bool:
@@ -188,17 +195,17 @@ def _has_operators(cls: type) -> bool:
 _NO_OPERATORS = frozenset(("__init__", "__repr__", "__getstate__", "__setstate__", "__deepcopy__", "__reduce_ex__"))
 
 
-def _named_by(cls: type) -> dict[str, Any]:
+def _named_by(cls: type) -> list[tuple[str, Any]]:
     """Returns the facts of what a forward reads beside its module."""
-    return {name: _observe_global(value) for name, value in globals_read(cls).items()}
+    return [(name, _observe_global(value)) for name, value in globals_read(cls)]
 
 
 def _observe_global(value: Any) -> Any:
     if type(value) is weakref.ref:
         return value
     kind = type(value)
-    may_change = not is_of_a_library(kind.__module__) or issubclass(kind, _CHANGING) or has_content(value)
-    return _observe_value(value) if may_change or issubclass(kind, _FACTS) else _Itself(value)
+    is_changed = issubclass(kind, (*_FACTS, *_CHANGING)) or has_content(value)
+    return _Itself(value) if is_stateless(kind) and not is_changed else _observe_value(value)
 
 
 class _Itself:

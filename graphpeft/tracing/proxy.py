@@ -48,7 +48,8 @@ class ValueProxy(fx.Proxy):
         value = self.node.meta[VALUE]
         if isinstance(value, torch.Tensor) and callable(getattr(type(value), name, None)):
             return functools.partial(self._call_method, name)
-        if not name.startswith("_") and not hasattr(torch.Tensor, name):
+        # Python itself asks for names with two underscores, and `_is_param` is answered below
+        if name != "_is_param" and not name.startswith("__") and not hasattr(torch.Tensor, name):
             self._refuse_own_attribute(name)
         with self.tracer.examples.real_calls():
             attribute = getattr(value, name)

@@ -431,7 +431,7 @@ class ValueTracer(fx.Tracer):
     def check(self, proxy: fx.Proxy, answer: Any, decision: str | None = None) -> bool:
         """Adds a check that `proxy` is `answer` in every run; returns whether the check is new."""
         node = proxy.node
-        self.session.specialised |= is_about_own_tensor(node)
+        self.session.specialised = self.session.specialised or is_about_own_tensor(node)
         if self._has_drawn and any(draws(source.target) for source in above(node)):
             message = f"{guards.deciding_line()} decides on numbers that Python's random or NumPy draws"
             raise self.failing(TraceError(message))

@@ -77,7 +77,7 @@ class _Traits(NamedTuple):
     """What an operation's schema says of it.
 
     Attributes:
-        computes_nothing: Whether it gives a view, or gives a tensor other memory, as copies of buffers do.
+        computes_nothing: Whether it gives a view or a copy, or gives a tensor other memory, as copies of buffers do.
         draws: Whether it draws random numbers.
         written: The places and names of the arguments that it writes.
     """
@@ -92,11 +92,14 @@ class _Traits(NamedTuple):
         return [leaf for value in values for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
+_MOVES = [getattr(torch.ops.aten, name) for name in ("set_", "resize_", "clone", "empty_like", "_unsafe_view")]
+
+
 @functools.cache
 def _traits(func: Any) -> _Traits:
     aliases = [each.alias_info for each in func._schema.returns]
     views = any(alias is not None and not alias.is_write for alias in aliases)
-    moves = func.overloadpacket in (torch.ops.aten.set_, torch.ops.aten.resize_)
+    moves = func.overloadpacket in _MOVES
     written = [
         (place, each.name)
         for place, each in enumerate(func._schema.arguments)

@@ -53,6 +53,14 @@ class Named(nn.Parameter):
 
 
 @HALVES
+def test_copies_are_the_numbers_that_they_copy(dtype: torch.dtype):
+    x = values(dtype, 4, 500)
+    with StochasticRounding(0):
+        copies = (x.clone(), x.t().contiguous().t(), x.expand(2, 4, 500).reshape(8, 500)[:4])
+    assert all(torch.equal(copied, x) for copied in copies)
+
+
+@HALVES
 def test_a_class_that_computes_as_tensors_do_is_rounded(dtype: torch.dtype):
     x, weight = values(dtype, 2, 500)
     with StochasticRounding(0):

@@ -1087,6 +1087,10 @@ def test_adapters_that_are_not_merged_act_on_beside_those_that_are():
     model.merge_adapter(["u"])
     model.delete_adapter("v")
     assert (model.active_adapters, model.merged_adapters) == (["u"], ["u"])
+    merged = output(model, text())
+    model.unmerge_adapter()
+    assert near(merged, output(model, text()), 1e-5)
+    assert not near(merged, both, 1e-5)
 
 
 def test_what_is_merged_while_none_is_active_is_unmerged_by_a_switch_to_none():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import threading
 import types
 import weakref
 from collections import Counter
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft import LoraConfig, get_peft_model
-from graphpeft.tracing.globals_read import globals_read
+from graphpeft.tracing.globals_read import Weak, globals_read
 
 FLAGS: dict[str, Any] = {}
 SIGN, TURN = 1.0, 1.0
@@ -288,9 +289,30 @@ class Turning:
         return -x
 
 
+class Multiplying:
+    """A class with a method that reads a global."""
+
+    @staticmethod
+    def turned(x: Tensor) -> Tensor:
+        return TURN * x
+
+
 def made_reading() -> Any:
-    activation, space = torch.tanh, SPACE
-    return lambda _, x: activation(x), lambda _, x: 2 * x if space.on else x
+    activation, space, kind = torch.tanh, SPACE, Keeping
+    return lambda _, x: activation(x), lambda _, x: 2 * x if space.on else x, lambda _, x: kind.turned(x)
+
+
+def doubling_by_the_process(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    @functools.wraps(function)
+    def doubling(x: Tensor) -> Tensor:
+        return 2 * function(x) if os.environ.get("DOUBLES") else function(x)
+
+    return doubling
+
+
+@doubling_by_the_process
+def decorated(x: Tensor) -> Tensor:
+    return x
 
 
 def by_another_name(_: nn.Module, x: Tensor, default: Any = None) -> Tensor:
@@ -307,10 +329,15 @@ def importing(_: nn.Module, x: Tensor) -> Tensor:
 BUILT_IN, LAYER, PARTIAL = torch.tanh, nn.Hardshrink(), functools.partial(torch.mul, 2.0)
 PART, KIND = slice(0, 2), Keeping
 SWITCH, SPACE, SETS, LIST, NOTHING = Switch(), types.SimpleNamespace(on=False), {0}, [0], None
-NESTED, (INSIDE, AROUND_SPACE) = types.SimpleNamespace(space=SPACE), made_reading()
+NESTED, (INSIDE, AROUND_SPACE, AROUND_CLASS) = types.SimpleNamespace(space=SPACE), made_reading()
 WITH_SPACE = types.FunctionType(by_another_name.__code__, globals(), argdefs=(SPACE,))
 METHOD, WITH_OBJECT = SWITCH.doubled, functools.partial(Switch.doubled, SWITCH)
 COUNTER: Counter[str] = Counter()
+VIEW, GET, EVENT, REFERENCE = types.MappingProxyType(FLAGS), FLAGS.get, threading.Event(), weakref.ref(SWITCH)
+INNER: Any = types.ModuleType("a_package.inner")
+INNER.on = False
+PACKAGE: Any = types.ModuleType("a_package")
+PACKAGE.inner = INNER
 GLOBALS: dict[str, tuple[Read, Callable[[pytest.MonkeyPatch], object]]] = {
     "by the forward of a layer": (
         lambda block, x: block.inner.forward(x),
@@ -326,6 +353,22 @@ GLOBALS: dict[str, tuple[Read, Callable[[pytest.MonkeyPatch], object]]] = {
     ),
     "in a dictionary": (lambda _, x: 2 * x if FLAGS else x, lambda patch: patch.setitem(FLAGS, "on", True)),
     "in a counter": (lambda _, x: 2 * x if COUNTER["on"] else x, lambda patch: patch.setitem(COUNTER, "on", 1)),
+    "in a view of a dictionary": (
+        lambda _, x: 2 * x if VIEW.get("on") else x,
+        lambda patch: patch.setitem(FLAGS, "on", True),
+    ),
+    "by a dictionary's method": (
+        lambda _, x: 2 * x if GET("on") else x,
+        lambda patch: patch.setitem(FLAGS, "on", True),
+    ),
+    "in an event": (
+        lambda _, x: 2 * x if EVENT.is_set() else x,
+        lambda patch: patch.setattr(EVENT, "_flag", True),
+    ),
+    "by a weak reference": (
+        lambda _, x: 2 * x if getattr(REFERENCE(), "on", False) else x,
+        lambda patch: patch.setattr(SWITCH, "on", True),
+    ),
     "in a set": (lambda _, x: 2 * x if 1 in SETS else x, lambda patch: patch.setitem(globals(), "SETS", {0, 1})),
     "in a list": (lambda _, x: 2 * x if LIST[0] else x, lambda patch: patch.setitem(globals(), "LIST", [1])),
     "of a class": (
@@ -335,6 +378,18 @@ GLOBALS: dict[str, tuple[Read, Callable[[pytest.MonkeyPatch], object]]] = {
     "of the block's class": (
         lambda block, x: 2 * x if type(block).doubles else x,
         lambda patch: patch.setattr(Reader, "doubles", True),
+    ),
+    "by a method of a class": (
+        lambda _, x: Multiplying.turned(x),
+        lambda patch: patch.setitem(globals(), "TURN", -1.0),
+    ),
+    "of a class that a function around has": (
+        AROUND_CLASS,
+        lambda patch: patch.setattr(Keeping, "turned", lambda x: -x),
+    ),
+    "in a Python module in another": (
+        lambda _, x: 2 * x if PACKAGE.inner.on else x,
+        lambda patch: patch.setattr(PACKAGE.inner, "on", True),
     ),
     "that is a function": (
         lambda _, x: turned(x),
@@ -369,6 +424,10 @@ GLOBALS: dict[str, tuple[Read, Callable[[pytest.MonkeyPatch], object]]] = {
     ),
     "of the process": (
         lambda _, x: 2 * x if os.environ.get("DOUBLES") else x,
+        lambda patch: patch.setenv("DOUBLES", "1"),
+    ),
+    "of the process, by a decorator": (
+        lambda _, x: decorated(x),
         lambda patch: patch.setenv("DOUBLES", "1"),
     ),
     "as a default": (
@@ -479,6 +538,14 @@ def test_an_attribute_that_was_set_on_a_tensor_is_no_attribute_of_its_example(na
     assert_adapted_as_it_is(after, x)
 
 
+def test_a_check_for_a_buffer_is_recorded() -> None:
+    before, after = readers(lambda block, x: 2 * x if isinstance(block.table, nn.Buffer) else x)
+    after.table = nn.Buffer(torch.zeros(2, 4))
+    x = torch.randn(3, 4)
+    assert_adapted_as_it_is(before, x)
+    assert_adapted_as_it_is(after, x)
+
+
 def test_a_class_of_the_same_name_above_hides_no_attribute() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         x = F.linear(x, self.w)
@@ -506,4 +573,4 @@ def test_what_a_class_may_be_held_by_is_referred_to_weakly() -> None:
 
     read = [value for name, value in globals_read(Own) if name.startswith(("factor", "turned"))]
     assert len(read) == 2
-    assert all(type(value) is weakref.ref for value in read)
+    assert all(type(value) is Weak for value in read)

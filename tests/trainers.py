@@ -30,7 +30,7 @@ def trainer_of(
         seed=3,
         **{**steps, **options},
     )
-    examples = rows or [{"input_ids": row, "labels": row} for seed in range(4) for row in tokens(seed)]
+    examples: Any = rows or [{"input_ids": row, "labels": row} for seed in range(4) for row in tokens(seed)]
     return transformers.Trainer(model, arguments, train_dataset=examples, callbacks=callbacks)
 
 

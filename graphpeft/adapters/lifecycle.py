@@ -266,13 +266,13 @@ def unmerge_first(modules: Modules, adapters: Adapters, stacklevel: int = 3) -> 
 
 
 def remove(modules: Modules, adapters: Adapters, name: str) -> None:
-    """Takes an adapter, which isn't merged, and its tensors off the model; others stay merged."""
+    """Takes an adapter, which isn't merged, and its tensors off the model."""
     left = [other for other in adapters.active if other != name]
     let_act(modules, adapters, [] if adapters.are_off else left)
     set_attribute(adapters, "active", left)
     adapter = adapters.by_name[name]
     if adapter.overwritten:
-        unmerge_first(modules, adapters)  # or their originals would bring back what was replaced
+        unmerge_first(modules, adapters, stacklevel=4)  # or their originals would bring back what was replaced
     delete_item(adapters.by_name, name)
     set_attribute(adapters, "trainable", adapters.trainable - {name})
     adapters.note_call_inputs(modules[""])

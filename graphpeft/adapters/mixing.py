@@ -129,10 +129,7 @@ def _runners(modules: Callable[[], Modules], adapters: Adapters, names: tuple[st
     known: _Known | None = adapters.mixing.get(key)
     # other adapters act since, or somebody has edited a graph
     if known is None or any(template_of(module) is not template for module, template in known.worn):
-        known = adapters.mixing[key] = _made_runners(modules, adapters, names)
-        if len(adapters.mixing) > _MOST_MIXTURES:
-            # through a copy, since other threads may add some
-            adapters.mixing.pop(next(iter([*adapters.mixing]), None), None)
+        known = _made_runners(modules, adapters, names, key)
     return known.runners
 
 
@@ -185,8 +182,12 @@ def _reads(adapter: Adapter) -> dict[str, tuple[str, ...]]:
 
 
 @without_compiler("how a mixture of adapters runs is worked out once, before its graphs run")
-def _made_runners(all_modules: Callable[[], Modules], adapters: Adapters, names: tuple[str, ...]) -> _Known:
+def _made_runners(
+    all_modules: Callable[[], Modules], adapters: Adapters, names: tuple[str, ...], key: object
+) -> _Known:
+    """Works out how regions run, and remembers it by a key."""
     modules = all_modules()
+    # no other thread changes the model meanwhile, and so what is remembered
     with transaction(modules[""]):
         by_region: dict[str, dict[str, list[AdaptedSite]]] = {}
         for name in names:
@@ -216,7 +217,11 @@ def _made_runners(all_modules: Callable[[], Modules], adapters: Adapters, names:
                 runners[id(modules[region])] = in_turn(plain, modules[region], region, adapters, region in reading)
         for region in by_region:
             _let_ask(modules, adapters, region)
-        return _Known(runners, [(modules[region], template_of(modules[region])) for region in by_region])
+        worn = [(modules[region], template_of(modules[region])) for region in by_region]
+        known = adapters.mixing[key] = _Known(runners, worn)
+        if len(adapters.mixing) > _MOST_MIXTURES:
+            del adapters.mixing[next(iter(adapters.mixing))]
+        return known
 
 
 def _refuse_rows_elsewhere(modules: Modules, regions: Iterable[str]) -> None:

@@ -206,7 +206,7 @@ def opened(value: Any, named: Set[str] = frozenset()) -> _Opened:
     if issubclass(kind, functools.cached_property):
         return (), (value.func,)
     parts = parts_of(value) if issubclass(kind, _CONTAINERS_AND_TUPLES) else ()
-    if is_stateless(kind):
+    if issubclass(kind, ModuleType) or _root(kind) in _STATELESS_PACKAGES:
         return (), parts
     attributes, slots = attributes_of(value), slots_of(kind)
     if attributes is None and not slots:
@@ -214,11 +214,6 @@ def opened(value: Any, named: Set[str] = frozenset()) -> _Opened:
     namespaces = [Namespace.of_object(value)] if attributes is not None else []
     namespaces += [Namespace.of_slots(value)] if slots else []
     return namespaces, (kind, *parts, *(held for namespace in namespaces for held in namespace.values().values()))
-
-
-def is_stateless(kind: type) -> bool:
-    """Returns whether objects of a class hold no state that a forward changes, other than a container's."""
-    return issubclass(kind, ModuleType) or _root(kind) in _STATELESS_PACKAGES
 
 
 def _opened_class(cls: type, named: Set[str]) -> _Opened:

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import dis
+import enum
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from types import CodeType, FunctionType, ModuleType
+from collections.abc import Container, Iterator, Set
+from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
-from graphpeft.code.namespaces import attributes_of
+import torch
+from torch import nn
+
 from graphpeft.code.reach import is_of_a_library
-from graphpeft.code.source import functions_in_forward
+from graphpeft.code.source import functions_in_forward, names_in
 from graphpeft.tracing.attributes import is_plain
+
+
+class Weak(weakref.ref[Any]):
+    """A reference to a function or a class, which may hold what refers to it. Equal references are to the same one."""
+
+    __slots__ = ()
+
+
+class Unseen:
+    """Stands for a value that code may read by a name that isn't known; it equals nothing."""
 
 
 def plain_globals(cls: type) -> dict[str, Any]:
@@ -24,64 +37,79 @@ def plain_globals(cls: type) -> dict[str, Any]:
 def globals_read(cls: type) -> list[tuple[str, Any]]:
     """Returns what a forward reads beside its module and its arguments, with descriptions, which may be equal.
 
-    That is its globals and closure variables, attributes of those and of classes, and defaults of arguments. Functions
-    and classes among them are weak references.
+    That is its globals and closure variables, attributes of those and of classes, and defaults of arguments. For a
+    function or a class there is a `Weak` reference. What a library's code reads of its own isn't among it.
     """
+    functions = functions_in_forward(cls)
     found: list[tuple[str, Any]] = []
-    for function in functions_in_forward(cls):
-        found += _read_by(function)
-        found += _inside_globals(function)
-        found += _of_classes(function, cls)
-        found += [("a default", value) for value in (function.__defaults__ or ())]
-        found += (function.__kwdefaults__ or {}).items()
+    for function in functions:
+        names = names_in(function.__code__).read
+        found += _of_classes(cls, names)
+        if _is_of_a_user(function):
+            for name, value in (*_read_by(function), *_defaults_of(function)):
+                found.append((name, _weak(value)))
+                found += [(f"{inside} of {name}", held) for inside, held in _inside(value, names, functions)]
     return found
 
 
-def _of_classes(function: Callable[..., Any], cls: type) -> Iterator[tuple[str, Any]]:
-    """Yields the attributes of a module's classes that a function names, as in ``type(self).mode``."""
+def _of_classes(cls: type, names: Set[str]) -> Iterator[tuple[str, Any]]:
+    """Yields the attributes of a class and those above it that a function names, as in ``type(self).mode``."""
     for base in cls.__mro__:
-        for name in function.__code__.co_names:
-            if name in vars(base):
-                yield f"{name} of the class {base.__qualname__}", _weak(vars(base)[name])
+        for name in sorted(names & vars(base).keys()):
+            yield f"{name} of the class {base.__qualname__}", _weak(vars(base)[name])
 
 
-def _read_by(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
-    """Yields the globals and closure variables that a function reads."""
-    for name, _, value in _globals_of(function):
-        yield f"the global {name}", _weak(value)
+def _read_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yields the globals of a user's that a function reads, and its closure variables."""
+    where = function.__globals__.get("__name__")
+    is_of_a_user = not is_of_a_library(where)
+    for name, attributes in _globals_named_in(function.__code__).items():
+        value = function.__globals__.get(name, _ABSENT)
+        if issubclass(type(value), ModuleType) and None not in attributes and not is_of_a_library(value.__name__):
+            for attribute in attributes:
+                yield f"the global {attribute} of {value.__name__}", vars(value).get(attribute, Unseen())
+        elif value is not _ABSENT and is_of_a_user:
+            yield f"the global {name} of {where}", value
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            value = cell.cell_contents
-        except ValueError:
-            continue  # an empty cell
-        yield f"the variable {name} around {function.__qualname__}", _weak(value)
+        yield f"the variable {name} around {function.__qualname__}", _content_of(cell)
 
 
-def _inside_globals(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
-    """Yields the attributes of globals that a function reads, as in ``OPTIONS.mode``."""
-    for name, attribute, value in _globals_of(function):
-        inside = next((held[attribute] for held in _namespaces(value) if attribute and attribute in held), _ABSENT)
-        if inside is not _ABSENT:
-            yield f"{attribute} of the global {name}", _weak(inside)
+def _content_of(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return Unseen()  # the cell is empty
 
 
-def _globals_of(function: Callable[..., Any]) -> Iterator[tuple[str, str | None, Any]]:
-    """Yields the globals of a user's that a function names: a description, the attribute read of it, and the value."""
-    namespace = function.__globals__
-    for name, attribute in _globals_named_in(function.__code__):
-        value: Any = namespace.get(name, _ABSENT)
-        file = namespace.get("__name__")
-        if issubclass(type(value), ModuleType) and attribute is not None:
-            name, value, file = attribute, vars(value).get(attribute, _ABSENT), value.__name__
-        if value is not _ABSENT and not is_of_a_library(file):
-            yield f"{name} of {file}", attribute, value
+def _defaults_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+        yield f"a default of {function.__qualname__}", value
 
 
-def _namespaces(value: Any) -> list[Mapping[str, Any]]:
-    """Returns the attributes of a class and its bases, or an object's own."""
-    if issubclass(type(value), type):
-        return [vars(base) for base in value.__mro__]
-    return [vars(value) if type(value) is FunctionType else attributes_of(value) or {}]
+def _inside(value: Any, names: Set[str], functions: Container[FunctionType]) -> Iterator[tuple[str, Any]]:
+    """Yields the attributes of a user's function or class that code names; `Unseen` where they may be others."""
+    holders: list[Any] = []
+    if issubclass(type(value), type) and not is_of_a_library(value.__module__):
+        holders = [base for base in value.__mro__ if not is_of_a_library(base.__module__)]
+        # other classes may say of themselves how they are called, indexed and so on
+        if not issubclass(value, _CLASSES_BY_NAMES):
+            yield "an operator", Unseen()
+    elif type(value) is FunctionType and _is_of_a_user(value):
+        holders = [value]
+    for holder in holders:
+        for name in sorted(names & vars(holder).keys()):
+            held = _weak(vars(holder)[name])
+            function = held() if type(held) is Weak else None
+            is_run = type(function) is FunctionType and _is_of_a_user(function) and function not in functions
+            yield name, Unseen() if is_run else held
+
+
+_CLASSES_BY_NAMES = (nn.Module, enum.Enum, torch.autograd.Function)
+"""Classes whose members code uses by their names alone, since it makes no objects of them."""
+
+
+def _is_of_a_user(function: FunctionType) -> bool:
+    return not is_of_a_library(function.__globals__.get("__name__"))
 
 
 _ABSENT = object()
@@ -89,32 +117,42 @@ _ABSENT = object()
 
 
 def _weak(value: Any) -> Any:
-    """Returns a weak reference to a function, also one in a property, or to a class: it may hold the module's own."""
-    if issubclass(type(value), _AROUND_FUNCTIONS):
-        value = next(getattr(value, name) for name in ("fget", "func", "__func__") if hasattr(value, name))
-    return weakref.ref(value) if issubclass(type(value), _REFERRED) else value
+    """Returns a weak reference to a function, also one in a property, or to a class; other values as they are."""
+    while type(value) in _AROUND_FUNCTIONS:
+        value = getattr(value, _AROUND_FUNCTIONS[type(value)])
+    return Weak(value) if issubclass(type(value), _REFERRED) else value
 
 
-_AROUND_FUNCTIONS = (property, functools.cached_property, classmethod, staticmethod)
+_AROUND_FUNCTIONS: dict[type, str] = {
+    property: "fget",
+    functools.cached_property: "func",
+    classmethod: "__func__",
+    staticmethod: "__func__",
+}
+"""Decorators of methods, and the attribute in which each holds the function."""
+
 _REFERRED = (type, FunctionType, type(functools.cache(len)))
 """Types whose objects are referred to weakly: a recording is kept as long as the class, which they may hold."""
 
 
 def imports_code_of_a_user(code: CodeType) -> bool:
-    """Returns whether code imports a module of a user's each time that it runs."""
-    return any(each.opname == "IMPORT_NAME" and not is_of_a_library(each.argval) for each in dis.get_instructions(code))
+    """Returns whether code, or a function inside it, imports a module of a user's each time that it runs."""
+    inside = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    imported = [each.argval for each in dis.get_instructions(code) if each.opname == "IMPORT_NAME"]
+    return not all(map(is_of_a_library, imported)) or any(map(imports_code_of_a_user, inside))
 
 
 @functools.cache
-def _globals_named_in(code: CodeType) -> tuple[tuple[str, str | None], ...]:
-    """Returns the names of globals that `code` reads, each with the attribute that it reads of this global, or None."""
+def _globals_named_in(code: CodeType) -> dict[str, dict[str | None, None]]:
+    """Returns the globals that `code` reads, by name, with the attributes that it reads of each, or None for itself."""
     instructions = [each for each in dis.get_instructions(code) if each.opname not in ("CACHE", "EXTENDED_ARG")]
-    found: dict[tuple[str, str | None], None] = {}
+    found: dict[str, dict[str | None, None]] = {}
     for instruction, following in zip(instructions, [*instructions[1:], None], strict=True):
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             takes = following is not None and following.opname in ("LOAD_ATTR", "LOAD_METHOD")
-            found[instruction.argval, following.argval if takes and following is not None else None] = None
-    inside = [
-        name for constant in code.co_consts if isinstance(constant, CodeType) for name in _globals_named_in(constant)
-    ]
-    return (*found, *inside)
+            attribute = following.argval if takes and following is not None else None
+            found.setdefault(instruction.argval, {})[attribute] = None
+    for constant in code.co_consts:
+        for name, attributes in _globals_named_in(constant).items() if isinstance(constant, CodeType) else ():
+            found.setdefault(name, {}).update(attributes)
+    return found

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import functools
-import inspect
+import logging
+import re
 import types
 import weakref
 from collections.abc import Callable
@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from graphpeft.code.contents import CONTAINERS, has_content
+from graphpeft._torch import OpOverload, OpOverloadPacket
+from graphpeft.code.contents import has_content
 from graphpeft.code.identity_checks import forward_compares_objects
-from graphpeft.code.reach import is_stateless
+from graphpeft.code.reach import is_of_a_library
 from graphpeft.code.source import functions_in_forward, names_in
 from graphpeft.graph import in_place
 from graphpeft.graph.computed_weights import read_as_attributes
@@ -38,7 +39,7 @@ from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
 from graphpeft.graph.settings import add_check
 from graphpeft.graph.template import SIMPLE, Template, template_of
 from graphpeft.tracing.constant_attributes import make_settings
-from graphpeft.tracing.globals_read import globals_read, imports_code_of_a_user
+from graphpeft.tracing.globals_read import Weak, globals_read, imports_code_of_a_user
 from graphpeft.tracing.modes import in_each_mode
 from graphpeft.tracing.record import ONE_TRACE_AT_A_TIME, record_forward
 from graphpeft.tracing.tracer import ValueTracer
@@ -54,7 +55,8 @@ class Lifted(NamedTuple):
     Attributes:
         forward: The traced function.
         named: The facts of what the forward and its functions read beside the module and their arguments: globals,
-            closure variables, attributes of classes, defaults. Objects without state are the same ones, others equal.
+            closure variables, attributes of classes, defaults. They are equal if values are, and objects without state
+            are the same ones.
         facts: What the trace read from the module.
         template: The template.
     """
@@ -67,7 +69,7 @@ class Lifted(NamedTuple):
     def holds_for(self, module: nn.Module) -> bool:
         """Returns whether a trace of `module` would give the same graph."""
         forward = type(module).forward
-        if self.forward is not forward or (self.named and self.named != _named_by(type(module))):
+        if self.forward is not forward or self.named != _named_by(type(module)):
             return False
         return all(_observe_at(module, path) == seen for path, seen in self.facts)
 
@@ -166,10 +168,10 @@ def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Te
     return template, facts if all(seen is not _UNKNOWN for _, seen in facts) else None
 
 
-def _reads_all(forward: Callable[..., Any]) -> bool:
+def _reads_all(forward: types.FunctionType) -> bool:
     """Returns whether a function reads what isn't observed: more than some attributes, or settings of the process."""
-    code = getattr(inspect.unwrap(forward), "__code__", None)
-    return code is None or not _READ_MORE.isdisjoint(names_in(code).read) or imports_code_of_a_user(code)
+    code = forward.__code__
+    return not _READ_MORE.isdisjoint(names_in(code).read) or imports_code_of_a_user(code)
 
 
 _READ_MORE = frozenset(
@@ -201,11 +203,31 @@ def _named_by(cls: type) -> list[tuple[str, Any]]:
 
 
 def _observe_global(value: Any) -> Any:
-    if type(value) is weakref.ref:
+    if type(value) is Weak:
         return value
+    return _Itself(value) if _is_stateless(value) else _observe_value(value)
+
+
+def _is_stateless(value: Any) -> bool:
+    """Returns whether a library's object computes the same as long as it is the same one."""
     kind = type(value)
-    is_changed = issubclass(kind, (*_FACTS, *_CHANGING)) or has_content(value)
-    return _Itself(value) if is_stateless(kind) and not is_changed else _observe_value(value)
+    if kind is types.BuiltinFunctionType:  # or a method of a dictionary, say
+        return value.__self__ is None or issubclass(type(value.__self__), type | types.ModuleType)
+    if issubclass(kind, types.ModuleType):
+        return is_of_a_library(value.__name__)
+    if str(kind.__module__).partition(".")[0] in ("numpy", "typing"):
+        return not has_content(value)
+    return kind is object or issubclass(kind, _STATELESS)
+
+
+_STATELESS = (
+    *(bytes, slice, range, types.EllipsisType, types.GenericAlias, types.UnionType, re.Pattern, logging.Logger),
+    *(types.MethodDescriptorType, types.WrapperDescriptorType, types.ClassMethodDescriptorType),
+    *(types.MemberDescriptorType, types.GetSetDescriptorType),
+    *(torch.layout, torch.memory_format, torch.finfo, torch.iinfo),
+    *(torch.jit.ScriptFunction, OpOverload, OpOverloadPacket),
+)
+"""Types of libraries whose objects have no state."""
 
 
 class _Itself:
@@ -289,12 +311,6 @@ def _observe_value(value: Any, inside: int = 0) -> Any:
     parts = tuple([_observe_value(part, inside + 1) for part in held])
     return _UNKNOWN if _UNKNOWN in parts else (kind, parts)
 
-
-_FACTS = (*SIMPLE, *CONTAINERS, tuple, frozenset)
-"""Types of libraries whose values are facts, or prevent that a recording is shared; others have no state."""
-
-_CHANGING = (nn.Module, torch.Tensor, types.MethodType, functools.partial)
-"""Types of libraries whose objects hold what may change while they remain the same objects."""
 
 _DEEPEST, _LONGEST = 4, 1000
 """How deep containers are observed in each other, and how long they may be."""

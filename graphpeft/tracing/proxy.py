@@ -29,6 +29,9 @@ _STATIC = {"ndim", "layout"}
 _MAY_BE_NONE = {"grad", "grad_fn", "_base", "names"}
 """Tensor attributes that only some tensors have."""
 
+_OF_CLASS = ("_is_param", "_is_buffer")
+"""Attributes by which classes of parameters and buffers say what is an instance of theirs."""
+
 _TRACED = (torch.Tensor, tuple, list, dict, int, float, torch.dtype, torch.device)
 """Types of attributes that stay proxies, since they can differ between runs."""
 
@@ -48,14 +51,14 @@ class ValueProxy(fx.Proxy):
         value = self.node.meta[VALUE]
         if isinstance(value, torch.Tensor) and callable(getattr(type(value), name, None)):
             return functools.partial(self._call_method, name)
-        # Python itself asks for names with two underscores, and `_is_param` is answered below
-        if name != "_is_param" and not name.startswith("__") and not hasattr(torch.Tensor, name):
+        # Python itself asks for names with two underscores
+        if name not in _OF_CLASS and not name.startswith("__") and not hasattr(torch.Tensor, name):
             self._refuse_own_attribute(name)
         with self.tracer.examples.real_calls():
             attribute = getattr(value, name)
         if name == "grad_fn":
             return None if self.is_leaf else attribute  # a graph can check `is_leaf`
-        if name == "_is_param":
+        if name in _OF_CLASS:
             return attribute  # no check, since an adapted parameter isn't an nn.Parameter in a run
         if isinstance(value, dict) and name in ("items", "values"):
             return functools.partial(self._pairs if name == "items" else self._values)
@@ -82,8 +85,8 @@ class ValueProxy(fx.Proxy):
         self.tracer.session.specialised |= held is not None
         if hasattr(held, name):
             message = (
-                f"{guards.deciding_line()} reads {name} of {self.node.target}, an attribute that was set on the tensor "
-                "itself, which a graph can't hold; set it on the module"
+                f"{guards.deciding_line()} reads {name} of {self.node.target}, an attribute that this tensor has and "
+                "others lack, which a graph can't hold; set it on the module"
             )
             raise self.tracer.failing(TraceError(message))
 

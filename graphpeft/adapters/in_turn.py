@@ -13,7 +13,7 @@ from torch import nn
 from graphpeft._torch import pytree
 from graphpeft.adapters.graphs import names_of_others, with_adapter
 from graphpeft.adapters.present_rows import ROWS, present
-from graphpeft.adapters.rows import RowAdapters, Rows, Runner
+from graphpeft.adapters.rows import RowAdapters, Runner
 from graphpeft.adapters.state import Adapters
 from graphpeft.graph import overrides
 from graphpeft.graph.call_inputs import given_to_rows
@@ -70,8 +70,7 @@ def in_turn(plain: Template, module: nn.Module, region: str, adapters: Adapters,
             own_args, own_kwargs = pytree.tree_unflatten(given, structure)
             # regions inside have the same adapter for all of these rows
             of_one = {len(rows): RowAdapters((name,) * len(rows), of_rows.batch, adapters)}
-            own = Rows((), batch.runners, of_one, adapters, batch.modules)
-            with taken_along(functools.partial(ROWS.during, own)), given_to_rows(rows):
+            with taken_along(functools.partial(ROWS.during, batch.of_some(of_one))), given_to_rows(rows):
                 owner = overrides.with_tensors(module, reading_of(name)(module)) if has_others else module
                 results.append(forward_with(name)(owner, *own_args, **own_kwargs))
         return _together(results, list(groups.values()), region)

@@ -50,8 +50,8 @@ _MOST_MIXTURES = 64
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     rows = ROWS.get()
-    runner = rows.runners.get(id(module)) if rows is not None else None
-    if rows is not None and runner is not None and not rows.are_off:
+    runner = rows.runner_of(module) if rows is not None else None
+    if runner is not None:
         return runner(module, *args, **kwargs)
     # asked for in each call: other adapters may be active since
     forward = graph_forward(module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -26,14 +26,8 @@ class RowParameters(Protocol):
 class PresentRows(Protocol):
     """The adapters of the rows of a call, as its regions ask for them."""
 
-    @property
-    def runners(self) -> Mapping[int, Callable[..., Any]]:
-        """How each region runs, by the id of its module."""
-        ...
-
-    @property
-    def are_off(self) -> bool:
-        """Whether the model's adapters were disabled since."""
+    def runner_of(self, module: nn.Module) -> Callable[..., Any] | None:
+        """Returns how a region runs, or None where it runs as it does without rows."""
         ...
 
     @property

@@ -134,9 +134,8 @@ class Rows:
         self._wanted = frozenset(names)
         self.modules = modules
 
-    @property
-    def runners(self) -> Mapping[int, Runner]:
-        """How each region runs, by the id of its module.
+    def runner_of(self, module: nn.Module) -> Runner | None:
+        """Returns how a region runs, or None for other modules, and where the model's adapters were disabled since.
 
         Raises:
             AdaptError: If an adapter was merged, or one of these deleted, since the call or its context began.
@@ -145,18 +144,17 @@ class Rows:
             self._refuse(self._adapters.merged, "merged into the weights, which all rows share")
         if not self._wanted <= self._adapters.by_name.keys():
             self._refuse([name for name in self._names if name not in self._adapters.by_name], "deleted")
-        return self._runners
+        return None if self._adapters.are_off else self._runners.get(id(module))
+
+    def of_some(self, by_count: dict[int, RowAdapters]) -> Rows:
+        """Returns the rows of a call with some rows of the batch."""
+        return Rows((), self._runners, by_count, self._adapters, self.modules)
 
     def _refuse(self, names: Sequence[str], how: str) -> None:
         raise AdaptError(
             f"since this batch was given adapters by row, {joined(list(names))} were {how}; leave mixed_batch, and "
             "enter it anew"
         )
-
-    @property
-    def are_off(self) -> bool:
-        """Whether the model's adapters were disabled since."""
-        return self._adapters.are_off
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ batches (`adapters/mixing.py`), which read a parameter or a number for each row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,12 +25,13 @@ class GivenRows:
         rows: The index of each row's adapter in the stack, int64 of shape (batch,).
     """
 
-    runners: Mapping[int, Callable[..., Any]] = {}
-    are_off = False
     names: tuple[str, ...] = ()
 
     def __init__(self, name: str, rows: Tensor) -> None:
         self._name, self._rows = name, rows
+
+    def runner_of(self, module: nn.Module) -> None:
+        """Returns None: the graphs that modules wear are those for rows."""
 
     def of(self, tensor: Tensor, module: nn.Module) -> RowParameters:
         """Returns the adapters' parameters for the rows of `tensor`.

@@ -56,7 +56,7 @@ class PerCall(Generic[T]):
         Raises:
             RuntimeError: If compiled code reads it in a thread where tasks have a value.
         """
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             value = self._of_context.get()
             return self._of_thread.value if value is None else value
         if self._of_thread.is_shared:
@@ -67,7 +67,7 @@ class PerCall(Generic[T]):
     def during(self, value: T) -> Iterator[None]:
         """Sets the value for calls inside the context."""
         thread = self._of_thread
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             before, was_shared = thread.value, thread.is_shared
             thread.value, thread.is_shared = value, False
             try:

@@ -64,6 +64,7 @@ def counted(run: Callable[[], object]) -> Counted:
         if event == "call":
             codes[frame.f_code] = codes.get(frame.f_code, 0) + 1
 
+    gc.collect()  # classes that were made for models live until then
     gc.disable()
     sys.setprofile(note)
     try:

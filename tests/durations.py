@@ -32,7 +32,7 @@ def slowest_first(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: -of_file[item.path])
 
 
-def _is_there(function: str) -> bool:
+def is_there(function: str) -> bool:
     """Returns whether there still is a function, by its node ID."""
     file, *_, name = function.split("::")
     path = FILE.parents[1] / file
@@ -55,7 +55,7 @@ class Recorder:
     def pytest_sessionfinish(self) -> None:
         """Writes the file, with functions that didn't run as they were."""
         ran = {function: self._seconds[function] / len(sets) for function, sets in self._sets.items()}
-        kept = {function: seconds for function, seconds in RECORDED.items() if _is_there(function)}
+        kept = {function: seconds for function, seconds in RECORDED.items() if is_there(function)}
         # by one digit, so that a busy machine hardly changes which tests are in the sample
         slow = {name: float(f"{seconds:.1g}") for name, seconds in {**kept, **ran}.items() if seconds >= LEAST}
         FILE.write_text(json.dumps(dict(sorted(slow.items())), indent=0) + "\n", encoding="utf-8")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import graphpeft
 from graphpeft import AdaptError, TaskType, get_peft_model, get_peft_model_state_dict
+from graphpeft.adapters import mixing
 
 LIBRARIES = (peft, graphpeft)
 
@@ -615,31 +616,6 @@ def test_rows_of_one_thread_are_not_those_of_another():
     assert torch.equal(found[0], plain)
 
 
-def test_first_mixed_batches_of_two_threads_have_the_graphs_of_their_own_adapters():
-    model: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    for number, name in enumerate("uv"):
-        get_peft_model(model, graphpeft.LoraConfig(target_modules=[str(number)], init_lora_weights=False), name)
-    x, expected = torch.randn(1, 4), []
-    for name in "uv":
-        model.set_adapter(name)
-        expected.append(model(x))
-
-    class Interrupted(dict[Any, Any]):
-        """Lets the other thread have its first batch while this one stores what it has worked out."""
-
-        def setdefault(self, key: Any, default: Any = None) -> Any:
-            vars(model._peft_adapters)["signatures"] = kept = dict(self)
-            other = threading.Thread(target=lambda: model(x, adapter_names=["v"]))
-            other.start()
-            other.join()
-            self |= kept
-            return super().setdefault(key, default)
-
-    vars(model._peft_adapters)["signatures"] = Interrupted()
-    for name, wanted in zip("uv", expected, strict=True):
-        torch.testing.assert_close(model(x, adapter_names=[name]), wanted)
-
-
 def test_rows_of_one_task_are_not_those_of_another():
     model = mixed_llama(graphpeft)
     names = [["u"] * 5, ["v"] * 5, ["w"] * 5, ["__base__"] * 5, ROWS]
@@ -785,6 +761,39 @@ def test_rows_follow_adapters_that_come_go_and_are_edited():
     model.set_adapter("u")
     model.unload()
     assert {type(module) for module in model.modules()} == {type(module) for module in LLAMA.build().modules()}
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("path", ["0", "0.0"])
+def test_rows_follow_a_module_that_its_copy_has_replaced(path: str, compiles: bool):
+    base = nn.Sequential(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), nn.Linear(6, 4))
+    model = with_adapters(graphpeft, base, *[{"r": rank, "target_modules": ["0.0"]} for rank in (2, 3)])
+    called = torch.compile(model, backend="eager") if compiles else model
+    x, names = torch.randn(2, 6), ["u", "__base__"]
+    with torch.no_grad():
+        before = called(x, adapter_names=names)
+        model.set_submodule(path, copy.deepcopy(model.get_submodule(path)))
+        assert near(called(x, adapter_names=names), before, 1e-6)
+
+
+def test_a_mixture_is_remembered_by_the_adapters_that_act_when_it_is_made(monkeypatch: pytest.MonkeyPatch):
+    base = nn.Sequential(nn.Linear(6, 4))
+    x = torch.randn(2, 6)
+    expected = base(x)
+    model = with_adapters(graphpeft, base, {"r": 2, "target_modules": ["0"]})
+    make, rows = mixing._made_runners, ["__base__"] * 2
+
+    def made_after_a_switch(*arguments: Any) -> Any:
+        thread = threading.Thread(target=model.set_adapter, args=([],))
+        thread.start()
+        thread.join()
+        return make(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mixing, "_made_runners", made_after_a_switch)
+        model(x, adapter_names=rows)
+    model.set_adapter("u")
+    assert near(model(x, adapter_names=rows), expected, 1e-6)
 
 
 def test_rows_have_the_targets_of_an_adapter_that_was_deleted_and_came_again():

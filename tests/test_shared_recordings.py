@@ -1,17 +1,13 @@
-"""Blocks with layers inside share a recording if all that the recording depends on is equal, and else have their own.
+"""Blocks with layers inside share a recording of a call if all that it depends on is equal, and else have their own.
 
-Each pair below is of one class. A fact that `tracing/lift.py` forgets gives the second block the graph of the first.
+Each pair below is of one class. A fact that `tracing/lift.py` forgets gives the second block the graph of the first. No
+later call has a recording of an earlier one, whatever code reads by then.
 """
 
 from __future__ import annotations
 
-import functools
 import os
-import sys
-import threading
 import types
-import weakref
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft import LoraConfig, get_peft_model
-from graphpeft.tracing.globals_read import Weak, globals_read
 
-FLAGS: dict[str, Any] = {}
 SIGN, TURN = 1.0, 1.0
 
 
@@ -45,13 +39,6 @@ class Inner(nn.Module):
     @property
     def sign(self) -> float:
         return TURN
-
-
-class Indexed(Inner):
-    """A layer that says what indexing it gives."""
-
-    def __getitem__(self, x: Tensor) -> Tensor:
-        return TURN * x
 
 
 class Plain(nn.Module):
@@ -182,8 +169,10 @@ class Reader(nn.Module):
         self.inner, self.pair = Inner(), nn.ModuleList([nn.Linear(4, 4), self.first])
         self.again = self.first
         self.register_buffer("table", torch.zeros(2, 4))
+        self.act, self.space = torch.cos, types.SimpleNamespace(factor=3.0)
 
 
+SPACE = types.SimpleNamespace(on=False, factor=1.0)
 Read = Callable[[Any, Tensor], Tensor]
 
 
@@ -198,6 +187,15 @@ def assert_adapted_as_it_is(block: nn.Module, x: Tensor, target: str = "w") -> N
     expected = block(x)
     adapted: Any = get_peft_model(nn.Sequential(block), LoraConfig(r=2, target_modules=[target]))
     torch.testing.assert_close(adapted(x), expected)
+
+
+def assert_adapted_together(blocks: tuple[nn.Module, ...]) -> None:
+    """Asserts that fresh adapters change nothing, though one recording may be that of several blocks."""
+    x = torch.randn(3, 4)
+    expected = [block(x) for block in blocks]
+    get_peft_model(nn.ModuleList(blocks), LoraConfig(r=2, target_modules=["w"]))
+    for block, output in zip(blocks, expected, strict=True):
+        torch.testing.assert_close(block(x), output)
 
 
 READS: dict[str, tuple[Read, Callable[[Any], object]]] = {
@@ -234,6 +232,21 @@ READS: dict[str, tuple[Read, Callable[[Any], object]]] = {
         lambda block, x: 2 * x if isinstance(block.table, torch.nn.Buffer) else x,
         lambda block: setattr(block, "table", nn.Buffer(torch.zeros(2, 4))),
     ),
+    "what no name shows": (
+        lambda block, x: object.__getattribute__(block, "zero") * x,
+        lambda block: setattr(block, "zero", 2.0),
+    ),
+    "a name with underscores around": (
+        lambda block, x: getattr(block, "__factor__", 1) * x,
+        lambda block: setattr(block, "__factor__", 2),
+    ),
+    "a dictionary of all attributes": (
+        lambda block, x: vars(block)["zero"] * x,
+        lambda block: setattr(block, "zero", 2.0),
+    ),
+    "the object itself": (lambda block, x: x * (id(block) % 7), lambda block: None),
+    "a function": (lambda block, x: block.act(x), lambda block: setattr(block, "act", torch.sin)),
+    "an object": (lambda block, x: block.space.factor * x, lambda block: setattr(block, "space", SPACE)),
     "the sign of zero": (
         lambda block, x: 2 * x if str(block.zero).startswith("-") else x,
         lambda block: setattr(block, "zero", -0.0),
@@ -247,221 +260,86 @@ READS: dict[str, tuple[Read, Callable[[Any], object]]] = {
 @pytest.mark.parametrize("is_changed_first", [False, True])
 def test_a_block_in_which_code_would_read_another_value_has_its_own_graph(what: str, is_changed_first: bool) -> None:
     read, change = READS[what]
-    blocks, x = readers(read), torch.randn(3, 4)
+    blocks = readers(read)
     change(blocks[not is_changed_first])
-    for block in blocks:
-        assert_adapted_as_it_is(block, x)
+    assert_adapted_together(blocks)
 
 
-class Switch:
-    """An object whose attribute code reads."""
+class Hiding(Inner):
+    """A layer with a method that reads an attribute by no name."""
 
-    on = False
+    def hidden(self) -> Any:
+        return object.__getattribute__(self, "scale")
 
-    def doubled(self, x: Tensor) -> Tensor:
-        return 2 * x if self.on else x
+
+def test_a_block_whose_layer_reads_an_attribute_by_no_name_has_its_own_graph() -> None:
+    one, other = readers(lambda block, x: block.inner.hidden() * x)
+    one.inner, other.inner = Hiding(), Hiding()
+    other.inner.scale = 2.0
+    assert_adapted_together((one, other))
+
+
+class MakingUp(Reader):
+    """A block whose class answers for an attribute that it lacks."""
+
+    def __getattr__(self, name: str) -> Any:
+        return object.__getattribute__(self, "zero") if name == "made_up" else super().__getattr__(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.made_up * F.linear(x, self.w)
+
+
+def test_a_block_whose_class_makes_attributes_up_has_its_own_graph() -> None:
+    one, other = MakingUp(), MakingUp()
+    one.zero, other.zero = 1.0, 2.0
+    assert_adapted_together((one, other))
 
 
 def turned(x: Tensor) -> Tensor:
     return x
 
 
-DEFAULTS = {"factor": 1}
+class Holding(nn.Module):
+    """A block that uses the weight of its layer, or calls the layer, in a method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def used(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
 
 
-def by_default(x: Tensor, options: dict[str, int] = DEFAULTS) -> Tensor:
-    return options["factor"] * x
-
-
-class Keeping:
-    """A class by whose name code calls a function."""
-
-    @staticmethod
-    def turned(x: Tensor) -> Tensor:
-        return x
-
-
-class Turning:
-    """Another one."""
-
-    @staticmethod
-    def turned(x: Tensor) -> Tensor:
-        return -x
-
-
-class Multiplying:
-    """A class with a method that reads a global."""
-
-    @staticmethod
-    def turned(x: Tensor) -> Tensor:
-        return TURN * x
-
-
-def made_reading() -> Any:
-    activation, space, kind = torch.tanh, SPACE, Keeping
-    return lambda _, x: activation(x), lambda _, x: 2 * x if space.on else x, lambda _, x: kind.turned(x)
-
-
-def doubling_by_the_process(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    @functools.wraps(function)
-    def doubling(x: Tensor) -> Tensor:
-        return 2 * function(x) if os.environ.get("DOUBLES") else function(x)
-
-    return doubling
-
-
-@doubling_by_the_process
-def decorated(x: Tensor) -> Tensor:
-    return x
-
-
-def by_another_name(_: nn.Module, x: Tensor, default: Any = None) -> Tensor:
-    space = SPACE if default is None else default
-    return 2 * x if space.on else x
-
-
-def importing(_: nn.Module, x: Tensor) -> Tensor:
-    from test_shared_recordings import TURN
-
-    return TURN * x
-
-
-BUILT_IN, LAYER, PARTIAL = torch.tanh, nn.Hardshrink(), functools.partial(torch.mul, 2.0)
-PART, KIND = slice(0, 2), Keeping
-SWITCH, SPACE, SETS, LIST, NOTHING = Switch(), types.SimpleNamespace(on=False), {0}, [0], None
-NESTED, (INSIDE, AROUND_SPACE, AROUND_CLASS) = types.SimpleNamespace(space=SPACE), made_reading()
-WITH_SPACE = types.FunctionType(by_another_name.__code__, globals(), argdefs=(SPACE,))
-METHOD, WITH_OBJECT = SWITCH.doubled, functools.partial(Switch.doubled, SWITCH)
-COUNTER: Counter[str] = Counter()
-VIEW, GET, EVENT, REFERENCE = types.MappingProxyType(FLAGS), FLAGS.get, threading.Event(), weakref.ref(SWITCH)
-INNER: Any = types.ModuleType("a_package.inner")
-INNER.on = False
-PACKAGE: Any = types.ModuleType("a_package")
-PACKAGE.inner = INNER
-GLOBALS: dict[str, tuple[Read, Callable[[pytest.MonkeyPatch], object]]] = {
-    "by the forward of a layer": (
-        lambda block, x: block.inner.forward(x),
-        lambda patch: patch.setitem(globals(), "SIGN", -1.0),
-    ),
-    "by a method of a layer": (
+SPACE_OF_ALL = types.SimpleNamespace(on=False)
+ANEW: dict[str, tuple[Read, Callable[[pytest.MonkeyPatch], object]]] = {
+    "a global of a layer's method": (
         lambda block, x: block.inner.signed(x),
         lambda patch: patch.setitem(globals(), "TURN", -1.0),
     ),
-    "by a property of a layer": (
-        lambda block, x: block.inner.sign * x,
-        lambda patch: patch.setitem(globals(), "TURN", -1.0),
+    "a global's attribute": (
+        lambda _, x: 2 * x if SPACE_OF_ALL.on else x,
+        lambda patch: patch.setattr(SPACE_OF_ALL, "on", True),
     ),
-    "in a dictionary": (lambda _, x: 2 * x if FLAGS else x, lambda patch: patch.setitem(FLAGS, "on", True)),
-    "in a counter": (lambda _, x: 2 * x if COUNTER["on"] else x, lambda patch: patch.setitem(COUNTER, "on", 1)),
-    "in a view of a dictionary": (
-        lambda _, x: 2 * x if VIEW.get("on") else x,
-        lambda patch: patch.setitem(FLAGS, "on", True),
-    ),
-    "by a dictionary's method": (
-        lambda _, x: 2 * x if GET("on") else x,
-        lambda patch: patch.setitem(FLAGS, "on", True),
-    ),
-    "in an event": (
-        lambda _, x: 2 * x if EVENT.is_set() else x,
-        lambda patch: patch.setattr(EVENT, "_flag", True),
-    ),
-    "by a weak reference": (
-        lambda _, x: 2 * x if getattr(REFERENCE(), "on", False) else x,
-        lambda patch: patch.setattr(SWITCH, "on", True),
-    ),
-    "in a set": (lambda _, x: 2 * x if 1 in SETS else x, lambda patch: patch.setitem(globals(), "SETS", {0, 1})),
-    "in a list": (lambda _, x: 2 * x if LIST[0] else x, lambda patch: patch.setitem(globals(), "LIST", [1])),
-    "of a class": (
-        lambda _, x: 2 * x if Switch.on else x,
-        lambda patch: patch.setattr(Switch, "on", True),
-    ),
-    "of the block's class": (
+    "an attribute of the block's class": (
         lambda block, x: 2 * x if type(block).doubles else x,
         lambda patch: patch.setattr(Reader, "doubles", True),
     ),
-    "by a method of a class": (
-        lambda _, x: Multiplying.turned(x),
-        lambda patch: patch.setitem(globals(), "TURN", -1.0),
-    ),
-    "of a class that a function around has": (
-        AROUND_CLASS,
-        lambda patch: patch.setattr(Keeping, "turned", lambda x: -x),
-    ),
-    "in a Python module in another": (
-        lambda _, x: 2 * x if PACKAGE.inner.on else x,
-        lambda patch: patch.setattr(PACKAGE.inner, "on", True),
-    ),
-    "that is a function": (
-        lambda _, x: turned(x),
-        lambda patch: patch.setitem(globals(), "turned", lambda x: -x),
-    ),
-    "that is a function of PyTorch": (
-        lambda _, x: BUILT_IN(x),
-        lambda patch: patch.setitem(globals(), "BUILT_IN", torch.sigmoid),
-    ),
-    "that is a layer of PyTorch": (lambda _, x: LAYER(x), lambda patch: patch.setattr(LAYER, "lambd", 2.0)),
-    "that has arguments of its own": (
-        lambda _, x: PARTIAL(x),
-        lambda patch: patch.setitem(globals(), "PARTIAL", functools.partial(torch.mul, 5.0)),
-    ),
-    "that is a method of an object": (
-        lambda _, x: METHOD(x),
-        lambda patch: patch.setattr(SWITCH, "on", True),
-    ),
-    "that has an object's method with arguments": (
-        lambda _, x: WITH_OBJECT(x),
-        lambda patch: patch.setattr(SWITCH, "on", True),
-    ),
-    "that is a slice": (lambda _, x: x[:, PART], lambda patch: patch.setitem(globals(), "PART", slice(1, 3))),
-    "that is a class": (lambda _, x: KIND.turned(x), lambda patch: patch.setitem(globals(), "KIND", Turning)),
-    "that a function around has": (
-        INSIDE,
-        lambda patch: patch.setattr(INSIDE.__closure__[0], "cell_contents", torch.sigmoid),
-    ),
-    "by an import in it": (
-        importing,
-        lambda patch: patch.setattr(sys.modules[__name__], "TURN", -1.0),
-    ),
-    "of the process": (
+    "a function": (lambda _, x: turned(x), lambda patch: patch.setitem(globals(), "turned", lambda x: -x)),
+    "a setting of the process": (
         lambda _, x: 2 * x if os.environ.get("DOUBLES") else x,
         lambda patch: patch.setenv("DOUBLES", "1"),
     ),
-    "of the process, by a decorator": (
-        lambda _, x: decorated(x),
-        lambda patch: patch.setenv("DOUBLES", "1"),
-    ),
-    "as a default": (
-        lambda _, x: by_default(x),
-        lambda patch: patch.setitem(DEFAULTS, "factor", 3),
-    ),
-    "of an object": (lambda _, x: 2 * x if SWITCH.on else x, lambda patch: patch.setattr(SWITCH, "on", True)),
-    "of a namespace": (lambda _, x: 2 * x if SPACE.on else x, lambda patch: patch.setattr(SPACE, "on", True)),
-    "of a namespace by another name": (by_another_name, lambda patch: patch.setattr(SPACE, "on", True)),
-    "of a namespace in a namespace": (
-        lambda _, x: 2 * x if NESTED.space.on else x,
-        lambda patch: patch.setattr(SPACE, "on", True),
-    ),
-    "of a namespace that a function around has": (AROUND_SPACE, lambda patch: patch.setattr(SPACE, "on", True)),
-    "of a namespace that is a default": (
-        lambda block, x: WITH_SPACE(block, x),
-        lambda patch: patch.setattr(SPACE, "on", True),
-    ),
-    "of PyTorch, in a function inside": (
-        lambda _, x: max(torch.get_num_threads() for _ in range(1)) * x,
-        lambda patch: patch.setattr(torch, "get_num_threads", lambda: 7),
-    ),
-    "that was None": (
-        lambda _, x: x if NOTHING is None else 2 * x,
-        lambda patch: patch.setitem(globals(), "NOTHING", 1),
-    ),
 }
-"""What code reads of globals, and how that changes."""
+"""What code reads beside its module, and how that changes."""
 
 
 @pytest.mark.every
-@pytest.mark.parametrize("what", GLOBALS)
-def test_a_global_that_has_changed_is_read_anew(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, change = GLOBALS[what]
+@pytest.mark.parametrize("what", ANEW)
+def test_what_has_changed_between_two_calls_is_read_anew(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, change = ANEW[what]
     before, after = readers(read)
     x = torch.randn(3, 4)
     assert_adapted_as_it_is(before, x)
@@ -469,45 +347,17 @@ def test_a_global_that_has_changed_is_read_anew(what: str, monkeypatch: pytest.M
     assert_adapted_as_it_is(after, x)
 
 
-class Above(Reader):
-    """A block from which another derives."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.w)
-
-
-class Below(Above):
-    """That one."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + x
-
-
-class OfPyTorch(nn.Linear):
-    """A layer that derives from one of PyTorch's."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) + input
-
-
-@pytest.mark.parametrize(("above", "target", "make"), [(Above, "w", Below), (nn.Linear, "0", lambda: OfPyTorch(4, 4))])
-def test_the_forward_of_a_class_above_is_read_anew(
-    above: type[nn.Module], target: str, make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before, after, x = make(), make(), torch.randn(3, 4)
-    assert_adapted_as_it_is(before, x, target)
-    own: Any = above.forward
-    monkeypatch.setattr(above, "forward", lambda self, x: -own(self, x))
-    assert_adapted_as_it_is(after, x, target)
-
-
-def test_an_operator_of_a_layer_reads_globals_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    before, after = readers(lambda block, x: block.inner[x])
-    before.inner, after.inner = Indexed(), Indexed()
-    x = torch.randn(3, 4)
-    assert_adapted_as_it_is(before, x)
-    monkeypatch.setitem(globals(), "TURN", -1.0)
-    assert_adapted_as_it_is(after, x)
+@pytest.mark.parametrize("replaced", ["forward", "used"])
+def test_code_that_was_replaced_between_two_calls_is_read_anew(replaced: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False)
+    get_peft_model(Holding(), config)
+    monkeypatch.setattr(Holding, replaced, lambda self, x: F.linear(x, self.layer.weight))
+    block, x = Holding(), torch.randn(3, 4)
+    before = block(x)
+    adapted: Any = get_peft_model(block, config)
+    outputs = adapted(x)
+    assert not torch.allclose(outputs, before)
+    torch.testing.assert_close(adapted.merge_and_unload()(x), outputs)
 
 
 @pytest.mark.every
@@ -525,8 +375,7 @@ def test_equal_blocks_are_recorded_once_and_not_again_by_later_calls() -> None:
     model: Any = get_peft_model(nn.Sequential(Block(), Block()), config())
     again = counting.counted(lambda: model.add_adapter("again", config()))
     switched = counting.counted(lambda: model.set_adapter("again"))
-    another = counting.counted(lambda: get_peft_model(nn.Sequential(Block(), Block()), config()))
-    assert (again.recordings, switched.recordings, another.recordings) == (0, 0, 0)
+    assert (again.recordings, switched.recordings) == (0, 0)
 
 
 @pytest.mark.parametrize("name", ["factor", "_factor"])
@@ -556,21 +405,3 @@ def test_a_class_of_the_same_name_above_hides_no_attribute() -> None:
     assert_adapted_as_it_is(before, x)
     own.doubles = True
     assert_adapted_as_it_is(after, x)
-
-
-def test_what_a_class_may_be_held_by_is_referred_to_weakly() -> None:
-    class Own(Reader):
-        @property
-        def factor(self) -> int:
-            return 2
-
-        @staticmethod
-        def turned(x: Tensor) -> Tensor:
-            return -x
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.factor * self.turned(F.linear(x, self.w))
-
-    read = [value for name, value in globals_read(Own) if name.startswith(("factor", "turned"))]
-    assert len(read) == 2
-    assert all(type(value) is Weak for value in read)

@@ -32,3 +32,7 @@ def test_the_slower_a_set_is_the_fewer_are_wanted(
 ) -> None:
     monkeypatch.setattr(durations, "RECORDED", {} if seconds is None else {"f": seconds})
     assert tiers.wanted_of("f") == wanted
+
+
+def test_the_recorded_functions_are_there() -> None:
+    assert [function for function in durations.RECORDED if not durations.is_there(function)] == []

@@ -24,7 +24,7 @@ from torch import fx, nn
 from graphpeft import AdaptError, GuardError, LoraConfig, TraceError, get_peft_model, trace
 from graphpeft.code.reach import Reach
 from graphpeft.testing import laws
-from graphpeft.tracing.lift import lift
+from graphpeft.tracing.lift import Recordings
 
 
 def proxies_in(value: Any) -> bool:
@@ -750,7 +750,7 @@ def test_a_region_whose_forward_changes_something_outside_runs_its_own_code_or_i
         reset_globals()
         before = laws.snapshot(model)
         with pytest.raises(TraceError, match=f"changes the global {name} of"):
-            lift(model[0])
+            Recordings().lift(model[0])
         with pytest.raises(AdaptError):
             get_peft_model(model, LoraConfig(r=2, target_modules=["w"], lora_dropout=0.5))
         laws.require_unchanged(model, before, "a refused adaptation")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -34,8 +35,12 @@ Chosen = Callable[[Mutant, str], Sequence[str]]
 """Returns the arguments of pytest that name the tests for a fault in a tier."""
 
 
-def main(arguments: argparse.Namespace) -> None:
-    """Runs the tests for all faults that are wanted, and writes the list after each."""
+def main(arguments: argparse.Namespace) -> str | None:
+    """Runs the tests for all faults that are wanted, and writes the list after each.
+
+    Returns:
+        What went wrong: the faults that survive, or that could not be judged.
+    """
     everything = mutants()
     wanted = [each for each in everything if _is_wanted(each, arguments)]
     with tempfile.TemporaryDirectory() as folder:
@@ -44,21 +49,24 @@ def main(arguments: argparse.Namespace) -> None:
             (place := Path(folder) / str(number)).mkdir()
             trees.put(Tree(place))
         runs = Runs(trees, _chosen(arguments, wanted, trees), arguments.tier, arguments.whole)
-        lock = threading.Lock()
+        lock, failures = threading.Lock(), list[str]()
 
         def judge(mutant: Mutant) -> None:
             try:
                 found = runs.killers(mutant)
             except TestsError as error:  # the other faults can be judged nevertheless
-                tqdm.write(f"{mutant.name}: {error}")
+                failures.append(f"{mutant.name}: {error}")
                 return
             with lock:
                 mutant.killed_by = found
                 write(everything)
                 tqdm.write(f"{mutant.name}: {found[TIER] if found[TIER] != SURVIVES else found}")
+                if found[WHOLE] == SURVIVES:
+                    failures.append(f"{mutant.name}: no test fails")
 
         with ThreadPoolExecutor(arguments.processes) as pool:
             list(tqdm(pool.map(judge, wanted), total=len(wanted), unit="fault"))
+    return "\n".join(failures) or None
 
 
 class Runs:
@@ -150,4 +158,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main(_arguments())
+    sys.exit(main(_arguments()))

@@ -23,6 +23,7 @@ from graphpeft.graph.paths import STATE, modules_by_path
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.peft_names import TaskType
+from graphpeft.sites.finder import NOTHING_KNOWN, Known
 from graphpeft.sites.site import Site
 from graphpeft.targeting.targeting import kept_out_entries, unmatched_entries
 from graphpeft.targeting.targets import match_parameter
@@ -172,7 +173,7 @@ def planned(
             model,
             config,
             adapter_name,
-            known=state.lifted if state is not None else {},
+            known=Known(state.lifted, state.found) if state is not None else NOTHING_KNOWN,
             example_inputs=example_inputs,
             autocast_adapter_dtype=autocast_adapter_dtype,
             where=where,

@@ -114,6 +114,7 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
         if region not in adapters.lifted and (template.shared or template_of(modules[region]) is None)
     }
     set_items(adapters.lifted, lifted)
+    set_items(adapters.found, plan.found)
     for region in lifted:
         if region:  # that of the model itself asks in each call which adapters act, see `set_forwards.py`
             know(modules[region])

@@ -35,7 +35,7 @@ from graphpeft.graph.around_set_forwards import own_forward
 from graphpeft.graph.recomputing import taken_along
 from graphpeft.graph.template import Template, graph_forward, template_of, wear_template
 from graphpeft.rules.adapted_site import AdaptedSite
-from graphpeft.sites.finder import SiteFinder
+from graphpeft.sites.finder import Known, SiteFinder
 from graphpeft.sites.readers import caller_of_other_methods
 from graphpeft.sites.site import CallSite, NoSiteError
 from graphpeft.transaction import transaction
@@ -125,35 +125,63 @@ def _refuse_merged(adapters: Adapters) -> None:
 
 def _runners(modules: Callable[[], Modules], adapters: Adapters, names: tuple[str, ...]) -> Mapping[int, Runner]:
     """Returns how each region runs; what adapters at the same sites have in common is worked out once."""
-    key = frozenset([_signature(adapters, name) for name in names]), tuple(adapters.acting), tuple(adapters.read)
-    known: _Known | None = adapters.mixing.get(key)
-    # other adapters act since, or somebody has edited a graph
-    if known is None or any(template_of(module) is not template for module, template in known.worn):
-        known = _made_runners(modules, adapters, names, key)
+    known: _Known | None = adapters.mixing.get(_key(adapters, names))
+    if known is None or not _is_current(known):
+        known = _made_runners(modules, adapters, names)
     return known.runners
 
 
 class _Known(NamedTuple):
-    """How each region runs, and the graphs that the regions wore when that was made.
+    """How each region runs, and for what model that was worked out.
 
-    These keep the modules, too, so that no other has the id of one.
+    The modules are kept, so that no other has the id of one.
+
+    Attributes:
+        runners: How each region runs, by the id of its module.
+        links: The modules on the way to the regions, each with its name in the module around it.
+        worn: The regions, with the graphs that they wore.
     """
 
     runners: Mapping[int, Runner]
+    links: list[tuple[nn.Module, str, nn.Module]]
     worn: list[tuple[nn.Module, Template | None]]
 
 
-def _signature(adapters: Adapters, name: str) -> object:
-    """Returns an object that is the same one for adapters with equal rules at the same sites."""
+def _is_current(known: _Known) -> bool:
+    """Returns whether a model still has the modules and the graphs for which it was worked out how regions run."""
+    exchanged = [name for around, name, module in known.links if around._modules.get(name) is not module]
+    # other adapters act since, or somebody has edited a graph
+    others = [module for module, template in known.worn if template_of(module) is not template]
+    return not exchanged and not others
+
+
+def _links(modules: Modules, regions: Iterable[str]) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Returns the modules on the way to some regions, each with its name in the module around it."""
+    found: dict[str, tuple[nn.Module, str, nn.Module]] = {}
+    for region in regions:
+        path = region
+        while path and path not in found:
+            around, _, name = path.rpartition(".")
+            found[path] = modules[around], name, modules[path]
+            path = around
+    return list(found.values())
+
+
+def _key(adapters: Adapters, names: tuple[str, ...]) -> object:
+    """Returns what decides how regions run; None if it was never worked out for one of the adapters."""
+    signatures = [adapters.signatures.get(name) for name in names]
+    return None if None in signatures else (frozenset(signatures), tuple(adapters.acting), tuple(adapters.read))
+
+
+def _sign(adapters: Adapters, name: str) -> None:
+    """Gives an adapter an object that is the same one for adapters with equal rules at the same sites."""
     known = adapters.signatures
-    found = known.get(name)
-    if found is None:
+    if name not in known:
         adapter = adapters.by_name[name]
         _refuse_adapter(adapter, name)
         sites = tuple((place_of(adapted), adapted.rule) for adapted in adapter.sites), *_reads(adapter).items()
-        # comparing hundreds of sites in each call would take its time; other threads may be here, too
-        found = known[name] = known.setdefault(sites, object())
-    return found
+        # comparing hundreds of sites in each call would take its time
+        known[name] = known.setdefault(sites, object())
 
 
 def _refuse_adapter(adapter: Adapter, name: str) -> None:
@@ -182,13 +210,13 @@ def _reads(adapter: Adapter) -> dict[str, tuple[str, ...]]:
 
 
 @without_compiler("how a mixture of adapters runs is worked out once, before its graphs run")
-def _made_runners(
-    all_modules: Callable[[], Modules], adapters: Adapters, names: tuple[str, ...], key: object
-) -> _Known:
-    """Works out how regions run, and remembers it by a key."""
+def _made_runners(all_modules: Callable[[], Modules], adapters: Adapters, names: tuple[str, ...]) -> _Known:
+    """Works out how regions run, and remembers it."""
     modules = all_modules()
     # no other thread changes the model meanwhile, and so what is remembered
     with transaction(modules[""]):
+        for name in names:
+            _sign(adapters, name)
         by_region: dict[str, dict[str, list[AdaptedSite]]] = {}
         for name in names:
             refuse_missing(modules, adapters.by_name[name], name)
@@ -218,7 +246,7 @@ def _made_runners(
         for region in by_region:
             _let_ask(modules, adapters, region)
         worn = [(modules[region], template_of(modules[region])) for region in by_region]
-        known = adapters.mixing[key] = _Known(runners, worn)
+        known = adapters.mixing[_key(adapters, names)] = _Known(runners, _links(modules, by_region), worn)
         if len(adapters.mixing) > _MOST_MIXTURES:
             del adapters.mixing[next(iter(adapters.mixing))]
         return known
@@ -248,7 +276,7 @@ _LAYERS_OF_TRANSFORMERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLaye
 
 def _refuse_read_elsewhere(modules: Modules, adapters: Adapters, reading: Mapping[str, Collection[str]]) -> None:
     """Raises AdaptError unless the tensors of these names are read by the forwards of their modules alone."""
-    finder = SiteFinder(modules[""], adapters.lifted) if reading else None
+    finder = SiteFinder(modules[""], Known(adapters.lifted, adapters.found)) if reading else None
     for path, names in reading.items():
         assert finder is not None
         reason = _read_elsewhere(finder, path, names)

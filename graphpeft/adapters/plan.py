@@ -9,7 +9,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +30,7 @@ from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import ReplacesWeight
 from graphpeft.rules.weight_reader import WeightReader
-from graphpeft.sites.finder import SiteFinder
+from graphpeft.sites.finder import NOTHING_KNOWN, Known, SiteFinder
 from graphpeft.sites.site import CallSite, LeafSite, Site
 from graphpeft.targeting import embedding_layers, targets
 from graphpeft.targeting.full_training import TrainedRows, full_training, trained_rows
@@ -95,6 +94,7 @@ class Plan:
         rows: The rows of weights that are trained, by the path of their module.
         autocast: Whether an adapter on half precision weights has single precision.
         scopes: The parameters that several sites share, by their scopes.
+        found: The sites of weights as they were found, by the path of the weight's module and the weight's name there.
     """
 
     modules: Mapping[str, nn.Module]
@@ -108,6 +108,7 @@ class Plan:
     rows: dict[str, TrainedRows] = field(default_factory=dict)
     autocast: bool = True
     scopes: dict[str, Scoped] = field(default_factory=dict)
+    found: Mapping[tuple[str, str], Site] = field(default_factory=dict)
 
 
 def make_plan(
@@ -115,7 +116,7 @@ def make_plan(
     config: PeftConfig,
     adapter: str,
     *,
-    known: Mapping[str, Template] = MappingProxyType({}),
+    known: Known = NOTHING_KNOWN,
     example_inputs: ExampleInputs | None = None,
     autocast_adapter_dtype: bool = True,
     where: Callable[[Any], bool] | None = None,
@@ -126,7 +127,7 @@ def make_plan(
         model: The model.
         config: The config.
         adapter: The adapter's name.
-        known: Graphs of regions that were recorded before, by path.
+        known: What earlier calls have found in the model.
         example_inputs: Inputs of the model, for modules whose forward decides on theirs.
         autocast_adapter_dtype: Whether an adapter on half precision weights has single precision.
         where: Which of the sites that the config names are meant; None for all. The plan's config then names these.
@@ -148,7 +149,8 @@ def make_plan(
         raise AdaptError(str(error)) from error
     if resolved.keeps_tied:
         _refuse_hidden_ties(finder.modules, f"{resolved.tying_option}=True")
-    plan = Plan(finder.modules, resolved, Report(config.method, adapter), autocast=autocast_adapter_dtype)
+    report = Report(config.method, adapter)
+    plan = Plan(finder.modules, resolved, report, autocast=autocast_adapter_dtype, found=finder.found)
     try:
         _fill(plan, finder, where)
     except PatternError as error:

@@ -229,6 +229,7 @@ class Adapters:
         is_disabled: Whether none acts, whichever are active, until they are enabled again.
         pauses: What stands for each context in which none acts, until it is left.
         lifted: The graphs of the regions that were no graph modules before, by path.
+        found: The sites of weights as they were found, by the path of the weight's module and the weight's name there.
         merged: The names of those whose changes are in the weights, in the order in which they were added.
         originals: The weights without any of these changes.
         codes: The quantised weights without any of these changes, by the path of their module.
@@ -250,6 +251,7 @@ class Adapters:
     by_name: dict[str, Adapter] = field(default_factory=dict)
     active: list[str] = field(default_factory=list)
     lifted: dict[str, Template] = field(default_factory=dict)
+    found: dict[tuple[str, str], Site] = field(default_factory=dict)
     slots: dict[str, int] = field(default_factory=dict)
     read: list[str] = field(default_factory=list)
     trainable: frozenset[str] = frozenset()

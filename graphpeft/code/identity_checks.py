@@ -20,7 +20,7 @@ from graphpeft.code.attribute_paths import tree_of
 from graphpeft.code.source import cached_by_class, functions_in_forward, named_in
 
 
-@functools.cache
+@cached_by_class
 def uses_is_true(cls: type) -> bool:
     """Returns whether `cls`'s forward, or a function that it calls, compares a value with True or False by ``is``."""
     codes = (function.__code__ for function in functions_in_forward(cls))

@@ -174,13 +174,13 @@ def attributes_of(value: Any) -> dict[str, Any] | None:
     return attributes if type(attributes) is dict else None
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _descriptor_of_attributes(cls: type) -> GetSetDescriptorType | MemberDescriptorType | None:
     found = (vars(base).get("__dict__") for base in cls.__mro__)
     return next((each for each in found if isinstance(each, GetSetDescriptorType | MemberDescriptorType)), None)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def slots_of(cls: type) -> Mapping[str, MemberDescriptorType]:
     """Returns the slots of a class and its bases, even if properties of a subclass hide them."""
     # classes written in C have member descriptors without __slots__, which can't be set

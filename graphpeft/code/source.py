@@ -42,19 +42,32 @@ class Uses(NamedTuple):
 
 
 def cached_by_class(function: Callable[[type], _Result]) -> Callable[[type], _Result]:
-    """Caches the results of a function of a class as long as the class lives.
+    """Caches the results of a function of a class, until the class goes or `read_anew` is called.
 
     A class may be made for one module, whose forward was set, and lead to the whole model.
     """
     known: weakref.WeakKeyDictionary[type, _Result] = weakref.WeakKeyDictionary()
+    _KNOWN.append(known)
 
     @functools.wraps(function)
     def cached(cls: type) -> _Result:
-        if cls not in known:
-            known[cls] = function(cls)
-        return known[cls]
+        found: Any = known.get(cls, _ABSENT)
+        if found is _ABSENT:
+            found = known[cls] = function(cls)
+        return found
 
     return cached
+
+
+_ABSENT = object()
+_KNOWN: list[weakref.WeakKeyDictionary[type, Any]] = []
+"""What was found out about classes by their code."""
+
+
+def read_anew() -> None:
+    """Forgets what was found out about classes, since methods and functions may be others by now."""
+    for known in _KNOWN:
+        known.clear()
 
 
 @cached_by_class
@@ -274,13 +287,17 @@ def is_logging_call(code: CodeType, line: int) -> bool:
     return getattr(function, "attr", getattr(function, "id", None)) in _LOGGING_NAMES
 
 
-@functools.cache
 def methods_reading(cls: type, attribute: str) -> frozenset[str]:
     """Returns the names of all methods of `cls` that read an attribute of ``self``, called by its forward or not."""
+    return frozenset(name for name, method in _own_methods(cls).items() if _reads(method, attribute))
+
+
+@cached_by_class
+def _own_methods(cls: type) -> Mapping[str, Any]:
+    """Returns the methods of a user's class by name; `reset_parameters` initialises weights before any adapter."""
     of_users = [base for base in cls.__mro__ if base.__module__.partition(".")[0] not in ("torch", "builtins")]
     names = {name for base in of_users for name, value in vars(base).items() if inspect.isfunction(value)}
-    names.discard("reset_parameters")  # by convention initialises the weights, before a model is adapted
-    return frozenset(name for name in names if _reads(inspect.unwrap(getattr(cls, name)), attribute))
+    return {name: inspect.unwrap(getattr(cls, name)) for name in names - {"reset_parameters"}}
 
 
 def _reads(method: Any, attribute: str) -> bool:

@@ -35,7 +35,7 @@ def stop_hiding(module: nn.Module) -> None:
         in_place.take_off(module, "hiding")
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _layer(cls: Any) -> in_place.Layer | None:
     names = [name for name in _MEMBERS if issubclass(cls, _CONTAINERS) and hasattr(cls, name)]
     methods: dict[str, Any] = {name: _on_own_members(getattr(cls, name)) for name in names}

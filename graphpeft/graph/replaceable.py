@@ -47,9 +47,4 @@ def _asks_for_class_forward(forward: Any) -> bool:
 # cached, since equal modules have equal names
 @functools.lru_cache(maxsize=256)
 def _conflicting_names(cls: type, names: tuple[str, ...]) -> list[str]:
-    return sorted(_INTERFACE.intersection((*names, *_members(cls))))
-
-
-@functools.cache
-def _members(cls: type) -> frozenset[str]:
-    return frozenset(dir(cls))
+    return sorted(_INTERFACE.intersection((*names, *dir(cls))))

@@ -64,10 +64,10 @@ class SwitchingMethods(AdapterInfo):
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter with its tensors.
 
-        Other active adapters stay active. Merged ones stay merged, unless the deleted adapter has replaced tensors of
-        the base; they are unmerged then, with a warning. If the deleted adapter was the only active one, the first of
-        the remaining adapters by name becomes active, with a warning, as in PEFT. A forward that runs in another thread
-        may see the change half done, see `PeftModel`.
+        Other active adapters stay active. If the deleted adapter was the only active one, the first of the remaining
+        adapters by name becomes active, with a warning, as in PEFT. Merged adapters stay merged, unless another one
+        becomes active or the deleted one has replaced tensors of the base; they are unmerged then, with a warning. A
+        forward that runs in another thread may see the change half done, see `PeftModel`.
 
         Args:
             adapter_name: The name of the adapter.

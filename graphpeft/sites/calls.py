@@ -18,7 +18,6 @@ from graphpeft.graph.template import VALUE, Graphs, runs_graph, template_of
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.sites.regions import Regions
 from graphpeft.sites.site import CallSite, LeafSite, OneCall, Site
-from graphpeft.tracing.lift import lift
 
 
 class Crossing(NamedTuple):
@@ -51,7 +50,7 @@ def boundary(regions: Regions, path: str) -> Crossing:
     template = regions.templates.get(path) or template_of(module) or regions.known.get(path)
     if template is None:
         refuse_what_a_graph_cannot_replace(module)
-        template = lift(module) if isinstance(module, fx.GraphModule) else call_through(module)
+        template = regions.recordings.lift(module) if isinstance(module, fx.GraphModule) else call_through(module)
     regions.templates[path] = template
     return _crossing(path, template.graphs, ((NAME,),) * len(template.graphs))
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from graphpeft.code.source import methods_reading, uses_in_forward
+from graphpeft.code.source import methods_reading, read_anew, uses_in_forward
 from graphpeft.graph import in_place, ops
 from graphpeft.graph.computed_weights import computed_from, read_weight
 from graphpeft.graph.errors import TraceError
@@ -33,29 +35,52 @@ from graphpeft.sites.site import NoSiteError, Site
 from graphpeft.sites.weight_uses import WeightUses, number_in, weight_uses
 
 
+class Known(NamedTuple):
+    """What earlier calls have found in a model.
+
+    Attributes:
+        templates: The graphs, without adapters, of the regions that adapters have changed, by path.
+        sites: The sites that adapters have, by the path of the weight's module and the weight's name there.
+    """
+
+    templates: Mapping[str, Template]
+    sites: Mapping[tuple[str, str], Site]
+
+
+NOTHING_KNOWN = Known({}, {})
+
+
 class SiteFinder:
     """Finds the sites of weights in one model, recording each module's graph once; the model stays unchanged.
 
     Args:
         model: The model.
-        known: Graphs of regions that were recorded before, by path.
+        known: What earlier calls have found in the model.
         example_inputs: Inputs of the model, for modules whose forward branches on its inputs.
 
     Attributes:
         regions: The model's modules and their graphs.
         modules: The modules that may have sites, by path.
         templates: The graphs of the regions recorded so far, by path.
-        readers: The modules that read weights of other modules.
+        found: The sites of weights found so far, by the path of the weight's module and the weight's name there.
     """
 
-    def __init__(
-        self, model: nn.Module, known: Mapping[str, Template], example_inputs: ExampleInputs | None = None
-    ) -> None:
-        self.regions = Regions(model, known, example_inputs)
+    def __init__(self, model: nn.Module, known: Known, example_inputs: ExampleInputs | None = None) -> None:
+        read_anew()
+        self.regions = Regions(model, known.templates, example_inputs)
         self.modules, self.templates = self.regions.modules, self.regions.templates
-        self.readers = Readers(self.regions)
-        self._around_forwards = AroundForwards(self.modules)
+        self.found: dict[tuple[str, str], Site] = {}
+        self._known = known
         self._with_sites: set[str] = set()
+
+    @functools.cached_property
+    def readers(self) -> Readers:
+        """The modules that read weights of other modules."""
+        return Readers(self.regions)
+
+    @functools.cached_property
+    def _around_forwards(self) -> AroundForwards:
+        return AroundForwards(self.modules)
 
     def find(self, owner: str, attribute: str) -> Site:
         """Returns the site of a weight.
@@ -76,6 +101,26 @@ class SiteFinder:
                 f"its {attribute} is quantised ({described(weight)}), and no change can be added to that; name the "
                 "module that computes with it in target_modules"
             )
+        known = self._known.sites.get((owner, attribute))
+        site = (known and self._as_known(known, weight)) or self._new_site(owner, attribute, weight)
+        self._with_sites.add(site.region)
+        self.found[owner, attribute] = site
+        return site
+
+    def _as_known(self, site: Site, weight: torch.Tensor) -> Site | None:
+        """Returns the site that an adapter has if its region's graph is as it was then, but for adapters; or None."""
+        module, template = self.modules.get(site.region), self._known.templates.get(site.region)
+        if module is None or template is None or site.region in self.regions.graphs:
+            return None
+        template = template_of(module) or template
+        # somebody has edited the graph of one that isn't shared
+        if not template.shared or site.shape != tuple(weight.shape):
+            return None
+        self.templates[site.region] = template
+        return site._replace(dtype=weight.dtype)
+
+    def _new_site(self, owner: str, attribute: str, weight: torch.Tensor) -> Site:
+        """Returns the site of a weight, found in graphs and in code."""
         readers = self.readers.of(owner, attribute)
         region, uses = self._region(owner, attribute, readers)
         is_read = region in readers or (region in self.regions.graphs and region != owner)
@@ -87,9 +132,7 @@ class SiteFinder:
                 f"its {attribute} is read by {region or 'the model'}, and its module is called by "
                 f"{caller or 'the model'}"
             )
-        site = self._site(region, owner, attribute, weight, uses)
-        self._with_sites.add(region)
-        return site
+        return self._site(region, owner, attribute, weight, uses)
 
     def _region(self, owner: str, attribute: str, readers: list[str]) -> tuple[str, WeightUses]:
         """Returns the path of the smallest module whose graph uses a weight, and the graph's uses of the weight.

@@ -18,10 +18,9 @@ from torch.fx.node import map_arg
 
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.facts import above
-from graphpeft.graph.template import VALUE, template_of
+from graphpeft.graph.template import VALUE
 from graphpeft.sites.regions import Regions
 from graphpeft.sites.site import Runs, Site
-from graphpeft.tracing.lift import lift
 
 NAMES = ("q", "k", "v")
 
@@ -47,7 +46,7 @@ def parts_of(regions: Regions, site: Site) -> dict[str, Runs]:
     if path is None:
         raise TraceError("no module is around it")
     inputs = regions.inputs_of(path)
-    graph = (template_of(regions.modules[path]) or lift(regions.modules[path], inputs)).graphs[0]
+    graph = regions.recordings.lift(regions.modules[path], inputs).graphs[0]
     output = next((node for node in graph.nodes if node.op == "call_module" and node.target == inside), None)
     if output is None:
         raise TraceError(f"{path or 'the model'} doesn't call it by itself")

@@ -19,7 +19,7 @@ from graphpeft.graph.template import Template, runs_graph, template_of
 from graphpeft.sites import example_runs
 from graphpeft.sites.handed_layers import refuse_handed_layers
 from graphpeft.sites.weight_uses import WeightUses, weight_uses
-from graphpeft.tracing.lift import lift
+from graphpeft.tracing.lift import Recordings
 
 
 class Regions:
@@ -34,6 +34,7 @@ class Regions:
         modules: The modules that may have sites, by path.
         scripted: The reason why a module of ``torch.jit`` can't have sites, by path.
         graphs: The paths of modules that run a graph without any adapter.
+        recordings: What this call has recorded.
         templates: The graphs of the regions recorded so far, by path.
         errors: The reason why a region can't have a graph, by path.
         flows: The tensors that get gradients in calls of layers, by kind of layer, see `gradient_flow`.
@@ -51,6 +52,7 @@ class Regions:
         self.graphs = graphs - known.keys()
         self.known = known
         self.example_inputs = example_inputs
+        self.recordings = Recordings()
         self.templates: dict[str, Template] = {}
         self.errors: dict[str, TraceError] = {}
         self.flows: dict[Hashable, Any] = {}
@@ -88,7 +90,7 @@ class Regions:
                 "own; put that forward into a class, or into a module around this one"
             )
         try:
-            template = given(module) or lift(module)
+            template = given(module) or self.recordings.lift(module)
         except NeedsInputsError:
             # a PyTorch layer may choose in each call how it computes, as an attention its fast path, and a recording
             # would fix one way, so the layer runs its own code
@@ -106,7 +108,7 @@ class Regions:
             raise TraceError(f"the model calls it both with and without {', '.join(names)}")
         if template is not None and not any(ways):
             return template
-        return lift(module, example_runs.inputs_of(model, module, self.example_inputs))
+        return self.recordings.lift(module, example_runs.inputs_of(model, module, self.example_inputs))
 
     @functools.cached_property
     def _ways(self) -> dict[str, list[example_runs.Way]]:

@@ -104,6 +104,10 @@ class Site(NamedTuple):
 
     way_out = "narrow target_modules, or leave targets out with exclude_modules where the method has it"
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Site:
+        """Returns this one, since nothing in it can change."""
+        return self
+
     @property
     def unmergeable(self) -> str | None:
         """Why an adapter's change there can't be merged, or None."""

@@ -41,8 +41,8 @@ ABSENT = object()
 _NUMBERS = (bool, int, float)
 
 
-_INTERNAL_PREFIXES = ("__", "_graphpeft_")
-"""Prefixes of attributes that Python or graphpeft sets."""
+_INTERNAL_PREFIX = "_graphpeft_"
+"""The prefix of attributes that graphpeft sets."""
 
 
 def noting_reads(tracer: Recorder, root: nn.Module) -> Callable[[nn.Module, str], Any]:
@@ -57,7 +57,7 @@ def noting_reads(tracer: Recorder, root: nn.Module) -> Callable[[nn.Module, str]
     def note(module: nn.Module, name: str) -> Any:
         if name == "__dict__" and tracer.is_recording and module in paths:
             _note_dictionary(tracer, module, paths[module])
-        if name in MACHINERY or name.startswith(_INTERNAL_PREFIXES) or not tracer.is_recording or module not in paths:
+        if name in MACHINERY or name.startswith(_INTERNAL_PREFIX) or not tracer.is_recording or module not in paths:
             if name in MACHINERY and module in paths:
                 _note_machinery(tracer, sys._getframe(1).f_code, name, module is root)
             return look_up(module, name)
@@ -76,8 +76,6 @@ def noting_reads(tracer: Recorder, root: nn.Module) -> Callable[[nn.Module, str]
             if all(held.get(name) is None for held in (module._parameters, module._buffers, module._modules)):
                 tracer.session.read_once.setdefault(join(paths[module], name), ABSENT)
             raise
-        if module is not root and _is_code_of_layer(module, name, value):
-            tracer.session.specialised = True
         return _noted(tracer, module, name, join(paths[module], name), value)
 
     return note
@@ -92,14 +90,6 @@ def _note_machinery(tracer: Recorder, code: CodeType, name: str, is_root: bool) 
     tracer.session.specialised |= is_root or name not in _LISTS
     if tracer.is_recording and "param" in name:
         _refuse_to_compare(tracer, code)
-
-
-def _is_code_of_layer(module: nn.Module, name: str, value: Any) -> bool:
-    """Returns whether an attribute of a layer is a method or a property, whose code may read anything."""
-    if name in module.__dict__ or (is_plain(value) and _is_of_class(type(module), name, value)):
-        return False
-    # ModuleList and its like read their layers alone
-    return getattr(value, "__module__", "") != nn.ModuleList.__module__
 
 
 def _refuse_to_compare(tracer: Recorder, code: CodeType) -> None:

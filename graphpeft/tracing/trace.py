@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphpeft._torch import call_with_hooks
+from graphpeft.code.source import read_anew
 from graphpeft.graph import in_place
 from graphpeft.graph.calls import calls_of
 from graphpeft.graph.errors import TraceError
@@ -65,6 +66,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, stri
         >>> [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
         ['0', '1.0', '1.1']
     """
+    read_anew()
     _refuse_own_call(model)
     args, kwargs = split_inputs(example_inputs)
     with ONE_TRACE_AT_A_TIME:

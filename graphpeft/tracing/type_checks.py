@@ -14,7 +14,7 @@ from torch import nn
 
 from graphpeft.code.attribute_paths import tree_of
 from graphpeft.code.reach import functions_held, is_of_a_library
-from graphpeft.code.source import functions_called, functions_in_forward, names_in
+from graphpeft.code.source import cached_by_class, functions_called, functions_in_forward, names_in
 from graphpeft.graph import in_place
 from graphpeft.graph.errors import TraceError
 
@@ -29,7 +29,7 @@ def unsupported_type_check(module: nn.Module) -> str | None:
     return _type_check_in_class(in_place.original_class(module)) or next(filter(None, in_held), None)
 
 
-@functools.cache
+@cached_by_class
 def _type_check_in_class(cls: type) -> str | None:
     """Returns the code of a check of a value's class in `cls`'s forward, or in functions that run with it.
 

@@ -378,6 +378,21 @@ def test_equal_blocks_are_recorded_once_and_not_again_by_later_calls() -> None:
     assert (again.recordings, switched.recordings) == (0, 0)
 
 
+class Deciding(Block):
+    """A block that decides on its input, so that it can't be recorded without an example."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() > 0 else x
+
+
+def test_equal_blocks_that_cannot_be_recorded_are_tried_once() -> None:
+    def tries(number: int) -> int:
+        model = nn.Sequential(*(Deciding() for _ in range(number)))
+        return counting.counted(lambda: get_peft_model(model, LoraConfig(target_modules=["one"]))).recordings
+
+    assert tries(6) == tries(1) > 0
+
+
 @pytest.mark.parametrize("name", ["factor", "_factor"])
 def test_an_attribute_that_was_set_on_a_tensor_is_no_attribute_of_its_example(name: str) -> None:
     before, after = readers(lambda block, x: x * getattr(block.table, name, 1))

@@ -472,6 +472,24 @@ def test_flags_that_are_compared_by_identity_are_checked(training):
         adapted(X)
 
 
+def test_attributes_are_matched_as_the_model_does():
+    def forward(self, x):
+        y = F.linear(x, self.w)
+        match self.on:
+            case True:
+                y = y + 1
+        match self.size:
+            case int():
+                y = 2 * y
+        match (self.on, self.size):
+            case (True, 3):
+                y = y - 3
+        return y
+
+    model: Any = nn.Sequential(module_of(forward, w=weight(), on=True, size=3))
+    assert torch.equal(get_peft_model(copy.deepcopy(model), lora("w"))(X), model(X))
+
+
 @pytest.mark.parametrize("on", [True, False])
 def test_flags_that_are_compared_by_is_not_are_read(on):
     def forward(self, x):

@@ -22,7 +22,10 @@ from graphpeft.code.source import cached_by_class, functions_in_forward, named_i
 
 @cached_by_class
 def uses_is_true(cls: type) -> bool:
-    """Returns whether `cls`'s forward, or a function that it calls, compares a value with True or False by ``is``."""
+    """Returns whether `cls`'s forward, or a function that it calls, compares a value with True or False by ``is``.
+
+    ``match`` does so, too, and asks for a value's class.
+    """
     codes = (function.__code__ for function in functions_in_forward(cls))
     trees = (tree_of(code) for code in codes if _may_test_truth(code))
     # code without source may do so
@@ -31,12 +34,13 @@ def uses_is_true(cls: type) -> bool:
 
 def _may_test_truth(code: CodeType) -> bool:
     return any(
-        _IS in inner.co_code[::2] and any(isinstance(constant, bool) for constant in inner.co_consts)
+        _MATCH_CLASS in inner.co_code[::2]
+        or (_IS in inner.co_code[::2] and any(isinstance(constant, bool) for constant in inner.co_consts))
         for inner in _with_inner(code)
     )
 
 
-_IS = dis.opmap["IS_OP"]
+_IS, _MATCH_CLASS = dis.opmap["IS_OP"], dis.opmap["MATCH_CLASS"]
 
 
 def _with_inner(code: CodeType) -> Iterator[CodeType]:
@@ -48,6 +52,8 @@ def _with_inner(code: CodeType) -> Iterator[CodeType]:
 
 
 def _is_identity_test(node: ast.AST) -> bool:
+    if isinstance(node, ast.MatchClass | ast.MatchSingleton):
+        return True
     if not isinstance(node, ast.Compare) or not any(isinstance(op, ast.Is | ast.IsNot) for op in node.ops):
         return False
     sides = (node.left, *node.comparators)

@@ -94,15 +94,21 @@ def uses_in_forward(cls: type) -> Uses:
     return uses
 
 
-def named_in(functions: Iterable[FunctionType], cls: type) -> Iterator[Any]:
-    """Yields the values of names in functions: globals, members of Python modules and `cls`, and closure variables."""
+def named_in(functions: Iterable[FunctionType], cls: type) -> list[Any]:
+    """Returns the values of names in functions: globals, members of Python modules and `cls`, and closure variables."""
+    found: list[Any] = []
     for function in functions:
-        yield from values_around(function)
-        names = names_in(function.__code__).read
-        for name in names:
-            yield from _members(cls, name, names)
-            named = function.__globals__.get(name)
-            yield from (vars(named).get(n) for n in names) if issubclass(type(named), ModuleType) else (named,)
+        names, around = names_in(function.__code__).read, function.__globals__
+        found += values_around(function)
+        found += _members_named(cls, names)
+        for name in names & around.keys():
+            value = around[name]
+            if issubclass(type(value), ModuleType):
+                held = vars(value)
+                found += [held[inner] for inner in names & held.keys()]
+            else:
+                found.append(value)
+    return found
 
 
 def read_by(function: FunctionType) -> set[str]:
@@ -113,12 +119,13 @@ def read_by(function: FunctionType) -> set[str]:
 def _methods_run(cls: type) -> dict[FunctionType, None]:
     """Returns a forward and the methods that it calls on ``self``, including properties and methods of base classes."""
     waiting, seen = list(_entries(cls)), set(_entries(cls))
+    members = set[str]().union(*map(vars, cls.__mro__))
     found: dict[FunctionType, None] = {}
     while waiting:
         for method in _methods_named(cls, waiting.pop()):
             if method not in found and method.__module__ != nn.Module.__module__:
                 found[method] = None
-                paths = {path for path, _ in paths_in(method, has_self=True)}
+                paths = members.intersection(path for path, _ in paths_in(method, has_self=True))
                 waiting += paths - seen
                 seen |= paths
     return found
@@ -147,10 +154,17 @@ def _of_bases(cls: type) -> frozenset[str]:
     return frozenset(("super", *(base.__name__ for base in cls.__mro__)))
 
 
-def _members(cls: type, name: str, around: Set[str]) -> list[Any]:
-    """Returns the members `name` of `cls`, and of its bases if `around`, the names in the code, names a base."""
-    found = [vars(base)[name] for base in cls.__mro__ if name in vars(base)]
-    return found[:1] if around.isdisjoint(_of_bases(cls)) else found
+def _members_named(cls: type, names: Set[str]) -> list[Any]:
+    """Returns the members of `cls` that code names, and those of its bases if it names a base, too."""
+    names_a_base = not names.isdisjoint(_of_bases(cls))
+    found: list[Any] = []
+    seen = set[str]()
+    for base in cls.__mro__:
+        own = vars(base)
+        named = names & own.keys()
+        found += [own[name] for name in named if names_a_base or name not in seen]
+        seen |= named
+    return found
 
 
 def _methods_named(cls: type, name: str) -> Iterator[FunctionType]:
@@ -204,7 +218,7 @@ def values_around(function: FunctionType) -> Iterator[Any]:
 @cached_by_class
 def functions_in_forward(cls: type) -> Mapping[FunctionType, bool]:
     """Returns the functions that a forward may run, found by name, see `functions_called`."""
-    return functions_called([member for entry in _entries(cls) for member in _members(cls, entry, frozenset())], cls)
+    return functions_called(_members_named(cls, frozenset(_entries(cls))), cls)
 
 
 def functions_called(starts: Iterable[Any], cls: type = object) -> Mapping[FunctionType, bool]:

@@ -42,15 +42,15 @@ Facts = tuple[tuple[str, Any], ...]
 
 
 class Recording(NamedTuple):
-    """A template and the facts that it depends on.
+    """What a recording has come to, and the facts that it depends on.
 
     Attributes:
         facts: What the recording read from its module.
-        template: The template.
+        result: The template, or why there is none.
     """
 
     facts: Facts
-    template: Template
+    result: Template | TraceError
 
     def holds_for(self, module: nn.Module) -> bool:
         """Returns whether a recording of `module` would give the same graph."""
@@ -89,14 +89,14 @@ class Recordings:
             found = next((recording for recording in known if recording.holds_for(module)), None)
         if found is None:
             with ONE_TRACE_AT_A_TIME, unhooked(module), in_place.without(module, "tensors"):
-                template, facts = _record(module, example_inputs)
-            if facts is None or is_set:
-                return template
-            found = Recording(facts, template)
-            # the last ones alone, since hundreds of modules may differ from each other
-            known[_MOST_SHARED - 1 :] = []
-            known.insert(0, found)
-        return found.template
+                found, is_shared = _record(module, example_inputs)
+            if is_shared and not is_set:
+                # the last ones alone, since hundreds of modules may differ from each other
+                known[_MOST_SHARED - 1 :] = []
+                known.insert(0, found)
+        if isinstance(found.result, TraceError):
+            raise found.result
+        return found.result
 
 
 _MOST_SHARED = 64
@@ -112,7 +112,7 @@ def lift_forward(module: nn.Module, forward: Callable[..., Any]) -> Template:
     with ONE_TRACE_AT_A_TIME, unhooked(module), in_place.without(module, "tensors"), contextlib.ExitStack() as stack:
         at_end_of(stack, _put_back, vars(module), "forward", vars(module).get("forward", _UNKNOWN))
         vars(module)["forward"] = forward
-        return _record(module, None)[0]
+        return _template(ValueTracer(keeps_whole=lambda _: True), module, None)
 
 
 def _put_back(held: dict[str, Any], name: str, value: Any) -> None:
@@ -122,8 +122,22 @@ def _put_back(held: dict[str, Any], name: str, value: Any) -> None:
         held[name] = value
 
 
-def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Template, Facts | None]:
+def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Recording, bool]:
+    """Records a module, and returns the recording and whether modules with the same facts may share it."""
     tracer = ValueTracer(keeps_whole=lambda _: True)
+    result: Template | TraceError
+    try:
+        result = _template(tracer, module, example_inputs)
+    except TraceError as error:
+        result = error
+    session = tracer.session
+    read = sorted({*session.reads, *session.lines_of_reads, *session.read_once, ""})
+    facts = tuple((path, _observe_at(module, path)) for path in read)
+    may_lack_facts = session.specialised or _reads_more(module) or any(seen is _UNKNOWN for _, seen in facts)
+    return Recording(facts, result), example_inputs is None and not may_lack_facts
+
+
+def _template(tracer: ValueTracer, module: nn.Module, example_inputs: ExampleInputs | None) -> Template:
     cls = class_of_forward(module)
     # which no proxy can answer
     if example_inputs is None and forward_compares_objects(cls):
@@ -141,13 +155,7 @@ def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Te
     for graph in recorded.graphs:
         read_as_attributes(graph, module)
         add_check(graph, make_settings(graph, tracer.session.lines_of_reads))
-    template = Template(recorded.graphs, shared=True)
-    if tracer.session.specialised or example_inputs is not None or _reads_more(module):
-        return template, None
-    session = tracer.session
-    read = sorted({*session.reads, *session.lines_of_reads, *session.read_once, ""})
-    facts = tuple((path, _observe_at(module, path)) for path in read)
-    return template, facts if all(seen is not _UNKNOWN for _, seen in facts) else None
+    return Template(recorded.graphs, shared=True)
 
 
 def _reads_more(module: nn.Module) -> bool:

@@ -190,7 +190,7 @@ def assert_adapted_as_it_is(block: nn.Module, x: Tensor, target: str = "w") -> N
 
 
 def assert_adapted_together(blocks: tuple[nn.Module, ...]) -> None:
-    """Asserts that fresh adapters change nothing, though one recording may be that of several blocks."""
+    """Asserts that fresh adapters change no output of blocks that may share a recording."""
     x = torch.randn(3, 4)
     expected = [block(x) for block in blocks]
     get_peft_model(nn.ModuleList(blocks), LoraConfig(r=2, target_modules=["w"]))
@@ -376,6 +376,24 @@ def test_equal_blocks_are_recorded_once_and_not_again_by_later_calls() -> None:
     again = counting.counted(lambda: model.add_adapter("again", config()))
     switched = counting.counted(lambda: model.set_adapter("again"))
     assert (again.recordings, switched.recordings) == (0, 0)
+
+
+def test_a_weight_without_any_adapter_left_has_its_site_found_anew() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        layer = getattr(self, self.name)
+        return F.linear(x, layer.weight) if self.reads else layer(x)
+
+    config = LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False)
+    block: Any = type("Own", (Holding,), {"forward": forward, "name": "layer", "reads": False})()
+    model: Any = get_peft_model(nn.Sequential(block, nn.Linear(4, 4)), config)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["1"]))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    block.reads, x = True, torch.randn(3, 4)
+    before = model(x)
+    model.add_adapter("again", config)
+    model.set_adapter("again")
+    assert not torch.allclose(model(x), before)
 
 
 class Deciding(Block):

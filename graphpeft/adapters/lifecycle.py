@@ -259,7 +259,7 @@ def _modules_of(model: nn.Module) -> Modules:
 
 
 def unmerge_first(modules: Modules, adapters: Adapters, stacklevel: int = 3) -> None:
-    """Unmerges what is merged, with a warning, before other adapters act or one is trained."""
+    """Unmerges all merged adapters, with a warning."""
     if adapters.merged:
         text = f"{joined(adapters.merged)} are merged, and are unmerged first"
         warnings.warn(text, PeftWarning, stacklevel=stacklevel)

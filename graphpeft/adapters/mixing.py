@@ -213,7 +213,7 @@ def _reads(adapter: Adapter) -> dict[str, tuple[str, ...]]:
 def _made_runners(all_modules: Callable[[], Modules], adapters: Adapters, names: tuple[str, ...]) -> _Known:
     """Works out how regions run, and remembers it."""
     modules = all_modules()
-    # no other thread changes the model meanwhile, and so what is remembered
+    # under the model's lock, since another thread may switch adapters
     with transaction(modules[""]):
         for name in names:
             _sign(adapters, name)

@@ -155,7 +155,7 @@ def _of_bases(cls: type) -> frozenset[str]:
 
 
 def _members_named(cls: type, names: Set[str]) -> list[Any]:
-    """Returns the members of `cls` that code names, and those of its bases if it names a base, too."""
+    """Returns the members of `cls` by their names; also hidden ones of bases if the names include a base."""
     names_a_base = not names.isdisjoint(_of_bases(cls))
     found: list[Any] = []
     seen = set[str]()

@@ -44,7 +44,7 @@ class SwitchingMethods(AdapterInfo):
                 lifecycle.refuse_untrainable(modules, known_adapter(self, name), name)
         with transaction(self):
             if state.merged:
-                lifecycle.unmerge_first(modules, state)  # since what is merged can't be trained
+                lifecycle.unmerge_first(modules, state)  # merged adapters can't be trained
             acted = set(state.slots)
             lifecycle.activate(modules, state, names)
             came = state.slots.keys() - acted

@@ -17,6 +17,7 @@ from graphpeft.graph.computed_weights import computed_from, read_weight
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.forward_classes import class_of_forward
 from graphpeft.graph.guards import fixed_arguments
+from graphpeft.graph.holders import has_holders
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.ops import convolution
 from graphpeft.graph.own_forward import call_on_weights
@@ -112,6 +113,8 @@ class SiteFinder:
         module, template = self.modules.get(site.region), self._known.templates.get(site.region)
         if module is None or template is None or site.region in self.regions.graphs:
             return None
+        if not has_holders(self.modules[site.owner]):
+            return None  # the adapter was deleted, and anything may have changed since
         template = template_of(module) or template
         # somebody has edited the graph of one that isn't shared
         if not template.shared or site.shape != tuple(weight.shape):

@@ -30,7 +30,7 @@ _MAY_BE_NONE = {"grad", "grad_fn", "_base", "names"}
 """Tensor attributes that only some tensors have."""
 
 _OF_CLASS = ("_is_param", "_is_buffer")
-"""Attributes by which classes of parameters and buffers say what is an instance of theirs."""
+"""Tensor attributes by which `isinstance` recognises parameters and buffers."""
 
 _TRACED = (torch.Tensor, tuple, list, dict, int, float, torch.dtype, torch.device)
 """Types of attributes that stay proxies, since they can differ between runs."""

@@ -1,4 +1,4 @@
-"""Compares graphpeft's speed with PEFT's, both in one process, and prints tables.
+"""Compares graphpeft's speed with PEFT's, both in one process for each benchmark, and prints tables.
 
 python benchmarks/run.py                       everything
 python benchmarks/run.py import forward        some of it
@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import gc
+import multiprocessing
 import os
 import random
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a model hub
 
@@ -60,12 +62,7 @@ BENCHMARKS: dict[str, tuple[Callable[[Effort], Cases], int]] = {
 def main() -> None:
     """Runs the chosen benchmarks, prints a table of each as soon as it is measured, and the failures at the end."""
     options = parse()
-    # PEFT asks transformers for this attribute by its old name
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    random.seed(0)
-    torch.set_num_threads(options.threads)
-    if options.quick:
-        gc.freeze()  # or looking through what was imported takes most of the time
+    torch.set_num_threads(options.threads)  # before it is told
     where = source(), commit()  # before anything changes while this runs
     print(where[0])
     start = time.perf_counter()
@@ -84,8 +81,8 @@ NOTES = """\
 Times are medians: wall time for import, processor time for the rest (wall time too with --threads above 1). A ratio is
 the median, over the rounds, of graphpeft's time by the other's in the same round, ± half of its 95 % confidence
 interval; "?" marks a verdict whose limit lies inside that interval. Garbage is collected before every round and every
-adaptation, and its collector stays on. Only "the first in a process" has to trace and compile; the other adaptations
-find the graph of nn.Linear in graphpeft's cache."""
+adaptation, and its collector stays on. Every adaptation records its graphs anew; only "the first in a process" has to
+read the code's source and to compile what it generates."""
 
 
 def parse() -> argparse.Namespace:
@@ -109,15 +106,34 @@ def run(options: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
     """Returns the rows of the chosen benchmarks, and the tracebacks of what failed."""
     rows: list[Row] = []
     failed: dict[str, str] = {}
-    for name in BENCHMARKS if options.names == "all" else options.names:
-        benchmark, rounds = BENCHMARKS[name]
-        effort = Effort(options.rounds or (1 if options.quick else rounds), options.quick)
-        start = time.perf_counter()
-        found, errors = measured(benchmark(effort))
-        print(f"\n{table(found)}\n{name} took {time.perf_counter() - start:.0f} s.", flush=True)
-        rows += found
-        failed |= {f"{name}, {case}": error for case, error in errors.items()}
+    # a process each, or what an earlier one left on the heap would slow a later one; in a quick run, nothing is timed
+    runs = ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), prepare, (options,), max_tasks_per_child=None if options.quick else 1
+    )
+    with runs:
+        for name in BENCHMARKS if options.names == "all" else options.names:
+            start = time.perf_counter()
+            found, errors = runs.submit(run_one, name, options).result()
+            print(f"\n{table(found)}\n{name} took {time.perf_counter() - start:.0f} s.", flush=True)
+            rows += found
+            failed |= {f"{name}, {case}": error for case, error in errors.items()}
     return rows, failed
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Prepares a process that runs benchmarks."""
+    # PEFT asks transformers for this attribute by its old name
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    random.seed(0)
+    torch.set_num_threads(options.threads)
+    if options.quick:
+        gc.freeze()  # or looking through what was imported takes most of the time
+
+
+def run_one(name: str, options: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
+    """Returns the rows of a benchmark, and the tracebacks of what failed."""
+    benchmark, rounds = BENCHMARKS[name]
+    return measured(benchmark(Effort(options.rounds or (1 if options.quick else rounds), options.quick)))
 
 
 def write(rows: Sequence[Row], source: str, commit: str) -> None:

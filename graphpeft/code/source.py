@@ -15,7 +15,7 @@ import operator
 import sys
 import textwrap
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple, TypeVar
 
@@ -83,31 +83,29 @@ def uses_in_forward(cls: type) -> Uses:
                 (uses.called if is_call else uses.read).add(path)
             elif path[2:] != ANY or method.__globals__.get("__name__") in own:
                 uses.read_elsewhere.add(path[2:])
-    for function in functions_in_forward(cls):
+    reached = _reached_in_forward(cls)
+    for function in reached.functions:
         if function not in methods:
             may_be_any = function.__globals__.get("__name__") == cls.__module__
             uses.read_elsewhere.update(read_by(function) - (set() if may_be_any else {ANY}))
-    for value in named_in(functions_in_forward(cls), cls):
+    for value in reached.values:
         if type(value) is operator.attrgetter:
             reduced: Any = value.__reduce__()
             uses.read_elsewhere.update(name for path in reduced[1] for name in path.split("."))
     return uses
 
 
-def named_in(functions: Iterable[FunctionType], cls: type) -> list[Any]:
-    """Returns the values of names in functions: globals, members of Python modules and `cls`, and closure variables."""
-    found: list[Any] = []
-    for function in functions:
-        names, around = names_in(function.__code__).read, function.__globals__
-        found += values_around(function)
-        found += _members_named(cls, names)
-        for name in names & around.keys():
-            value = around[name]
-            if issubclass(type(value), ModuleType):
-                held = vars(value)
-                found += [held[inner] for inner in names & held.keys()]
-            else:
-                found.append(value)
+def _named_in(function: FunctionType, cls: type) -> list[Any]:
+    """Returns the values of names in a function: globals, members of Python modules and `cls`, closure variables."""
+    names, around = names_in(function.__code__).read, function.__globals__
+    found = [*values_around(function), *_members_named(cls, names)]
+    for name in names & around.keys():
+        value = around[name]
+        if issubclass(type(value), ModuleType):
+            held = vars(value)
+            found += [held[inner] for inner in names & held.keys()]
+        else:
+            found.append(value)
     return found
 
 
@@ -119,13 +117,13 @@ def read_by(function: FunctionType) -> set[str]:
 def _methods_run(cls: type) -> dict[FunctionType, None]:
     """Returns a forward and the methods that it calls on ``self``, including properties and methods of base classes."""
     waiting, seen = list(_entries(cls)), set(_entries(cls))
-    members = set[str]().union(*map(vars, cls.__mro__))
+    members = _members(cls).keys()
     found: dict[FunctionType, None] = {}
     while waiting:
         for method in _methods_named(cls, waiting.pop()):
             if method not in found and method.__module__ != nn.Module.__module__:
                 found[method] = None
-                paths = members.intersection(path for path, _ in paths_in(method, has_self=True))
+                paths = members & {path for path, _ in paths_in(method, has_self=True)}
                 waiting += paths - seen
                 seen |= paths
     return found
@@ -154,17 +152,21 @@ def _of_bases(cls: type) -> frozenset[str]:
     return frozenset(("super", *(base.__name__ for base in cls.__mro__)))
 
 
+@cached_by_class
+def _members(cls: type) -> Mapping[str, Any]:
+    """Returns the members of a class by name, including those of its bases."""
+    found: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        found.update(vars(base))
+    return found
+
+
 def _members_named(cls: type, names: Set[str]) -> list[Any]:
     """Returns the members of `cls` by their names; also hidden ones of bases if the names include a base."""
-    names_a_base = not names.isdisjoint(_of_bases(cls))
-    found: list[Any] = []
-    seen = set[str]()
-    for base in cls.__mro__:
-        own = vars(base)
-        named = names & own.keys()
-        found += [own[name] for name in named if names_a_base or name not in seen]
-        seen |= named
-    return found
+    if names.isdisjoint(_of_bases(cls)):
+        members = _members(cls)
+        return [members[name] for name in names & members.keys()]
+    return [vars(base)[name] for base in cls.__mro__ for name in names & vars(base).keys()]
 
 
 def _methods_named(cls: type, name: str) -> Iterator[FunctionType]:
@@ -215,10 +217,31 @@ def values_around(function: FunctionType) -> Iterator[Any]:
             yield cell.cell_contents
 
 
-@cached_by_class
+class _Reached(NamedTuple):
+    """What code may run and use.
+
+    Attributes:
+        functions: The functions, each with whether it is only named, see `functions_called`.
+        values: The values of the names in these functions.
+    """
+
+    functions: Mapping[FunctionType, bool]
+    values: Sequence[Any]
+
+
 def functions_in_forward(cls: type) -> Mapping[FunctionType, bool]:
     """Returns the functions that a forward may run, found by name, see `functions_called`."""
-    return functions_called(_members_named(cls, frozenset(_entries(cls))), cls)
+    return _reached_in_forward(cls).functions
+
+
+def values_in_forward(cls: type) -> Sequence[Any]:
+    """Returns the values of the names in the functions that a forward may run."""
+    return _reached_in_forward(cls).values
+
+
+@cached_by_class
+def _reached_in_forward(cls: type) -> _Reached:
+    return _reached(_members_named(cls, frozenset(_entries(cls))), cls)
 
 
 def functions_called(starts: Iterable[Any], cls: type = object) -> Mapping[FunctionType, bool]:
@@ -231,8 +254,13 @@ def functions_called(starts: Iterable[Any], cls: type = object) -> Mapping[Funct
         starts: Functions, methods, partial functions and other members with functions behind them.
         cls: The class whose methods the code may name.
     """
+    return _reached(starts, cls).functions
+
+
+def _reached(starts: Iterable[Any], cls: type) -> _Reached:
     waiting = [(start, False) for start in starts]
     found: dict[FunctionType, bool] = {}
+    values: list[Any] = []
     while waiting:
         member, is_named = waiting.pop()
         is_named &= issubclass(type(member), FunctionType | functools._lru_cache_wrapper)
@@ -241,8 +269,10 @@ def functions_called(starts: Iterable[Any], cls: type = object) -> Mapping[Funct
             found[function] = is_named and found.get(function, True) and function.__name__ not in _CALLED_BY
             if is_known or _is_excluded(function):
                 continue
-            waiting += [(value, True) for value in named_in([function], cls)]
-    return {function: is_named for function, is_named in found.items() if not _is_excluded(function)}
+            named = _named_in(function, cls)
+            values += named
+            waiting += [(value, True) for value in named]
+    return _Reached({function: is_named for function, is_named in found.items() if not _is_excluded(function)}, values)
 
 
 def _is_excluded(function: FunctionType) -> bool:
@@ -301,6 +331,11 @@ def is_logging_call(code: CodeType, line: int) -> bool:
     return getattr(function, "attr", getattr(function, "id", None)) in _LOGGING_NAMES
 
 
+def is_of_pytorch(cls: type) -> bool:
+    """Returns whether a class is one of PyTorch's, or built in."""
+    return cls.__module__.partition(".")[0] in ("torch", "builtins")
+
+
 def methods_reading(cls: type, attribute: str) -> frozenset[str]:
     """Returns the names of all methods of `cls` that read an attribute of ``self``, called by its forward or not."""
     return frozenset(name for name, method in _own_methods(cls).items() if _reads(method, attribute))
@@ -309,8 +344,8 @@ def methods_reading(cls: type, attribute: str) -> frozenset[str]:
 @cached_by_class
 def _own_methods(cls: type) -> Mapping[str, Any]:
     """Returns the methods of a user's class by name; `reset_parameters` initialises weights before any adapter."""
-    of_users = [base for base in cls.__mro__ if base.__module__.partition(".")[0] not in ("torch", "builtins")]
-    names = {name for base in of_users for name, value in vars(base).items() if inspect.isfunction(value)}
+    of_users = [vars(base).items() for base in cls.__mro__ if not is_of_pytorch(base)]
+    names = {name for members in of_users for name, value in members if inspect.isfunction(value)}
     return {name: inspect.unwrap(getattr(cls, name)) for name in names - {"reset_parameters"}}
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from graphpeft.code.identity_checks import forward_compares_objects
-from graphpeft.code.source import cached_by_class, functions_in_forward, names_in
+from graphpeft.code.source import cached_by_class, functions_in_forward, is_of_pytorch, names_in
 from graphpeft.graph import in_place
 from graphpeft.graph.computed_weights import read_as_attributes
 from graphpeft.graph.copied_graphs import copy_graph
@@ -165,16 +165,12 @@ def _reads_more(module: nn.Module) -> bool:
 
 @cached_by_class
 def _class_reads_more(cls: type) -> bool:
-    members = [item for base in cls.__mro__ if not _is_of_pytorch(base) for item in vars(base).items()]
+    members = [item for base in cls.__mro__ if not is_of_pytorch(base) for item in vars(base).items()]
     if not _RUN_FOR_NAMES.isdisjoint(name for name, _ in members):
         return True
     own = (getattr(member, "fget", member) for name, member in members if name not in _RUN_BY_OTHERS)
     functions = (*functions_in_forward(cls), *(member for member in own if type(member) is types.FunctionType))
     return any(not _READ_MORE.isdisjoint(names_in(function.__code__).read) for function in functions)
-
-
-def _is_of_pytorch(cls: type) -> bool:
-    return cls.__module__.partition(".")[0] in ("torch", "builtins")
 
 
 _RUN_FOR_NAMES = frozenset(("__getattr__", "__getattribute__"))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import LLAMA, VOCABULARY
 from refusals import refused
 from torch import nn
@@ -126,6 +127,83 @@ def test_other_modules_are_exchanged() -> None:
     model = adapted()
     model.lm_head = nn.Linear(32, 7, bias=False)
     assert model(IDS).logits.shape[-1] == 7
+
+
+class Product(nn.Module):
+    """A block that multiplies with a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(F.linear(x, self.w))
+
+
+class Sine(Product):
+    """Such a block that goes on in another way."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(F.linear(x, self.w))
+
+
+class InTurn(nn.Module):
+    """A model that calls its blocks in turn."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.blocks, self.last = nn.ModuleList([block]), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+def assert_adapted_anew(model: Any, target: str) -> None:
+    """Asserts that a fresh adapter changes nothing, and acts and can be merged once it has values."""
+    x = torch.randn(3, 4)
+    expected = model(x)
+    model.add_adapter("new", LoraConfig(r=2, target_modules=[target]))
+    model.set_adapter("new")
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(model(x, adapter_names=["new", "__base__", "new"]), expected)
+    for parameter in filter(lambda each: each.requires_grad, model.parameters()):
+        nn.init.normal_(parameter)
+    changed = model(x)
+    assert not torch.allclose(changed, expected)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), changed, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_a_layer_that_follows_one_whose_adapters_were_deleted_has_its_own_graph(is_mixed: bool) -> None:
+    model: Any = get_peft_model(InTurn(nn.Linear(4, 4, bias=False)), LoraConfig(r=2, target_modules=["0"]))
+    if is_mixed:
+        model(torch.randn(2, 4), adapter_names=["default", "__base__"])
+    model.delete_adapter("default")
+    model.blocks[0] = nn.Linear(4, 4)
+    assert_adapted_anew(model, "0")
+
+
+def test_a_block_in_the_place_of_one_whose_adapter_rests_has_its_own_graph() -> None:
+    model: Any = get_peft_model(InTurn(Product()), LoraConfig(r=2, target_modules=["w"]))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["last"]))
+    model.set_adapter("other")
+    model.blocks.pop(0)
+    model.blocks.append(Sine())
+    assert_adapted_anew(model, "w")
+
+
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_a_block_whose_code_was_replaced_after_its_adapters_were_deleted_has_a_new_graph(is_mixed: bool) -> None:
+    block: Any = type("Own", (Product,), {})
+    model: Any = get_peft_model(InTurn(block()), LoraConfig(r=2, target_modules=["w"]))
+    if is_mixed:
+        model(torch.randn(2, 4), adapter_names=["default", "__base__"])
+    model.delete_adapter("default")
+    block.forward = Sine.forward
+    assert_adapted_anew(model, "w")
 
 
 def test_a_class_that_changes_itself_when_it_is_looked_through_is_left_alone() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft import LoraConfig, get_peft_model
+from graphpeft import AdaptError, LoraConfig, get_peft_model
 
 SIGN, TURN = 1.0, 1.0
 
@@ -157,10 +158,24 @@ class Factor(str):
         self.factor = 3
 
 
-class Reader(nn.Module):
-    """A block that hands itself and its input to a function."""
+FACTORS: Any = weakref.WeakKeyDictionary()
+"""A number for a module, wherever code looks it up."""
 
-    doubles = False
+
+class FactorOf:
+    """A number for each module, kept outside of it."""
+
+    def __get__(self, block: Any, _: Any = None) -> Any:
+        return FACTORS.get(block, 1)
+
+    def __set__(self, block: Any, value: int) -> None:
+        FACTORS[block] = value
+
+
+class Reader(nn.Module):
+    """A block whose class says what it reads."""
+
+    doubles, factor = False, FactorOf()
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,7 +193,8 @@ Read = Callable[[Any, Tensor], Tensor]
 
 def readers(read: Read) -> tuple[nn.Module, nn.Module]:
     """Returns two blocks of a class that nothing has recorded."""
-    cls = type("Reader", (Reader,), {"forward": lambda self, x: read(self, F.linear(x, self.w))})
+    # a method, since a block that hands itself on shares nothing
+    cls = type("Reader", (Reader,), {"read": read, "forward": lambda self, x: self.read(F.linear(x, self.w))})
     return cls(), cls()
 
 
@@ -245,6 +261,16 @@ READS: dict[str, tuple[Read, Callable[[Any], object]]] = {
         lambda block: setattr(block, "zero", 2.0),
     ),
     "the object itself": (lambda block, x: x * (id(block) % 7), lambda block: None),
+    "what a table has for it": (lambda block, x: FACTORS.get(block, 1) * x, lambda block: FACTORS.update({block: 2})),
+    "whether it is among others": (
+        lambda block, x: 2 * x if block in FACTORS else x,
+        lambda block: FACTORS.update({block: 2}),
+    ),
+    "what a table has for a layer": (
+        lambda block, x: FACTORS[block.inner] * x if block.inner in FACTORS else x,
+        lambda block: FACTORS.update({block.inner: 2}),
+    ),
+    "a descriptor": (lambda block, x: block.factor * x, lambda block: setattr(block, "factor", 2)),
     "a function": (lambda block, x: block.act(x), lambda block: setattr(block, "act", torch.sin)),
     "an object": (lambda block, x: block.space.factor * x, lambda block: setattr(block, "space", SPACE)),
     "the sign of zero": (
@@ -263,6 +289,25 @@ def test_a_block_in_which_code_would_read_another_value_has_its_own_graph(what: 
     blocks = readers(read)
     change(blocks[not is_changed_first])
     assert_adapted_together(blocks)
+
+
+class Looking(nn.Module):
+    """A block that looks rows up and multiplies by the table."""
+
+    def __init__(self, max_norm: float | None) -> None:
+        super().__init__()
+        self.table = nn.Embedding(6, 4, max_norm=max_norm)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return F.linear(self.table(rows), self.table.weight)
+
+
+@pytest.mark.parametrize("norms", [(None, 0.1), (0.1, None)])
+def test_a_table_that_shortens_its_rows_is_refused_beside_one_that_does_not(norms: tuple[float | None, ...]) -> None:
+    model = nn.ModuleList(map(Looking, norms))
+    with pytest.raises(AdaptError, match=f"{norms.index(0.1)}.table: .*max_norm") as refused:
+        get_peft_model(model, LoraConfig(r=2, target_modules=["table"]))
+    assert f"{norms.index(None)}.table" not in str(refused.value)
 
 
 class Hiding(Inner):

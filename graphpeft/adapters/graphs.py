@@ -132,7 +132,7 @@ def by_region(sites: list[AdaptedSite], modules: Modules) -> dict[str, list[Adap
 
 def worn_in(adapters: Adapters, region: str, modules: Modules) -> Template:
     """Returns the graph that a region has, or would have if an adapter acted there."""
-    return template_of(modules[region]) or adapters.lifted[region]
+    return template_of(modules[region]) or adapters.lifted[region].template
 
 
 def bare(adapters: Adapters, region: str, modules: Modules) -> Template:

@@ -27,6 +27,7 @@ from graphpeft.graph.forward_classes import holds_own_tensor
 from graphpeft.graph.hidden_holders import hide_holders, stop_hiding
 from graphpeft.graph.holders import (
     HolderGroup,
+    has_holders,
     has_tensor,
     holder_for,
     new_place,
@@ -34,6 +35,7 @@ from graphpeft.graph.holders import (
     put_on,
     take_off,
     tensor_at,
+    tree_of,
 )
 from graphpeft.graph.kept_forwards import forget, know
 from graphpeft.graph.overrides import own_parameter
@@ -44,6 +46,7 @@ from graphpeft.graph.tensor_parallel_forwards import refusal
 from graphpeft.graph.values import replace, written
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.short_options import short_options
+from graphpeft.sites.regions import Lifted
 from graphpeft.transaction import (
     at_end_of,
     delete_item,
@@ -109,11 +112,15 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
     if not plan.config.inference_mode:
         set_attribute(adapters, "trainable", adapters.trainable | {name})
     lifted = {
-        region: without_any(template)
+        region: Lifted(without_any(template), in_place.original_class(modules[region]))
         for region, template in plan.templates.items()
-        if region not in adapters.lifted and (template.shared or template_of(modules[region]) is None)
+        if (region not in adapters.lifted or region in plan.renewed)
+        and (template.shared or template_of(modules[region]) is None)
     }
     set_items(adapters.lifted, lifted)
+    if plan.renewed:
+        for place in [place for place, site in adapters.found.items() if site.region in plan.renewed]:
+            delete_item(adapters.found, place)
     set_items(adapters.found, plan.found)
     for region in lifted:
         if region:  # that of the model itself asks in each call which adapters act, see `set_forwards.py`
@@ -283,6 +290,7 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
         if path in modules:
             take_off(modules[path], root)
             stop_hiding(modules[path])
+    _let_ask_no_more(modules, adapters, adapter)
     for (path, attribute), tensor in adapter.overwritten.items():
         if path in modules and modules[path]._parameters.get(attribute) is not None:
             with written(modules[path]):
@@ -290,6 +298,15 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
                 remember(held)
                 with torch.no_grad():
                     held.copy_(tensor)
+
+
+def _let_ask_no_more(modules: Modules, adapters: Adapters, gone: Adapter) -> None:
+    """Lets regions that have no adapter any more run as others do, or their forwards couldn't be recorded."""
+    regions = {*gone.owners, *(adapted.site.region for adapted in gone.sites)} & adapters.mixable & modules.keys()
+    left = {region for region in regions if not any(map(has_holders, tree_of(modules[region])))}
+    for region in left:
+        in_place.take_off(modules[region], "rows")
+    set_attribute(adapters, "mixable", adapters.mixable - left)
 
 
 def copies_of_saved(modules: Modules, adapters: Adapters) -> Tensors:

@@ -28,6 +28,7 @@ from graphpeft.adapters.changes import (
 )
 from graphpeft.adapters.empty_tensors import refuse_empty
 from graphpeft.adapters.exchanged import refuse_exchanged_classes, refuse_missing, resized
+from graphpeft.adapters.graphs import worn_in
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.graph import overrides
@@ -300,9 +301,8 @@ def _refuse_merging(modules: Modules, adapters: Adapters, names: list[str]) -> N
         refuse_empty(modules, adapters.by_name[name], name)
         _refuse_resized(modules, adapters.by_name[name], name)
         for region in {adapted.site.region for adapted in adapters.by_name[name].sites} & modules.keys():
-            template = template_of(modules[region]) or adapters.lifted.get(region)
-            if template is not None:
-                refuse_other_options(modules[region], template)
+            if template_of(modules[region]) is not None or region in adapters.lifted:
+                refuse_other_options(modules[region], worn_in(adapters, region, modules))
         _refuse_tied(modules, adapters.by_name[name], name)
 
 

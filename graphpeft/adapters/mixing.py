@@ -37,8 +37,9 @@ from graphpeft.graph.template import Template, graph_forward, template_of, wear_
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.sites.finder import Known, SiteFinder
 from graphpeft.sites.readers import caller_of_other_methods
+from graphpeft.sites.regions import Lifted
 from graphpeft.sites.site import CallSite, NoSiteError
-from graphpeft.transaction import transaction
+from graphpeft.transaction import set_item, transaction
 from graphpeft.wording import joined
 
 _MOST_MIXTURES = 64
@@ -288,7 +289,8 @@ def _refuse_read_elsewhere(modules: Modules, adapters: Adapters, reading: Mappin
             )
         if template_of(modules[path]) is None:
             # once it asks for rows, its forward can't be recorded any more
-            adapters.lifted.setdefault(path, finder.templates[path])
+            lifted = Lifted(finder.templates[path], in_place.original_class(modules[path]))
+            set_item(adapters.lifted, path, lifted)
 
 
 def _read_elsewhere(finder: SiteFinder, path: str, names: Collection[str]) -> str | None:

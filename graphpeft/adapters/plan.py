@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -95,6 +95,7 @@ class Plan:
         autocast: Whether an adapter on half precision weights has single precision.
         scopes: The parameters that several sites share, by their scopes.
         found: The sites of weights as they were found, by the path of the weight's module and the weight's name there.
+        renewed: The paths of regions that have another graph than when they were adapted before.
     """
 
     modules: Mapping[str, nn.Module]
@@ -109,6 +110,7 @@ class Plan:
     autocast: bool = True
     scopes: dict[str, Scoped] = field(default_factory=dict)
     found: Mapping[tuple[str, str], Site] = field(default_factory=dict)
+    renewed: Set[str] = frozenset()
 
 
 def make_plan(
@@ -150,7 +152,8 @@ def make_plan(
     if resolved.keeps_tied:
         _refuse_hidden_ties(finder.modules, f"{resolved.tying_option}=True")
     report = Report(config.method, adapter)
-    plan = Plan(finder.modules, resolved, report, autocast=autocast_adapter_dtype, found=finder.found)
+    plan = Plan(finder.modules, resolved, report, autocast=autocast_adapter_dtype)
+    plan.found, plan.renewed = finder.found, finder.regions.renewed
     try:
         _fill(plan, finder, where)
     except PatternError as error:

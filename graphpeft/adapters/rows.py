@@ -51,9 +51,12 @@ class RowAdapters:
         holders = self._holders(owner, where)
         # each call of each layer goes through all rows here, so no function is called for one
         parameters = [None if holder is None else holder._parameters.get(stem) for holder in holders]
-        there: list[torch.Tensor] = [parameter for parameter in parameters if parameter is not None]
-        if len(there) == len(parameters) and not [each for each in there if each.shape != there[0].shape]:
-            return torch.stack(there)
+        first = parameters[0]
+        if first is not None:
+            shape = first.shape  # making it takes most of the time
+            there: list[torch.Tensor] = [each for each in parameters if each is not None and each.shape == shape]
+            if len(there) == len(parameters):
+                return torch.stack(there)
         tensors = [None if holder is None else _tensor(holder, stem) for holder in holders]
         there = [tensor for tensor in tensors if tensor is not None]
         if not there:
@@ -75,7 +78,11 @@ class RowAdapters:
         """
         holders = self._holders(owner, None)
         found = [missing if holder is None else holder.__dict__.get(stem, missing) for holder in holders]
-        values = tuple(found if {*map(type, found)} <= _NUMBERS else map(as_number, found))
+        if not {*map(type, found)} <= _NUMBERS:
+            found = list(map(as_number, found))
+        elif found[0] is not None and found.count(found[0]) == len(found):
+            return found[0]
+        values = tuple(found)
         there = {*values}
         there.discard(None)
         if len(there) == 1:

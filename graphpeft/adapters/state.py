@@ -24,6 +24,7 @@ from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import Report
 from graphpeft.rules.rule import changes_bias
 from graphpeft.sites.quantisers import Codes
+from graphpeft.sites.regions import Lifted
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.targeting.full_training import TrainedRows
 from graphpeft.transaction import set_attribute
@@ -228,7 +229,7 @@ class Adapters:
             trained.
         is_disabled: Whether none acts, whichever are active, until they are enabled again.
         pauses: What stands for each context in which none acts, until it is left.
-        lifted: The graphs of the regions that were no graph modules before, by path.
+        lifted: The regions that were no graph modules before, by path.
         found: The sites of weights as they were found, by the path of the weight's module and the weight's name there.
         merged: The names of those whose changes are in the weights, in the order in which they were added.
         originals: The weights without any of these changes.
@@ -250,7 +251,7 @@ class Adapters:
     trained_before: list[tuple[str, str]]
     by_name: dict[str, Adapter] = field(default_factory=dict)
     active: list[str] = field(default_factory=list)
-    lifted: dict[str, Template] = field(default_factory=dict)
+    lifted: dict[str, Lifted] = field(default_factory=dict)
     found: dict[tuple[str, str], Site] = field(default_factory=dict)
     slots: dict[str, int] = field(default_factory=dict)
     read: list[str] = field(default_factory=list)

@@ -74,7 +74,7 @@ def read_anew() -> None:
 def uses_in_forward(cls: type) -> Uses:
     """Returns the attributes that `cls`'s forward uses, found in its source, or in its bytecode without source."""
     uses = Uses(set(), set(), set())
-    methods = _methods_run(cls)
+    methods = methods_run(cls)
     # decorators from other Python modules may read attributes by any name, but read no weights
     own = {base.__module__ for base in cls.__mro__}
     for method in methods:
@@ -114,7 +114,7 @@ def read_by(function: FunctionType) -> set[str]:
     return {path.removeprefix("*.") for path, _ in paths_in_bytecode(function.__code__, None)}
 
 
-def _methods_run(cls: type) -> dict[FunctionType, None]:
+def methods_run(cls: type) -> dict[FunctionType, None]:
     """Returns a forward and the methods that it calls on ``self``, including properties and methods of base classes."""
     waiting, seen = list(_entries(cls)), set(_entries(cls))
     members = _members(cls).keys()

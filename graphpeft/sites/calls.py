@@ -14,7 +14,7 @@ from graphpeft.graph.ops.boundaries import NAME, boundaries_inside, boundary_of
 from graphpeft.graph.own_forward import call_through
 from graphpeft.graph.paths import join, modules_by_path, within
 from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
-from graphpeft.graph.template import VALUE, Graphs, runs_graph, template_of
+from graphpeft.graph.template import VALUE, Graphs, runs_graph
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.sites.regions import Regions
 from graphpeft.sites.site import CallSite, LeafSite, OneCall, Site
@@ -47,7 +47,7 @@ def boundary(regions: Regions, path: str) -> Crossing:
     module = regions.modules[path]
     if not regions.is_called(path):
         return _boundary_inside(regions, path)
-    template = regions.templates.get(path) or template_of(module) or regions.known.get(path)
+    template = regions.templates.get(path) or regions.present(path)
     if template is None:
         refuse_what_a_graph_cannot_replace(module)
         template = regions.recordings.lift(module) if isinstance(module, fx.GraphModule) else call_through(module)

@@ -23,14 +23,14 @@ from graphpeft.graph.ops import convolution
 from graphpeft.graph.own_forward import call_on_weights
 from graphpeft.graph.paths import join, within
 from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
-from graphpeft.graph.template import Template, runs_graph, template_of
+from graphpeft.graph.template import runs_graph
 from graphpeft.graph.traced_model import plain_attribute, stands_for
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.sites.around_forwards import AroundForwards
 from graphpeft.sites.layer_kinds import kind_of_layer
 from graphpeft.sites.quantised import described, is_quantised
 from graphpeft.sites.readers import Readers
-from graphpeft.sites.regions import Regions
+from graphpeft.sites.regions import Lifted, Regions
 from graphpeft.sites.set_forwards import computes_otherwise
 from graphpeft.sites.site import NoSiteError, Site
 from graphpeft.sites.weight_uses import WeightUses, number_in, weight_uses
@@ -40,11 +40,11 @@ class Known(NamedTuple):
     """What earlier calls have found in a model.
 
     Attributes:
-        templates: The graphs, without adapters, of the regions that adapters have changed, by path.
+        regions: The regions that adapters have changed, by path.
         sites: The sites that adapters have, by the path of the weight's module and the weight's name there.
     """
 
-    templates: Mapping[str, Template]
+    regions: Mapping[str, Lifted]
     sites: Mapping[tuple[str, str], Site]
 
 
@@ -68,7 +68,7 @@ class SiteFinder:
 
     def __init__(self, model: nn.Module, known: Known, example_inputs: ExampleInputs | None = None) -> None:
         read_anew()
-        self.regions = Regions(model, known.templates, example_inputs)
+        self.regions = Regions(model, known.regions, example_inputs)
         self.modules, self.templates = self.regions.modules, self.regions.templates
         self.found: dict[tuple[str, str], Site] = {}
         self._known = known
@@ -110,14 +110,13 @@ class SiteFinder:
 
     def _as_known(self, site: Site, weight: torch.Tensor) -> Site | None:
         """Returns the site that an adapter has if its region's graph is as it was then, but for adapters; or None."""
-        module, template = self.modules.get(site.region), self._known.templates.get(site.region)
-        if module is None or template is None or site.region in self.regions.graphs:
+        if site.region not in self._known.regions.keys() & self.modules.keys() or site.region in self.regions.graphs:
             return None
         if not has_holders(self.modules[site.owner]):
             return None  # the adapter was deleted, and anything may have changed since
-        template = template_of(module) or template
+        template = self.regions.present(site.region)
         # somebody has edited the graph of one that isn't shared
-        if not template.shared or site.shape != tuple(weight.shape):
+        if template is None or not template.shared or site.shape != tuple(weight.shape):
             return None
         self.templates[site.region] = template
         return site._replace(dtype=weight.dtype)
@@ -181,7 +180,7 @@ class SiteFinder:
         if not self.regions.is_called(region) or self.regions.is_set_on_model(region):
             return None
         try:
-            template = self.templates.get(region) or template_of(module)
+            template = self.templates.get(region) or self.regions.present(region)
             if template is None:
                 refuse_what_a_graph_cannot_replace(module)
                 template = call_on_weights(module, weight)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
 from graphpeft.graph import in_place
 from graphpeft.graph.errors import NeedsInputsError, TraceError
+from graphpeft.graph.holders import has_holders, tree_of
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.kept_forwards import foreign_forward, name_of
 from graphpeft.graph.layers import given
@@ -22,12 +23,24 @@ from graphpeft.sites.weight_uses import WeightUses, weight_uses
 from graphpeft.tracing.lift import Recordings
 
 
+class Lifted(NamedTuple):
+    """A region as it was when its first adapter came.
+
+    Attributes:
+        template: Its graph, without any adapter.
+        cls: Its class.
+    """
+
+    template: Template
+    cls: type
+
+
 class Regions:
     """The modules of one model that can have graphs; the model stays unchanged.
 
     Args:
         model: The model.
-        known: Graphs of regions that were recorded before, by path.
+        known: Regions that have had adapters before, by path.
         example_inputs: Inputs of the model, for modules whose forward branches on its inputs.
 
     Attributes:
@@ -36,11 +49,12 @@ class Regions:
         graphs: The paths of modules that run a graph without any adapter.
         recordings: What this call has recorded.
         templates: The graphs of the regions recorded so far, by path.
+        renewed: The paths of regions that have another graph than the known one.
         errors: The reason why a region can't have a graph, by path.
         flows: The tensors that get gradients in calls of layers, by kind of layer, see `gradient_flow`.
     """
 
-    def __init__(self, model: nn.Module, known: Mapping[str, Template], example_inputs: ExampleInputs | None) -> None:
+    def __init__(self, model: nn.Module, known: Mapping[str, Lifted], example_inputs: ExampleInputs | None) -> None:
         modules = modules_by_path(model)
         self.scripted = _scripted(modules)
         self.modules = {path: modules[path] for path in modules if path not in self.scripted}
@@ -54,6 +68,7 @@ class Regions:
         self.example_inputs = example_inputs
         self.recordings = Recordings()
         self.templates: dict[str, Template] = {}
+        self.renewed: set[str] = set()
         self.errors: dict[str, TraceError] = {}
         self.flows: dict[Hashable, Any] = {}
 
@@ -64,7 +79,7 @@ class Regions:
             return found
         module = self.modules[path]
         try:
-            found = template_of(module) or self.known.get(path) or self._lift(path)
+            found = self.present(path) or self._lift(path)
             refuse_handed_layers(found, module)
             if found.calls_own_forward:
                 raise TraceError(
@@ -76,6 +91,18 @@ class Regions:
             return None
         self.templates[path] = found
         return found
+
+    def present(self, path: str) -> Template | None:
+        """Returns the graph that the module at `path` has, or had with an adapter that is still there, or None."""
+        module = self.modules[path]
+        worn, known = template_of(module), self.known.get(path)
+        if worn is not None or known is None:
+            return worn
+        # somebody may have put another module there, or changed its code after its adapters were deleted
+        if in_place.original_class(module) is known.cls and any(map(has_holders, tree_of(module))):
+            return known.template
+        self.renewed.add(path)
+        return None
 
     def _lift(self, path: str) -> Template:
         module, model = self.modules[path], self.modules[""]

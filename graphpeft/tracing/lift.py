@@ -9,6 +9,7 @@ forward may read whatever else by then: globals, settings, code that was replace
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from graphpeft.code.identity_checks import forward_compares_objects
+from graphpeft.code.identity_checks import forward_compares_objects, looked_up_by
 from graphpeft.code.source import cached_by_class, functions_in_forward, is_of_pytorch, names_in
 from graphpeft.graph import in_place
 from graphpeft.graph.computed_weights import read_as_attributes
@@ -27,6 +28,7 @@ from graphpeft.graph.holders import own_modules
 from graphpeft.graph.inputs import ExampleInputs, split_inputs
 from graphpeft.graph.kept_forwards import set_forward
 from graphpeft.graph.offloading import unhooked
+from graphpeft.graph.ops import LAYER_OPTIONS
 from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
 from graphpeft.graph.settings import add_check
@@ -159,8 +161,21 @@ def _template(tracer: ValueTracer, module: nn.Module, example_inputs: ExampleInp
 
 
 def _reads_more(module: nn.Module) -> bool:
-    """Returns whether code of a module or its layers may read attributes in a way that no read of a name shows."""
-    return any(map(_class_reads_more, set(map(in_place.original_class, modules_by_path(module).values()))))
+    """Returns whether code of a module or its layers may depend on more than attributes that are read by name."""
+    classes = set(map(in_place.original_class, modules_by_path(module).values()))
+    if any(map(_class_reads_more, classes)):
+        return True
+    return any(_is_module(module, path) for path in looked_up_by(class_of_forward(module)))
+
+
+def _is_module(module: nn.Module, path: str) -> bool:
+    """Returns whether a path leads to a module, by way of modules."""
+    for name in path.split(".") if path else ():
+        inner = module._modules.get(name)
+        if inner is None:
+            return False
+        module = inner
+    return True
 
 
 @cached_by_class
@@ -195,7 +210,7 @@ _ABSENT = object()
 """The observation of an attribute that isn't there."""
 
 _UNKNOWN = object()
-"""The observation at a path that leads through another object than a module."""
+"""The observation of a path that leads through another object than a module, or that may tell modules apart."""
 
 
 def _observe_at(module: nn.Module, path: str) -> Any:
@@ -212,7 +227,7 @@ def _observe_at(module: nn.Module, path: str) -> Any:
 
 
 def _observe_tree(module: nn.Module) -> Any:
-    """Returns the classes of a module's submodules, which stay calls, and the names of their tensors, by all paths."""
+    """Returns the classes of a module's submodules, which stay calls, with their tensors' names and their options."""
     found: list[Any] = []
     first, waiting = dict[nn.Module, str](), [("", module)]
     while waiting:
@@ -223,7 +238,8 @@ def _observe_tree(module: nn.Module) -> Any:
         first[inner] = path
         held = (*inner._parameters.items(), *inner._buffers.items(), *vars(inner).items())
         tensors = tuple([name for name, tensor in held if issubclass(type(tensor), torch.Tensor)])
-        found.append((path, path and in_place.original_class(inner), tensors))
+        options = {name: vars(inner)[name] for name in LAYER_OPTIONS & vars(inner).keys()}
+        found.append((path, path and in_place.original_class(inner), tensors, options, "forward" in vars(inner)))
         for name, child in own_modules(inner):
             if child is None:
                 found.append((join(path, name), None))
@@ -246,7 +262,14 @@ def _observe(module: nn.Module, name: str) -> Any:
     if module._modules.get(name, module) is None:
         return None
     static = next((vars(cls)[name] for cls in type(module).__mro__ if name in vars(cls)), _ABSENT)
-    return static if static is _ABSENT else _observe_value(static)
+    if static is _ABSENT:
+        return static
+    is_for_each = hasattr(type(static), "__get__") and not issubclass(type(static), _SAME_FOR_ALL)
+    return _UNKNOWN if is_for_each else _observe_value(static)
+
+
+_SAME_FOR_ALL = (types.FunctionType, property, functools.cached_property, staticmethod, classmethod)
+"""Descriptors that keep nothing for a module but by its attributes."""
 
 
 def _observe_value(value: Any, inside: int = 0) -> Any:

@@ -17,6 +17,7 @@ from graphpeft.graph.ops.weight import Weight
 from graphpeft.graph.tags import TAG
 
 __all__ = [
+    "LAYER_OPTIONS",
     "Computation",
     "Convolution",
     "Embedding",
@@ -37,6 +38,9 @@ Operation = Computation | Weight
 """A computation with a weight, or the weight as such."""
 
 _KINDS = (linear, convolution, embedding)
+
+LAYER_OPTIONS = frozenset((*convolution.OPTIONS, *embedding.OPTIONS))
+"""The attributes of layers, beside their tensors, that operations depend on."""
 
 
 def find_ops(graph: fx.Graph, root: nn.Module) -> list[Computation]:

@@ -62,7 +62,7 @@ BENCHMARKS: dict[str, tuple[Callable[[Effort], Cases], int]] = {
 def main() -> None:
     """Runs the chosen benchmarks, prints a table of each as soon as it is measured, and the failures at the end."""
     options = parse()
-    torch.set_num_threads(options.threads)  # before it is told
+    torch.set_num_threads(options.threads)  # source() prints their number
     where = source(), commit()  # before anything changes while this runs
     print(where[0])
     start = time.perf_counter()

@@ -160,14 +160,15 @@ class InTurn(nn.Module):
         return self.last(x)
 
 
-def assert_adapted_anew(model: Any, target: str) -> None:
+def assert_adapted_anew(model: Any, target: str, name: str = "new") -> None:
     """Asserts that a fresh adapter changes nothing, and acts and can be merged once it has values."""
     x = torch.randn(3, 4)
-    expected = model(x)
-    model.add_adapter("new", LoraConfig(r=2, target_modules=[target]))
-    model.set_adapter("new")
+    with model.disable_adapter():
+        expected = model(x)
+    model.add_adapter(name, LoraConfig(r=2, target_modules=[target]))
+    model.set_adapter(name)
     torch.testing.assert_close(model(x), expected)
-    torch.testing.assert_close(model(x, adapter_names=["new", "__base__", "new"]), expected)
+    torch.testing.assert_close(model(x, adapter_names=[name, "__base__", name]), expected)
     for parameter in filter(lambda each: each.requires_grad, model.parameters()):
         nn.init.normal_(parameter)
     changed = model(x)
@@ -204,6 +205,77 @@ def test_a_block_whose_code_was_replaced_after_its_adapters_were_deleted_has_a_n
     model.delete_adapter("default")
     block.forward = Sine.forward
     assert_adapted_anew(model, "w")
+
+
+class Products(nn.Module):
+    """A block that multiplies with two weights of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.v = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(torch.relu(F.linear(x, self.w)), self.v)
+
+
+class Turned(Products):
+    """Such a block that multiplies with them the other way round."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(torch.sin(F.linear(x, self.v)), self.w)
+
+
+def resting(block: nn.Module, *targets: str) -> Any:
+    """Returns a model with a block whose adapter rests."""
+    model: Any = get_peft_model(InTurn(block), LoraConfig(r=2, target_modules=list(targets), init_lora_weights=False))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["last"]))
+    model.set_adapter("other")
+    return model
+
+
+def test_each_weight_of_a_block_in_the_place_of_another_has_its_site_there() -> None:
+    model = resting(Products(), "w", "v")
+    model.blocks.pop(0)
+    model.blocks.append(Turned())
+    assert_adapted_anew(model, "w")
+    model.unmerge_adapter()
+    assert_adapted_anew(model, "v", "newer")
+
+
+def test_a_layer_that_moves_up_as_the_one_before_it_is_taken_away_has_its_own_graph() -> None:
+    layers = nn.ModuleList([nn.Linear(4, 4, bias=False), nn.Linear(4, 4)])
+    model = resting(nn.Sequential(layers[0], layers[1]), "0.0", "0.1")
+    del model.blocks[0][0]
+    assert_adapted_anew(model, "blocks.0.0")
+
+
+def test_a_block_with_an_adapter_inside_has_a_new_graph_once_its_own_adapters_are_deleted() -> None:
+    cls: Any = type("Own", (Product,), {"forward": lambda self, x: torch.relu(self.inner(F.linear(x, self.w)))})
+    block = cls()
+    block.inner = nn.Linear(4, 4)
+    model: Any = get_peft_model(InTurn(block), LoraConfig(r=2, target_modules=["w"]))
+    model(torch.randn(2, 4), adapter_names=["default", "__base__"])
+    model.add_adapter("inside", LoraConfig(r=2, target_modules=["inner"]))
+    model.set_adapter("inside")
+    model.delete_adapter("default")
+    cls.forward = lambda self, x: torch.sin(self.inner(F.linear(x, self.w)))
+    assert_adapted_anew(model, "w")
+
+
+def test_a_resting_adapter_does_not_act_in_another_class_than_it_was_made_for() -> None:
+    model, x = resting(Product(), "w"), torch.randn(3, 4)
+    block = model.blocks[0]
+    model.set_adapter("default")
+    expected = model(x)
+    model.set_adapter("other")
+    block.__class__ = Sine
+    model.add_adapter("new", LoraConfig(r=2, target_modules=["w"]))
+    block.__class__ = Product
+    with pytest.raises(AdaptError, match="another module than the Sine"):
+        model.set_adapter("default")
+    model.delete_adapter("new")
+    block.__class__ = Product
+    assert model(x).shape == expected.shape
 
 
 def test_a_class_that_changes_itself_when_it_is_looked_through_is_left_alone() -> None:

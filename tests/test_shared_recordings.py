@@ -172,8 +172,12 @@ class FactorOf:
         FACTORS[block] = value
 
 
+def factor_of(x: Tensor, module: nn.Module) -> int:
+    return FACTORS.get(module, 1)
+
+
 class Reader(nn.Module):
-    """A block whose class says what it reads."""
+    """A block that hands itself and its input to a function."""
 
     doubles, factor = False, FactorOf()
 
@@ -193,8 +197,7 @@ Read = Callable[[Any, Tensor], Tensor]
 
 def readers(read: Read) -> tuple[nn.Module, nn.Module]:
     """Returns two blocks of a class that nothing has recorded."""
-    # a method, since a block that hands itself on shares nothing
-    cls = type("Reader", (Reader,), {"read": read, "forward": lambda self, x: self.read(F.linear(x, self.w))})
+    cls = type("Reader", (Reader,), {"forward": lambda self, x: read(self, F.linear(x, self.w))})
     return cls(), cls()
 
 
@@ -270,6 +273,10 @@ READS: dict[str, tuple[Read, Callable[[Any], object]]] = {
         lambda block, x: FACTORS[block.inner] * x if block.inner in FACTORS else x,
         lambda block: FACTORS.update({block.inner: 2}),
     ),
+    "what a table has for an alias": (
+        lambda block, x: factor_of(x, block.again) * x,
+        lambda block: FACTORS.update({block.again: 2}),
+    ),
     "a descriptor": (lambda block, x: block.factor * x, lambda block: setattr(block, "factor", 2)),
     "a function": (lambda block, x: block.act(x), lambda block: setattr(block, "act", torch.sin)),
     "an object": (lambda block, x: block.space.factor * x, lambda block: setattr(block, "space", SPACE)),
@@ -288,6 +295,19 @@ def test_a_block_in_which_code_would_read_another_value_has_its_own_graph(what: 
     read, change = READS[what]
     blocks = readers(read)
     change(blocks[not is_changed_first])
+    assert_adapted_together(blocks)
+
+
+def test_a_block_that_finds_itself_in_a_list_has_its_own_graph() -> None:
+    one, other = blocks = readers(lambda block, x: (1 + block.several.index(block)) * x)
+    vars(one)["several"] = vars(other)["several"] = [one, other]
+    assert_adapted_together(blocks)
+
+
+def test_a_layer_may_have_a_tensor_by_a_name_that_convolutions_have() -> None:
+    blocks = readers(lambda block, x: block.pair[0].stride.sum() * x)
+    for number, block in enumerate(blocks):
+        block.get_submodule("pair.0").stride = torch.tensor([1.0, number])
     assert_adapted_together(blocks)
 
 

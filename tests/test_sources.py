@@ -68,7 +68,7 @@ def test_code_without_a_file_has_no_source() -> None:
 
 def test_all_nodes_are_found_each_with_the_one_around_it() -> None:
     tree = ast.parse(inspect.getsource(torch.nn.functional.multi_head_attention_forward))
-    found = attribute_paths.nodes_in(tree)
+    found = attribute_paths._nodes_in(tree)
     contexts = (ast.Load, ast.Store, ast.Del)
     assert [node for node, _ in found] == [node for node in ast.walk(tree) if not isinstance(node, contexts)]
     for node, parent in found[1:]:

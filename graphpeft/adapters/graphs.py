@@ -12,7 +12,7 @@ from torch.fx.proxy import TraceError as ProxyError
 from graphpeft.adapters.exchanged import refuse_exchanged
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapters, Modules
-from graphpeft.graph import ops, slots
+from graphpeft.graph import in_place, ops, slots
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.ops.boundaries import Boundary, Leaf, boundary_of, leaf_of
 from graphpeft.graph.paths import join, within
@@ -132,7 +132,16 @@ def by_region(sites: list[AdaptedSite], modules: Modules) -> dict[str, list[Adap
 
 def worn_in(adapters: Adapters, region: str, modules: Modules) -> Template:
     """Returns the graph that a region has, or would have if an adapter acted there."""
-    return template_of(modules[region]) or adapters.lifted[region].template
+    worn = template_of(modules[region])
+    if worn is not None:
+        return worn
+    lifted = adapters.lifted[region]
+    if in_place.original_class(modules[region]) is not lifted.cls:
+        raise AdaptError(
+            f"{region or 'the model'} is another module than the {lifted.cls.__name__} that was adapted; put that "
+            "back, or delete the adapters that it had"
+        )
+    return lifted.template
 
 
 def bare(adapters: Adapters, region: str, modules: Modules) -> Template:

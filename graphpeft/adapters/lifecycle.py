@@ -27,7 +27,6 @@ from graphpeft.graph.forward_classes import holds_own_tensor
 from graphpeft.graph.hidden_holders import hide_holders, stop_hiding
 from graphpeft.graph.holders import (
     HolderGroup,
-    has_holders,
     has_tensor,
     holder_for,
     new_place,
@@ -35,7 +34,6 @@ from graphpeft.graph.holders import (
     put_on,
     take_off,
     tensor_at,
-    tree_of,
 )
 from graphpeft.graph.kept_forwards import forget, know
 from graphpeft.graph.overrides import own_parameter
@@ -112,7 +110,7 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
     if not plan.config.inference_mode:
         set_attribute(adapters, "trainable", adapters.trainable | {name})
     lifted = {
-        region: Lifted(without_any(template), in_place.original_class(modules[region]))
+        region: Lifted(without_any(template), modules[region], in_place.original_class(modules[region]))
         for region, template in plan.templates.items()
         if (region not in adapters.lifted or region in plan.renewed)
         and (template.shared or template_of(modules[region]) is None)
@@ -290,7 +288,7 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
         if path in modules:
             take_off(modules[path], root)
             stop_hiding(modules[path])
-    _let_ask_no_more(modules, adapters, adapter)
+    _forget_regions(modules, adapters, adapter)
     for (path, attribute), tensor in adapter.overwritten.items():
         if path in modules and modules[path]._parameters.get(attribute) is not None:
             with written(modules[path]):
@@ -300,12 +298,19 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
                     held.copy_(tensor)
 
 
-def _let_ask_no_more(modules: Modules, adapters: Adapters, gone: Adapter) -> None:
-    """Lets regions that have no adapter any more run as others do, or their forwards couldn't be recorded."""
-    regions = {*gone.owners, *(adapted.site.region for adapted in gone.sites)} & adapters.mixable & modules.keys()
-    left = {region for region in regions if not any(map(has_holders, tree_of(modules[region])))}
-    for region in left:
+def _forget_regions(modules: Modules, adapters: Adapters, gone: Adapter) -> None:
+    """Forgets the graphs of regions that have no adapter any more: their modules may be others by the next one."""
+    used = {adapted.site.region for other in adapters.by_name.values() for adapted in other.sites}
+    left = {adapted.site.region for adapted in gone.sites} - used
+    for region in left & adapters.lifted.keys():
+        if region not in modules or template_of(modules[region]) is None:  # nobody has edited the graph
+            delete_item(adapters.lifted, region)
+    for place in [place for place, site in adapters.found.items() if site.region in left]:
+        delete_item(adapters.found, place)
+    for region in left & modules.keys():
         in_place.take_off(modules[region], "rows")
+        if region:
+            forget(modules[region])
     set_attribute(adapters, "mixable", adapters.mixable - left)
 
 

@@ -289,7 +289,7 @@ def _refuse_read_elsewhere(modules: Modules, adapters: Adapters, reading: Mappin
             )
         if template_of(modules[path]) is None:
             # once it asks for rows, its forward can't be recorded any more
-            lifted = Lifted(finder.templates[path], in_place.original_class(modules[path]))
+            lifted = Lifted(finder.templates[path], modules[path], in_place.original_class(modules[path]))
             set_item(adapters.lifted, path, lifted)
 
 

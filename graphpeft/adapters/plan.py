@@ -95,7 +95,7 @@ class Plan:
         autocast: Whether an adapter on half precision weights has single precision.
         scopes: The parameters that several sites share, by their scopes.
         found: The sites of weights as they were found, by the path of the weight's module and the weight's name there.
-        renewed: The paths of regions that have another graph than when they were adapted before.
+        renewed: The paths of regions that are other modules than when they were adapted before.
     """
 
     modules: Mapping[str, nn.Module]

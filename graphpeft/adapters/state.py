@@ -229,7 +229,7 @@ class Adapters:
             trained.
         is_disabled: Whether none acts, whichever are active, until they are enabled again.
         pauses: What stands for each context in which none acts, until it is left.
-        lifted: The regions that were no graph modules before, by path.
+        lifted: The regions that were no graph modules before, as they were then, by path.
         found: The sites of weights as they were found, by the path of the weight's module and the weight's name there.
         merged: The names of those whose changes are in the weights, in the order in which they were added.
         originals: The weights without any of these changes.

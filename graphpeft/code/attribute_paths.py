@@ -69,7 +69,9 @@ def tree_of(code: CodeType) -> ast.AST | None:
         tree = ast.parse(textwrap.dedent(_source_of(code)))
     except (OSError, TypeError, SyntaxError):
         return None
-    said = {getattr(node, kind) for node, _ in nodes_in(tree) for kind in ("id", "attr", "name") if hasattr(node, kind)}
+    said = {
+        getattr(node, kind) for node, _ in _nodes_in(tree) for kind in ("id", "attr", "name") if hasattr(node, kind)
+    }
     # Python joins names of imports by dots, and mangles attributes with two underscores
     return tree if all(name in said or "." in name or "__" in name for name in _names_of(code)) else None
 
@@ -88,7 +90,7 @@ def _source_of(code: CodeType) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def nodes_in(tree: ast.AST) -> Sequence[tuple[Any, Any]]:
+def _nodes_in(tree: ast.AST) -> Sequence[tuple[Any, Any]]:
     """Returns all nodes of a syntax tree, each with the one around it."""
     found: list[tuple[Any, Any]] = [(tree, None)]
     for node, _ in found:
@@ -111,8 +113,8 @@ def _names_of(code: CodeType) -> Iterator[str]:
 @functools.lru_cache(maxsize=4096)
 def _in_source(tree: ast.AST, first: str | None) -> Paths:
     found: list[tuple[str, bool]] = []
-    of_metadata = {id(read) for node, _ in nodes_in(tree) if (read := _asked_for_metadata(node)) is not None}
-    for node, parent in nodes_in(tree):
+    of_metadata = {id(read) for node, _ in _nodes_in(tree) if (read := _asked_for_metadata(node)) is not None}
+    for node, parent in _nodes_in(tree):
         if id(node) in of_metadata:
             continue
         if isinstance(node, ast.Call) and _is_getattr(node):
@@ -154,14 +156,6 @@ def _names(node: ast.Attribute, first: str | None) -> tuple[list[str], bool]:
         names.append(value.attr)
         value = value.value
     return names[::-1], isinstance(value, ast.Name) and value.id == first
-
-
-def path_of(node: ast.AST, first: str) -> str | None:
-    """Returns the path of an expression such as ``x.a.b`` from the variable `first`, "" for itself; None for others."""
-    if isinstance(node, ast.Name):
-        return "" if node.id == first else None
-    names, of_first = _names(node, first) if isinstance(node, ast.Attribute) else ([], False)
-    return ".".join(names) if of_first else None
 
 
 def _is_called(node: ast.AST, call: ast.Call) -> bool:

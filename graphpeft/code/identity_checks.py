@@ -1,4 +1,4 @@
-"""Finds where a forward tells objects apart. A proxy can't be True or False, and can't always be the same object.
+"""Finds comparisons by ``is`` in a forward. A proxy can't be True or False, and can't always be the same object.
 
 Bytecode is read first, since it quickly shows code without such comparisons.
 """
@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from graphpeft.code.attribute_paths import nodes_in, path_of, tree_of
-from graphpeft.code.source import cached_by_class, functions_in_forward, methods_run, values_in_forward
+from graphpeft.code.attribute_paths import tree_of
+from graphpeft.code.source import cached_by_class, functions_in_forward, kinds_in_forward
 
 
 @cached_by_class
@@ -90,49 +90,11 @@ def types_told_apart(cls: type) -> Set[type]:
     """Returns the types of plain values with which a forward may compare an argument by ``is``, as with a default."""
     if not forward_compares_objects(cls):
         return frozenset()
-    return {*map(type, values_in_forward(cls))} & _PLAIN
+    return kinds_in_forward(cls) & _PLAIN
 
 
 # not whole numbers: Python itself has one object for each small one
 _PLAIN = {float, complex, tuple, list, dict}
-
-
-@cached_by_class
-def looked_up_by(cls: type) -> Set[str]:
-    """Returns the paths, "" for ``self``, of what a forward may look up in tables, or compare with other objects."""
-    methods = methods_run(cls)
-    return frozenset().union(*(_looked_up_by(each.__code__, each in methods) for each in functions_in_forward(cls)))
-
-
-@functools.lru_cache(maxsize=4096)
-def _looked_up_by(code: CodeType, is_method: bool) -> frozenset[str]:
-    """Returns the paths from the first argument of code that it looks up; a method also hands on its own module."""
-    if not code.co_argcount:
-        return frozenset()
-    tree, first = tree_of(code), code.co_varnames[0]
-    if tree is None:
-        return frozenset(("",))  # code without source may do so
-    found = ((path_of(node, first), node, parent) for node, parent in nodes_in(tree))
-    return frozenset(path for path, node, parent in found if path is not None and _looks_up(node, parent, is_method))
-
-
-def _looks_up(node: ast.AST, parent: ast.AST | None, is_method: bool) -> bool:
-    match parent:
-        case ast.Attribute() | ast.arguments():
-            return False
-        case ast.Compare(ops=ops):
-            return not {*map(type, ops)} <= {ast.Is, ast.IsNot}
-        case ast.Subscript(slice=index):
-            return node is index
-        case ast.Call(func=ast.Name(id=name)):
-            return name == "hash"
-        case ast.Call(func=ast.Attribute(attr=name) as function):
-            return function is not node and (is_method or name in _LOOK_UPS)
-        case _:
-            return is_method and isinstance(node, ast.Name)
-
-
-_LOOK_UPS = frozenset(("get", "index", "count", "pop", "setdefault"))
 
 
 def is_identity_compared(value: Any) -> bool:

@@ -11,11 +11,12 @@ import contextlib
 import dis
 import functools
 import inspect
+import itertools
 import operator
 import sys
 import textwrap
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple, TypeVar
 
@@ -74,7 +75,7 @@ def read_anew() -> None:
 def uses_in_forward(cls: type) -> Uses:
     """Returns the attributes that `cls`'s forward uses, found in its source, or in its bytecode without source."""
     uses = Uses(set(), set(), set())
-    methods = methods_run(cls)
+    methods = _methods_run(cls)
     # decorators from other Python modules may read attributes by any name, but read no weights
     own = {base.__module__ for base in cls.__mro__}
     for method in methods:
@@ -88,10 +89,7 @@ def uses_in_forward(cls: type) -> Uses:
         if function not in methods:
             may_be_any = function.__globals__.get("__name__") == cls.__module__
             uses.read_elsewhere.update(read_by(function) - (set() if may_be_any else {ANY}))
-    for value in reached.values:
-        if type(value) is operator.attrgetter:
-            reduced: Any = value.__reduce__()
-            uses.read_elsewhere.update(name for path in reduced[1] for name in path.split("."))
+    uses.read_elsewhere.update(reached.got)
     return uses
 
 
@@ -114,7 +112,7 @@ def read_by(function: FunctionType) -> set[str]:
     return {path.removeprefix("*.") for path, _ in paths_in_bytecode(function.__code__, None)}
 
 
-def methods_run(cls: type) -> dict[FunctionType, None]:
+def _methods_run(cls: type) -> dict[FunctionType, None]:
     """Returns a forward and the methods that it calls on ``self``, including properties and methods of base classes."""
     waiting, seen = list(_entries(cls)), set(_entries(cls))
     members = _members(cls).keys()
@@ -218,15 +216,19 @@ def values_around(function: FunctionType) -> Iterator[Any]:
 
 
 class _Reached(NamedTuple):
-    """What code may run and use.
+    """The functions that code may run, and facts about the values that they name.
 
     Attributes:
         functions: The functions, each with whether it is only named, see `functions_called`.
-        values: The values of the names in these functions.
+        kinds: The types of the values.
+        got: The names of attributes that functions made by ``operator.attrgetter`` read.
+        has_tables: Whether modules are in a container among the values, by which code can tell them apart.
     """
 
     functions: Mapping[FunctionType, bool]
-    values: Sequence[Any]
+    kinds: Set[type]
+    got: Set[str]
+    has_tables: bool
 
 
 def functions_in_forward(cls: type) -> Mapping[FunctionType, bool]:
@@ -234,9 +236,14 @@ def functions_in_forward(cls: type) -> Mapping[FunctionType, bool]:
     return _reached_in_forward(cls).functions
 
 
-def values_in_forward(cls: type) -> Sequence[Any]:
-    """Returns the values of the names in the functions that a forward may run."""
-    return _reached_in_forward(cls).values
+def kinds_in_forward(cls: type) -> Set[type]:
+    """Returns the types of the values that the functions name which a forward may run."""
+    return _reached_in_forward(cls).kinds
+
+
+def has_tables_of_modules(cls: type) -> bool:
+    """Returns whether the functions that a forward may run name a container with modules in it."""
+    return _reached_in_forward(cls).has_tables
 
 
 @cached_by_class
@@ -272,7 +279,27 @@ def _reached(starts: Iterable[Any], cls: type) -> _Reached:
             named = _named_in(function, cls)
             values += named
             waiting += [(value, True) for value in named]
-    return _Reached({function: is_named for function, is_named in found.items() if not _is_excluded(function)}, values)
+    getters: Any = [value for value in values if type(value) is operator.attrgetter]
+    return _Reached(
+        {function: is_named for function, is_named in found.items() if not _is_excluded(function)},
+        set(map(type, values)),
+        {name for getter in getters for path in getter.__reduce__()[1] for name in path.split(".")},
+        any(is_table_of_modules(value) for value in values if type(value) in _CONTAINERS),
+    )
+
+
+def is_table_of_modules(value: Any) -> bool:
+    """Returns whether a value is a container with modules in it, or in tuples in it."""
+    return type(value) in _CONTAINERS and any(map(_has_module, itertools.islice(list(value), _LONGEST)))
+
+
+def _has_module(key: Any) -> bool:
+    return issubclass(type(key), nn.Module) or (type(key) is tuple and any(map(_has_module, key)))
+
+
+_CONTAINERS = {dict, list, tuple, set, frozenset, weakref.WeakKeyDictionary, weakref.WeakSet}
+_LONGEST = 1000
+"""The number of entries of a container that are looked at, which may have a million."""
 
 
 def _is_excluded(function: FunctionType) -> bool:

@@ -207,7 +207,7 @@ class SiteFinder:
         reason = f"its {attribute} is {using}, and its module is called as well"
         if uses.shortens:
             raise NoSiteError(f"{reason}, which shortens its rows by max_norm")
-        has_graph = region in self._with_sites or region in self.regions.graphs or region in self.regions.known
+        has_graph = region in self._with_sites or region in self.regions.graphs or self._is_known(region)
         if not has_graph:
             recorded = self.templates.pop(region)
             found = self._uses_of_own_forward(region, owner, attribute)
@@ -217,6 +217,9 @@ class SiteFinder:
             self.templates[region] = recorded
         others = f", and {region or 'the model'} has a graph for other weights" if has_graph else ""
         raise NoSiteError(f"{reason}{others}; adapt a graph of the whole model, graphpeft.trace(model, example_inputs)")
+
+    def _is_known(self, region: str) -> bool:
+        return region in self.regions.known and self.regions.present(region) is not None
 
     def _caller_outside(self, region: str, owner: str) -> str | None:
         """Returns a module around `owner` that calls it, other than the region that reads its weight, or None."""

@@ -11,7 +11,6 @@ from torch import fx, nn
 
 from graphpeft.graph import in_place
 from graphpeft.graph.errors import NeedsInputsError, TraceError
-from graphpeft.graph.holders import has_holders, tree_of
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.kept_forwards import foreign_forward, name_of
 from graphpeft.graph.layers import given
@@ -28,10 +27,12 @@ class Lifted(NamedTuple):
 
     Attributes:
         template: Its graph, without any adapter.
-        cls: Its class.
+        module: The module.
+        cls: The module's class.
     """
 
     template: Template
+    module: nn.Module
     cls: type
 
 
@@ -49,7 +50,7 @@ class Regions:
         graphs: The paths of modules that run a graph without any adapter.
         recordings: What this call has recorded.
         templates: The graphs of the regions recorded so far, by path.
-        renewed: The paths of regions that have another graph than the known one.
+        renewed: The paths of regions that aren't the known modules any more.
         errors: The reason why a region can't have a graph, by path.
         flows: The tensors that get gradients in calls of layers, by kind of layer, see `gradient_flow`.
     """
@@ -93,13 +94,15 @@ class Regions:
         return found
 
     def present(self, path: str) -> Template | None:
-        """Returns the graph that the module at `path` has, or had with an adapter that is still there, or None."""
+        """Returns the graph of the module at `path`, or the known one if the module is still the same; or None.
+
+        If it is another module, `renewed` gets the path.
+        """
         module = self.modules[path]
         worn, known = template_of(module), self.known.get(path)
         if worn is not None or known is None:
             return worn
-        # somebody may have put another module there, or changed its code after its adapters were deleted
-        if in_place.original_class(module) is known.cls and any(map(has_holders, tree_of(module))):
+        if known.module is module and in_place.original_class(module) is known.cls:
             return known.template
         self.renewed.add(path)
         return None

@@ -11,14 +11,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
-from graphpeft.code.identity_checks import forward_compares_objects, looked_up_by
-from graphpeft.code.source import cached_by_class, functions_in_forward, is_of_pytorch, names_in
+from graphpeft.code.identity_checks import forward_compares_objects
+from graphpeft.code.source import (
+    cached_by_class,
+    functions_in_forward,
+    has_tables_of_modules,
+    is_of_pytorch,
+    is_table_of_modules,
+    names_in,
+)
 from graphpeft.graph import in_place
 from graphpeft.graph.computed_weights import read_as_attributes
 from graphpeft.graph.copied_graphs import copy_graph
@@ -112,13 +120,13 @@ def lift_forward(module: nn.Module, forward: Callable[..., Any]) -> Template:
         TraceError: As `lift` does.
     """
     with ONE_TRACE_AT_A_TIME, unhooked(module), in_place.without(module, "tensors"), contextlib.ExitStack() as stack:
-        at_end_of(stack, _put_back, vars(module), "forward", vars(module).get("forward", _UNKNOWN))
+        at_end_of(stack, _put_back, vars(module), "forward", vars(module).get("forward", _ABSENT))
         vars(module)["forward"] = forward
         return _template(ValueTracer(keeps_whole=lambda _: True), module, None)
 
 
 def _put_back(held: dict[str, Any], name: str, value: Any) -> None:
-    if value is _UNKNOWN:
+    if value is _ABSENT:
         held.pop(name, None)
     else:
         held[name] = value
@@ -135,7 +143,7 @@ def _record(module: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Re
     session = tracer.session
     read = sorted({*session.reads, *session.lines_of_reads, *session.read_once, ""})
     facts = tuple((path, _observe_at(module, path)) for path in read)
-    may_lack_facts = session.specialised or _reads_more(module) or any(seen is _UNKNOWN for _, seen in facts)
+    may_lack_facts = session.specialised or _reads_more(module)
     return Recording(facts, result), example_inputs is None and not may_lack_facts
 
 
@@ -163,25 +171,13 @@ def _template(tracer: ValueTracer, module: nn.Module, example_inputs: ExampleInp
 def _reads_more(module: nn.Module) -> bool:
     """Returns whether code of a module or its layers may depend on more than attributes that are read by name."""
     classes = set(map(in_place.original_class, modules_by_path(module).values()))
-    if any(map(_class_reads_more, classes)):
-        return True
-    return any(_is_module(module, path) for path in looked_up_by(class_of_forward(module)))
-
-
-def _is_module(module: nn.Module, path: str) -> bool:
-    """Returns whether a path leads to a module, by way of modules."""
-    for name in path.split(".") if path else ():
-        inner = module._modules.get(name)
-        if inner is None:
-            return False
-        module = inner
-    return True
+    return any(map(_class_reads_more, classes))
 
 
 @cached_by_class
 def _class_reads_more(cls: type) -> bool:
     members = [item for base in cls.__mro__ if not is_of_pytorch(base) for item in vars(base).items()]
-    if not _RUN_FOR_NAMES.isdisjoint(name for name, _ in members):
+    if not _RUN_FOR_NAMES.isdisjoint(name for name, _ in members) or has_tables_of_modules(cls):
         return True
     own = (getattr(member, "fget", member) for name, member in members if name not in _RUN_BY_OTHERS)
     functions = (*functions_in_forward(cls), *(member for member in own if type(member) is types.FunctionType))
@@ -192,7 +188,7 @@ _RUN_FOR_NAMES = frozenset(("__getattr__", "__getattribute__"))
 _RUN_BY_OTHERS = ("__init__", "__repr__", "__getstate__", "__setstate__", "__deepcopy__", "__reduce_ex__", "extra_repr")
 """Methods that no forward runs."""
 
-_READ_MORE = frozenset(("__getattribute__", "dir", "id"))
+_READ_MORE = frozenset(("__getattribute__", "dir", "hash", "id"))
 """Names by which code reads an attribute unseen, reads the names of all, or tells modules apart."""
 
 
@@ -209,8 +205,9 @@ class _Itself:
 _ABSENT = object()
 """The observation of an attribute that isn't there."""
 
-_UNKNOWN = object()
-"""The observation of a path that leads through another object than a module, or that may tell modules apart."""
+
+class _Unknown:
+    """The observation of a value that lies behind another object than a module, or may tell modules apart."""
 
 
 def _observe_at(module: nn.Module, path: str) -> Any:
@@ -221,13 +218,13 @@ def _observe_at(module: nn.Module, path: str) -> Any:
     for outer in around:
         inner = module._modules.get(outer)
         if inner is None:
-            return _UNKNOWN
+            return _Unknown()
         module = inner
     return _observe(module, name)
 
 
 def _observe_tree(module: nn.Module) -> Any:
-    """Returns the classes of a module's submodules, which stay calls, with their tensors' names and their options."""
+    """Returns a module's submodules, which stay calls: their classes, options, tensors' names, and set forwards."""
     found: list[Any] = []
     first, waiting = dict[nn.Module, str](), [("", module)]
     while waiting:
@@ -238,7 +235,7 @@ def _observe_tree(module: nn.Module) -> Any:
         first[inner] = path
         held = (*inner._parameters.items(), *inner._buffers.items(), *vars(inner).items())
         tensors = tuple([name for name, tensor in held if issubclass(type(tensor), torch.Tensor)])
-        options = {name: vars(inner)[name] for name in LAYER_OPTIONS & vars(inner).keys()}
+        options = {name: _observe_value(vars(inner)[name]) for name in LAYER_OPTIONS & vars(inner).keys()}
         found.append((path, path and in_place.original_class(inner), tensors, options, "forward" in vars(inner)))
         for name, child in own_modules(inner):
             if child is None:
@@ -265,7 +262,7 @@ def _observe(module: nn.Module, name: str) -> Any:
     if static is _ABSENT:
         return static
     is_for_each = hasattr(type(static), "__get__") and not issubclass(type(static), _SAME_FOR_ALL)
-    return _UNKNOWN if is_for_each else _observe_value(static)
+    return _Unknown() if is_for_each else _observe_value(static)
 
 
 _SAME_FOR_ALL = (types.FunctionType, property, functools.cached_property, staticmethod, classmethod)
@@ -278,6 +275,8 @@ def _observe_value(value: Any, inside: int = 0) -> Any:
     if kind in SIMPLE:
         # by the text of a number, since 0.0 equals -0.0, and no NaN equals itself
         return kind, repr(value) if kind in (float, complex) else value
+    if issubclass(kind, nn.Module | weakref.ref) or is_table_of_modules(value):
+        return _Unknown()  # code may ask whether it is, or has, the module itself
     # a container may hold itself, or a million numbers
     if kind not in (tuple, list, dict, torch.Size) or inside > _DEEPEST or len(value) > _LONGEST:
         return _Itself(value)

@@ -81,8 +81,8 @@ NOTES = """\
 Times are medians: wall time for import, processor time for the rest (wall time too with --threads above 1). A ratio is
 the median, over the rounds, of graphpeft's time by the other's in the same round, ± half of its 95 % confidence
 interval; "?" marks a verdict whose limit lies inside that interval. Garbage is collected before every round and every
-adaptation, and its collector stays on. Every adaptation records its graphs anew; only "the first in a process" has to
-read the code's source and to compile what it generates."""
+adaptation, and its collector stays on. Every adaptation records its graphs anew; only "the first in a process" reads
+source files and compiles the generated forwards."""
 
 
 def parse() -> argparse.Namespace:

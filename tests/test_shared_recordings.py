@@ -6,6 +6,7 @@ later call has a recording of an earlier one, whatever code reads by then.
 
 from __future__ import annotations
 
+import collections
 import os
 import types
 import weakref
@@ -158,6 +159,7 @@ class Factor(str):
         self.factor = 3
 
 
+COUNTS: Any = collections.defaultdict(int)
 FACTORS: Any = weakref.WeakKeyDictionary()
 """A number for a module, wherever code looks it up."""
 
@@ -265,6 +267,10 @@ READS: dict[str, tuple[Read, Callable[[Any], object]]] = {
     ),
     "the object itself": (lambda block, x: x * (id(block) % 7), lambda block: None),
     "what a table has for it": (lambda block, x: FACTORS.get(block, 1) * x, lambda block: FACTORS.update({block: 2})),
+    "what a table with a default has for it": (
+        lambda block, x: COUNTS[block] * x + x,
+        lambda block: COUNTS.update({block: 2}),
+    ),
     "whether it is among others": (
         lambda block, x: 2 * x if block in FACTORS else x,
         lambda block: FACTORS.update({block: 2}),

@@ -302,16 +302,16 @@ def _forget_regions(modules: Modules, adapters: Adapters, gone: Adapter) -> None
     """Forgets the graphs of regions that have no adapter any more: their modules may be others by the next one."""
     used = {adapted.site.region for other in adapters.by_name.values() for adapted in other.sites}
     left = {adapted.site.region for adapted in gone.sites} - used
+    for region in left & adapters.mixable & modules.keys():
+        in_place.take_off(modules[region], "rows")
+    set_attribute(adapters, "mixable", adapters.mixable - left)
     for region in left & adapters.lifted.keys():
         if region not in modules or template_of(modules[region]) is None:  # nobody has edited the graph
             delete_item(adapters.lifted, region)
+            if region in modules:
+                forget(modules[region])
     for place in [place for place, site in adapters.found.items() if site.region in left]:
         delete_item(adapters.found, place)
-    for region in left & modules.keys():
-        in_place.take_off(modules[region], "rows")
-        if region:
-            forget(modules[region])
-    set_attribute(adapters, "mixable", adapters.mixable - left)
 
 
 def copies_of_saved(modules: Modules, adapters: Adapters) -> Tensors:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from graphpeft.code.attribute_paths import tree_of
-from graphpeft.code.source import cached_by_class, functions_in_forward, kinds_in_forward
+from graphpeft.code.source import cached_by_class, functions_in_forward, reached_in_forward
 
 
 @cached_by_class
@@ -90,7 +90,7 @@ def types_told_apart(cls: type) -> Set[type]:
     """Returns the types of plain values with which a forward may compare an argument by ``is``, as with a default."""
     if not forward_compares_objects(cls):
         return frozenset()
-    return kinds_in_forward(cls) & _PLAIN
+    return reached_in_forward(cls).kinds & _PLAIN
 
 
 # not whole numbers: Python itself has one object for each small one

@@ -7,6 +7,7 @@ run. A trace of the module would show this, but a model has hundreds of modules,
 from __future__ import annotations
 
 import ast
+import collections
 import contextlib
 import dis
 import functools
@@ -84,7 +85,7 @@ def uses_in_forward(cls: type) -> Uses:
                 (uses.called if is_call else uses.read).add(path)
             elif path[2:] != ANY or method.__globals__.get("__name__") in own:
                 uses.read_elsewhere.add(path[2:])
-    reached = _reached_in_forward(cls)
+    reached = reached_in_forward(cls)
     for function in reached.functions:
         if function not in methods:
             may_be_any = function.__globals__.get("__name__") == cls.__module__
@@ -152,7 +153,7 @@ def _of_bases(cls: type) -> frozenset[str]:
 
 @cached_by_class
 def _members(cls: type) -> Mapping[str, Any]:
-    """Returns the members of a class by name, including those of its bases."""
+    """Returns the members of a class and of its bases, by name."""
     found: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         found.update(vars(base))
@@ -215,7 +216,7 @@ def values_around(function: FunctionType) -> Iterator[Any]:
             yield cell.cell_contents
 
 
-class _Reached(NamedTuple):
+class Reached(NamedTuple):
     """The functions that code may run, and facts about the values that they name.
 
     Attributes:
@@ -233,21 +234,12 @@ class _Reached(NamedTuple):
 
 def functions_in_forward(cls: type) -> Mapping[FunctionType, bool]:
     """Returns the functions that a forward may run, found by name, see `functions_called`."""
-    return _reached_in_forward(cls).functions
-
-
-def kinds_in_forward(cls: type) -> Set[type]:
-    """Returns the types of the values that the functions name which a forward may run."""
-    return _reached_in_forward(cls).kinds
-
-
-def has_tables_of_modules(cls: type) -> bool:
-    """Returns whether the functions that a forward may run name a container with modules in it."""
-    return _reached_in_forward(cls).has_tables
+    return reached_in_forward(cls).functions
 
 
 @cached_by_class
-def _reached_in_forward(cls: type) -> _Reached:
+def reached_in_forward(cls: type) -> Reached:
+    """Returns the functions that a forward may run, with facts about the values that they name."""
     return _reached(_members_named(cls, frozenset(_entries(cls))), cls)
 
 
@@ -264,7 +256,7 @@ def functions_called(starts: Iterable[Any], cls: type = object) -> Mapping[Funct
     return _reached(starts, cls).functions
 
 
-def _reached(starts: Iterable[Any], cls: type) -> _Reached:
+def _reached(starts: Iterable[Any], cls: type) -> Reached:
     waiting = [(start, False) for start in starts]
     found: dict[FunctionType, bool] = {}
     values: list[Any] = []
@@ -280,7 +272,7 @@ def _reached(starts: Iterable[Any], cls: type) -> _Reached:
             values += named
             waiting += [(value, True) for value in named]
     getters: Any = [value for value in values if type(value) is operator.attrgetter]
-    return _Reached(
+    return Reached(
         {function: is_named for function, is_named in found.items() if not _is_excluded(function)},
         set(map(type, values)),
         {name for getter in getters for path in getter.__reduce__()[1] for name in path.split(".")},
@@ -297,7 +289,10 @@ def _has_module(key: Any) -> bool:
     return issubclass(type(key), nn.Module) or (type(key) is tuple and any(map(_has_module, key)))
 
 
-_CONTAINERS = {dict, list, tuple, set, frozenset, weakref.WeakKeyDictionary, weakref.WeakSet}
+_CONTAINERS = {
+    dict, collections.defaultdict, collections.OrderedDict, weakref.WeakKeyDictionary,
+    list, tuple, collections.deque, set, frozenset, weakref.WeakSet,
+}  # fmt: skip
 _LONGEST = 1000
 """The number of entries of a container that are looked at, which may have a million."""
 

@@ -110,15 +110,16 @@ class SiteFinder:
 
     def _as_known(self, site: Site, weight: torch.Tensor) -> Site | None:
         """Returns the site that an adapter has if its region's graph is as it was then, but for adapters; or None."""
-        if site.region not in self._known.regions.keys() & self.modules.keys() or site.region in self.regions.graphs:
+        region = site.region
+        if region not in self._known.regions or region not in self.modules or region in self.regions.graphs:
             return None
         if not has_holders(self.modules[site.owner]):
             return None  # the adapter was deleted, and anything may have changed since
-        template = self.regions.present(site.region)
+        template = self.regions.present(region)
         # somebody has edited the graph of one that isn't shared
         if template is None or not template.shared or site.shape != tuple(weight.shape):
             return None
-        self.templates[site.region] = template
+        self.templates[region] = template
         return site._replace(dtype=weight.dtype)
 
     def _new_site(self, owner: str, attribute: str, weight: torch.Tensor) -> Site:

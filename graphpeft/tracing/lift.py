@@ -22,10 +22,10 @@ from graphpeft.code.identity_checks import forward_compares_objects
 from graphpeft.code.source import (
     cached_by_class,
     functions_in_forward,
-    has_tables_of_modules,
     is_of_pytorch,
     is_table_of_modules,
     names_in,
+    reached_in_forward,
 )
 from graphpeft.graph import in_place
 from graphpeft.graph.computed_weights import read_as_attributes
@@ -177,7 +177,7 @@ def _reads_more(module: nn.Module) -> bool:
 @cached_by_class
 def _class_reads_more(cls: type) -> bool:
     members = [item for base in cls.__mro__ if not is_of_pytorch(base) for item in vars(base).items()]
-    if not _RUN_FOR_NAMES.isdisjoint(name for name, _ in members) or has_tables_of_modules(cls):
+    if not _RUN_FOR_NAMES.isdisjoint(name for name, _ in members) or reached_in_forward(cls).has_tables:
         return True
     own = (getattr(member, "fget", member) for name, member in members if name not in _RUN_BY_OTHERS)
     functions = (*functions_in_forward(cls), *(member for member in own if type(member) is types.FunctionType))

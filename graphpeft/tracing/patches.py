@@ -81,7 +81,7 @@ _DTYPE_FACTS = ("finfo", "iinfo")
 @contextlib.contextmanager
 def recording(tracer: Recorder, root: nn.Module) -> Iterator[Recording]:
     """Patches PyTorch and the code of `root` to report to `tracer`; restores them and `root`'s state at the end."""
-    # PyTorch keeps what it then finds in `torch`, which must not be what is put there below: it holds the model
+    # PyTorch keeps the functions of `torch` that it lists first; patched ones would keep the model in memory
     torch.overrides.get_overridable_functions()
     with contextlib.ExitStack() as stack:
         reach = Reach(root)

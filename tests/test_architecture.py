@@ -246,3 +246,51 @@ def test_private_names_of_pytorch_are_found_however_they_are_used():
     ):
         assert private_names(source), source
     assert private_names("import torch\nclass C:\n    def f(self): return self._version, x._own, m._parameters") == []
+
+
+# files
+
+WRITERS = {"save_file", "save_model", "torch.save", "torch.export.save"}
+"""Functions that write the file that they are given."""
+
+STAGED = re.compile(r"\bstag(ed|ing)\b")
+
+
+def writes_elsewhere(source: str) -> list[str]:
+    """Returns where code writes a file that is in no staging folder, and so could be seen half written."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        function = ast.unparse(node.func)
+        method = function.rpartition(".")[2]
+        mode = ast.unparse(node.args[0]) if method == "open" and node.args else ""
+        if method in ("write_text", "write_bytes") or (method == "open" and "w" in mode):
+            place = function
+        elif function in WRITERS:
+            place = ast.unparse(node.args[1])
+        else:
+            continue
+        # a buffer in memory is no file
+        if not STAGED.search(place) and place not in ("buffer", "file"):
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_files_are_written_by_way_of_a_staging_folder():
+    found = {file: writes_elsewhere(source) for file, source in SOURCES.items() if file != "files/atomic_files.py"}
+    assert {file: writes for file, writes in found.items() if writes} == {}
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "save_file(tensors, folder / 'adapter_model.safetensors')",
+        "torch.save(tensors, path)",
+        "Path(folder, 'config.json').write_text('{}')",
+        "with path.open('wb') as out: out.write(b'')",
+    ],
+)
+def test_a_planted_write_is_seen(planted: str):
+    assert writes_elsewhere(planted)
+    assert not writes_elsewhere("save_file(tensors, staging.folder / 'a')\n(staged / 'b').write_text('{}')")

@@ -12,6 +12,7 @@ from typing import Any
 
 import peft
 import pytest
+import timm
 import torch
 from click.testing import CliRunner
 from contracts import FIRST
@@ -742,3 +743,46 @@ def test_a_warning_is_one_line_without_a_place_in_the_code(here: Path):
     answer = subprocess.run([sys.executable, "-m", "graphpeft", *arguments], capture_output=True, text=True, check=True)
     [line] = answer.stderr.splitlines()
     assert line.startswith("graphpeft merge: warning: adapter_config.json has keys that LoraConfig doesn't know")
+
+
+# bases
+
+
+def in_cache(hub: Path, repository: str, model: nn.Module) -> None:
+    """Puts weights where the Hub's client keeps what it has loaded."""
+    folder = hub / f"models--{repository.replace('/', '--')}"
+    snapshot = folder / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0")
+    save_file(model.state_dict(), snapshot / "model.safetensors")
+
+
+def saved_of_timm(folder: Path) -> nn.Module:
+    """Saves an adapter of a model with weights of its own, and returns the model with the adapter."""
+    torch.manual_seed(77)
+    model: Any = timm.create_model("resnet10t").eval()
+    in_cache(folder / "hub", model.pretrained_cfg["hf_hub_id"], model)
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["fc"], init_lora_weights=False)).eval()
+    model.save_pretrained(folder / "adapter")
+    return model
+
+
+@pytest.mark.parametrize("command", [["merge", "adapter", "m.safetensors"], ["convert", "adapter", "lora"]])
+def test_an_adapter_is_not_merged_into_first_weights(
+    command: list[str], here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    saved_of_timm(here)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here / "none"))
+    assert main([*command, "--base", "timm:resnet10t"]) == 2
+    assert "pretrained weights, to which an adapter belongs, can't be loaded" in capsys.readouterr().err
+    assert not (here / command[-1]).exists()
+
+
+def test_an_adapter_is_merged_into_pretrained_weights(here: Path, monkeypatch: pytest.MonkeyPatch):
+    model = saved_of_timm(here)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here / "hub"))
+    assert main(["merge", "adapter", "m.safetensors", "--base", "timm:resnet10t"]) == 0
+    merged, x = timm.create_model("resnet10t").eval(), torch.randn(1, 3, 64, 64)
+    merged.load_state_dict(load_file(here / "m.safetensors"))
+    torch.testing.assert_close(merged(x), model(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterable
@@ -25,6 +26,7 @@ from trainers import losses, tokens, trainer_of
 
 import graphpeft
 from graphpeft import AdaptError, LoraConfig, PeftModel, PeftType, get_peft_model
+from graphpeft.adapters import changes
 from graphpeft.rules.registry import registered
 from graphpeft.testing import verify
 
@@ -128,6 +130,26 @@ def test_a_file_of_pefts_gives_pefts_outputs_and_is_written_again(
         assert_close(outputs(model, case), expected, contract.tolerance)
     else:
         assert_close(outputs(model.merge_and_unload(), case), expected, contract.tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:All adapters are already merged")
+@pytest.mark.parametrize("contract", [each for each in FIRST if "merge" not in each.refuses], ids=str)
+def test_what_the_base_becomes_while_an_adapter_is_merged_is_kept_or_the_call_raises(contract: Contract) -> None:
+    case = (*contract.cases, *contract.beyond)[0]
+    model = moved(get_peft_model(case.build(), contract.our_config(case)))
+    model.merge_adapter()
+    for path, name in model._peft_adapters.originals:
+        weight = model.get_submodule(path)._parameters[name]
+        weight.data = weight + torch.linspace(0.1, 0.3, weight.numel()).view_as(weight)
+    expected = outputs(model, case)
+    assert torch.equal(outputs(copy.deepcopy(model).merge_and_unload(), case), expected)
+    if any(changes.asks_of_weights(adapted.rule) for adapted in model._peft_adapters.by_name["default"].sites):
+        with pytest.raises(AdaptError, match="depends on the weight itself"):
+            model.unmerge_adapter()
+        assert torch.equal(outputs(model, case), expected)
+    else:
+        model.unmerge_adapter()
+        assert_close(outputs(model, case), expected, contract.tolerance)
 
 
 @each_pair

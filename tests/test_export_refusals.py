@@ -652,8 +652,8 @@ def test_what_fails_while_it_is_written_is_named_with_the_format(tmp_path, monke
 
 def test_an_export_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
     class Interrupted(Pt2):
-        def write(self, export, path, about):
-            super().write(export, path, about)
+        def write(self, export, staged, about):
+            super().write(export, staged, about)
             raise KeyboardInterrupt("by hand")
 
     monkeypatch.setitem(FORMATS, "pt2", Interrupted())

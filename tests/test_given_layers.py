@@ -244,3 +244,37 @@ def test_an_option_that_is_the_classs_gives_no_graph_and_an_adapted_model_all_th
     assert given(model[0]) is None
     expected = model(x)
     assert torch.equal(get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))(x), expected)
+
+
+LACKING = {
+    "linear": lambda: nn.Linear(4, 6, bias=False),
+    "2d": lambda: nn.Conv2d(4, 6, 3, bias=False),
+    "transposed 1d": lambda: nn.ConvTranspose1d(4, 6, 3, bias=False),
+}
+
+
+@pytest.mark.parametrize("make", LACKING.values(), ids=LACKING)
+def test_a_bias_that_comes_later_is_refused_since_the_graph_has_none(make: Callable[[], nn.Module]) -> None:
+    model = get_peft_model(nn.Sequential(make()), LoraConfig(r=2, target_modules=["0"]))
+    bias = nn.Parameter(torch.ones(6))
+    with pytest.raises(GuardError, match="was None when it was adapted, and is to be a parameter now"):
+        model[0].bias = bias
+    assert model[0].bias is None
+    model[0].bias = None
+    model.disable_adapter_layers()
+    model[0].bias = bias
+    with pytest.raises(GuardError, match="was None when it was adapted, and is to be a parameter now"):
+        model.enable_adapter_layers()
+    model.unload()
+    assert model[0].bias is bias
+
+
+def test_a_bias_that_was_taken_away_is_none_of_a_merged_layer() -> None:
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(4, 6)), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    )
+    model[0].bias = None
+    x = torch.randn(2, 4)
+    expected = model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected)

@@ -547,3 +547,44 @@ def test_within_autocast_each_run_has_its_own_values_and_later_ones_the_model_s(
         expected = model(x).detach()
         assert check_learning(model, (x,)).dead == ()
         assert torch.equal(model(x), expected)
+
+
+def cycles() -> Any:
+    """LoRA both of whose factors are zero."""
+    model = adapted(Plain)
+    nn.init.zeros_(model[0].layer.default.lora_A)
+    return model
+
+
+def chains() -> Any:
+    """Factors that wait for others, which wait for others: three steps until all learn."""
+    model = adapted(Plain, config=LoHaConfig(r=2, target_modules=["layer"]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+        model[0].layer.default.hada_w1_a.fill_(1.0)
+        model[0].layer.default.hada_w1_b.fill_(1.0)
+        model[0].layer.default.hada_w2_b.fill_(1.0)
+    return model
+
+
+def test_tensors_that_wait_for_each_other_are_dead():
+    (site,) = check_learning(cycles(), (torch.randn(3, SIZE),)).dead
+    assert site.reason == "lora_A, lora_B wait for each other: each has a gradient of zero until another one changes"
+
+
+def test_what_waits_for_what_learns_is_not_dead():
+    assert check_learning(chains(), (torch.randn(3, SIZE),)).dead == ()
+
+
+def test_two_factors_at_zero_never_learn():
+    """The law that the one above tells: after some steps of an optimizer nothing has changed."""
+    model = cycles()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=1.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(3, SIZE)).square().sum().backward()
+        optimizer.step()
+    assert not any(parameter.any() for parameter in trained)

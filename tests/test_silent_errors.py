@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -25,8 +26,10 @@ from graphpeft import (
     GuardError,
     LoraConfig,
     NeedsInputsError,
+    OSFConfig,
     PeftModel,
     TraceError,
+    VeraConfig,
     explain,
     get_peft_model,
     optimize,
@@ -1267,3 +1270,128 @@ def test_a_weight_that_was_pruned_after_adapting_is_not_merged_into():
             merge()
     assert model.merged_adapters == []
     assert torch.equal(model(x), before)
+
+
+def overflowing() -> Any:
+    """A model in half precision whose weight and change are finite, and whose sum is not."""
+    model: Any = nn.Sequential(nn.Linear(8, 8)).half()
+    nn.init.constant_(model[0].weight, 60000.0)
+    model = get_peft_model(
+        model,
+        LoraConfig(r=2, lora_alpha=2, target_modules=["0"], init_lora_weights=False),
+        autocast_adapter_dtype=False,
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.constant_(parameter, 71.0)
+    return model
+
+
+def with_nan() -> Any:
+    """A model whose base has a NaN."""
+    model: Any = nn.Sequential(nn.Linear(8, 8))
+    model[0].weight.data[0, 0] = torch.nan
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize("make", [overflowing, with_nan], ids=["overflow", "nan"])
+def test_a_safe_merge_looks_at_the_sum(make: Callable[[], Any], merge: str):
+    model = make()
+    before = laws.snapshot(model)
+    with pytest.raises(AdaptError, match=r"0.weight with 'default' merged into it isn't finite"):
+        getattr(model, merge)(safe_merge=True)
+    laws.require_unchanged(model, before, "a refused merge")
+
+
+EDITS: dict[str, Callable[[Any], None]] = {
+    "lora_alpha": lambda config: setattr(config, "lora_alpha", 200),
+    "use_rslora": lambda config: setattr(config, "use_rslora", True),
+    "alpha_pattern": lambda config: config.alpha_pattern.update({"0": 7}),
+    "r": lambda config: setattr(config, "r", 4),
+}
+
+
+@pytest.mark.parametrize("option", EDITS)
+def test_an_option_that_is_set_on_the_config_of_an_adapter_is_not_saved_as_if_it_acted(option: str, tmp_path: Any):
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), lora("0", lora_alpha=2))
+    EDITS[option](model.peft_config["default"])
+    with pytest.raises(AdaptError, match=f"{option} of 'default' was .* when its tensors were made"):
+        model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_option_that_says_nothing_of_the_tensors_may_be_set(tmp_path: Any):
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), lora("0"))
+    config: Any = model.peft_config["default"]
+    config.base_model_name_or_path, config.inference_mode = "other", True
+    model.save_pretrained(tmp_path)
+    assert LoraConfig.from_pretrained(tmp_path).base_model_name_or_path == "other"
+
+
+@pytest.fixture(params=["default dtype", "autocast"])
+def half_precision_around(request: pytest.FixtureRequest) -> Callable[[], Any]:
+    """What halves the precision of code that doesn't choose one."""
+
+    @contextlib.contextmanager
+    def by_default():
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            yield
+            assert torch.get_default_dtype() is torch.bfloat16
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    return by_default if request.param == "default dtype" else lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def combined(kind: str) -> Callable[[Any], None]:
+    def add(model: Any) -> None:
+        model.add_adapter("b", lora("0", init_lora_weights=False))
+        model.add_weighted_adapter(["default", "b"], [0.7, 0.3], "sum", kind, svd_rank=2, density=0.5)
+        model.set_adapter("sum")
+
+    return add
+
+
+@pytest.mark.parametrize(
+    ("config", "then"),
+    [
+        (LoraConfig(r=2, target_modules=["0"], init_lora_weights="olora"), None),
+        (LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa"), None),
+        (LoraConfig(r=2, target_modules=["0"], init_lora_weights=False), None),
+        (OSFConfig(target_modules=["0"]), None),
+        (VeraConfig(r=2, target_modules=["0"], init_weights=False), None),
+        (lora("0", init_lora_weights=False), combined("svd")),
+        (lora("0", init_lora_weights=False), combined("ties_svd")),
+    ],
+    ids=["olora", "pissa", "drawn", "osf", "vera", "svd", "ties"],
+)
+def test_a_model_in_single_precision_is_adapted_and_combined_in_it(
+    config: Any, then: Any, half_precision_around: Callable[[], Any], tmp_path: Any
+):
+    found = []
+    for around in (contextlib.nullcontext, half_precision_around):
+        torch.manual_seed(0)
+        model: Any = nn.Sequential(nn.Linear(16, 12, bias=False), nn.Tanh())
+        with around():
+            torch.manual_seed(1)
+            get_peft_model(model, copy.deepcopy(config))
+            if then is not None:
+                then(model)
+        found.append(model.eval()(torch.ones(2, 16)))
+    assert torch.equal(*found)
+
+
+def test_a_model_in_single_precision_is_loaded_in_it(half_precision_around: Callable[[], Any], tmp_path: Any):
+    def base() -> Any:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(16, 12, bias=False), nn.Tanh())
+
+    model = get_peft_model(base(), OSFConfig(target_modules=["0"])).eval()
+    model.save_pretrained(tmp_path)
+    fresh = base()
+    with half_precision_around():
+        loaded: Any = PeftModel.from_pretrained(fresh, tmp_path)
+    x = torch.ones(2, 16)
+    assert torch.equal(loaded.eval()(x), model(x))

@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+import graphpeft
 from graphpeft import trace
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.target_options import TargetOptions
@@ -586,3 +587,27 @@ def test_near_misses_are_few_distinct_and_match():
     assert len(found) == len(set(found)) == 3
     assert all(any(match(config(target_modules=[miss]), name) for name in LLAMA_NAMES) for miss in found)
     assert near_misses(["qproj"], LLAMA_NAMES, n=0) == []
+
+
+@pytest.mark.parametrize("names", [r"0|1\._orig_mod\.0|2", ["0", "1._orig_mod.0", "2"]])
+def test_names_with_a_compilers_wrapper_mean_what_they_mean_to_peft(names: Any) -> None:
+    def build() -> nn.Module:
+        inner: Any = torch.compile(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), backend="eager")
+        return nn.Sequential(nn.Linear(8, 8), inner, nn.Linear(8, 4))
+
+    theirs = peft.get_peft_model(build(), peft.LoraConfig(r=2, target_modules=names))
+    ours = graphpeft.get_peft_model(build(), graphpeft.LoraConfig(r=2, target_modules=names))
+    of_peft = {
+        name.removeprefix("base_model.model.").partition(".lora_A")[0]
+        for name, _ in theirs.named_parameters()
+        if "lora_A" in name
+    }
+    of_ours = {site.site.name for site in ours.adapter_report().adapted}
+    assert {name.replace("_orig_mod.", "") for name in of_peft} == of_ours
+
+
+def test_what_a_compilers_wrapper_has_is_left_out_by_its_name() -> None:
+    inner: Any = torch.compile(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), backend="eager")
+    model = nn.Sequential(nn.Linear(8, 8), inner)
+    config = graphpeft.LoraConfig(r=2, target_modules=r".*0", exclude_modules=["1._orig_mod.0"])
+    assert [site.site.name for site in graphpeft.get_peft_model(model, config).adapter_report().adapted] == ["0"]

@@ -507,3 +507,46 @@ def test_one_name_of_two_tied_embeddings_trains_the_rows_that_both_share() -> No
     (rows,) = [parameter for name, parameter in model.named_parameters() if "trainable_tokens" in name]
     assert rows.shape == (2, 8)
     assert rows.grad is not None
+
+
+def net_of_one_memory(view: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Any:
+    """Returns two layers whose weights are views of one memory."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Tanh(), nn.Linear(8, 8, bias=False))
+    first, second = view(torch.randn(16, 16) / 3)
+    model[0].weight, model[2].weight = nn.Parameter(first), nn.Parameter(second)
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+
+
+OVERLAPS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "rows": lambda flat: (flat[:8, :8], flat[7:15, :8]),
+    "columns": lambda flat: (flat[:8, :8], flat[:8, 7:15]),
+    "transposed": lambda flat: (flat[:8, :8], flat[:8, :8].t()),
+    "stretched": lambda flat: (flat[:8, :8], flat[0].view(2, 8)[:1].expand(8, 8)),
+}
+APART: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "rows": lambda flat: (flat[:8, :8], flat[8:, :8]),
+    "columns": lambda flat: (flat[:8, :8], flat[:8, 8:]),
+    "every second row": lambda flat: (flat[::2, :8], flat[1::2, :8]),
+}
+
+
+@pytest.mark.parametrize("view", OVERLAPS.values(), ids=OVERLAPS)
+def test_a_weight_that_shares_a_part_of_its_memory_is_not_merged_into(
+    view: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> None:
+    model = net_of_one_memory(view)
+    before = [model[0].weight.clone(), model[2].weight.clone()]
+    with pytest.raises(AdaptError, match=r"0.weight is tied to 2.weight"):
+        model.merge_and_unload()
+    assert torch.equal(model[0].weight, before[0])
+    assert torch.equal(model[2].weight, before[1])
+
+
+@pytest.mark.parametrize("view", APART.values(), ids=APART)
+def test_a_weight_that_lies_beside_another_is_merged_into(view: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    model = net_of_one_memory(view)
+    x, before = torch.randn(3, 8), model[2].weight.clone()
+    expected = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected)
+    assert torch.equal(model[2].weight, before)

@@ -362,3 +362,36 @@ def test_files_of_a_trainer_are_replaced_with_the_adapters(tmp_path: Path) -> No
         adapted(name).save_pretrained(folder)
         assert (folder / "model.safetensors").read_bytes() == (folder / WEIGHTS).read_bytes()
     assert found_in(folder) == "b"
+
+
+def lora_of_a_product(value: float) -> Any:
+    """A model with LoHa whose change is one number."""
+    config = graphpeft.LoHaConfig(r=1, target_modules=["0"], init_weights=False)
+    model = graphpeft.get_peft_model(base(), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.fill_(value)
+    return model
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, CONFIG])
+def test_what_is_converted_takes_the_place_of_what_was_there_whole_or_not_at_all(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted("b").save_pretrained(tmp_path)
+    replace = os.replace
+
+    def fail(source: Any, target: Any) -> None:
+        if Path(target).name == file and "new" in Path(source).parts:
+            raise OSError(28, "No space left on device", str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        graphpeft.save_as_lora(tmp_path, lora_of_a_product(1.0), rank=1)
+    monkeypatch.undo()
+    assert found_in(tmp_path) == "b"
+    graphpeft.save_as_lora(tmp_path, lora_of_a_product(1.0), rank=1)
+    with safe_open(tmp_path / WEIGHTS, "pt") as opened:
+        assert opened.metadata()[saved_adapter.DIGEST] == PeftConfig.from_pretrained(tmp_path).digest()

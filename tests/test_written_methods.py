@@ -942,3 +942,50 @@ def test_one_that_reads_the_bias_so_far_keeps_its_place(monkeypatch: pytest.Monk
     both = model(X)
     model.merge_adapter(["lora"])
     torch.testing.assert_close(model(X), both)
+
+
+@dataclass(frozen=True)
+class ShiftOfBias(WeightRule, OperationRule):
+    """Adds to what a layer gives back, and asks for the bias that it changes so."""
+
+    def parameters(self, site: Any, config: Any) -> dict[str, ParameterSpec]:
+        return {"shift": ParameterSpec((site.out_features,), key="shift")}
+
+    def initialise(self, parameters: Any, site: Any, config: Any, module: Any) -> None:
+        nn.init.ones_(parameters["shift"])
+
+    def rewrite(self, y: Any, shift: Any) -> Any:
+        return y + shift
+
+    def bias_delta(self, bias: Any, shift: Any) -> Any:
+        return shift + 0 * bias
+
+    def delta(self, weight: Any) -> Any:
+        return weight * 0
+
+
+@dataclass(kw_only=True)
+class ShiftOfBiasConfig(TargetedConfig):
+    peft_type = "SHIFT_OF_BIAS"
+
+    def rule_for(self, site: Any, dtype: Any) -> ShiftOfBias:
+        return ShiftOfBias()
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_a_change_of_a_bias_that_a_layer_lacks_is_not_dropped(merge: str) -> None:
+    graphpeft.register(ShiftOfBiasConfig)
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4, bias=False)), ShiftOfBiasConfig(target_modules=["0"]))
+    x = torch.ones(2, 4)
+    expected = model(x)
+    with pytest.raises(AdaptError, match="0 has no bias, into which the change of one could be merged"):
+        getattr(model, merge)()
+    assert torch.equal(model(x), expected)
+
+
+def test_a_change_of_a_bias_is_merged_into_it() -> None:
+    graphpeft.register(ShiftOfBiasConfig)
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), ShiftOfBiasConfig(target_modules=["0"]))
+    x = torch.ones(2, 4)
+    expected = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected)

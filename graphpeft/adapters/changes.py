@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
-from graphpeft.adapters.plan import HALVES, AdaptError
+from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Modules
 from graphpeft.graph import ops
+from graphpeft.graph.autocast import HALVES
 from graphpeft.graph.holders import value_at
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.values import loaded, written
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.arguments import Asked, asked_by
-from graphpeft.rules.rule import changes_bias
+from graphpeft.rules.rule import Mergeable, OperationRule, changes_bias
 from graphpeft.sites import quantisers
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.transaction import remember
@@ -100,11 +101,27 @@ def _bias_delta(
     base_bias: torch.Tensor | None,
 ) -> torch.Tensor | None:
     asked, bias = asked_by(adapted.rule.bias_delta), bias_of(adapted, modules)
-    if bias is None and {"bias", "base_bias"} & {*asked.needed}:
-        return None
     values = {**_values(asked, adapted, modules), **_weights(adapted, modules, weight, base)}
     values |= {"bias": bias, "base_bias": bias if base_bias is None else base_bias}
-    return adapted.rule.bias_change({name: values[name] for name in asked.among(values)})
+    if bias is not None or not {"bias", "base_bias"} & {*asked.needed}:
+        return adapted.rule.bias_change({name: values[name] for name in asked.among(values)})
+    if adapted.site.out_features is None or values["weight"].is_meta:
+        return None
+    # a change that is more than a multiple of the bias has no place to go
+    values |= dict.fromkeys(("bias", "base_bias"), values["weight"].new_zeros(adapted.site.out_features))
+    change = adapted.rule.bias_change({name: values[name] for name in asked.among(values)})
+    return None if change is None or not change.any() else change
+
+
+def asks_of_weights(rule: Any) -> set[str]:
+    """Returns ``weight`` if a rule asks for a weight or bias so far, and ``base`` if it asks for the module's own."""
+    if isinstance(rule, Mergeable):
+        asks, functions = set[str](), [rule.delta, *([rule.bias_delta] if changes_bias(rule) else [])]
+    else:
+        # such a rule may multiply its input, and then depends on earlier changes
+        asks, functions = {"weight"}, [rule.rewrite if isinstance(rule, OperationRule) else rule.enter]
+    of = {"weight": "weight", "bias": "weight", "base": "base", "base_bias": "base", "plain": "base"}
+    return asks | {kind for name, kind in of.items() for each in map(Asked, functions) if each.may_be(name)}
 
 
 def _read_at_owner(adapted: AdaptedSite) -> tuple[str, ...]:
@@ -149,32 +166,66 @@ def memory_of(tensor: torch.Tensor) -> Any:
     return (tensor.device, tensor.data_ptr()) if is_plain and tensor.numel() else id(tensor)
 
 
+def lies_in(tensor: torch.Tensor) -> Any:
+    """Returns what is equal for two tensors that may share memory, in whole or in part."""
+    is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
+    return (tensor.device, tensor.untyped_storage().data_ptr()) if is_plain and tensor.numel() else id(tensor)
+
+
+def share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Returns whether two tensors that lie in the same storage have a number in common."""
+    if memory_of(one) == memory_of(other):
+        return True
+    if lies_in(one) != lies_in(other):
+        return False
+    starts = [tensor.storage_offset() * tensor.element_size() for tensor in (one, other)]
+    sizes = [_extent(tensor) for tensor in (one, other)]
+    if starts[0] + sizes[0] <= starts[1] or starts[1] + sizes[1] <= starts[0]:
+        return False
+    return bool((_bytes_of(one) & _bytes_of(other)).any())
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Returns how many bytes lie between the first number of a tensor and the end of its last one."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns which bytes of its storage a tensor has."""
+    taken = torch.zeros(tensor.untyped_storage().nbytes(), dtype=torch.bool)
+    size = tensor.element_size()
+    strides = [stride * size for stride in tensor.stride()]
+    taken.as_strided((*tensor.shape, size), (*strides, 1), tensor.storage_offset() * size).fill_(True)
+    return taken
+
+
 def changed_places(modules: Modules, adapter: Adapter) -> Iterator[tuple[str, str]]:
     """Yields the path of the module, and the name, of each weight and bias that merging changes."""
     for adapted in changing_sites(modules, adapter):
         yield adapted.site.owner, adapted.site.attribute
         if bias_delta(adapted, modules) is not None:
+            if bias_of(adapted, modules) is None:
+                raise AdaptError(
+                    f"{adapted.site.label} has no bias, into which the change of one could be merged; give the layer a "
+                    "bias before you adapt it, or leave the adapter active"
+                )
             yield bias_place(adapted)
 
 
 def bias_place(adapted: AdaptedSite) -> tuple[str, str]:
     """Returns the path of the module, and the name, of the bias that a site's operations add."""
     assert isinstance(adapted.site, Site)
-    if adapted.site.bias is None:
-        raise AdaptError(
-            f"{adapted.site.label} has no bias, into which the change of one could be merged; give the layer a bias "
-            "before you adapt it, or leave the adapter active"
-        )
-    path, _, name = adapted.site.bias.rpartition(".")
+    path, _, name = str(adapted.site.bias).rpartition(".")
     return path, name
 
 
 def bias_of(adapted: AdaptedSite, modules: Modules) -> torch.Tensor | None:
-    """Returns the bias that a site's operations add, as its module reads it."""
+    """Returns the bias that a site's operations add, as its module reads it; None if it has none, or none any more."""
     if not isinstance(adapted.site, Site) or adapted.site.bias is None:
         return None
     path, name = bias_place(adapted)
-    return own_parameter(modules[path], name)
+    return modules[path]._parameters[name]
 
 
 def _changed_modules(adapted: AdaptedSite) -> tuple[str, ...]:

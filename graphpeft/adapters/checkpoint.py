@@ -15,6 +15,7 @@ from torch import nn
 
 from graphpeft.adapters.base_names import base_name
 from graphpeft.adapters.file_names import copies, keys, keys_of_layers, meanings, names_of_second_paths
+from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.saved_adapter import DIGEST, OPERATIONS, load
 from graphpeft.adapters.state import Adapter, Modules, Tensors
 from graphpeft.adapters.tensors import is_same
@@ -333,17 +334,22 @@ def save(
     model: nn.Module,
     adapter: Adapter,
     name: str,
-    folder: Path,
+    staged: Path,
     originals: Tensors,
     state_dict: Mapping[str, Any] | None = None,
     save_embedding_layers: bool | str = "auto",
     first_values: str | os.PathLike[str] | None = None,
     safe_serialization: bool = True,
 ) -> None:
-    """Writes one adapter into `folder`, by default as safetensors, else as a pickle.
+    """Writes one adapter into a staging folder, by default as safetensors, else as a pickle.
 
     With `first_values`, a folder of these, it is written as one that has taken no weights.
     """
+    for option, (was, now) in adapter.edited_options.items():
+        raise AdaptError(
+            f"{option} of {name!r} was {was!r} when its tensors were made, and was set to {now!r} since, which changes "
+            "nothing in the model; set it back, or make an adapter with it"
+        )
     tensors = state_dict_of(modules_by_path(model), adapter, name, originals, state_dict, save_embedding_layers)
     config = file_config(model, adapter)
     if first_values is not None:
@@ -353,11 +359,11 @@ def save(
                 f"{name!r} took none when it was made; leave it None"
             )
         config, tensors = config.converted(tensors, _first_values(tensors, first_values))
-    write(folder, config, tensors, safe_serialization, _operations(adapter))
+    write(staged, config, tensors, safe_serialization, _operations(adapter))
 
 
 def write(
-    folder: Path,
+    staged: Path,
     config: PeftConfig,
     tensors: Mapping[str, torch.Tensor],
     safe_serialization: bool,
@@ -366,24 +372,24 @@ def write(
     """Writes a config with the tensors that belong to it.
 
     Args:
-        folder: The folder, which is made if it isn't there.
+        staged: The folder, inside of a staging folder; it is made if it isn't there.
         config: The config.
         tensors: The tensors by their names in the file.
         safe_serialization: Whether they are written as safetensors, or as a pickle.
         operations: The kinds of the operations that use weights of no layer, by the weights' labels.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    staged.mkdir(parents=True, exist_ok=True)
     # safetensors refuses tensors that share memory
     tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    (folder / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
+    (staged / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
     if not safe_serialization:
-        torch.save(tensors, folder / PICKLED_WEIGHTS_NAME)
+        torch.save(tensors, staged / PICKLED_WEIGHTS_NAME)
         return
-    digest = PeftConfig.from_pretrained(folder).digest()  # of what a reader has, to whom a set may be a list
+    digest = PeftConfig.from_pretrained(staged).digest()  # of what a reader has, to whom a set may be a list
     metadata = {"format": "pt", DIGEST: digest}
     if operations:
         metadata[OPERATIONS] = json.dumps(dict(operations))
-    save_file(tensors, folder / WEIGHTS_NAME, metadata=metadata)
+    save_file(tensors, staged / WEIGHTS_NAME, metadata=metadata)
 
 
 def _operations(adapter: Adapter) -> dict[str, str]:

@@ -17,6 +17,7 @@ from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.adapters.tensors import first_values
 from graphpeft.graph import overrides
+from graphpeft.graph.autocast import in_own_precision
 from graphpeft.graph.holders import as_number, tensor_at, value_at
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join
@@ -124,14 +125,15 @@ def combined_values(
     # PEFT draws the new adapter's first values before it overwrites them, so chance is the same afterwards
     with with_originals(modules, adapters):
         values = first_values(plan, modules)
-    for adapted in plan.sites:
-        if adapted.shared:
-            continue
-        try:
-            made = plan.config.combine(adapted, parts[adapted.site.region, adapted.site.label], how, len(weights))
-        except ValueError as error:
-            raise AdaptError(f"can't combine {joined([repr(name) for name in weights])}: {error}") from error
-        values |= {(adapted.site.owner, adapted.names[local]): tensor for local, tensor in made.items()}
+    with in_own_precision(modules):
+        for adapted in plan.sites:
+            if adapted.shared:
+                continue
+            try:
+                made = plan.config.combine(adapted, parts[adapted.site.region, adapted.site.label], how, len(weights))
+            except ValueError as error:
+                raise AdaptError(f"can't combine {joined([repr(name) for name in weights])}: {error}") from error
+            values |= {(adapted.site.owner, adapted.names[local]): tensor for local, tensor in made.items()}
     return values | _copies(modules, sources, plan) | _rows(modules, sources, weights, plan)
 
 

@@ -17,7 +17,7 @@ from graphpeft.adapters import checkpoint, file_names, lifecycle, saved_adapter
 from graphpeft.adapters.adapting import Where, known_adapter, known_adapters, planned, refuse, refuse_conflict
 from graphpeft.adapters.base_names import other_base, warn_of_other_base
 from graphpeft.adapters.exchanged import refuse_missing
-from graphpeft.adapters.plan import HALVES, AdaptError, Plan
+from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.replication import replicate
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.adapters.swappable import (
@@ -29,6 +29,7 @@ from graphpeft.adapters.swappable import (
     without_effect,
 )
 from graphpeft.adapters.trainable import set_trainable
+from graphpeft.graph.autocast import HALVES
 from graphpeft.graph.holders import place_of, tensor_at
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.paths import join, unwrapped

@@ -23,6 +23,7 @@ from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors, adapte
 from graphpeft.adapters.tensors import new_tensors, overwrite
 from graphpeft.adapters.trainable import thaw
 from graphpeft.graph import in_place, overrides, slots
+from graphpeft.graph.autocast import in_own_precision
 from graphpeft.graph.forward_classes import holds_own_tensor
 from graphpeft.graph.hidden_holders import hide_holders, stop_hiding
 from graphpeft.graph.holders import (
@@ -70,7 +71,7 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
     Raises:
         AdaptError: If a tensor's name is taken.
     """
-    with with_originals(modules, adapters) if adapters.merged else contextlib.nullcontext():
+    with with_originals(modules, adapters) if adapters.merged else in_own_precision(modules):
         made = new_tensors(plan, name, modules, values)
     constants = {
         (adapted.site.owner, adapted.names[constant]): value

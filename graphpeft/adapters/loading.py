@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 import warnings
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphpeft.adapters import checkpoint, file_names, saved_adapter
+from graphpeft.adapters import checkpoint, file_names, merged_weights, saved_adapter
 from graphpeft.adapters.adapting import (
     Methods,
     carry_out,
@@ -95,7 +94,7 @@ def load(
         refuse(plan)
         adapter = Adapter.of(plan)
         state = adapters_of(model)
-        originals = state.originals if state is not None else {}
+        originals = merged_weights.originals(plan.modules, state) if state is not None else {}
         if ignore_mismatched_sizes:
             # those that don't fit have their first values
             carry_out(model, adapter_name, plan, None, activates, methods, replication)
@@ -253,7 +252,7 @@ def without_mismatched(
         PeftWarning,
         stacklevel=stacklevel,
     )
-    own = checkpoint.state_dict_of(modules, adapter, adapter_name, state.originals, None)
+    own = checkpoint.state_dict_of(modules, adapter, adapter_name, merged_weights.originals(modules, state), None)
     fitting = {key: value for key, value in values.items() if key not in differing}
     return fitting | {key: own[key] for key in differing if key in own}
 
@@ -285,11 +284,11 @@ def set_values(
     state = model._peft_adapters
     if ignore_mismatched_sizes:
         values = without_mismatched(model, adapter_name, values)
-    fitted = checkpoint.fitted(adapter, adapter_name, modules, state.originals, values)
+    fitted = checkpoint.fitted(adapter, adapter_name, modules, merged_weights.originals(modules, state), values)
     with transaction(model):
         overwrite(modules, adapter, adapter_name, fitted)
         if is_completed(adapter):
-            with with_originals(modules, state) if state.merged else contextlib.nullcontext():
+            with with_originals(modules, state):
                 complete(modules, adapter, adapter_name)
 
 

@@ -17,13 +17,15 @@ from graphpeft.adapters import merged_codes, merged_weights
 from graphpeft.adapters.acting import let_act, override_readers
 from graphpeft.adapters.changes import (
     add_change,
-    bias_delta,
+    asks_of_weights,
     bias_of,
     bias_place,
     changed_places,
     changing_sites,
     delta,
+    lies_in,
     memory_of,
+    share_memory,
     there_to_write,
 )
 from graphpeft.adapters.empty_tensors import refuse_empty
@@ -32,7 +34,7 @@ from graphpeft.adapters.graphs import worn_in
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
 from graphpeft.graph import overrides
-from graphpeft.graph.autocast import is_in_autocast
+from graphpeft.graph.autocast import in_own_precision
 from graphpeft.graph.holders import tensor_at
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join
@@ -40,22 +42,10 @@ from graphpeft.graph.sharding import reshard, whole
 from graphpeft.graph.template import refuse_other_options, template_of
 from graphpeft.graph.values import loaded, written
 from graphpeft.rules.adapted_site import AdaptedSite
-from graphpeft.rules.arguments import Asked
-from graphpeft.rules.rule import Mergeable, OperationRule
 from graphpeft.sites import quantisers
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.transaction import remember, set_attribute, set_item
 from graphpeft.wording import joined
-
-
-@contextlib.contextmanager
-def without_autocast(modules: Modules) -> Iterator[None]:
-    """Lets changes be computed in the weights' own precision, also if the caller is in a region of autocast."""
-    with contextlib.ExitStack() as stack:
-        for kind in {tensor.device.type for module in modules.values() for tensor in module.parameters(recurse=False)}:
-            if is_in_autocast(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
 
 
 def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
@@ -71,7 +61,11 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
     reshard(modules.values())
     merged = list(dict.fromkeys(names))
     _refuse_merging(modules, adapters, merged)
-    _take_out(modules, adapters)
+    are_merged = merged == adapters.merged and not adapters.codes
+    if are_merged:
+        _forget(modules, adapters)
+    else:
+        _take_out(modules, adapters)
     with torch.no_grad():
         # these first, since they are what the changes are changes of
         for name in merged:
@@ -86,7 +80,7 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
                     table = own_parameter(modules[path], "weight")
                     remember(table)
                     table.copy_(overrides.put_rows(table, rows.indices, values))
-        for sites in _by_weight(modules, adapters, merged).values():
+        for sites in _by_weight(modules, adapters, [] if are_merged else merged).values():
             _merge_into_weight(sites, modules)
     for adapter in adapters.by_name.values():
         set_attribute(adapter, "overwritten", {})  # what was merged into is kept
@@ -112,6 +106,7 @@ def merge_in_place(modules: Modules, adapters: Adapters, names: Iterable[str]) -
     names += [name for name in given if name not in names]
     _refuse_merging(modules, adapters, names)
     _refuse_unread(modules, adapters, names)
+    merged_weights.originals(modules, adapters)
     for name in names:
         for path, attribute in changed_places(modules, adapters.by_name[name]):
             if (path, attribute) not in adapters.originals:
@@ -123,7 +118,7 @@ def merge_in_place(modules: Modules, adapters: Adapters, names: Iterable[str]) -
         set_attribute(adapters, "merged", [*adapters.merged, name])
     merged_codes.keep(modules, adapters, names)
     merged_codes.merge(modules, adapters, adapters.merged)
-    merged_weights.guard(modules, _merged_places(adapters))
+    merged_weights.guard(modules, adapters)
     let_act(modules, adapters, list(adapters.read))
 
 
@@ -138,9 +133,14 @@ def unmerge(modules: Modules, adapters: Adapters) -> None:
 
 def _take_out(modules: Modules, adapters: Adapters) -> None:
     reshard(modules.values())
-    merged_weights.release(modules, _merged_places(adapters))
-    _restore(modules, adapters.originals)
+    _restore(modules, merged_weights.originals(modules, adapters))
     merged_codes.put(modules, adapters.codes)
+    _forget(modules, adapters)
+
+
+def _forget(modules: Modules, adapters: Adapters) -> None:
+    """Lets the weights be the model's own as they are."""
+    merged_weights.release(modules, adapters)
     set_attribute(adapters, "merged", [])
     set_attribute(adapters, "originals", {})
     set_attribute(adapters, "codes", {})
@@ -195,17 +195,19 @@ def _by_weight(modules: Modules, adapters: Adapters, names: list[str]) -> dict[s
 
 @contextlib.contextmanager
 def with_originals(modules: Modules, adapters: Adapters) -> Iterator[None]:
-    """Lets weights be as they were before they were merged into, for what looks at their values."""
+    """Lets weights be as they were before they were merged into, for what computes with them, in their precision."""
     changed: Tensors = {}
-    for path, name in adapters.originals:
+    originals = merged_weights.originals(modules, adapters)
+    for path, name in originals:
         if path in modules:
             with loaded(modules[path], name):
                 changed[path, name] = own_parameter(modules[path], name).detach().clone()
-    _restore(modules, adapters.originals)
+    _restore(modules, originals)
     codes = merged_codes.merged_now(modules, adapters)
     merged_codes.put(modules, adapters.codes)
     try:
-        yield
+        with in_own_precision(modules):
+            yield
     finally:
         _restore(modules, changed)
         merged_codes.put(modules, codes)
@@ -276,19 +278,8 @@ def _asked_of_weights(adapter: Adapter) -> dict[str, set[str]]:
     # sites without a merge, too: another adapter may be merged into their weight
     sites: list[Any] = [adapted for adapted in adapter.sites if isinstance(adapted.site, Site | LeafSite)]
     for adapted in sites:
-        asked.setdefault(adapted.site.weight, set()).update(_asked_by(adapted.rule))
+        asked.setdefault(adapted.site.weight, set()).update(asks_of_weights(adapted.rule))
     return asked
-
-
-def _asked_by(rule: Any) -> set[str]:
-    """Returns ``weight`` if a rule asks for a weight or bias so far, and ``base`` if it asks for the module's own."""
-    if isinstance(rule, Mergeable):
-        asks, functions = set[str](), [rule.delta, *([rule.bias_delta] if rule.changes_bias else [])]
-    else:
-        # such a rule may multiply its input, and then depends on earlier changes
-        asks, functions = {"weight"}, [rule.rewrite if isinstance(rule, OperationRule) else rule.enter]
-    of = {"weight": "weight", "bias": "weight", "base": "base", "base_bias": "base", "plain": "base"}
-    return asks | {kind for name, kind in of.items() for each in map(Asked, functions) if each.may_be(name)}
 
 
 def _refuse_merging(modules: Modules, adapters: Adapters, names: list[str]) -> None:
@@ -308,19 +299,23 @@ def _refuse_merging(modules: Modules, adapters: Adapters, names: list[str]) -> N
 
 @torch.no_grad()
 def refuse_infinite(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
-    """Raises AdaptError if a weight's change isn't finite."""
+    """Raises AdaptError if a weight isn't finite into which adapters have been merged, as in a base that has NaNs."""
     for name in names:
-        for adapted in (*changing_sites(modules, adapters.by_name[name]), *adapters.by_name[name].coded_sites):
-            bias = getattr(adapted.site, "bias", None)
-            changes = {adapted.site.weight: delta(adapted, modules), bias: bias_delta(adapted, modules)}
-            for path, change in changes.items():
-                if change is not None and not torch.isfinite(change).all():
-                    raise AdaptError(
-                        f"the change of {path} by adapter {name!r} isn't finite, but has NaNs or infinities"
-                    )
-        for path in adapters.by_name[name].rows:
-            if not torch.isfinite(tensor_at(modules[path], overrides.rows(name))).all():
-                raise AdaptError(f"the rows of {join(path, 'weight')} of adapter {name!r} aren't finite")
+        adapter = adapters.by_name[name]
+        places = [*changed_places(modules, adapter), *((path, "weight") for path in adapter.rows)]
+        places += [(path, own) for path, owns in adapter.overrides.items() for own in owns]
+        for path, own in dict.fromkeys(places):
+            with loaded(modules[path], own):
+                _refuse_infinite(own_parameter(modules[path], own), join(path, own), name)
+        for adapted in adapter.coded_sites:
+            # codes have no NaNs, whatever they were made of
+            for numbers in (delta(adapted, modules), quantisers.codes_of(modules[adapted.site.owner]).numbers()):
+                _refuse_infinite(numbers, adapted.site.weight, name)
+
+
+def _refuse_infinite(weight: torch.Tensor, path: str, name: str) -> None:
+    if not torch.isfinite(weight).all():
+        raise AdaptError(f"{path} with {name!r} merged into it isn't finite, but has NaNs or infinities")
 
 
 def _note_parameters(modules: Modules, adapter: Adapter) -> None:
@@ -368,18 +363,19 @@ def _refuse_resized(modules: Modules, adapter: Adapter, name: str) -> None:
 
 
 def _refuse_tied(modules: Modules, adapter: Adapter, name: str) -> None:
-    holders: dict[Any, list[tuple[str, str]]] = {}
+    holders: dict[Any, list[tuple[tuple[str, str], torch.Tensor]]] = {}
     for path, module in modules.items():
         for own, tensor in module._parameters.items():
             if tensor is not None:
-                holders.setdefault(memory_of(tensor), []).append((path, own))
+                holders.setdefault(lies_in(tensor), []).append(((path, own), tensor))
     changed = dict.fromkeys(changed_places(modules, adapter))
     changed |= {(path, own): None for path, names in adapter.overrides.items() for own in names}
     changed |= {(path, "weight"): None for path in adapter.rows}
     changed |= {(adapted.site.owner, "weight"): None for adapted in adapter.coded_sites}
     for path, own in changed:
-        holding = holders.get(memory_of(tensor_at(modules[path], own)), ())
-        others = [place for place in holding if place != (path, own)]
+        changing = tensor_at(modules[path], own)
+        near = [(place, tensor) for place, tensor in holders.get(lies_in(changing), ()) if place != (path, own)]
+        others = [place for place, tensor in near if share_memory(changing, tensor)]
         tied = [other for other in others if not _changes_alike(modules, adapter, name, (path, own), other)]
         if tied:
             config = adapter.config

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from graphpeft.graph import ops, overrides
+from graphpeft.graph.autocast import HALVES
 from graphpeft.graph.holders import name_at
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.offloading import is_loaded_with_others, is_offloaded
@@ -384,7 +385,3 @@ def _names(names: NamesInHolder, group: str, adapter: str) -> Mapping[str, str]:
 def dtype_of_adapter(dtype: torch.dtype, autocast: bool) -> torch.dtype:
     """Returns the dtype of an adapter's tensors at a weight of this dtype."""
     return torch.float32 if autocast and dtype in HALVES else dtype
-
-
-HALVES = (torch.float16, torch.bfloat16)
-"""Half precision."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -42,6 +44,17 @@ def told_rows(table: nn.Module) -> int | None:
     return count if isinstance(count, int) else None
 
 
+def _options(config: PeftConfig) -> dict[str, Any]:
+    return {option.name: getattr(config, option.name) for option in dataclasses.fields(config)}
+
+
+def _is_of(config: PeftConfig, adapted: AdaptedSite) -> bool:
+    """Returns whether a config gives a site the rule that it has."""
+    rule: Any = config.rule_for(adapted.site, adapted.dtype).at_site(adapted.site, adapted.dtype)
+    given = rule, rule.parameters(adapted.site, config), rule.all_constants(adapted.site, config)
+    return given == (adapted.rule, adapted.specs, adapted.constants)
+
+
 @dataclass
 class Adapter:
     """One adapter of a model; its tensors live on the modules whose weights they adapt.
@@ -59,6 +72,7 @@ class Adapter:
         padded_to: The rank for which its factors have room, if compiled code is to run others in its place; 0 if they
             have none beside their own; else None.
         told_rows: How many rows the tables of `rows` said that they have when it came, by the path of their module.
+        made_with: The options of its config as they were when it came.
     """
 
     config: PeftConfig
@@ -72,6 +86,7 @@ class Adapter:
     overwritten: Tensors = field(default_factory=dict)
     padded_to: int | None = None
     told_rows: dict[str, int] = field(default_factory=dict)
+    made_with: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: Plan) -> Adapter:
@@ -86,7 +101,17 @@ class Adapter:
             plan.saved,
             plan.config.takes_product,
             told_rows={path: count for path in plan.rows if (count := told_rows(plan.modules[path])) is not None},
+            made_with=copy.deepcopy(_options(plan.config)),
         )
+
+    @property
+    def edited_options(self) -> dict[str, tuple[Any, Any]]:
+        """The options that were set on the config since, and that its rules don't follow: what they were, and are."""
+        config = copy.copy(self.config)
+        vars(config).update({name: self.made_with[name] for name in config.changed_by_training})
+        now = _options(config)
+        edited = {name: (was, now[name]) for name, was in self.made_with.items() if now[name] != was}
+        return edited if edited and not all(_is_of(config, adapted) for adapted in self.sites) else {}
 
     @functools.cached_property
     def call_inputs(self) -> frozenset[str]:

@@ -25,6 +25,12 @@ from graphpeft.rules.weight_reader import WeightReader
 from graphpeft.sites.site import CallSite, Site
 from graphpeft.transaction import remember, set_item
 
+_CHUNK = 2**20
+"""How many words are multiplied at a time, since the products take memory."""
+
+_SPREAD = 0x1E3779B97F4A7C15
+"""What the factors of words differ by, which is large, so that all bits of a sum depend on each word."""
+
 
 def new_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None) -> Tensors:
     """Returns the tensors of the adapter of `plan`, which no module has yet; they require grad if they are trained.
@@ -303,6 +309,21 @@ def is_same(own: torch.Tensor, value: torch.Tensor) -> bool:
         names, _ = own.__tensor_flatten__()  # type: ignore[attr-defined]
         return type(own) is type(value) and all(is_same(getattr(own, name), getattr(value, name)) for name in names)
     return not own.is_meta and torch.equal(own.cpu(), value.to("cpu", own.dtype))
+
+
+def fingerprint(tensor: torch.Tensor) -> int | None:
+    """Returns a number that is another one if a bit of a tensor is, or two parts of it change places; None for meta.
+
+    It is the sum, modulo 2^64, of all words times odd numbers of their own: a change of one word always shows.
+    """
+    if tensor.is_meta:
+        return None
+    words = tensor.reshape(-1).contiguous().view(torch.uint8)
+    # a copy, since a part of other memory may begin anywhere
+    words = torch.cat([words, words.new_zeros(-len(words) % 8)]).view(torch.int64)
+    factors = torch.arange(len(words[:_CHUNK]), device=words.device) * _SPREAD * 2 + 1
+    sums = torch.stack([(chunk * factors[: len(chunk)]).sum() for chunk in words.split(_CHUNK)])
+    return sum(part * (2 * i + 1) for i, part in enumerate(sums.tolist())) % 2**64
 
 
 def count_of_numbers(tensor: torch.Tensor) -> int:

@@ -30,9 +30,9 @@ def is_trainer_checkpoint(folder: Path) -> bool:
     return re.fullmatch(r"checkpoint-\d+", folder.name) is not None
 
 
-def give_trainers_name(weights: Path, checkpoint: Path) -> None:
+def give_trainers_name(weights: Path, staged: Path) -> None:
     """Makes the file `weights` known as the model's weights to a Trainer that resumes from `checkpoint`."""
-    link_or_copy(weights, checkpoint / TRAINER_WEIGHTS_NAME)
+    link_or_copy(weights, staged / TRAINER_WEIGHTS_NAME)
 
 
 def as_at_first(adapter: Adapter) -> Adapter:
@@ -40,12 +40,12 @@ def as_at_first(adapter: Adapter) -> Adapter:
     return dataclasses.replace(adapter, config=_with(adapter.config, adapter.config.unchanged))
 
 
-def write(config: PeftConfig, tensors: Mapping[str, torch.Tensor], checkpoint: Path) -> None:
+def write(config: PeftConfig, tensors: Mapping[str, torch.Tensor], staged: Path) -> None:
     """Writes the tensors of an adapter for a Trainer, with what its method keeps from step to step."""
     everything = {**tensors, **{_STATE + name: tensor for name, tensor in config.training_state().items()}}
     # safetensors refuses tensors that share memory
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in everything.items()}
-    save_file(copies, checkpoint / TRAINER_WEIGHTS_NAME, metadata={"format": "pt"})
+    save_file(copies, staged / TRAINER_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def without_state(

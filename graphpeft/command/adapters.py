@@ -14,7 +14,8 @@ from graphpeft.adapters.saved_adapter import SavedAdapter, read
 from graphpeft.command.completing import FOLDER, PLACE
 from graphpeft.command.environment import environment
 from graphpeft.command.printing import as_json, tell
-from graphpeft.command.sources import Given, model_from, on_its_base
+from graphpeft.command.sources import Given, base_from, on_its_base
+from graphpeft.files.atomic_files import Staging
 from graphpeft.files.foreign_files import CheckpointError
 from graphpeft.files.hub import WEIGHTS_NAME
 from graphpeft.methods import conversion_deviation, convert_to_lora
@@ -44,7 +45,10 @@ class _Rank(click.ParamType):
 
 
 base_option = click.option(
-    "--base", metavar="MODEL", type=PLACE, help="The base model; the one that the config names if left out."
+    "--base",
+    metavar="MODEL",
+    type=PLACE,
+    help="The base model, with the weights it was adapted with; by default, the one that the config names.",
 )
 
 
@@ -148,15 +152,16 @@ def merge(adapter: str, path: str, base: str | None, as_json: bool) -> None:
     _refuse_the_other_kind(path, is_file)
     model: Any = _adapted(adapter, base).model
     merged = model.merge_and_unload()
-    if is_file:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_model(merged, path)
-    elif hasattr(merged, "save_pretrained"):
-        merged.save_pretrained(path)
-    else:
+    if not is_file and not hasattr(merged, "save_pretrained"):
         raise click.UsageError(
             f"a {type(merged).__name__} can't save itself as a folder; name a file, {path}.safetensors"
         )
+    with Staging(Path(path).parent if is_file else Path(path)) as staging:
+        if is_file:
+            save_model(merged, str(staging.folder / Path(path).name))
+        else:
+            merged.save_pretrained(staging.folder)
+        staging.put()
     tell({"adapter": adapter, "merged": path}, as_json)
 
 
@@ -214,6 +219,6 @@ def _adapted(adapter: str, base: str | None) -> Given:
         raise click.ClickException(str(error)) from error
     if base is None:
         return on_its_base(adapter, "name it by --base")
-    given = model_from(base)
+    given = base_from(base)
     place = Path(adapter) if Path(adapter).exists() else adapter
     return given._replace(model=PeftModel.from_pretrained(given.model, place))

@@ -24,7 +24,7 @@ from graphpeft.files.hub import CONFIG_NAME
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.options import admits
 from graphpeft.rules.registry import registered
-from graphpeft.wording import joined
+from graphpeft.wording import joined, shortened
 
 _FUNCTION = re.compile(r"(?P<module>\w+(\.\w+)*):(?P<function>\w+)")
 
@@ -64,6 +64,16 @@ def model_from(source: str) -> Given:
     return on_its_base(source, _FUNCTION_WITH.format(source))
 
 
+def base_from(source: str) -> Given:
+    """Returns the model that a name means, with the weights for which an adapter was trained, not with first ones.
+
+    Raises:
+        click.ClickException: If it means none, or its weights aren't there.
+    """
+    kind, _, name = source.partition(":")
+    return _timm(name, pretrained=True) if kind == "timm" and name else model_from(source)
+
+
 def on_its_base(source: str, way_out: str) -> Given:
     """Returns a saved adapter on the base that its config names.
 
@@ -94,13 +104,22 @@ def _library(name: str) -> Any:
         raise click.ClickException(f"{name} isn't installed: pip install 'graphpeft[{name}]'") from error
 
 
-def _timm(name: str) -> Given:
+def _timm(name: str, pretrained: bool = False) -> Given:
     timm = _library("timm")
     if not timm.is_model(name):
         similar = timm.list_models(f"*{name.partition('.')[0]}*")
         raise click.UsageError(f"timm has no model {name!r}" + (f"; it has {joined(similar)}" if similar else ""))
     torch.manual_seed(0)
-    model = timm.create_model(name)
+    try:
+        model = timm.create_model(name, pretrained)
+    except Exception as error:  # of the Hub, the network or the file
+        if not pretrained:
+            raise
+        raise click.ClickException(
+            f"timm:{name}: the pretrained weights, to which an adapter belongs,"
+            f" can't be loaded: {shortened(str(error))}; "
+            "write a function that returns the base with its weights, and name it as package.module:function"
+        ) from error
     sizes = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
     return Given(model, (torch.randn(1, *sizes),))
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from graphpeft._torch import pytree
-from graphpeft.adapters.plan import HALVES
 from graphpeft.exporting import sizes
 from graphpeft.exporting.carriers import Case
 from graphpeft.exporting.errors import ExportError, in_short
@@ -20,6 +19,7 @@ from graphpeft.exporting.example import Example, Shape, can_call
 from graphpeft.exporting.formats.format import Export, Format, Runner
 from graphpeft.exporting.program import exported
 from graphpeft.exporting.root import in_plain_containers
+from graphpeft.graph.autocast import HALVES
 from graphpeft.graph.errors import GuardError, TraceError
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.wording import joined

@@ -1,9 +1,16 @@
-"""Whether operations are in a region of autocast."""
+"""The precision of operations that don't choose it themselves: regions of autocast, and PyTorch's default dtype."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
+
 import torch
+from torch import nn
 from torch.amp.autocast_mode import is_autocast_available
+
+HALVES = (torch.float16, torch.bfloat16)
+"""The dtypes in which rounding twice instead of once visibly changes results."""
 
 
 def is_in_autocast(device: str) -> bool:
@@ -20,3 +27,28 @@ def depth_of_autocast() -> int:
     inside = torch.autocast_increment_nesting()
     torch.autocast_decrement_nesting()
     return inside - 1
+
+
+@contextlib.contextmanager
+def in_own_precision(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Computes what belongs to a model in the precision of its parameters, whatever region the caller is in.
+
+    A default dtype of half precision is that of the caller's other models, if this one has longer numbers. It is set
+    back at the end; other threads see single precision meanwhile, as while Transformers builds a model.
+
+    Args:
+        modules: The model's modules by path.
+    """
+    default = torch.get_default_dtype()
+    if not depth_of_autocast() and default not in HALVES:
+        yield
+        return
+    tensors = [parameter for module in modules.values() for parameter in module.parameters(recurse=False)]
+    with contextlib.ExitStack() as stack:
+        for kind in {tensor.device.type for tensor in tensors}:
+            if is_in_autocast(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if default in HALVES and any(tensor.dtype in (torch.float32, torch.float64) for tensor in tensors):
+            torch.set_default_dtype(torch.float32)
+            stack.callback(torch.set_default_dtype, default)
+        yield

@@ -24,7 +24,7 @@ from graphpeft.graph.computed_weights import computed_from
 from graphpeft.graph.kept_forwards import set_forward
 from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
 from graphpeft.graph.set_layers import as_set_on
-from graphpeft.graph.template import FIXED, Template
+from graphpeft.graph.template import ABSENT, FIXED, Template
 
 
 def given(module: nn.Module) -> Template | None:
@@ -118,9 +118,9 @@ def _tensors(graph: fx.Graph, has_bias: bool) -> tuple[fx.Node, fx.Node | None]:
     return _attribute(graph, "weight"), _attribute(graph, "bias") if has_bias else None
 
 
-def _template(graph: fx.Graph, result: fx.Node, **fixed: Any) -> Template:
+def _template(graph: fx.Graph, result: fx.Node, has_bias: bool = True, **fixed: Any) -> Template:
     graph.output(result)
-    result.meta[FIXED] = fixed
+    result.meta |= {FIXED: fixed, ABSENT: () if has_bias else ("bias",)}
     return Template((graph,), shared=True)
 
 
@@ -128,7 +128,7 @@ def _template(graph: fx.Graph, result: fx.Node, **fixed: Any) -> Template:
 def _linear_graph(has_bias: bool) -> Template:
     graph = fx.Graph()
     x = graph.placeholder("input")
-    return _template(graph, graph.call_function(F.linear, (x, *_tensors(graph, has_bias))))
+    return _template(graph, graph.call_function(F.linear, (x, *_tensors(graph, has_bias))), has_bias)
 
 
 @functools.cache
@@ -143,7 +143,7 @@ def _convolution_graph(function: Any, has_bias: bool, padding_mode: str) -> Temp
     else:
         x = graph.call_function(F.pad, (x, _attribute(graph, PADDING_OF_CONVOLUTION)), {"mode": padding_mode})
     y = graph.call_function(function, (x, weight, bias, stride, padding, dilation, groups))
-    return _template(graph, y, padding_mode=padding_mode)
+    return _template(graph, y, has_bias, padding_mode=padding_mode)
 
 
 @functools.cache
@@ -156,7 +156,7 @@ def _transposed_graph(function: Any, has_bias: bool) -> Template:
     weight, bias = _tensors(graph, has_bias)
     names = ("stride", "padding", "output_padding", "groups", "dilation")
     y = graph.call_function(function, (x, weight, bias, *(_attribute(graph, name) for name in names)))
-    return _template(graph, y, padding_mode="zeros")
+    return _template(graph, y, has_bias, padding_mode="zeros")
 
 
 @functools.cache
@@ -166,7 +166,7 @@ def _embedding_graph(shortens: bool) -> Template:
     names = ("padding_idx", "norm_type", "scale_grad_by_freq", "sparse", *(("max_norm",) if shortens else ()))
     options: dict[str, Any] = {name: _attribute(graph, name) for name in names}
     y = graph.call_function(F.embedding, (x, _attribute(graph, "weight")), options)
-    return _template(graph, y, **({} if shortens else {"max_norm": None}))
+    return _template(graph, y, True, **({} if shortens else {"max_norm": None}))
 
 
 @functools.cache

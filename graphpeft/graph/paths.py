@@ -84,6 +84,18 @@ def all_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         waiting += _at_paths(path, own_modules(module))
 
 
+def paths_inside_wrappers(model: nn.Module) -> dict[str, str]:
+    """Returns the paths of modules inside of inner wrappers, by those that ``named_modules`` gives them."""
+    own = {module: path for path, module in modules_by_path(model).items()}
+    named = {name: own[module] for name, module in model.named_modules() if module in own}
+    return {name: path for name, path in named.items() if name != path}
+
+
+def names_wrapper(text: str) -> bool:
+    """Returns whether a name, or a pattern for names, mentions what is inside of a wrapper."""
+    return any(name in text for name in _WRAPPED.values() if name.startswith("_"))
+
+
 def _at_paths(path: str, inner: Sequence[tuple[str, nn.Module | None]]) -> list[tuple[str, nn.Module]]:
     """Returns the modules inside of the one at `path` with their paths, the last first."""
     prefix = f"{path}." if path else ""

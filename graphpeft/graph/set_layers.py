@@ -13,7 +13,7 @@ from graphpeft.graph import in_place
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.kept_forwards import name_of, set_forward
 from graphpeft.graph.ops.set_forwards import first_given, is_known_function, others_given, set_operation
-from graphpeft.graph.template import FIXED, SET_FORWARD, Template
+from graphpeft.graph.template import ABSENT, FIXED, SET_FORWARD, Template
 
 
 def as_set_on(module: nn.Module, template: Template) -> Template:
@@ -61,7 +61,7 @@ def _as_set(template: Template, name: str) -> Template:
     with graph.inserting_before(operation.next):
         x = graph.call_function(first_given, (*given, name))
         result = set_operation(graph, own_forward, operation, x, graph.call_function(others_given, (*given, name)))
-    result.meta[FIXED] = template.fixed
+    result.meta |= {FIXED: template.fixed, ABSENT: tuple(template.absent)}
     graph.output_node().args = (result,)
     for node in reversed(of_class):
         if not node.users and node.op != "output":

@@ -41,6 +41,9 @@ SIMPLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 FIXED = "graphpeft_fixed"
 """The key of ``node.meta`` for the layer options, by name, on which a hand-written graph depends."""
 
+ABSENT = "graphpeft_absent"
+"""The key of ``node.meta`` for the parameters that a layer can have, and a hand-written graph doesn't read."""
+
 OWN_FORWARD = "_graphpeft_own_forward"
 """The module attribute by which a graph calls the forward of the module's own class."""
 
@@ -69,6 +72,7 @@ class Template:
     Attributes:
         slots: The slots of the adapters that have nodes in the graphs.
         fixed: The values of attributes that can't change while a module wears the template, by name.
+        absent: The names of parameters that a module can't get while it wears the template.
     """
 
     def __init__(self, graphs: Graphs, shared: bool, plain: Template | None = None) -> None:
@@ -83,6 +87,7 @@ class Template:
         for graph in graphs:
             for node in graph.nodes:
                 self.fixed |= node.meta.get(FIXED, {})
+        self.absent = frozenset[str]().union(*(n.meta.get(ABSENT, ()) for graph in graphs for n in graph.nodes))
         self._back: tuple[Hashable, Template] | None = None
         self._derived: weakref.WeakValueDictionary[Hashable, Template] = weakref.WeakValueDictionary()
         self._forwards = [
@@ -256,16 +261,16 @@ def _fixed(name: str, fixed: Any) -> property:
 
     def write(module: nn.Module, value: Any) -> None:
         if value != fixed:
-            _refuse_other(module, name, fixed, value)
+            _refuse_other(module, name, repr(fixed), repr(value))
         vars(module)[name] = value
 
     return property(read, write)
 
 
-def _refuse_other(module: nn.Module, name: str, fixed: Any, value: Any) -> NoReturn:
+def _refuse_other(module: nn.Module, name: str, was: str, now: str) -> NoReturn:
     raise GuardError(
-        f"{name} of a {in_place.original_class(module).__name__} was {fixed!r} when it was adapted, and is to be "
-        f"{value!r} now, which its graph doesn't know; set it before you adapt the model"
+        f"{name} of a {in_place.original_class(module).__name__} was {was} when it was adapted, and is to be "
+        f"{now} now, which its graph doesn't know; set it before you adapt the model"
     )
 
 
@@ -285,6 +290,12 @@ class GraphForward(NoWrapper, fx.GraphModule):
 
     _graphpeft_template: ClassVar[Template]
     _graphpeft_slots: ClassVar[Mapping[int, str]]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Registers a parameter, unless the graph has been made for a layer without it, which is a GuardError."""
+        if param is not None and name in self._graphpeft_template.absent:
+            _refuse_other(self, name, "None", "a parameter")
+        super().register_parameter(name, param)
 
     # GraphModule's own methods, and torch.compile, read these attributes
 
@@ -389,7 +400,10 @@ def refuse_other_options(module: nn.Module, template: Template) -> None:
     """Raises GuardError if an attribute of `module` has another value than `template` fixes."""
     for name, fixed in template.fixed.items():
         if vars(module)[name] != fixed:
-            _refuse_other(module, name, fixed, vars(module)[name])
+            _refuse_other(module, name, repr(fixed), repr(vars(module)[name]))
+    for name in template.absent:
+        if module._parameters.get(name) is not None:
+            _refuse_other(module, name, "None", "a parameter")
 
 
 def names_in_slots(module: nn.Module) -> Mapping[int, str]:

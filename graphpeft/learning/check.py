@@ -1,9 +1,10 @@
 """`check_learning`: runs a batch forward and backward, and tells which tensors of adapters get gradients.
 
-A gradient of zero may come from the first values alone: LoRA's A has none while B is zero. So the batch runs a second
-time with other values in all trained tensors, after which everything is put back. What has no gradient then, either, is
-dead, and the lines of code are sought that go past it. Where the forward draws random numbers, as one that drops whole
-layers, the batch runs a few times more before anything is called dead.
+A gradient of zero may come from the first values alone: LoRA's A has none while B is zero. So the batch runs again with
+other values in what has a gradient, as after a step, and again as long as that gives others one. What has none then is
+dead: it waits for what waits for it, or, if other values in everything give it none either, the lines of code are
+sought that go past it. In the end everything is put back. Where the forward draws random numbers, as one that drops
+whole layers, the batch runs a few times more before anything is called dead.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from graphpeft.learning.undone_runs import WritesUndone, batch_kept, random_stat
 from graphpeft.learning.watch import Watch
 from graphpeft.progress import steps
 from graphpeft.transaction import remember, trial
+from graphpeft.wording import joined
 
 Loss = Callable[[Any], Tensor]
 """Makes one number of what the model returns."""
@@ -43,9 +45,9 @@ _SPREAD = 0.02
 def check_learning(model: nn.Module, batch: ExampleInputs, loss: Loss | None = None) -> LearningReport:
     """Tells which tensors of the active adapters get gradients from a batch, and of those that never will, why.
 
-    The batch runs twice forward and backward, in the mode in which the model is: with the present values, and with
-    others in what is trained. If the forward draws random numbers, it runs up to seven times more for each.
-    All values, gradients, buffers and random states are put back.
+    The batch runs forward and backward in the mode in which the model is, and again with other values in what has a
+    gradient, until all have one or no more get one: twice for most methods. If the forward draws random numbers, it
+    runs up to seven times more for each. All values, gradients, buffers and random states are put back.
 
     Args:
         model: An adapted model.
@@ -90,22 +92,20 @@ def check_learning(model: nn.Module, batch: ExampleInputs, loss: Loss | None = N
         runs = _Runs(model, batch, loss, places, modules)
         now = runs.gradients()
         with trial(model):
-            _move(trained)
-            step("checking what learns: a run with other values")
-            moved, watch = runs.watched()
-            for _ in range(_AGAIN if runs.drawn else 0):
-                if all(_is_reached(gradient) for each in moved for gradient in each.values()):
-                    break
-                step("checking what learns: a run with other random numbers")
-                again, other = runs.watched()
-                moved = _joined(moved, again)
-                watch = max(watch, other, key=lambda each: len(each.called))
+            stepped, count = now, 0
+            while not _all_reached(stepped) and len(runs.reached) > count:
+                count = len(runs.reached)
+                stepped, _ = runs.moved([tensor for tensor in trained if id(tensor) in runs.reached], step)
+            moved, watch = stepped, Watch()
+            if _any_dead(now, stepped):
+                moved, watch = runs.moved(trained, step)
         for _ in range(_AGAIN if runs.drawn else 0):
             if not _left_out(now, moved):
                 break
             now = _joined(now, runs.gradients())
         sites = tuple(
-            _told(place, modules, watch, own, other) for place, own, other in zip(places, now, moved, strict=True)
+            _told(place, modules, watch, *gradients)
+            for place, *gradients in zip(places, now, stepped, moved, strict=True)
         )
     return LearningReport(sites, _named(state))
 
@@ -133,14 +133,29 @@ class _Runs:
 
     Attributes:
         drawn: Whether a forward has drawn random numbers.
+        reached: The ids of the parameters that have had a gradient in a run.
     """
 
     def __init__(
         self, model: Any, batch: ExampleInputs, loss: Loss | None, places: list[Place], modules: Mapping[str, nn.Module]
     ) -> None:
-        self.drawn = False
+        self.drawn, self.reached = False, set[int]()
         self._model, self._inputs, self._loss = model, split_inputs(batch), loss
         self._places, self._modules = places, modules
+
+    def moved(self, tensors: list[Tensor], step: Callable[[str], object]) -> tuple[_Gradients, Watch]:
+        """Returns the gradients of a run with other values in some tensors, and what was seen of it."""
+        _move(tensors)
+        step("checking what learns: a run with other values")
+        found, watch = self.watched()
+        for _ in range(_AGAIN if self.drawn else 0):
+            if _all_reached(found):
+                break
+            step("checking what learns: a run with other random numbers")
+            again, other = self.watched()
+            found = _joined(found, again)
+            watch = max(watch, other, key=lambda each: len(each.called))
+        return found, watch
 
     def watched(self) -> tuple[_Gradients, Watch]:
         """Returns the gradients of a run, and what was seen of it."""
@@ -167,6 +182,8 @@ class _Runs:
                 watch.before_backward(number)
             if number.requires_grad:
                 number.backward()
+        self.reached |= {id(parameter) for parameter in model.parameters() if _is_reached(parameter.grad)}
+        self.reached |= {id(t) for place in self._places for t in place.tensors.values() if _is_reached(t.grad)}
         return [{name: tensor.grad for name, tensor in place.tensors.items()} for place in self._places]
 
 
@@ -178,6 +195,15 @@ def _is_finite(number: Tensor) -> bool:
 
 def _is_reached(gradient: Tensor | None) -> bool:
     return gradient is not None and bool(gradient.any())
+
+
+def _all_reached(gradients: _Gradients) -> bool:
+    return all(_is_reached(gradient) for each in gradients for gradient in each.values())
+
+
+def _any_dead(now: _Gradients, stepped: _Gradients) -> bool:
+    pairs = zip(now, stepped, strict=True)
+    return any(_learning(each[name], other[name]).state == "dead" for each, other in pairs for name in each)
 
 
 def _joined(first: _Gradients, second: _Gradients) -> _Gradients:
@@ -223,24 +249,33 @@ def _told(
     modules: Mapping[str, nn.Module],
     watch: Watch,
     now: Mapping[str, Tensor | None],
+    stepped: Mapping[str, Tensor | None],
     moved: Mapping[str, Tensor | None],
 ) -> SiteLearning:
-    tensors = {name: _learning(now[name], moved[name]) for name in place.tensors}
+    tensors = {name: _learning(now[name], stepped[name]) for name in place.tensors}
     dead = [name for name, tensor in tensors.items() if tensor.state == "dead"]
     if not dead:
         return SiteLearning(place.adapter, place.label, tensors)
-    first = dead[0]
+    first = next((name for name in dead if not _waits_in_vain(now[name], moved[name])), None)
+    if first is None:
+        reason = f"{joined(dead)} wait for each other: each has a gradient of zero until another one changes"
+        return SiteLearning(place.adapter, place.label, tensors, reason)
     reason, line = reason_and_line(place.region, first, place.tensors[first], moved[first], modules, watch)
     return SiteLearning(place.adapter, place.label, tensors, reason, line)
 
 
-def _learning(now: Tensor | None, moved: Tensor | None) -> TensorLearning:
+def _waits_in_vain(now: Tensor | None, moved: Tensor | None) -> bool:
+    """Returns whether the gradient of a dead tensor is zero at its values alone, and another one elsewhere."""
+    return moved is not None and _is_reached(moved) and bool(moved.isfinite().all()) and not _is_reached(now)
+
+
+def _learning(now: Tensor | None, stepped: Tensor | None) -> TensorLearning:
     norm = None if now is None else norm_of(now)
     if norm is not None and not math.isfinite(norm):
         return TensorLearning("dead", norm)
     if norm:
         return TensorLearning("learns", norm)
-    return TensorLearning("waits" if _is_reached(moved) else "dead", norm)
+    return TensorLearning("waits" if _is_reached(stepped) else "dead", norm)
 
 
 def _named(state: Adapters) -> dict[tuple[str, str], int]:

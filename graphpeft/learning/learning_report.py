@@ -15,9 +15,8 @@ class TensorLearning(NamedTuple):
     """How a tensor learns.
 
     Attributes:
-        state: ``"learns"`` if its gradient isn't zero; ``"waits"`` if it is zero at the present values of the adapter's
-            tensors alone, as that of LoRA's A while B is zero; ``"dead"`` if it is zero whatever these are, it isn't
-            finite, or there is none.
+        state: ``"learns"`` if its gradient isn't zero; ``"waits"`` if it is zero until what learns has changed, as that
+            of LoRA's A while B is zero; ``"dead"`` if it remains zero then, it isn't finite, or there is none.
         gradient: The norm of its gradient now; None without one.
 
     Examples:

@@ -9,6 +9,7 @@ from typing import Any
 from graphpeft.adapters import dequantising, lifecycle, merged_codes, merging
 from graphpeft.adapters.adapting import known_adapter, modules_of
 from graphpeft.adapters.untying import telling_of_untied, untie_saved
+from graphpeft.graph.autocast import in_own_precision
 from graphpeft.model.adapter_info import AdapterInfo
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.transaction import transaction
@@ -49,7 +50,7 @@ class MergingMethods(AdapterInfo):
 
         Args:
             progressbar: Accepted for compatibility with PEFT; merging is one addition for each weight.
-            safe_merge: Whether to refuse changes with infinities or NaNs.
+            safe_merge: Whether to refuse merged weights with infinities or NaNs.
             adapter_names: The adapters to merge; the active ones if None.
             dequantize: Whether all quantised linear layers become plain ones, ``nn.Linear``, whose weights have the
                 dtype of the model's other parameters. Then nothing is rounded to codes again. It isn't an argument of
@@ -60,21 +61,21 @@ class MergingMethods(AdapterInfo):
 
         Raises:
             AdaptError: If the model has no adapter of a name, an adapter can't be merged (for example since its weight
-                is tied to another one), two adapters fully train the same tensor, or a change isn't finite. Nothing is
-                merged then.
+                is tied to another one), two adapters fully train the same tensor, or a merged weight isn't finite.
+                Nothing is merged then.
             TypeError: If `adapter_names` is one string; nothing is merged.
         """
         state, modules = self._peft_adapters, modules_of(self)
         names = _to_merge(self, adapter_names)
-        if safe_merge:
-            merging.refuse_infinite(modules, state, names)
-        with transaction(self), telling_of_untied(self), merging.without_autocast(modules):
+        with transaction(self), telling_of_untied(self), in_own_precision(modules):
             names = [*state.merged, *names]
             untie_saved(modules, state, names)
             merging.merge(modules, state, names)
             numbers = merged_codes.merged(modules, state, names) if dequantize else {}
             if not dequantize:
                 merged_codes.merge(modules, state, names)
+            if safe_merge:
+                merging.refuse_infinite(modules, state, names)
             lifecycle.unload(self, state, left={})
             if dequantize:
                 dequantising.dequantise(modules_of(self), numbers)
@@ -91,20 +92,20 @@ class MergingMethods(AdapterInfo):
         Args:
             adapter_names: The adapters to merge; the active ones if None. Adapters that are merged already are left
                 out, with a warning.
-            safe_merge: Whether to refuse changes with infinities or NaNs.
+            safe_merge: Whether to refuse merged weights with infinities or NaNs.
 
         Raises:
             AdaptError: If adapters are disabled, the model has no adapter of a name, an adapter can't be merged (for
-                example since its weight is tied to another one), two adapters fully train the same tensor, or a change
-                isn't finite. Nothing is merged then.
+                example since its weight is tied to another one), two adapters fully train the same tensor, or a merged
+                weight isn't finite. Nothing is merged then.
             TypeError: If `adapter_names` is one string; nothing is merged.
         """
         state, modules = self._peft_adapters, modules_of(self)
         names = _to_merge(self, adapter_names)
-        if safe_merge:
-            merging.refuse_infinite(modules, state, names)
-        with transaction(self), merging.without_autocast(modules):
+        with transaction(self), in_own_precision(modules):
             merging.merge_in_place(modules, state, names)
+            if safe_merge:
+                merging.refuse_infinite(modules, state, names)
 
     def unmerge_adapter(self) -> None:
         """Takes all merged adapters out of the weights; the active ones act by nodes again.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from graphpeft.adapters import checkpoint, file_names, merging, trainer
+from graphpeft.adapters import checkpoint, file_names, merged_weights, merging, trainer
 from graphpeft.adapters.adapting import known_adapter, modules_of
 from graphpeft.adapters.empty_tensors import refuse_empty
 from graphpeft.adapters.exchanged import refuse_missing
@@ -113,7 +113,7 @@ class SavingMethods(AdapterInfo):
             for name, adapter in selected.items():
                 folder = staged[folder_of(name)].folder
                 first = path_initial_model_for_weight_conversion
-                originals = self._peft_adapters.originals
+                originals = merged_weights.originals(modules_of(self), self._peft_adapters)
                 checkpoint.save(
                     self,
                     adapter,
@@ -145,7 +145,8 @@ class SavingMethods(AdapterInfo):
         if not adapter.config.training_state():
             trainer.give_trainers_name(folder / checkpoint.WEIGHTS_NAME, to)
             return
-        originals, at_first = self._peft_adapters.originals, trainer.as_at_first(adapter)
+        originals = merged_weights.originals(modules_of(self), self._peft_adapters)
+        at_first = trainer.as_at_first(adapter)
         tensors = checkpoint.state_dict_of(modules_of(self), at_first, name, originals, state_dict)
         trainer.write(adapter.config, tensors, to)
 

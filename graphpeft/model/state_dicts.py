@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from graphpeft._torch import IncompatibleKeys
-from graphpeft.adapters import checkpoint, file_names, saved_adapter
+from graphpeft.adapters import checkpoint, file_names, merged_weights, saved_adapter
 from graphpeft.adapters.adapting import known_adapter, modules_of
 from graphpeft.adapters.exchanged import refuse_missing
 from graphpeft.adapters.loading import set_values
@@ -55,7 +55,7 @@ def get_peft_model_state_dict(
         state_dict = gathered_by_fsdp(wrapper)
     adapter = known_adapter(model, adapter_name)
     refuse_missing(modules_of(model), adapter, adapter_name, reads=state_dict is None)
-    originals = model._peft_adapters.originals
+    originals = merged_weights.originals(modules_of(model), model._peft_adapters)
     return checkpoint.state_dict_of(
         modules_of(model), adapter, adapter_name, originals, state_dict, save_embedding_layers
     )

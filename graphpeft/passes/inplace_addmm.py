@@ -18,12 +18,13 @@ from torch import Tensor, fx, nn
 
 from graphpeft._torch import has_hooks_of_all
 from graphpeft.graph import ops
+from graphpeft.graph.autocast import HALVES
 from graphpeft.graph.ops.set_forwards import as_set
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.graph.tags import TAG
 from graphpeft.passes.outcome import Outcome
-from graphpeft.passes.plain_form import HALVES, wants_plain_form
+from graphpeft.passes.plain_form import wants_plain_form
 from graphpeft.passes.reading import adapted_values, is_read_by, matrix_of, put_in_place_of
 
 

@@ -10,9 +10,6 @@ import torch
 from graphpeft._torch import is_transformed
 from graphpeft.graph.scaled_sum import is_captured
 
-HALVES = (torch.float16, torch.bfloat16)
-"""The dtypes in which rounding twice instead of once visibly changes results."""
-
 
 def wants_plain_form() -> bool:
     """Returns whether a compiler, an exporter, a ``torch.func`` transform or forward-mode AD reads the computation.

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from graphpeft.adapters import merged_weights
 from graphpeft.adapters.adapting import modules_of
 from graphpeft.adapters.graphs import by_region, with_adapter, without_any
 from graphpeft.adapters.plan import Plan
@@ -54,6 +55,7 @@ def _of_model(model: nn.Module, example_inputs: ExampleInputs | None) -> Picture
     costs = None if example_inputs is None else measured(model, modules, example_inputs)
     state = adapters_of(model) or Adapters.before_any({})
     names = list(state.by_name)
+    originals = merged_weights.originals(modules, state)
     gallery = _Gallery()
     drawn: dict[str, Drawn] = {}
     sites = _sites_by_region(state, modules)
@@ -64,7 +66,7 @@ def _of_model(model: nn.Module, example_inputs: ExampleInputs | None) -> Picture
         here = []
         for name, adapted in sites.get(path, []):
             one = drawn_site(adapted, names.index(name), state.slots[name], modules)
-            here.append(one if name in state.merged else with_change(one, adapted, modules, state.originals))
+            here.append(one if name in state.merged else with_change(one, adapted, modules, originals))
         drawn[path] = Drawn(gallery.place_of(without_any(template.plain), template.plain, module), slots, here)
     adapters = [
         _drawn_adapter(name, adapter, _state_of(name, state), modules) for name, adapter in state.by_name.items()

@@ -6,7 +6,6 @@ A name that can't be adapted goes into the report with the reason; nothing is sk
 from __future__ import annotations
 
 import functools
-import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from graphpeft.graph.computed_weights import read_weight
-from graphpeft.graph.paths import join, modules_by_path
+from graphpeft.graph.paths import join, modules_by_path, paths_inside_wrappers
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.progress import over
@@ -332,8 +331,8 @@ def unmatched_entries(config: PeftConfig, modules: Mapping[str, nn.Module], repo
     options, found = config.target_options, []
     # iterators, since the first few names usually show that all entries match
     for option, entries, names in (
-        ("target_modules", options.target_modules, lambda: itertools.chain(modules, _targets_by_path(modules))),
-        ("exclude_modules", options.exclude_modules, lambda: itertools.chain(modules, _targets_by_path(modules))),
+        ("target_modules", options.target_modules, lambda: _names(modules)),
+        ("exclude_modules", options.exclude_modules, lambda: _names(modules)),
         ("target_parameters", options.target_parameters, lambda: _parameters(modules)),
         *((option, patterns, lambda: wanted) for option, patterns in options.patterns.items()),
     ):
@@ -348,6 +347,13 @@ def unmatched_entries(config: PeftConfig, modules: Mapping[str, nn.Module], repo
             hint = f" (near misses: {', '.join(near)})" if near else ""
             found.append(f"{joined([repr(entry) for entry in left])} in {option}{hint}")
     return found
+
+
+def _names(modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Yields all names that a list of modules can have, the rare ones last."""
+    yield from modules
+    yield from _targets_by_path(modules)
+    yield from paths_inside_wrappers(modules[""])
 
 
 def kept_out_entries(

@@ -26,7 +26,7 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from graphpeft.graph.paths import modules_by_path
+from graphpeft.graph.paths import modules_by_path, names_wrapper, paths_inside_wrappers
 from graphpeft.graph.traced_model import TracedModel, stands_for
 from graphpeft.rules.target_options import TargetOptions
 from graphpeft.sites.layer_kinds import is_linear
@@ -111,6 +111,25 @@ def exactly(wanted: Collection[str], names: Iterable[str]) -> set[str] | str:
     if any(also(name) for name in names if name not in chosen):
         return "|".join(map(re.escape, sorted(chosen)))
     return chosen
+
+
+def without_wrappers(names: Any, model: nn.Module) -> Any:
+    """Returns a value of `target_modules` that matches what it does by the names of ``named_modules``, too.
+
+    These have the names of wrappers, such as ``_orig_mod`` of a submodule that is compiled. Here modules have the same
+    names with and without wrappers.
+
+    Args:
+        names: The value, as a user gave it.
+        model: The model.
+    """
+    if names is None or not names_wrapper(names if isinstance(names, str) else " ".join(names)):
+        return names
+    matches = compile_matcher(TargetOptions(target_modules=names))
+    own = [path for name, path in paths_inside_wrappers(model).items() if matches(name)]
+    if isinstance(names, str):
+        return "|".join([f"(?:{names})", *map(re.escape, own)])
+    return {*(name for name in names if not names_wrapper(name)), *own} if own else names
 
 
 def match_parameter(options: TargetOptions, path: str) -> bool:

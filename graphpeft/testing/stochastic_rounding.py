@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from graphpeft._torch import TorchDispatchMode, pytree
-
-HALVES = (torch.bfloat16, torch.float16)
+from graphpeft.graph.autocast import HALVES
 
 
 class StochasticRounding(TorchDispatchMode):

@@ -26,13 +26,13 @@ class Aoti:
     checks_inputs = False
     adapter_suffix = ".safetensors"
 
-    def write(self, export: Export, path: Path, about: str) -> None:
+    def write(self, export: Export, staged: Path, about: str) -> None:
         """Compiles the program."""
         program = export.program.exported
         configs = {"aot_inductor.metadata": {_ABOUT: about}}
         try:
             with quiet():
-                aot_inductor().aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+                aot_inductor().aoti_compile_and_package(program, package_path=str(staged), inductor_configs=configs)
         except Exception as error:
             raise ExportError(
                 f"AOTInductor can't compile the model: {in_short(error)}. It needs a "
@@ -54,6 +54,6 @@ class Aoti:
                     return json.loads(archive.read(name)).get(_ABOUT)
         return None
 
-    def write_adapter(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+    def write_adapter(self, tensors: Mapping[str, Tensor], staged: Path) -> None:
         """Writes safetensors."""
-        write_safetensors(tensors, path)
+        write_safetensors(tensors, staged)

@@ -33,7 +33,7 @@ class ExecuTorch:
     checks_inputs = False
     adapter_suffix = ".safetensors"
 
-    def write(self, export: Export, path: Path, about: str) -> None:
+    def write(self, export: Export, staged: Path, about: str) -> None:
         """Lowers the program, as far as possible to XNNPACK."""
         exir = _library("executorch.exir")
         xnnpack = _library("executorch.backends.xnnpack.partition.xnnpack_partitioner")
@@ -50,7 +50,7 @@ class ExecuTorch:
                 f"ExecuTorch can't lower the model: {in_short(error)}. dynamic=False keeps all sizes, of which "
                 "XNNPACK lets few change; format='pt2' needs no lowering"
             ) from error
-        with path.open("wb") as file:
+        with staged.open("wb") as file:
             lowered.write_to_file(file)
 
     def runner(self, export: Export, path: Path) -> Runner:
@@ -70,9 +70,9 @@ class ExecuTorch:
         program = _program(path)
         return program.load_method(_ABOUT).execute([])[0] if _ABOUT in program.method_names else None
 
-    def write_adapter(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+    def write_adapter(self, tensors: Mapping[str, Tensor], staged: Path) -> None:
         """Writes safetensors."""
-        write_safetensors(tensors, path)
+        write_safetensors(tensors, staged)
 
 
 def _program(path: Path) -> Any:

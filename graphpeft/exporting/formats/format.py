@@ -75,12 +75,12 @@ class Format(Protocol):
         """The suffix of an adapter's own file, if adapters are inputs."""
         ...
 
-    def write(self, export: Export, path: Path, about: str) -> None:
+    def write(self, export: Export, staged: Path, about: str) -> None:
         """Writes an export.
 
         Args:
             export: The export.
-            path: The file or folder to write, in an empty folder; `write` may add files beside it.
+            staged: The file or folder to write, in an empty staging folder; `write` may add files beside it.
             about: A text to store in the file; the method `about` returns it.
 
         Raises:
@@ -96,6 +96,6 @@ class Format(Protocol):
         """Returns the text that `write` has stored in a file, or None."""
         ...
 
-    def write_adapter(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+    def write_adapter(self, tensors: Mapping[str, Tensor], staged: Path) -> None:
         """Writes the tensors of an adapter, by input name, into a file."""
         ...

@@ -47,7 +47,7 @@ class Onnx:
     checks_inputs = False
     adapter_suffix = ".onnx_adapter"
 
-    def write(self, export: Export, path: Path, about: str) -> None:
+    def write(self, export: Export, staged: Path, about: str) -> None:
         """Translates the program and names its inputs and outputs."""
         for package in ("onnx", "onnxscript", "onnxruntime"):
             _library(package)
@@ -62,8 +62,8 @@ class Onnx:
         for value in [value for value in graph.inputs if value.name in export.prepared.defaults]:
             _make_optional(graph, value, export.prepared.defaults[value.name])
         translated.model.metadata_props[_ABOUT] = about
-        translated.save(path)
-        _name_data_by_content(path)
+        translated.save(staged)
+        _name_data_by_content(staged)
 
     def runner(self, export: Export, path: Path) -> Runner:
         """Loads the graph into onnxruntime."""
@@ -84,7 +84,7 @@ class Onnx:
         model = _library("onnx").load(path, load_external_data=False)
         return next((prop.value for prop in model.metadata_props if prop.key == _ABOUT), None)
 
-    def write_adapter(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+    def write_adapter(self, tensors: Mapping[str, Tensor], staged: Path) -> None:
         """Writes a file for ``onnxruntime.LoraAdapter``."""
         runtime = _library("onnxruntime")
         adapter = runtime.AdapterFormat()
@@ -92,7 +92,7 @@ class Onnx:
         adapter.set_model_version(1)
         arrays = {name: _with_dimensions(tensor).cpu().contiguous().numpy() for name, tensor in tensors.items()}
         adapter.set_parameters({n: runtime.OrtValue.ortvalue_from_numpy(array) for n, array in arrays.items()})
-        adapter.export_adapter(str(path))
+        adapter.export_adapter(str(staged))
 
 
 def _name_data_by_content(path: Path) -> None:

@@ -32,7 +32,7 @@ class OpenVino:
     checks_inputs = False
     adapter_suffix = ".safetensors"
 
-    def write(self, export: Export, path: Path, about: str) -> None:
+    def write(self, export: Export, staged: Path, about: str) -> None:
         """Translates the program and names its inputs and outputs."""
         openvino = _library()
         program = export.program
@@ -51,7 +51,7 @@ class OpenVino:
         for name, port in zip(names, model.outputs, strict=True):
             port.get_tensor().set_names({name})
         model.set_rt_info(about, [_ABOUT])
-        openvino.save_model(model, path, compress_to_fp16=False)
+        openvino.save_model(model, staged, compress_to_fp16=False)
 
     def runner(self, export: Export, path: Path) -> Runner:
         """Compiles the graph for the CPU, to compute in the precision of its weights."""
@@ -73,9 +73,9 @@ class OpenVino:
             return None
         return None if found is None else found.get("value")
 
-    def write_adapter(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+    def write_adapter(self, tensors: Mapping[str, Tensor], staged: Path) -> None:
         """Writes safetensors."""
-        write_safetensors(tensors, path)
+        write_safetensors(tensors, staged)
 
 
 def _library() -> Any:

@@ -24,9 +24,9 @@ class Pt2:
     checks_inputs = True
     adapter_suffix = ".safetensors"
 
-    def write(self, export: Export, path: Path, about: str) -> None:
+    def write(self, export: Export, staged: Path, about: str) -> None:
         """Saves the program."""
-        torch.export.save(export.program.exported, path, extra_files={_ABOUT: about})
+        torch.export.save(export.program.exported, staged, extra_files={_ABOUT: about})
 
     def runner(self, export: Export, path: Path) -> Runner:
         """Loads the program."""
@@ -44,12 +44,12 @@ class Pt2:
             found = [name for name in archive.namelist() if name.endswith(f"/extra/{_ABOUT}")]
             return archive.read(found[0]).decode() if found else None
 
-    def write_adapter(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+    def write_adapter(self, tensors: Mapping[str, Tensor], staged: Path) -> None:
         """Writes safetensors."""
-        write_safetensors(tensors, path)
+        write_safetensors(tensors, staged)
 
 
-def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def write_safetensors(tensors: Mapping[str, Tensor], staged: Path) -> None:
     """Writes tensors, which may share memory, as safetensors."""
     alone = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    save_file(alone, path, metadata={"format": "pt"})
+    save_file(alone, staged, metadata={"format": "pt"})

@@ -16,13 +16,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from graphpeft.adapters import checkpoint
+from graphpeft.adapters import checkpoint, merged_weights
 from graphpeft.exporting import copies
 from graphpeft.exporting.carriers import Case
 from graphpeft.exporting.errors import ExportError
 from graphpeft.exporting.example import Example
 from graphpeft.exporting.formats.format import Export, Runner
 from graphpeft.exporting.formats.pt2 import write_safetensors
+from graphpeft.graph.paths import modules_by_path
 from graphpeft.model.peft_model import PeftModel
 
 _ADAPTERS = "adapters"
@@ -50,32 +51,33 @@ class Weights:
     checks_inputs = True
     adapter_suffix = ""
 
-    def write(self, export: Export, path: Path, about: str) -> None:
+    def write(self, export: Export, staged: Path, about: str) -> None:
         """Writes the weights; a folder also gets the model's config and the adapters."""
         if export.prepared.adapter_mode == "merged":
-            self._write_base(export.prepared.model, path)
+            self._write_base(export.prepared.model, staged)
             return
-        if path.suffix:
+        if staged.suffix:
             raise ExportError(
-                f"{path.name} names one file, and with adapters={export.prepared.adapter_mode!r} the base and the "
+                f"{staged.name} names one file, and with adapters={export.prepared.adapter_mode!r} the base and the "
                 "adapters are files of their own; let the path be a folder"
             )
-        self._write_base(copies.base_of(export.source), path)
+        self._write_base(copies.base_of(export.source), staged)
         for name in self._adapters(export):
             state = export.source._peft_adapters
-            checkpoint.save(export.source, state.by_name[name], name, path / _ADAPTERS / name, state.originals)
+            originals = merged_weights.originals(modules_by_path(export.source), state)
+            checkpoint.save(export.source, state.by_name[name], name, staged / _ADAPTERS / name, originals)
 
-    def _write_base(self, base: nn.Module, path: Path) -> None:
+    def _write_base(self, base: nn.Module, staged: Path) -> None:
         tensors = self._tensors(base)
-        if path.suffix:
-            self.save(tensors, path)
+        if staged.suffix:
+            self.save(tensors, staged)
             return
-        path.mkdir()
-        self.save(tensors, path / self.within)
+        staged.mkdir()
+        self.save(tensors, staged / self.within)
         of_model: Any = getattr(base, "config", None)
         # the config from which Transformers builds the model
         if hasattr(of_model, "save_pretrained"):
-            of_model.save_pretrained(path)
+            of_model.save_pretrained(staged)
 
     def _tensors(self, base: nn.Module) -> dict[str, Tensor]:
         state = base.state_dict()
@@ -124,7 +126,7 @@ class Weights:
         """Returns None, since weights have no inputs for adapters."""
         return None
 
-    def write_adapter(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+    def write_adapter(self, tensors: Mapping[str, Tensor], staged: Path) -> None:
         """Raises ExportError, since adapters are in PEFT's files."""
         raise ExportError("weights have no inputs for adapters; save an adapter with save_pretrained")
 
@@ -133,8 +135,8 @@ def _example_inputs(example: Example) -> Any:
     return example.kwargs or example.args
 
 
-def _save_state_dict(tensors: Mapping[str, Tensor], path: Path) -> None:
-    torch.save({name: tensor.detach() for name, tensor in tensors.items()}, path)
+def _save_state_dict(tensors: Mapping[str, Tensor], staged: Path) -> None:
+    torch.save({name: tensor.detach() for name, tensor in tensors.items()}, staged)
 
 
 def _load_state_dict(path: Path) -> Mapping[str, Tensor]:

@@ -11,15 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from graphpeft.adapters import changes
+from graphpeft.adapters import changes, checkpoint
 from graphpeft.adapters.adapter_names import name_like
 from graphpeft.adapters.adapting import known_adapter, known_adapters, modules_of
-from graphpeft.adapters.checkpoint import WEIGHTS_NAME
 from graphpeft.adapters.merging import with_originals
 from graphpeft.adapters.state import Adapter, Modules, adapters_of
+from graphpeft.files.atomic_files import Staging
 from graphpeft.graph import overrides
 from graphpeft.graph.holders import tensor_at
 from graphpeft.graph.paths import unwrapped
@@ -134,12 +133,11 @@ def save_as_lora(
 
 
 def save_converted(path: str | os.PathLike[str], converted: tuple[LoraConfig, Mapping[str, Tensor]]) -> None:
-    """Writes what `convert_to_lora` returned to the folder `path`, which is made if it isn't there."""
+    """Writes what `convert_to_lora` returned to the folder `path`, whole or not at all."""
     config, tensors = converted
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS_NAME)
-    config.save_pretrained(folder)
+    with Staging(Path(path)) as staging:
+        checkpoint.write(staging.folder, config, tensors, safe_serialization=True)
+        staging.put()
 
 
 def _source(model: nn.Module, name: str) -> Adapter:

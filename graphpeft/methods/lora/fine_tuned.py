@@ -16,6 +16,7 @@ from graphpeft.adapters.adapting import modules_of
 from graphpeft.adapters.plan import Plan
 from graphpeft.adapters.state import adapters_of
 from graphpeft.graph import overrides
+from graphpeft.graph.autocast import in_own_precision
 from graphpeft.graph.computed_weights import read_weight
 from graphpeft.graph.holders import tensor_at
 from graphpeft.graph.paths import join, modules_by_path, unwrapped
@@ -81,7 +82,8 @@ def extract_lora(
         return after - before
 
     _refuse_others(base, tuned)
-    plan, found = approximated(base, config, change_of, rank, temporary, progressbar)
+    with in_own_precision(modules):
+        plan, found = approximated(base, config, change_of, rank, temporary, progressbar)
     _refuse_left(base, tuned, plan)
     for path, names in plan.fully_trained.items():
         for own in names:

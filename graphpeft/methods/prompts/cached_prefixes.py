@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphpeft.adapters import checkpoint, lifecycle
+from graphpeft.adapters import checkpoint, lifecycle, merged_weights
 from graphpeft.adapters.adapting import known_adapter, known_adapters, modules_of
 from graphpeft.adapters.loading import set_values
 from graphpeft.graph.modes import in_mode
@@ -124,7 +124,8 @@ def initialize_kv_prefix_from_past_key_values(
             f"{(config.num_virtual_tokens, config.width)}; leave num_virtual_tokens out, and take a cache of this model"
         )
     state = known_adapters(model)
-    values = checkpoint.state_dict_of(modules_of(model), state.by_name[name], name, state.originals, None)
+    originals = merged_weights.originals(modules_of(model), state)
+    values = checkpoint.state_dict_of(modules_of(model), state.by_name[name], name, originals, None)
     set_values(model, name, values | {EMBEDDINGS_KEY: prefix})
     return prefix
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.adapters.plan import AdaptError
+from graphpeft.files.atomic_files import Staging
 from graphpeft.sites.layer_kinds import linear_classes
 from graphpeft.targeting import targets
 
@@ -89,9 +90,9 @@ def from_file_or(
         return {path: tuple(saved[key.format(path)].to(device) for key in keys) for path, device in devices.items()}
     found = compute()
     if file is not None:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
         pairs = [zip(keys, tensors, strict=True) for tensors in found.values()]
-        torch.save(
-            {key.format(path): tensor for path, of in zip(found, pairs, strict=True) for key, tensor in of}, file
-        )
+        saved = {key.format(path): tensor for path, of in zip(found, pairs, strict=True) for key, tensor in of}
+        with Staging(Path(file).parent) as staging:
+            torch.save(saved, staging.folder / Path(file).name)
+            staging.put()
     return found

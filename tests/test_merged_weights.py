@@ -1,0 +1,212 @@
+"""What changes in the base while adapters are merged is kept by whatever unmerges; the rest comes back bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import graphpeft
+from graphpeft import AdaptError, LoraConfig, OFTConfig, PeftModel, get_peft_model
+from graphpeft.adapters.tensors import fingerprint
+
+pytestmark = pytest.mark.filterwarnings("ignore:All adapters are already merged")
+
+X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4, bias=False))
+
+
+def merged(library: Any = graphpeft, **options: Any) -> Any:
+    config = library.LoraConfig(**{"r": 2, "target_modules": ["0", "2"], "init_lora_weights": False, **options})
+    torch.manual_seed(1)
+    model = library.get_peft_model(net(), config).eval()
+    model.merge_adapter()
+    return model
+
+
+def added(weight: torch.Tensor) -> torch.Tensor:
+    return weight.detach() + torch.linspace(0.1, 0.5, weight.numel()).view_as(weight)
+
+
+def write(model: Any) -> None:
+    with torch.no_grad():
+        model[0].weight.copy_(added(model[0].weight))
+
+
+def write_data(model: Any) -> None:
+    model[0].weight.data.copy_(added(model[0].weight))
+
+
+def give_data(model: Any) -> None:
+    model[0].weight.data = added(model[0].weight)
+
+
+def assign(model: Any) -> None:
+    model[0].weight = nn.Parameter(added(model[0].weight))
+
+
+def exchange_rows(model: Any) -> None:
+    model[0].weight.data = model[0].weight.data[[1, 0, 2, 3, 4, 5]]
+
+
+def write_bias(model: Any) -> None:
+    model[0].bias.data.add_(1.0)
+
+
+def train(model: Any) -> None:
+    model[0].weight.requires_grad_(True)
+    optimizer = torch.optim.SGD([model[0].weight], lr=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(X).square().sum().backward()
+        optimizer.step()
+
+
+CHANGES = [write, write_data, give_data, assign, exchange_rows, write_bias, train]
+by_each_change = pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+
+
+def disable(model: Any) -> None:
+    with model.disable_adapter():
+        pass
+
+
+WAYS: dict[str, Callable[[Any], Any]] = {
+    "unmerge": lambda model: model.unmerge_adapter(),
+    "activate": lambda model: model.set_adapter("default"),
+    "disable": disable,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@by_each_change
+@pytest.mark.filterwarnings("ignore:.* are merged, and are unmerged first")
+def test_a_change_of_a_merged_weight_is_kept_by_what_unmerges(change: Callable[[Any], None], way: str) -> None:
+    model = merged()
+    change(model)
+    expected = model(X)
+    WAYS[way](model)
+    torch.testing.assert_close(model(X), expected)
+    assert not torch.allclose(model(X), merged()(X), atol=1e-3)
+
+
+@by_each_change
+def test_a_change_of_a_merged_weight_is_in_the_unloaded_model(change: Callable[[Any], None]) -> None:
+    model = merged()
+    change(model)
+    expected = model(X)
+    assert torch.equal(copy.deepcopy(model).merge_and_unload()(X), expected)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model.merge_and_unload()(X), expected)
+
+
+def test_training_a_merged_weight_ends_as_with_peft() -> None:
+    found = []
+    for library in (graphpeft, peft):
+        model = merged(library)
+        weight = model[0].weight if library is graphpeft else model.base_model.model[0].base_layer.weight
+        weight.requires_grad_(True)
+        optimizer = torch.optim.SGD([weight], lr=0.5)
+        model(X).square().sum().backward()
+        optimizer.step()
+        model.unmerge_adapter()
+        found.append(model(X))
+    torch.testing.assert_close(*found)
+
+
+def test_a_further_adapter_is_merged_beside_a_change() -> None:
+    model = merged()
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    write(model)
+    expected = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match="merged already"):
+        model.merge_adapter(["b"])
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(X), expected(X))
+
+
+def test_what_is_made_of_the_weights_is_made_of_the_changed_ones() -> None:
+    model = merged()
+    write(model)
+    as_unmerged = copy.deepcopy(model)
+    as_unmerged.unmerge_adapter()
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa")
+    for each in (model, as_unmerged):
+        torch.manual_seed(3)
+        each.add_adapter("p", config)
+    torch.testing.assert_close(model[0].p.lora_A, as_unmerged[0].p.lora_A)
+
+
+def test_base_weights_are_read_with_the_change(tmp_path: Path) -> None:
+    model = merged(target_modules=["0"], modules_to_save=["2"])
+    write(model)
+    found = graphpeft.get_base_model_state_dict(model)
+    torch.testing.assert_close(found["0.weight"], added(net().get_parameter("0.weight")), atol=1e-6, rtol=1e-6)
+    model.save_pretrained(tmp_path)
+    assert isinstance(PeftModel.from_pretrained(net(), tmp_path), nn.Module)
+
+
+@pytest.mark.parametrize("cast", [torch.float64, torch.bfloat16], ids=str)
+def test_a_cast_while_merged_is_no_change(cast: torch.dtype) -> None:
+    model, base = merged(), net().to(cast)
+    model.to(cast)
+    model.unload()
+    assert torch.equal(model(X.to(cast)), base(X.to(cast)))
+
+
+def test_what_changed_before_a_cast_is_kept() -> None:
+    model = merged()
+    write(model)
+    model.double()
+    expected = model(X.double())
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(X.double()), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_a_change_that_depends_on_the_weight_cannot_be_taken_out_of_another_one() -> None:
+    model = get_peft_model(net(), OFTConfig(oft_block_size=2, target_modules=["0"], init_weights=False)).eval()
+    model.merge_adapter()
+    write(model)
+    expected = model(X)
+    with pytest.raises(AdaptError, match=r"0.weight has changed since 'default' .* merge_and_unload\(\) leaves"):
+        model.unmerge_adapter()
+    assert torch.equal(model(X), expected)
+    assert torch.equal(model.merge_and_unload()(X), expected)
+
+
+def test_nothing_is_left_on_an_unmerged_module() -> None:
+    model = merged()
+    before = set(vars(net()[0]))
+    model.unmerge_adapter()
+    model.unload()
+    assert set(vars(model[0])) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.complex64, torch.bool], ids=str)
+@pytest.mark.parametrize("shape", [(), (0, 3), (3,), (1025, 1031)], ids=str)
+def test_a_fingerprint_tells_one_changed_number_and_two_exchanged_ones(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    tensor = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 100).to(dtype)
+    first = fingerprint(tensor)
+    assert fingerprint(tensor.clone()) == first
+    assert fingerprint(tensor.t().contiguous().t() if tensor.ndim == 2 else tensor) == first
+    if tensor.numel() > 1:
+        flat = tensor.reshape(-1)
+        other = flat.clone()
+        other[-1] = flat[-1] != flat[-1] + 1 if dtype is torch.bool else flat[-1] + 2
+        if not torch.equal(other, flat):
+            assert fingerprint(other) != first
+        order = torch.tensor([len(flat) - 1, *range(1, len(flat) - 1), 0])
+        if not torch.equal(flat[order], flat):
+            assert fingerprint(flat[order]) != first

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import moved
 from torch import Tensor, nn
 
 from graphpeft import LoraConfig, get_peft_model
@@ -132,3 +133,16 @@ def test_an_encoder_is_told_whether_to_take_nested_tensors_as_before() -> None:
     model.use_nested_tensor = False
     model.unload()
     assert model.use_nested_tensor is False
+
+
+def test_rows_name_an_adapter_of_an_attention_that_is_not_active() -> None:
+    model: Any = get_peft_model(Attending(batch_first=True), LoraConfig(r=2, target_modules=["attention"]), "p")
+    model.add_adapter("q", LoraConfig(r=2, target_modules=["attention.out_proj"]))
+    moved(model)
+    x, expected = inputs(), []
+    for name in ("p", "q"):
+        model.set_adapter(name)
+        expected.append(model(x))
+    found = model(x, adapter_names=["p", "q"] * (len(x) // 2))
+    torch.testing.assert_close(found[0::2], expected[0][0::2])
+    torch.testing.assert_close(found[1::2], expected[1][1::2])

@@ -1202,7 +1202,7 @@ def test_a_merge_that_fails_changes_nothing():
     before = snapshot(model)
     with (
         pytest.warns(UserWarning, match="u are merged already; v are merged beside them"),
-        pytest.raises(AdaptError, match="by adapter 'v' isn't finite"),
+        pytest.raises(AdaptError, match="with 'v' merged into it isn't finite"),
     ):
         model.merge_adapter(["v"], safe_merge=True)
     with pytest.raises(AdaptError, match="Adapter x does not exist"):

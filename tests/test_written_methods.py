@@ -989,3 +989,61 @@ def test_a_change_of_a_bias_is_merged_into_it() -> None:
     x = torch.ones(2, 4)
     expected = model(x)
     torch.testing.assert_close(model.merge_and_unload()(x), expected)
+
+
+FORMS: dict[str, Callable[[Any, Any], Any]] = {
+    "linear": lambda h, w: nn.functional.linear(h, w),
+    "operator": lambda h, w: h @ w.T,
+    "cat": lambda h, w: torch.cat([h, h + w[0]], 0)[: h.shape[0]],
+    "stack": lambda h, w: torch.stack([h, h * w[0]]).sum(0),
+    "where": lambda h, w: torch.where(h > 0, h, h * w[0]),
+    "addcmul": lambda h, w: torch.addcmul(h, h, w[0]),
+    "einsum": lambda h, w: torch.einsum("...i,oi->...o", h, w),
+    "layer_norm": lambda h, w: nn.functional.layer_norm(h, (4,), w[0]),
+    "lerp": lambda h, w: torch.lerp(h, h * 2, w[0]),
+    "dropout": lambda h, w: nn.functional.dropout(h * w[0], 0.5, False),
+}
+
+
+@pytest.mark.parametrize("side", ["enter", "leave", "both"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_boundary_rule_calls_any_function_of_a_value_and_a_parameter(form: str, side: str) -> None:
+    @dataclass(frozen=True)
+    class AtBoundary(BoundaryRule):
+        def parameters(self, site: Any, config: Any) -> dict[str, ParameterSpec]:
+            return {"w": ParameterSpec((4, 4), key="w")}
+
+        def initialise(self, parameters: Any, site: Any, config: Any, module: Any) -> None:
+            torch.manual_seed(5)
+            nn.init.normal_(parameters["w"])
+
+        if side != "leave":
+
+            def enter(self, inputs: Any, w: Any) -> Any:
+                return {"input": FORMS[form](inputs["input"], w)}
+
+        if side != "enter":
+
+            def leave(self, output: Any, entered: Any, w: Any) -> Any:
+                # of what the other function has made, too
+                return FORMS[form](output if side == "leave" else torch.addcmul(output, entered["input"], w[0]), w)
+
+    @dataclass(kw_only=True)
+    class AtBoundaryConfig(TargetedConfig):
+        peft_type = "AT_BOUNDARY"
+        adapts_boundaries = True
+
+        def rule_for(self, site: Any, dtype: Any) -> AtBoundary:
+            return AtBoundary()
+
+    graphpeft.register(AtBoundaryConfig)
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model = get_peft_model(copy.deepcopy(base), AtBoundaryConfig(target_modules=["0"]))
+    x, w = torch.randn(3, 4), next(p for p in model.parameters() if p.requires_grad)
+    entered = x if side == "leave" else FORMS[form](x, w)
+    y = base[0](entered)
+    if side == "both":
+        y = torch.addcmul(y, entered, w[0])
+    expected = base[1](y if side == "enter" else FORMS[form](y, w))
+    torch.testing.assert_close(model(x), expected)

@@ -33,7 +33,7 @@ from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.graph import in_place
 from graphpeft.graph.around_set_forwards import own_forward
 from graphpeft.graph.recomputing import taken_along
-from graphpeft.graph.template import Template, graph_forward, template_of, wear_template
+from graphpeft.graph.template import OWN_FORWARD, SET_FORWARD, Template, graph_forward, template_of, wear_template
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.sites.finder import Known, SiteFinder
 from graphpeft.sites.readers import caller_of_other_methods
@@ -71,7 +71,10 @@ def _layer() -> in_place.Layer:
 
 
 _FORWARD = "_graphpeft_rows_forward"
-_LAYER = in_place.Layer("rows", (), {"forward": _forward, _FORWARD: _forward, ITSELF: property(itself)}, (_layer, ()))
+_NAMESPACE = {"forward": _forward, _FORWARD: _forward, ITSELF: property(itself)}
+# a graph reads these of a module, also where it wears none and another adapter's runs for some rows
+_NAMESPACE |= dict.fromkeys((OWN_FORWARD, SET_FORWARD), property(own_forward))
+_LAYER = in_place.Layer("rows", (), _NAMESPACE, (_layer, ()))
 
 
 # a call

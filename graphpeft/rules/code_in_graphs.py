@@ -60,7 +60,7 @@ class RuleError(Exception):
 
 def given_to(
     function: Callable[..., Any],
-    graph: fx.Graph,
+    tracer: RuleTracer,
     nodes: Mapping[str, fx.Node],
     paths: Mapping[str, str | CallInput | None],
     values: Mapping[str, Any],
@@ -69,13 +69,13 @@ def given_to(
 
     Args:
         function: The function. With ``**others``, it gets all available values but those that are computed.
-        graph: The graph that gets new nodes.
+        tracer: The tracer of the graph that gets new nodes: that of all proxies among the values.
         nodes: The available nodes.
         paths: The available attributes of the module that owns the graph, and arguments of the call; None for a value
             that is absent.
         values: Other available values.
     """
-    tracer = RuleTracer(graph)
+    graph = tracer.graph
     paths = {"training": "training", **paths}
 
     def value_of(name: str) -> Any:

@@ -139,7 +139,7 @@ def _before(graph: fx.Graph, op: Operand, rule: InputRule, x: fx.Node, attribute
     # before the first node of a call, and before earlier adapters' nodes at its boundary
     first = next(node for node in graph.nodes if node in users or node in inside)
     with graph.inserting_before(first):
-        value = _call(rule.enter, graph, {"x": x}, attributes, {"operation": op})
+        value = _call(rule.enter, RuleTracer(graph), {"x": x}, attributes, {"operation": op})
         _refuse_no_value(value, "enter")
         new = value.node
     _replace(x, new, set(users).__contains__)
@@ -164,9 +164,10 @@ def _over_weight(graph: fx.Graph, op: Weight, rule: Any, attributes: Sources) ->
     before = set(graph.nodes)
     with graph.inserting_before(current.next):
         nodes = {"weight": current, "base": op.node}
-        given = given_to(rule.delta, graph, nodes, attributes, {})
+        tracer = RuleTracer(graph)
+        given = given_to(rule.delta, tracer, nodes, attributes, {})
         emitted_before = set(graph.nodes)
-        called = given_to(rule.changed_weight, graph, nodes, attributes, {"given": given})
+        called = given_to(rule.changed_weight, tracer, nodes, attributes, {"given": given})
         result = rule.changed_weight(**called).node
         _erase_unread([node for node in graph.nodes if node not in emitted_before and node is not result])
     _replace(current, result, before.__contains__)
@@ -175,16 +176,16 @@ def _over_weight(graph: fx.Graph, op: Weight, rule: Any, attributes: Sources) ->
 
 def _behind(graph: fx.Graph, op: Computation, rule: Any, x: fx.Node, attributes: Sources) -> tuple[Replaced, Replaced]:
     """Emits the operation's new weight, if it gets one, and its new value; returns each with what it replaces."""
-    current = top(graph, op.node, op.name)
+    current, tracer = top(graph, op.node, op.name), RuleTracer(graph)
     weight = own_weight(graph, op, rule)
     before, behind = set(graph.nodes), current.next
     entered: Replaced = {}
     with graph.inserting_before(behind if weight is None else op.node):
         operands = _operands(graph, op, rule, attributes)
         if weight is not None:
-            apart = as_node(is_apart, *(fx.Proxy(node, RuleTracer(graph)) for node in (x, weight))).node
-            operands["apart"] = _call(rule.keeps_apart, graph, {"apart": apart}, attributes, {}).node
-            entered = {_call(rule.added, graph, {**operands, "weight": weight}, attributes, {}).node: weight}
+            apart = as_node(is_apart, *(fx.Proxy(node, tracer) for node in (x, weight))).node
+            operands["apart"] = _call(rule.keeps_apart, tracer, {"apart": apart}, attributes, {}).node
+            entered = {_call(rule.added, tracer, {**operands, "weight": weight}, attributes, {}).node: weight}
     with graph.inserting_before(behind):
         if "plain" in asked_by(rule.rewrite).names:
             operands["plain"] = _plain(graph, op, x)
@@ -192,7 +193,7 @@ def _behind(graph: fx.Graph, op: Computation, rule: Any, x: fx.Node, attributes:
         none = {name: None for name in OPTIONAL if name in asked_by(rule.rewrite).names and name not in operands}
         nodes = {"x": x, "y": current, **operands}
         result = _call(
-            rule.rewrite, graph, nodes, {"bias": None, "base_bias": None, **attributes}, {"operation": op, **none}
+            rule.rewrite, tracer, nodes, {"bias": None, "base_bias": None, **attributes}, {"operation": op, **none}
         )
         _refuse_no_value(result, "rewrite")
         for new, old in entered.items():
@@ -228,7 +229,7 @@ def _has_change(op: Computation) -> bool:
 
 def _change(graph: fx.Graph, rule: Any, weights: Mapping[str, fx.Node], attributes: Sources) -> fx.Proxy:
     """Emits the rule's change of a weight, from the present weight and the module's own."""
-    return rule.change(given_to(rule.delta, graph, weights, attributes, {}))
+    return rule.change(given_to(rule.delta, RuleTracer(graph), weights, attributes, {}))
 
 
 def _sum(weight: fx.Node, change: fx.Proxy) -> fx.Node:
@@ -294,7 +295,7 @@ def _bias_change(graph: fx.Graph, rule: Any, operands: Mapping[str, fx.Node], at
     if any(name not in operands for name in {"bias", "base_bias"} & {*asked_by(rule.bias_delta).needed}):
         return None  # without a bias, there is nothing to change
     absent = {"bias": None, "base_bias": None}
-    return rule.bias_change(given_to(rule.bias_delta, graph, operands, {**absent, **attributes}, {}))
+    return rule.bias_change(given_to(rule.bias_delta, RuleTracer(graph), operands, {**absent, **attributes}, {}))
 
 
 def _around_leaf(graph: fx.Graph, op: Leaf, rule: Any, x: fx.Node, attributes: Sources) -> Replaced:
@@ -302,7 +303,7 @@ def _around_leaf(graph: fx.Graph, op: Leaf, rule: Any, x: fx.Node, attributes: S
     current = top(graph, op.output, op.name)
     outside = {user for user in current.users if user not in op.inside}
     with graph.inserting_before(current.next):
-        result = _call(rule.rewrite, graph, {"x": x, "y": current}, attributes, {"operation": op})
+        result = _call(rule.rewrite, RuleTracer(graph), {"x": x, "y": current}, attributes, {"operation": op})
         _refuse_no_value(result, "rewrite")
     _replace(current, result.node, outside.__contains__)
     return {result.node: current}
@@ -327,7 +328,7 @@ def replace(
     assert not isinstance(op, Weight)
     users = set(op.node.users) - (op.inside if isinstance(op, Leaf) else set())
     with torch.enable_grad(), graph.inserting_before(op.node.next):
-        result = _call(function, graph, {**nodes, "x": op.x, "y": op.node}, paths, {"operation": op})
+        result = _call(function, RuleTracer(graph), {**nodes, "x": op.x, "y": op.node}, paths, {"operation": op})
     _replace(op.node, result.node, users.__contains__)
 
 
@@ -341,7 +342,7 @@ def _at_boundary(graph: fx.Graph, op: Boundary, rule: BoundaryRule, attributes: 
     inputs = {name: fx.Proxy(node, tracer) for name, node in op.inputs.items()}
     inputs |= {name: fx.Proxy(_placeholder(graph, name), tracer) for name in rule.more_inputs}
     with graph.inserting_before(next(node for node in graph.nodes if node in op.inside)):
-        entered: Mapping[str, fx.Proxy] = _call(rule.enter, graph, {}, attributes, {"inputs": inputs})
+        entered: Mapping[str, fx.Proxy] = _call(rule.enter, tracer, {}, attributes, {"inputs": inputs})
     replaced = {}
     for name, new in entered.items():
         _refuse_no_value(new, "enter")
@@ -351,7 +352,7 @@ def _at_boundary(graph: fx.Graph, op: Boundary, rule: BoundaryRule, attributes: 
     outside = {user for user in op.output.users if user not in op.inside}
     with graph.inserting_before(op.output.next):
         given = {"output": fx.Proxy(op.output, tracer), "inputs": inputs, "entered": entered}
-        left = _call(rule.leave, graph, {}, attributes, given)
+        left = _call(rule.leave, tracer, {}, attributes, given)
     _refuse_no_value(left, "leave")
     if left is not given["output"]:
         _replace(op.output, left.node, outside.__contains__)
@@ -407,10 +408,10 @@ def _placeholder(graph: fx.Graph, name: str) -> fx.Node:
 
 def _call(
     function: Callable[..., Any],
-    graph: fx.Graph,
+    tracer: RuleTracer,
     nodes: Mapping[str, fx.Node],
     paths: Mapping[str, str | CallInput | None],
     values: Mapping[str, Any],
 ) -> Any:
     """Calls a rule's function with the values that its argument names ask for, see `given_to`."""
-    return function(**given_to(function, graph, nodes, paths, values))
+    return function(**given_to(function, tracer, nodes, paths, values))

@@ -144,5 +144,5 @@ def test_rows_name_an_adapter_of_an_attention_that_is_not_active() -> None:
         model.set_adapter(name)
         expected.append(model(x))
     found = model(x, adapter_names=["p", "q"] * (len(x) // 2))
-    torch.testing.assert_close(found[0::2], expected[0][0::2])
-    torch.testing.assert_close(found[1::2], expected[1][1::2])
+    torch.testing.assert_close(found[0::2], expected[0][0::2], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(found[1::2], expected[1][1::2], atol=1e-3, rtol=1e-3)

@@ -335,6 +335,18 @@ def test_layers_beside_a_scripted_module_are_adapted():
         assert_adapted_and_traced(_beside(other), "layer", "head")
 
 
+@pytest.mark.parametrize("script", [torch.jit.script, lambda inner: torch.jit.trace(inner, X)], ids=["script", "trace"])
+def test_weights_of_a_scripted_module_are_frozen_and_no_targets(script: Any):
+    model = _beside(script(_inner()))
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    model.unload()
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
 def test_what_was_compiled_is_part_of_a_graph():
     inner = _inner()
     by_itself = _inner()

@@ -153,7 +153,7 @@ def make_plan(
     if resolved.keeps_tied:
         _refuse_hidden_ties(finder.modules, f"{resolved.tying_option}=True")
     report = Report(config.method, adapter)
-    plan = Plan(finder.modules, resolved, report, autocast=autocast_adapter_dtype)
+    plan = Plan(finder.regions.all_modules, resolved, report, autocast=autocast_adapter_dtype)
     plan.found, plan.renewed = finder.found, finder.regions.renewed
     try:
         _fill(plan, finder, where)

@@ -28,8 +28,10 @@ def is_linear(module: nn.Module) -> bool:
     if issubclass(cls, linear_classes()):
         # the output projection of nn.MultiheadAttention is read but never called
         return not isinstance(module, NonDynamicallyQuantizableLinear)
+    if not cls.__name__.endswith("Linear"):
+        return False
     weight = module._parameters.get("weight")
-    return cls.__name__.endswith("Linear") and weight is not None and (is_lazy(weight) or weight.ndim == 2)
+    return weight is not None and (is_lazy(weight) or weight.ndim == 2)
 
 
 def layers_in(modules: Mapping[str, nn.Module]) -> list[str]:

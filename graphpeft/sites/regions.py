@@ -45,7 +45,8 @@ class Regions:
         example_inputs: Inputs of the model, for modules whose forward branches on its inputs.
 
     Attributes:
-        modules: The modules that may have sites, by path.
+        all_modules: The modules of the model, by path.
+        modules: Those that may have sites.
         scripted: The reason why a module of ``torch.jit`` can't have sites, by path.
         graphs: The paths of modules that run a graph without any adapter.
         recordings: What this call has recorded.
@@ -58,6 +59,7 @@ class Regions:
     def __init__(self, model: nn.Module, known: Mapping[str, Lifted], example_inputs: ExampleInputs | None) -> None:
         modules = modules_by_path(model)
         self.scripted = _scripted(modules)
+        self.all_modules = modules
         self.modules = {path: modules[path] for path in modules if path not in self.scripted}
         # a model has many modules, and few classes
         kinds = {kind for kind in set(map(type, self.modules.values())) if issubclass(kind, fx.GraphModule)}

@@ -14,6 +14,7 @@ from models import LLAMA, VOCABULARY
 from refusals import refused
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from graphpeft import AdaptError, LoraConfig, PromptTuningConfig, TaskType, TrainableTokensConfig, get_peft_model
@@ -425,3 +426,80 @@ def test_compiled_code_is_not_compiled_anew_for_other_modules() -> None:
 def test_a_prompt_has_its_place_at_the_model_itself() -> None:
     model = get_peft_model(LLAMA.build(), PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2))
     assert model(IDS).logits.shape[1] == model(IDS).logits.shape[1] == 5
+
+
+# copies
+
+
+class Stack(nn.Module):
+    """Layers in a list, as a decoder has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(2))
+
+    def forward(self, x: Any) -> Any:
+        for layer in self.layers:
+            x = layer(x).relu()
+        return x
+
+
+def stack() -> Any:
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=r"layers\.\d\.0", init_lora_weights=False)
+    return get_peft_model(Stack(), config).eval()
+
+
+PUTS: dict[str, Callable[[Any, nn.Module], Any]] = {
+    "append": lambda model, block: model.layers.append(block),
+    "attribute": lambda model, block: setattr(model, "more", block),
+    "around": lambda model, block: nn.Sequential(block),
+}
+
+
+@pytest.mark.parametrize("put", PUTS.values(), ids=PUTS)
+def test_a_copy_of_an_adapted_block_is_refused_where_nothing_would_manage_it(put: Any) -> None:
+    model = stack()
+    names, block = list(model.state_dict()), copy.deepcopy(model.layers[1])
+    x = torch.randn(3, 4)
+    assert torch.equal(block(x), model.layers[1](x))
+    with pytest.raises(AdaptError, match="copy of a Linear with adapters, which no model would save"):
+        put(model, block)
+    assert list(model.state_dict()) == names
+
+
+def test_a_copy_of_a_whole_model_can_be_part_of_others() -> None:
+    model = stack()
+    x = torch.randn(3, 4)
+    for copied in (copy.deepcopy(model), copy.deepcopy(nn.Sequential(model))[0], copy.deepcopy({"m": model})["m"]):
+        assert torch.equal(nn.Sequential(copied)(x), model(x))
+        copied.layers.append(nn.Identity())
+
+
+def test_a_copy_of_an_unloaded_block_goes_anywhere() -> None:
+    model = stack().merge_and_unload()
+    model.layers.append(copy.deepcopy(model.layers[1]))
+    assert len(model.layers) == 3
+
+
+@pytest.mark.parametrize(
+    ("fuse", "layer", "norm"),
+    [
+        (fuse_linear_bn_eval, nn.Linear(4, 6), nn.BatchNorm1d(6)),
+        (fuse_conv_bn_eval, nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)),
+    ],
+    ids=["linear", "convolution"],
+)
+def test_pytorchs_fusion_of_an_adapted_layer_is_refused_and_of_a_merged_one_right(
+    fuse: Any, layer: nn.Module, norm: Any
+) -> None:
+    norm.running_mean.normal_()
+    base = nn.Sequential(copy.deepcopy(layer), norm).eval()
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)).eval()
+    x = torch.randn(5, 4) if isinstance(layer, nn.Linear) else torch.randn(2, 3, 7, 7)
+    expected = model(x)
+    with pytest.raises(RuntimeError, match="is a copy of one with adapters, without their model"):
+        fuse(model[0], model[1])
+    assert torch.equal(model(x), expected)
+    model.merge_and_unload()
+    torch.testing.assert_close(fuse(model[0], model[1])(x), expected, atol=1e-5, rtol=1e-4)

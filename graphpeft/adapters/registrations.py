@@ -1,4 +1,4 @@
-"""Refuses an assignment that puts another module in the place of one with adapters.
+"""Refuses an assignment that puts another module in the place of one with adapters, or a copy of one anywhere.
 
 PyTorch calls a hook for each module that becomes an attribute of another one, in whatever model. So no class of a
 module around adapters has to change for that.
@@ -34,6 +34,8 @@ def _registered(parent: nn.Module, name: str, new: Any) -> None:
         return  # a list that code has made of a part of another one
     modules = vars(parent).get("_modules")
     old = modules.get(name) if isinstance(modules, dict) else None
+    if in_place.COPIED_ALONE and new is not None:
+        _refuse_copies(parent, name, old, new)
     if old is None or old is new:
         return
     # not by named_modules, which a class may override
@@ -50,6 +52,18 @@ def _registered(parent: nn.Module, name: str, new: Any) -> None:
             "would be exchanged without it: exchange it before you adapt the model, or take the adapters off first "
             "with unload() or merge_and_unload()"
         )
+
+
+def _refuse_copies(parent: nn.Module, name: str, old: nn.Module | None, new: nn.Module) -> None:
+    """Raises AdaptError if a copy of a part of an adapted model comes where that has no adapters."""
+    known = set() if old is None else {path for path, _ in _adapters_in(modules_by_path(old))}
+    for path, module in modules_by_path(new).items():
+        if module in in_place.COPIED_ALONE and path not in known:
+            raise AdaptError(
+                f"{join(name, path)} of a {in_place.original_class(parent).__name__} is to be a copy of a "
+                f"{in_place.original_class(module).__name__} with adapters, which no model would save, disable or "
+                "merge: copy it before you adapt the model, copy the whole model, or merge_and_unload() the adapters first"
+            )
 
 
 def _adapters_in(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], nn.Module]:

@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 from graphpeft import transaction
 from graphpeft._torch import without_compiler
 from graphpeft.graph.forward_arguments import leading_to_class
-from graphpeft.graph.holders import distribute_adapters, without_holders
+from graphpeft.graph.holders import adapters_at, distribute_adapters, without_holders
 from graphpeft.graph.kept_forwards import follow, has_forward, keep_own_forward, own_forwards, step_aside, step_back
 from graphpeft.graph.sharded_classes import over_shards, under_shards
 from graphpeft.graph.sharding import is_asked_by
@@ -43,6 +43,13 @@ _OF_GRAPHS = ("rows", "graph")
 
 _AROUND_FORWARDS = ("methods", "rows")
 """The kinds whose forwards hand all arguments on to that of a layer further in."""
+
+
+_WHOLE = "graphpeft whole"
+"""The key in a copy's memo that says that a whole adapted model is being copied, with what manages its adapters."""
+
+COPIED_ALONE: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Copies of modules with adapters whose model wasn't copied with them, so that nothing manages their adapters."""
 
 
 class Layer:
@@ -111,10 +118,15 @@ class Dressed:
         """Registers a parameter; with a weight that tensor parallelism has sharded, it shards adapters' tensors alike.
 
         Raises:
-            RuntimeError: If tensor parallelism asks for that and adapters have tensors in the place of the module's, or
-                if `param` is such a tensor under another name: pruning would delete the module's own next.
+            RuntimeError: If this is a copy of a part of an adapted model, or tensor parallelism asks for that and
+                adapters have tensors in the place of the module's, or if `param` is such a tensor under another name: pruning would delete the module's own next.
         """
         module: Any = super()
+        if self in COPIED_ALONE:
+            raise RuntimeError(
+                f"this {self._graphpeft_original.__name__} is a copy of one with adapters, without their model, and "
+                f"is to get another {name}, as by torch.nn.utils.fusion; merge_and_unload() the adapters before"
+            )
         if not is_asked_by(_TENSOR_PARALLEL):
             for own, parameter in self.__dict__["_parameters"].items():
                 if param is not None and param is not parameter and own != name and param is getattr(self, own):
@@ -154,9 +166,13 @@ class Dressed:
             replica.__dict__[name] = self.__dict__[name].copy()
         return replica
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Any:
         copied = _new_for_copy(self)
         memo[id(self)] = copied
+        if any(layer.kind == "peft" for layer in self._graphpeft_layers):
+            memo[_WHOLE] = True
+        elif _WHOLE not in memo and any(adapters_at(cast(nn.Module, self))):
+            COPIED_ALONE.add(copied)
         copied.__setstate__(copy.deepcopy(_state_for_copy(self), memo))
         keep_own_forward(copied, own_forwards(cast(nn.Module, self)))
         return copied

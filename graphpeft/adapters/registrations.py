@@ -62,7 +62,7 @@ def _refuse_copies(parent: nn.Module, name: str, old: nn.Module | None, new: nn.
             raise AdaptError(
                 f"{join(name, path)} of a {in_place.original_class(parent).__name__} is to be a copy of a "
                 f"{in_place.original_class(module).__name__} with adapters, which no model would save, disable or "
-                "merge: copy it before you adapt the model, copy the whole model, or merge_and_unload() the adapters first"
+                "merge: copy it before you adapt the model, copy the whole model, or call merge_and_unload() first"
             )
 
 

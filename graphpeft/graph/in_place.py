@@ -26,6 +26,7 @@ from graphpeft._torch import without_compiler
 from graphpeft.graph.forward_arguments import leading_to_class
 from graphpeft.graph.holders import adapters_at, distribute_adapters, without_holders
 from graphpeft.graph.kept_forwards import follow, has_forward, keep_own_forward, own_forwards, step_aside, step_back
+from graphpeft.graph.paths import STATE
 from graphpeft.graph.sharded_classes import over_shards, under_shards
 from graphpeft.graph.sharding import is_asked_by
 from graphpeft.peft_classes import ending_in
@@ -119,7 +120,8 @@ class Dressed:
 
         Raises:
             RuntimeError: If this is a copy of a part of an adapted model, or tensor parallelism asks for that and
-                adapters have tensors in the place of the module's, or if `param` is such a tensor under another name: pruning would delete the module's own next.
+                adapters have tensors in the place of the module's, or if `param` is such a tensor under another name:
+                pruning would delete the module's own next.
         """
         module: Any = super()
         if self in COPIED_ALONE:
@@ -169,7 +171,7 @@ class Dressed:
     def __deepcopy__(self, memo: dict[Any, Any]) -> Any:
         copied = _new_for_copy(self)
         memo[id(self)] = copied
-        if any(layer.kind == "peft" for layer in self._graphpeft_layers):
+        if STATE in self.__dict__:
             memo[_WHOLE] = True
         elif _WHOLE not in memo and any(adapters_at(cast(nn.Module, self))):
             COPIED_ALONE.add(copied)

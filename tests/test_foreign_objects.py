@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import copy
 import functools
 import pickle
 import warnings
+from abc import ABC
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import pytest
 import sympy
@@ -23,6 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),  # Dynamo asks for it
 ]
 
+T = TypeVar("T")
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
 
@@ -380,3 +383,60 @@ def test_a_scripted_model_is_refused_with_the_way_out(tmp_path: Path):
     with pytest.raises(ExportError, match=r"is a ScriptModule.*; export the module that it was made from"):
         export(scripted, (torch.ones(2, 4),), tmp_path / "model.pt2")
     assert not [*tmp_path.iterdir()]
+
+
+# classes that keep the attributes of instances elsewhere
+
+
+class Mixing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.w
+
+
+class Slotted:
+    __slots__ = ()
+
+
+class Plain:
+    pass
+
+
+class AbstractMixing(ABC, Mixing):
+    pass
+
+
+class GenericMixing(Generic[T], Mixing):
+    pass
+
+
+class SlottedMixing(Slotted, Mixing):
+    pass
+
+
+class PlainMixing(Plain, Mixing):
+    pass
+
+
+class InheritedMixing(AbstractMixing):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize("cls", [AbstractMixing, GenericMixing, SlottedMixing, PlainMixing, InheritedMixing])
+def test_a_class_with_any_first_base_is_adapted(cls: Any):
+    torch.manual_seed(0)
+    base = nn.Sequential(cls(), nn.Linear(4, 4))
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["w", "1"], init_lora_weights=False))
+    x = torch.randn(3, 4)
+    expected = model(x)
+    assert not torch.allclose(expected, base(x))
+    assert isinstance(model[0], cls)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(x), expected)
+    torch.testing.assert_close(copy.deepcopy(model).merge_and_unload()(x), expected)
+    assert type(model.unload()[0]) is cls
+    assert torch.equal(model(x), base(x))

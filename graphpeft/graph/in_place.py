@@ -216,6 +216,9 @@ def _new_class(original: type, layers: tuple[Layer, ...]) -> type:
     added = (Dressed, *(base for layer in layers for base in layer.bases))
     # repeating a base of the original class would break the method resolution order
     bases = (*(base for base in added if not issubclass(original, base)), original)
+    has_own_layout = _has_own_layout(original)
+    if has_own_layout:
+        bases = (original, *bases[:-1])
 
     last = tuple(cls for layer in layers for cls in layer.last)
 
@@ -238,7 +241,7 @@ def _new_class(original: type, layers: tuple[Layer, ...]) -> type:
             _graphpeft_layers=layers,
         )
 
-    options = {"metaclass": _ending_in(type(original), last)} if last else {}
+    options = {"metaclass": _ordering(type(original), last, has_own_layout)} if last or has_own_layout else {}
     return types.new_class(original.__name__, bases, options, fill)
 
 
@@ -252,12 +255,33 @@ class _Absent:
         raise AttributeError(f"{owner.__name__!r} object has no attribute {self._name!r}", name=self._name)
 
 
+def _has_own_layout(original: type) -> bool:
+    """Returns whether instances keep their attributes elsewhere than most modules do, as where ABC is the first base.
+
+    Then they can have no class whose first base is another one.
+    """
+    cls: Any = original
+    while "__dict__" not in vars(cls):
+        cls = cls.__base__
+    return cls.__base__ is not object
+
+
 @functools.cache
-def _ending_in(metaclass: Any, last: tuple[type, ...]) -> Any:
-    """Returns a metaclass for classes whose method resolution order ends in these and in what they derive from."""
+def _ordering(metaclass: Any, last: tuple[type, ...], original_first: bool) -> Any:
+    """Returns a metaclass that orders the classes in which attributes are looked for.
+
+    Args:
+        metaclass: The metaclass of the original class.
+        last: Classes that the order ends in, with what they derive from.
+        original_first: Whether the original class is the first base, which the others come before all the same.
+    """
 
     def mro(cls: Any) -> list[type]:
-        return ending_in(metaclass.mro(cls), last)
+        found = metaclass.mro(cls)
+        if original_first:
+            own = cls.__bases__[0].__mro__
+            found = [cls, *(each for each in found[1:] if each not in own), *own]
+        return ending_in(found, last)
 
     return type(metaclass.__name__, (metaclass,), {"mro": mro})
 

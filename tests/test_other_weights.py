@@ -195,3 +195,33 @@ def test_adapters_of_kernels_are_combined(kind: str):
     if kind != "linear":  # which adds the factors, and so isn't the sum
         laws.require_close(weight - original, 0.5 * changes[0] + 2 * changes[1], 1e-4, "combined, and the sum of both")
     assert not torch.allclose(weight, original)
+
+
+class OwnWeight(nn.Module):
+    """A parameter of the model itself whose name is that of layers' weights, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.route, self.left = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Any) -> Any:
+        return self.left(self.route(x) @ self.weight)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"target_modules": "weight|route"}, {"target_modules": "weight"}, {"target_parameters": [".weight"]}],
+    ids=str,
+)
+def test_a_parameter_of_the_model_itself_is_found_again_and_no_other_of_its_name(options: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = OwnWeight()
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, init_lora_weights=False, **options))
+    wanted = {site.site.weight for site in model.adapter_report().adapted}
+    assert "weight" in wanted
+    assert "left.weight" not in wanted
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert {site.site.weight for site in loaded.adapter_report().adapted} == wanted
+    x = torch.randn(2, 4)
+    assert torch.equal(loaded(x), model(x))

@@ -198,7 +198,7 @@ class TargetedConfig(PeftConfig):
 
     def _name_parameters(self, paths: Sequence[str], names: Collection[str]) -> None:
         """Lets the config name exactly these parameters."""
-        vars(self)[self.parameters_option] = paths or None
+        vars(self)[self.parameters_option] = [targets.own_parameter_entry(path) for path in paths] or None
         also = sorted(
             name for name in names if targets.match_parameter(self.target_options, name) and name not in paths
         )

@@ -339,7 +339,7 @@ def unmatched_entries(config: PeftConfig, modules: Mapping[str, nn.Module], repo
         # a single regular expression has no entries to check
         if not entries or isinstance(entries, str):
             continue
-        left = targets.unmatched(entries, names())
+        left = targets.unmatched([entry.removeprefix(".") for entry in entries], names())
         if isinstance(entries, Mapping):
             left = [key for key in left if not pattern_values.fits_any(key, wanted)]
         if left:

@@ -142,9 +142,23 @@ def match_parameter(options: TargetOptions, path: str) -> bool:
         path: The dotted path of a parameter, such as `model.layers.0.experts.gate_up_proj`.
 
     Returns:
-        True if an entry is the whole path or its end, cut at a dot.
+        True if an entry is the whole path or its end, cut at a dot, or is what `own_parameter_entry` makes of it.
     """
-    return any(path == target or path.endswith(f".{target}") for target in options.target_parameters or ())
+    return any(
+        path == target or path.endswith(f".{target}") or f".{path}" == target
+        for target in options.target_parameters or ()
+    )
+
+
+def own_parameter_entry(path: str) -> str:
+    """Returns the entry of `target_parameters` that means a parameter, and if it is the model's own, no other one.
+
+    The name of the model's own parameter would be the end of others' paths. PEFT has no adapters for it.
+
+    Args:
+        path: The dotted path of the parameter.
+    """
+    return path if "." in path else f".{path}"
 
 
 def is_all_linear(target_modules: object) -> bool:

@@ -12,6 +12,7 @@ from graphpeft.methods.lora.variants.kinds import variant_of
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.combination import Combination
 from graphpeft.sites.site import Site
+from graphpeft.targeting.targets import own_parameter_entry
 
 SUMS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 """The kinds that combine the factors element by element, whose ranks must be equal."""
@@ -74,7 +75,7 @@ def combined_config(configs: Sequence[Any], sites: Sequence[Site], how: Combinat
         for name in _TARGETING:
             setattr(config, name, None)
         config.target_modules = {site.name for site in sites if site.is_layer}
-        config.target_parameters = [site.weight for site in sites if not site.is_layer] or None
+        config.target_parameters = [own_parameter_entry(site.weight) for site in sites if not site.is_layer] or None
     return config
 
 

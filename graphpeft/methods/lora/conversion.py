@@ -184,7 +184,7 @@ def _config_for(adapter: Adapter, modules: Modules) -> LoraConfig:
     source: Any = adapter.config
     sites = [adapted.site for adapted in by_weight_of(adapter.sites).values()]
     layers = [site.name for site in sites if site.is_layer]
-    others = [site.weight for site in sites if not site.is_layer]
+    others = [targets.own_parameter_entry(site.weight) for site in sites if not site.is_layer]
     return LoraConfig(
         r=1,
         lora_alpha=1,

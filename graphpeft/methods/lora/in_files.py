@@ -17,6 +17,7 @@ from graphpeft.methods.lora.parts import as_stock, of_parts, wanted_parts
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.sites.site import Site
 from graphpeft.targeting import pattern_values
+from graphpeft.targeting.targets import own_parameter_entry
 
 
 def written(own: Any, sites: Sequence[Any]) -> Any:
@@ -39,7 +40,7 @@ def written(own: Any, sites: Sequence[Any]) -> Any:
     layers = [site for site in sites if site.is_layer]
     config.fan_in_fan_out = bool(layers) and all(getattr(site, "transposed", False) for site in sites)
     if len(layers) < len(sites):
-        config.target_parameters = [site.weight for site in sites if not site.is_layer]
+        config.target_parameters = [own_parameter_entry(site.weight) for site in sites if not site.is_layer]
         config.target_modules = list(dict.fromkeys(site.name for site in layers))
         if config.lora_dropout:
             warnings.warn(

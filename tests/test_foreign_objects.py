@@ -440,3 +440,25 @@ def test_a_class_with_any_first_base_is_adapted(cls: Any):
     torch.testing.assert_close(copy.deepcopy(model).merge_and_unload()(x), expected)
     assert type(model.unload()[0]) is cls
     assert torch.equal(model(x), base(x))
+
+
+def made(cls: type) -> type:
+    class Result(cls):
+        def __reduce__(self) -> Any:
+            return _of_made, (cls,), self.__dict__.copy()
+
+    return Result
+
+
+def _of_made(cls: type) -> Any:
+    one = made(cls)
+    return one.__new__(one)
+
+
+def test_a_class_with_a_pickle_of_its_own_is_pickled_adapted():
+    model = nn.Sequential(made(nn.Linear)(4, 4), nn.Linear(4, 2))
+    pickle.loads(pickle.dumps(model))
+    model: Any = get_peft_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    for copied in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(copied(X), model(X))
+        assert not torch.equal(copied.unload()(X), model(X))

@@ -108,6 +108,10 @@ class Dressed:
         return cls._graphpeft_original(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        if self._graphpeft_original.__reduce__ is not object.__reduce__:
+            # the class may be one that can't be imported by its name
+            build, arguments, *state = self._graphpeft_original.__reduce__(cast(Any, self))
+            return _built_and_dressed, (build, arguments, self._graphpeft_layers), *state
         return _new_dressed, (self._graphpeft_original, self._graphpeft_layers), _state(self)
 
     def __copy__(self) -> Any:
@@ -178,6 +182,13 @@ class Dressed:
         copied.__setstate__(copy.deepcopy(_state_for_copy(self), memo))
         keep_own_forward(copied, own_forwards(cast(nn.Module, self)))
         return copied
+
+
+def _built_and_dressed(build: Callable[..., Any], arguments: tuple[Any, ...], layers: tuple[Layer, ...]) -> Any:
+    """Builds a module as its class's own ``__reduce__`` says, and dresses it."""
+    module = build(*arguments)
+    module.__class__ = dressed_class(type(module), layers)
+    return module
 
 
 def _state(module: Any) -> dict[str, Any]:

@@ -35,6 +35,14 @@ class Lifted(NamedTuple):
     module: nn.Module
     cls: type
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a class that is made in a function can't be pickled, and its instance may be
+        return _lifted, (self.template, self.module)
+
+
+def _lifted(template: Template, module: nn.Module) -> Lifted:
+    return Lifted(template, module, in_place.original_class(module))
+
 
 class Regions:
     """The modules of one model that can have graphs; the model stays unchanged.

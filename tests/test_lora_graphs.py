@@ -48,10 +48,10 @@ def test_a_linear_layer_gets_a_branch():
 def test_dropout_reads_whether_the_layer_is_in_training():
     layer = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"], lora_dropout=0.5))[0]
     assert (
-        "dropout = torch.nn.functional.dropout(input_1, p = slot0_lora_dropout, training = training, inplace = False)"
-        in body_of(layer)
+        "dropout = torch.nn.functional.dropout(input_1, p = slot0_lora_dropout_p, "
+        "training = slot0_lora_dropout_training, inplace = False)" in body_of(layer)
     )
-    assert "training = self.training" in body_of(layer)
+    assert "slot0_lora_dropout_training = self.slot0.lora_dropout.training" in body_of(layer)
 
 
 def test_half_precision_layers_get_a_branch_in_single_precision():

@@ -510,3 +510,85 @@ def test_a_class_of_adapted_models_is_called_as_pefts(name: str) -> None:
         getattr(graphpeft, name)(config, model)
     with pytest.raises(TypeError, match="config"):
         getattr(graphpeft, name)(LLAMA.build())
+
+
+# dropout, which other code finds as nn.Dropout
+
+DROPPING: dict[str, tuple[Any, Any]] = {
+    "LoRA": (lambda: nn.Linear(8, 8), LoraConfig(lora_dropout=0.5, init_lora_weights=False)),
+    "LoRA of a convolution": (lambda: nn.Conv1d(2, 4, 1), LoraConfig(lora_dropout=0.5, init_lora_weights=False)),
+    "DoRA": (lambda: nn.Linear(8, 8), LoraConfig(lora_dropout=0.5, use_dora=True, init_lora_weights=False)),
+    "LoRA with a bias": (
+        lambda: nn.Linear(8, 8),
+        LoraConfig(lora_dropout=0.5, lora_bias=True, init_lora_weights=False),
+    ),
+    "AdaLoRA": (
+        lambda: nn.Linear(8, 8),
+        graphpeft.AdaLoraConfig(lora_dropout=0.5, total_step=9, init_lora_weights=False),
+    ),
+    "DeLoRA": (lambda: nn.Linear(8, 8), graphpeft.DeloraConfig(module_dropout=0.5, init_weights=False)),
+    "GraLoRA": (
+        lambda: nn.Linear(8, 8),
+        graphpeft.GraloraConfig(gralora_dropout=0.5, gralora_k=2, init_weights=False),
+    ),
+}
+
+
+def dropping(name: str) -> tuple[Any, Any]:
+    """Returns a model in training whose adapter drops, and its input."""
+    make, config = DROPPING[name]
+    config = copy.deepcopy(config)
+    config.target_modules = {"0"}
+    torch.manual_seed(0)
+    x = torch.randn(4, 2, 8)
+    return get_peft_model(nn.Sequential(make()), config).train(), x
+
+
+def dropouts(model: nn.Module) -> list[nn.Dropout]:
+    return [module for module in model.modules() if isinstance(module, nn.Dropout)]
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_dropout_is_switched_off_as_trl_does(name: str) -> None:
+    model, x = dropping(name)
+    assert not torch.equal(model(x), model(x))
+    for module in dropouts(model):
+        module.p = 0
+    assert torch.equal(model(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_dropout_is_switched_on_alone_as_for_monte_carlo(name: str) -> None:
+    model, x = dropping(name)
+    assert torch.equal(model.eval()(x), model(x))
+    for module in dropouts(model):
+        module.train()
+    assert not torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_dropout_goes_with_its_adapter(name: str) -> None:
+    model, x = dropping(name)
+    assert len(dropouts(model)) == 1
+    copied = copy.deepcopy(model)
+    for module in dropouts(copied):
+        module.p = 0
+    assert torch.equal(copied(x), copied(x))
+    assert not torch.equal(model(x), model(x))
+    model.delete_adapter("default")
+    assert dropouts(model) == []
+
+
+def test_rows_have_the_dropout_of_their_adapters() -> None:
+    model: Any = get_peft_model(
+        nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"], lora_dropout=0.5, init_lora_weights=False), "a"
+    )
+    model.add_adapter("b", LoraConfig(target_modules=["0"], init_lora_weights=False))
+    model.train()
+    first, second = (model(X.repeat(2, 1), adapter_names=["a", "b", "a", "b"]) for _ in range(2))
+    assert torch.equal(first[1::2], second[1::2])
+    assert not torch.equal(first[0::2], second[0::2])
+    for module in dropouts(model):
+        module.p = 0
+    first, second = (model(X.repeat(2, 1), adapter_names=["a", "b", "a", "b"]) for _ in range(2))
+    assert torch.equal(first, second)

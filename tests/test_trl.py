@@ -175,3 +175,23 @@ def test_a_prompt_is_trained_as_pefts_and_is_its_own_reference(kind: str, name: 
 def test_a_config_for_a_trainer_says_that_it_takes_a_model(tmp_path: Path) -> None:
     with pytest.raises(AttributeError, match=r"adapt the model by graphpeft\.get_peft_model"):
         trainer("SFT", base("SFT"), tmp_path, peft_config=config(graphpeft, "SFT"))
+
+
+def test_a_trainer_that_switches_dropout_off_switches_the_adapters_off(tmp_path: Path) -> None:
+    options = {"r": 4, "lora_dropout": 0.5, "init_lora_weights": False, "target_modules": ["q_proj", "v_proj"]}
+    model: Any = graphpeft.get_peft_model(base("DPO"), graphpeft.LoraConfig(task_type="CAUSAL_LM", **options))
+    training = trainer("DPO", model, tmp_path)
+    training.train()
+    # the policy is the reference at first
+    assert losses(training)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_model_that_one_trainer_has_had_goes_to_the_next_with_another_adapter(tmp_path: Path) -> None:
+    model = adapted(graphpeft, "SFT")
+    trainer("SFT", model, tmp_path / "sft").train()
+    model.add_adapter("other", config(graphpeft, "DPO"))
+    model.save_pretrained(tmp_path / "saved")
+    model.load_adapter(tmp_path / "saved", "loaded")
+    training = trainer("DPO", model, tmp_path / "dpo")
+    training.train()
+    assert losses(training)[0] == pytest.approx(math.log(2), abs=1e-6)

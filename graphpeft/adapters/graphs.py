@@ -254,4 +254,4 @@ def _attributes(adapted: AdaptedSite, region: str, slot: int) -> dict[str, str]:
         return {**in_slot, **dict(adapted.site.reads)}
     relative = within(owner, region)
     names = {local: join(relative, attribute) for local, attribute in in_slot.items()}
-    return {**names, "training": join(relative, "training")}
+    return {"training": join(relative, "training"), **names}

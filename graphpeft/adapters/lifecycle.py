@@ -44,6 +44,7 @@ from graphpeft.graph.template import GraphForward, names_in_slots, template_of
 from graphpeft.graph.tensor_parallel_forwards import refusal
 from graphpeft.graph.values import replace, written
 from graphpeft.peft_errors import PeftWarning
+from graphpeft.rules.parameter_spec import Dropout
 from graphpeft.rules.short_options import short_options
 from graphpeft.sites.regions import Lifted
 from graphpeft.transaction import (
@@ -106,8 +107,12 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
         held: dict[str, Any] = holder._parameters if isinstance(tensor, nn.Parameter) else holder._buffers
         set_item(held, own, tensor)
     for (path, attribute), value in constants.items():
-        holder, own = new_place(modules[path], attribute)
-        vars(holder)[own] = value
+        if type(value) is Dropout:
+            holder, own = new_place(modules[path], attribute.removesuffix(".p"))
+            holder._modules[own] = nn.Dropout(value).train(holder.training)
+        else:
+            holder, own = new_place(modules[path], attribute)
+            vars(holder)[own] = value
     if not plan.config.inference_mode:
         set_attribute(adapters, "trainable", adapters.trainable | {name})
     lifted = {

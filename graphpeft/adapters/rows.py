@@ -78,6 +78,9 @@ class RowAdapters:
         """
         holders = self._holders(owner, None)
         found = [missing if holder is None else holder.__dict__.get(stem, missing) for holder in holders]
+        if missing is not None:
+            drops = [holder and holder._modules.get(stem) for holder in holders]
+            found = [number if drop is None else drop.p for number, drop in zip(found, drops, strict=True)]
         if not {*map(type, found)} <= _NUMBERS:
             found = list(map(as_number, found))
         elif found[0] is not None and found.count(found[0]) == len(found):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from math import prod
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from graphpeft.graph import slots
-from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.rules.parameter_spec import Dropout, ParameterSpec
 from graphpeft.rules.rule import changes_bias
 from graphpeft.sites.site import CallSite, LeafSite, Site
 
@@ -67,16 +67,21 @@ class AdaptedSite(NamedTuple):
         return sum(prod(spec.shape) for name, spec in self.specs.items() if name not in self.shared)
 
 
-def names_in_holder(specs: Mapping[str, ParameterSpec], constants: Iterable[str], prefix: str) -> NamesInHolder:
+def names_in_holder(specs: Mapping[str, ParameterSpec], constants: Mapping[str, float], prefix: str) -> NamesInHolder:
     """Returns the names of what a rule has at a site, and where an adapter's holder has it.
 
     Args:
         specs: The rule's parameters by name.
-        constants: The names of its constants.
+        constants: Its constants by name.
         prefix: The prefix of all names at the site.
     """
     paths = [(name, spec.path or prefix + name) for name, spec in specs.items()]
-    return (*paths, *((name, prefix + name) for name in constants))
+    for name, value in constants.items():
+        if type(value) is Dropout:
+            paths += [(name, f"{prefix}{name}.p"), ("training", f"{prefix}{name}.training")]
+        else:
+            paths.append((name, prefix + name))
+    return tuple(paths)
 
 
 # cached, so that equal sites share one dict

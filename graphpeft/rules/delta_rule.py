@@ -21,6 +21,7 @@ from graphpeft.graph.ops.boundaries import Leaf
 from graphpeft.graph.recorded import recorded
 from graphpeft.rules.adds_to_weight import AddsToWeight
 from graphpeft.rules.arguments import asked_by
+from graphpeft.rules.parameter_spec import Dropout
 from graphpeft.rules.rule import Mergeable
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.sites.weight_layout import WeightLayout
@@ -163,7 +164,7 @@ class DeltaRule(WeightRule, AddsToWeight):
     def all_constants(self, site: Any, config: Any) -> Mapping[str, float]:
         """Returns the rule's constants, with the probability of dropout as `dropout`, if it isn't 0."""
         dropout = self.dropout_of(config) if self.has_numbers(site) else 0.0
-        return {**self.constants(site, config), **({"dropout": dropout} if dropout else {})}
+        return {**self.constants(site, config), **({"dropout": Dropout(dropout)} if dropout else {})}
 
     def multiplies(self, operation: Any) -> bool:
         """Returns whether an operation multiplies by the weight in PEFT's layout, x Wᵀ, or is the call of a layer.

@@ -120,3 +120,10 @@ class ParameterSpec(NamedTuple):
     def is_parameter(self) -> bool:
         """Whether it is a parameter of a module, and not a buffer."""
         return self.is_trained or self.rank is not None or self.is_counted
+
+
+class Dropout(float):
+    """The probability of a dropout at a branch's input: a constant that an adapter holds as an ``nn.Dropout``.
+
+    So code that looks for such modules, to switch dropout off or on, finds it, as in PEFT.
+    """

@@ -18,7 +18,7 @@ from graphpeft.graph import ops
 from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora.factors import draw, rank_of, scaling_of
 from graphpeft.methods.lora.init.initialisation import RANDOM
-from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.rules.parameter_spec import Dropout, ParameterSpec
 from graphpeft.rules.rule import Mergeable, OperationRule, Rule
 from graphpeft.sites.site import Site
 
@@ -43,7 +43,7 @@ class LoraRule(Rule):
     def constants(self, site: Any, config: Any) -> Mapping[str, float]:
         """Returns the scale, and the probability of dropout if there is one."""
         scale = {"lora_scaling": scaling_of(site, config)}
-        return scale | {"lora_dropout": config.lora_dropout} if self.drops else scale
+        return scale | {"lora_dropout": Dropout(config.lora_dropout)} if self.drops else scale
 
     def initialise(
         self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module

@@ -1395,3 +1395,37 @@ def test_a_model_in_single_precision_is_loaded_in_it(half_precision_around: Call
         loaded: Any = PeftModel.from_pretrained(fresh, tmp_path)
     x = torch.ones(2, 16)
     assert torch.equal(loaded.eval()(x), model(x))
+
+
+class Scaled(nn.Module):
+    """A functional weight whose product is scaled by what objects hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = weight()
+        self.config = types.SimpleNamespace(scale=1.0, unread=1.0, nested=types.SimpleNamespace())
+        self.options, self.sizes = {"scale": 1.0}, [1.0, 2.0]
+
+    def forward(self, x):
+        return (x @ self.w) * self.config.scale * self.options["scale"] * self.sizes[0]
+
+
+CHANGED_LATER: dict[str, Callable[[Any], None]] = {
+    "config": lambda module: setattr(module.config, "scale", 2.0),
+    "dict": lambda module: module.options.update(scale=2.0),
+    "list": lambda module: module.sizes.__setitem__(0, 2.0),
+    "another config": lambda module: setattr(module, "config", types.SimpleNamespace(scale=2.0)),
+}
+
+
+@pytest.mark.parametrize("where", CHANGED_LATER)
+def test_a_setting_in_an_object_that_changes_later_is_not_ignored(where: str):
+    model = get_peft_model(nn.Sequential(Scaled(), Scaled()), lora("w"))
+    expected = model(X)
+    model[1].config.unread = 5.0
+    assert torch.equal(model(X), expected)
+    CHANGED_LATER[where](model[1])
+    with pytest.raises(GuardError, match="when the graph was recorded"):
+        model(X)
+    model.unload()
+    assert not torch.allclose(model(X), expected)

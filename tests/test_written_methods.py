@@ -690,7 +690,7 @@ def test_a_rule_with_constants_of_its_own_keeps_its_dropout_when_it_is_trained_a
     get_peft_model(two_layers(), SharingConfig(**options)).save_pretrained(tmp_path)
     model: Any = PeftModel.from_pretrained(two_layers(), tmp_path)
     model.set_adapter("default")
-    assert (model.get_submodule("0").default.own, model.get_submodule("0").default.dropout) == (2.0, 0.5)
+    assert (model.get_submodule("0").default.own, model.get_submodule("0").default.dropout.p) == (2.0, 0.5)
 
 
 def test_what_is_no_change_of_the_weight_cannot_act_before_what_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,7 +105,8 @@ def _bias_delta(
     values |= {"bias": bias, "base_bias": bias if base_bias is None else base_bias}
     if bias is not None or not {"bias", "base_bias"} & {*asked.needed}:
         return adapted.rule.bias_change({name: values[name] for name in asked.among(values)})
-    if adapted.site.out_features is None or values["weight"].is_meta:
+    is_stack = not adapted.site.is_layer and values["weight"].ndim > 2
+    if adapted.site.out_features is None or is_stack or values["weight"].is_meta:
         return None
     # a change that is more than a multiple of the bias has no place to go
     values |= dict.fromkeys(("bias", "base_bias"), values["weight"].new_zeros(adapted.site.out_features))

@@ -6,18 +6,24 @@ plain attributes, such as the number of attention heads, are settings.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.fx as fx
+from torch import nn
 from torch.fx.node import map_arg
 
+from graphpeft.code.contents import parts_of
+from graphpeft.code.source import uses_in_forward
 from graphpeft.graph import guards
 from graphpeft.graph.drawing_functions import draws
 from graphpeft.graph.facts import IN_PLACE, above, is_random, writes
+from graphpeft.graph.forward_classes import class_of_forward
 from graphpeft.graph.settings import Reads, Setting
-from graphpeft.graph.template import VALUE
+from graphpeft.graph.template import SIMPLE, VALUE
 from graphpeft.tracing.attributes import is_plain
 
 _ARITHMETIC = frozenset((
@@ -26,6 +32,9 @@ _ARITHMETIC = frozenset((
     "add", "sub", "mul", "div", "pow", "add_", "sub_", "mul_", "div_", "pow_",
 ))  # fmt: skip
 """Arithmetic operations. Integers in other operations are sizes, indices or flags."""
+
+_LONGEST = 64
+"""The number of entries up to which a container is compared in each run."""
 
 
 def make_settings(graph: fx.Graph, lines: Mapping[str, str]) -> Reads:
@@ -47,6 +56,42 @@ def make_settings(graph: fx.Graph, lines: Mapping[str, str]) -> Reads:
     by_path = {str(node.target): Setting(str(node.target), node.meta[VALUE], line) for node, line in settings.items()}
     numbers = dict.fromkeys(str(node.target) for node in read if node not in settings)
     return Reads(tuple(by_path.values()), tuple(numbers))
+
+
+def settings_in_objects(module: nn.Module, read_once: Mapping[str, Any]) -> list[Setting]:
+    """Returns the settings that a module has in containers and config objects, of which a graph has constants.
+
+    Args:
+        module: The module.
+        read_once: The containers and objects that its forward has read, by their paths.
+    """
+    found: list[Setting] = []
+    for path, value in read_once.items():
+        if path.rpartition(".")[2] == "__dict__":
+            continue  # of which other code reads single attributes
+        if type(value) in (dict, list, set) and len(value) <= _LONGEST and all(map(_is_simple, parts_of(value))):
+            found.append(Setting(path, copy.copy(value), f"self.{path}"))
+        elif type(vars(value) if hasattr(value, "__dict__") else None) is dict:
+            found += _settings_of(value, path, module)
+    return found
+
+
+def _settings_of(value: Any, path: str, module: nn.Module) -> list[Setting]:
+    """Returns the settings that are attributes of an object, and that the code of the module which has it reads."""
+    around, _, own = path.rpartition(".")
+    reader = module.get_submodule(around)
+    names = sorted(
+        read.removeprefix(f"{own}.")
+        for read in uses_in_forward(class_of_forward(reader)).read
+        if read.startswith(f"{own}.") and read.count(".") == 1
+    )
+    held = vars(value)
+    there = [name for name in names if name in held and _is_simple(held[name])]
+    return [Setting(f"{path}.{name}", held[name], f"self.{path}.{name}") for name in there]
+
+
+def _is_simple(value: Any) -> bool:
+    return type(value) in SIMPLE
 
 
 def _derived_from(graph: fx.Graph, read: list[fx.Node]) -> dict[fx.Node, None]:

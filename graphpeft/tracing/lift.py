@@ -41,7 +41,7 @@ from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
 from graphpeft.graph.settings import add_check
 from graphpeft.graph.template import SIMPLE, Template, template_of
-from graphpeft.tracing.constant_attributes import make_settings
+from graphpeft.tracing.constant_attributes import make_settings, settings_in_objects
 from graphpeft.tracing.modes import in_each_mode
 from graphpeft.tracing.record import ONE_TRACE_AT_A_TIME, record_forward
 from graphpeft.tracing.tracer import ValueTracer
@@ -162,9 +162,11 @@ def _template(tracer: ValueTracer, module: nn.Module, example_inputs: ExampleInp
         raise recorded.other_mode_error
     for name, value in tracer.session.constants.values.items():
         raise TraceError(f"it uses a {type(value).__name__} ({name}) that isn't an attribute of the module")
+    held = settings_in_objects(module, tracer.session.read_once)
     for graph in recorded.graphs:
         read_as_attributes(graph, module)
-        add_check(graph, make_settings(graph, tracer.session.lines_of_reads))
+        reads = make_settings(graph, tracer.session.lines_of_reads)
+        add_check(graph, reads._replace(settings=(*reads.settings, *held)))
     return Template(recorded.graphs, shared=True)
 
 

@@ -71,7 +71,7 @@ def test_a_safe_merge_refuses_what_is_not_finite():
     with torch.no_grad():
         model.head.default.lora_B[0, 0] = torch.nan
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    with pytest.raises(AdaptError, match=r"change of head\.weight by adapter 'default' isn't finite"):
+    with pytest.raises(AdaptError, match=r"head\.weight with 'default' merged into it isn't finite"):
         model.merge_and_unload(safe_merge=True)
     assert isinstance(model, PeftModel)
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters() if "lora" not in name)

@@ -453,7 +453,7 @@ def stack() -> Any:
 PUTS: dict[str, Callable[[Any, nn.Module], Any]] = {
     "append": lambda model, block: model.layers.append(block),
     "attribute": lambda model, block: setattr(model, "more", block),
-    "around": lambda model, block: nn.Sequential(block),
+    "with another one": lambda model, block: model.layers.append(nn.Sequential(nn.Identity(), block)),
 }
 
 
@@ -466,6 +466,13 @@ def test_a_copy_of_an_adapted_block_is_refused_where_nothing_would_manage_it(put
     with pytest.raises(AdaptError, match="copy of a Linear with adapters, which no model would save"):
         put(model, block)
     assert list(model.state_dict()) == names
+
+
+def test_a_copy_of_an_adapted_block_is_part_of_models_without_adapters() -> None:
+    model = stack()
+    x, block = torch.randn(3, 4), copy.deepcopy(model.layers[1])
+    around = nn.Sequential(block, nn.Identity())
+    assert torch.equal(copy.deepcopy(around)(x), model.layers[1](x))
 
 
 def test_a_copy_of_a_whole_model_can_be_part_of_others() -> None:

@@ -19,7 +19,7 @@ from graphpeft.adapters.base_names import other_base, warn_of_other_base
 from graphpeft.adapters.exchanged import refuse_missing
 from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.replication import replicate
-from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
+from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors, options_of
 from graphpeft.adapters.swappable import (
     exchange_sites,
     fitting,
@@ -296,6 +296,7 @@ def _copy(modules: Modules, adapter: Adapter, plan: Plan, sites: list[AdaptedSit
             set_number(vars(holder), own, value)
     exchange_sites(adapter, sites)
     set_attribute(adapter, "config", plan.config)
+    set_attribute(adapter, "made_with", options_of(plan.config))
     set_attribute(adapter, "report", plan.report)
 
 

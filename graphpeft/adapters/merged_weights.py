@@ -74,7 +74,9 @@ def refuse_others(module: nn.Module, names: Iterable[str], prefix: str, state_di
 
 
 def _note(module: nn.Module, bits: dict[str, int | None]) -> None:
-    set_item(vars(module), _BITS, {**vars(module).get(_BITS, {}), **bits})
+    noted = vars(module).get(_BITS, {})
+    if not bits.items() <= noted.items():
+        set_item(vars(module), _BITS, {**noted, **bits})
 
 
 def _bits(module: nn.Module, name: str) -> int | None:

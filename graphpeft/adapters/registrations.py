@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.graph import in_place
-from graphpeft.graph.holders import adapters_at
+from graphpeft.graph.holders import adapters_at, has_holders
 from graphpeft.graph.paths import join, modules_by_path, unwrapped
 from graphpeft.graph.template import names_in_slots
 
@@ -55,7 +55,10 @@ def _registered(parent: nn.Module, name: str, new: Any) -> None:
 
 
 def _refuse_copies(parent: nn.Module, name: str, old: nn.Module | None, new: nn.Module) -> None:
-    """Raises AdaptError if a copy of a part of an adapted model comes where that has no adapters."""
+    """Raises AdaptError if a copy of a part of an adapted model comes into such a model, where that has no adapters."""
+    inside = modules_by_path(parent).values()
+    if not any(_is_adapted_model(each) or (has_holders(each) and each not in in_place.COPIED_ALONE) for each in inside):
+        return
     known = set() if old is None else {path for path, _ in _adapters_in(modules_by_path(old))}
     for path, module in modules_by_path(new).items():
         if module in in_place.COPIED_ALONE and path not in known:

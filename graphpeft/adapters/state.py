@@ -44,8 +44,9 @@ def told_rows(table: nn.Module) -> int | None:
     return count if isinstance(count, int) else None
 
 
-def _options(config: PeftConfig) -> dict[str, Any]:
-    return {option.name: getattr(config, option.name) for option in dataclasses.fields(config)}
+def options_of(config: PeftConfig) -> dict[str, Any]:
+    """Returns copies of a config's options, by name."""
+    return copy.deepcopy({option.name: getattr(config, option.name) for option in dataclasses.fields(config)})
 
 
 def _is_of(config: PeftConfig, adapted: AdaptedSite) -> bool:
@@ -101,17 +102,17 @@ class Adapter:
             plan.saved,
             plan.config.takes_product,
             told_rows={path: count for path in plan.rows if (count := told_rows(plan.modules[path])) is not None},
-            made_with=copy.deepcopy(_options(plan.config)),
+            made_with=options_of(plan.config),
         )
 
     @property
     def edited_options(self) -> dict[str, tuple[Any, Any]]:
         """The options that were set on the config since, and that its rules don't follow: what they were, and are."""
-        config = copy.copy(self.config)
-        vars(config).update({name: self.made_with[name] for name in config.changed_by_training})
-        now = _options(config)
+        if type(self.config).after_step is not PeftConfig.after_step:
+            return {}  # training itself sets some
+        now = options_of(self.config)
         edited = {name: (was, now[name]) for name, was in self.made_with.items() if now[name] != was}
-        return edited if edited and not all(_is_of(config, adapted) for adapted in self.sites) else {}
+        return edited if edited and not all(_is_of(self.config, adapted) for adapted in self.sites) else {}
 
     @functools.cached_property
     def call_inputs(self) -> frozenset[str]:

@@ -333,13 +333,13 @@ def unmatched_entries(config: PeftConfig, modules: Mapping[str, nn.Module], repo
     for option, entries, names in (
         ("target_modules", options.target_modules, lambda: _names(modules)),
         ("exclude_modules", options.exclude_modules, lambda: _names(modules)),
-        ("target_parameters", options.target_parameters, lambda: _parameters(modules)),
+        ("target_parameters", options.target_parameters, lambda: _names_of_parameters(modules)),
         *((option, patterns, lambda: wanted) for option, patterns in options.patterns.items()),
     ):
         # a single regular expression has no entries to check
         if not entries or isinstance(entries, str):
             continue
-        left = targets.unmatched([entry.removeprefix(".") for entry in entries], names())
+        left = targets.unmatched(entries, names())
         if isinstance(entries, Mapping):
             left = [key for key in left if not pattern_values.fits_any(key, wanted)]
         if left:
@@ -347,6 +347,11 @@ def unmatched_entries(config: PeftConfig, modules: Mapping[str, nn.Module], repo
             hint = f" (near misses: {', '.join(near)})" if near else ""
             found.append(f"{joined([repr(entry) for entry in left])} in {option}{hint}")
     return found
+
+
+def _names_of_parameters(modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    yield from _parameters(modules)
+    yield from map(targets.own_parameter_entry, modules[""]._parameters)
 
 
 def _names(modules: Mapping[str, nn.Module]) -> Iterator[str]:

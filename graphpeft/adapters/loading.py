@@ -94,7 +94,7 @@ def load(
         refuse(plan)
         adapter = Adapter.of(plan)
         state = adapters_of(model)
-        originals = merged_weights.originals(plan.modules, state) if state is not None else {}
+        originals = merged_weights.originals_of(model, state)
         if ignore_mismatched_sizes:
             # those that don't fit have their first values
             carry_out(model, adapter_name, plan, None, activates, methods, replication)

@@ -22,7 +22,7 @@ from graphpeft.adapters.state import Adapters, Modules, Tensors
 from graphpeft.adapters.tensors import fingerprint, is_same
 from graphpeft.graph import in_place
 from graphpeft.graph.overrides import own_parameter
-from graphpeft.graph.paths import join
+from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.graph.sharding import whole
 from graphpeft.graph.values import loaded
 from graphpeft.rules.rule import changes_bias
@@ -60,6 +60,11 @@ def originals(modules: Modules, adapters: Adapters) -> Tensors:
             set_item(adapters.originals, (path, name), _without_adapters(modules, adapters, path, name))
             _note(modules[path], {name: _bits(modules[path], name)})
     return adapters.originals
+
+
+def originals_of(model: nn.Module, adapters: Adapters | None) -> Tensors:
+    """Returns the same for the adapters of a model, whose modules are looked for only if any are merged."""
+    return originals(modules_by_path(model), adapters) if adapters is not None and adapters.originals else {}
 
 
 def refuse_others(module: nn.Module, names: Iterable[str], prefix: str, state_dict: Mapping[str, Any]) -> None:

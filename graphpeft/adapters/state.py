@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import inspect
 import itertools
@@ -45,8 +44,9 @@ def told_rows(table: nn.Module) -> int | None:
 
 
 def options_of(config: PeftConfig) -> dict[str, Any]:
-    """Returns copies of a config's options, by name."""
-    return copy.deepcopy({option.name: getattr(config, option.name) for option in dataclasses.fields(config)})
+    """Returns copies of the options of a config that say something of the tensors, by name."""
+    names = type(config).__dataclass_fields__.keys() - config.not_of_tensors
+    return copy.deepcopy({name: value for name, value in vars(config).items() if name in names})
 
 
 def _is_of(config: PeftConfig, adapted: AdaptedSite) -> bool:
@@ -110,7 +110,7 @@ class Adapter:
         """The options that were set on the config since, and that its rules don't follow: what they were, and are."""
         if type(self.config).after_step is not PeftConfig.after_step:
             return {}  # training itself sets some
-        now = options_of(self.config)
+        now = vars(self.config)
         edited = {name: (was, now[name]) for name, was in self.made_with.items() if now[name] != was}
         return edited if edited and not all(_is_of(self.config, adapted) for adapted in self.sites) else {}
 

@@ -224,14 +224,11 @@ def dressed_class(original: type, layers: tuple[Layer, ...]) -> type:
 
 @without_compiler("Python calls functions while it makes a class, in which no compiler must look for graphs")
 def _new_class(original: type, layers: tuple[Layer, ...]) -> type:
-    added = (Dressed, *(base for layer in layers for base in layer.bases))
     # repeating a base of the original class would break the method resolution order
-    bases = (*(base for base in added if not issubclass(original, base)), original)
+    added = [Dressed, *[base for layer in layers for base in layer.bases if not issubclass(original, base)]]
     has_own_layout = _has_own_layout(original)
-    if has_own_layout:
-        bases = (original, *bases[:-1])
-
-    last = tuple(cls for layer in layers for cls in layer.last)
+    bases = (original, *added) if has_own_layout else (*added, original)
+    last = (*[cls for layer in layers for cls in layer.last],)
 
     def fill(namespace: dict[str, Any]) -> None:
         own = {name for base in bases for name in dir(base)} if last else set[str]()

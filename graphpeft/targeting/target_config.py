@@ -119,8 +119,10 @@ class TargetedConfig(PeftConfig):
             config.target_modules = self._all_linear(model)
         elif config.target_modules is None:
             config.target_modules = self.targets_by_default(model)
-        config.target_modules = targets.without_wrappers(config.target_modules, model)
-        config.exclude_modules = targets.without_wrappers(config.exclude_modules, model)
+        if config.target_modules:
+            config.target_modules = targets.without_wrappers(config.target_modules, model)
+        if config.exclude_modules:
+            config.exclude_modules = targets.without_wrappers(config.exclude_modules, model)
         return config
 
     def _all_linear(self, model: nn.Module) -> set[str] | str:

@@ -6,6 +6,7 @@ A name that can't be adapted goes into the report with the reason; nothing is sk
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -350,14 +351,15 @@ def unmatched_entries(config: PeftConfig, modules: Mapping[str, nn.Module], repo
 
 
 def _names_of_parameters(modules: Mapping[str, nn.Module]) -> Iterator[str]:
-    yield from _parameters(modules)
-    yield from map(targets.own_parameter_entry, modules[""]._parameters)
+    return itertools.chain(_parameters(modules), map(targets.own_parameter_entry, modules[""]._parameters))
 
 
 def _names(modules: Mapping[str, nn.Module]) -> Iterator[str]:
-    """Yields all names that a list of modules can have, the rare ones last."""
-    yield from modules
-    yield from _targets_by_path(modules)
+    """Returns all names that a list of modules can have, the rare ones last."""
+    return itertools.chain(modules, _targets_by_path(modules), _inside_wrappers(modules))
+
+
+def _inside_wrappers(modules: Mapping[str, nn.Module]) -> Iterator[str]:
     yield from paths_inside_wrappers(modules[""])
 
 

@@ -123,7 +123,7 @@ def without_wrappers(names: Any, model: nn.Module) -> Any:
         names: The value, as a user gave it.
         model: The model.
     """
-    if names is None or not names_wrapper(names if isinstance(names, str) else " ".join(names)):
+    if not names_wrapper(names if isinstance(names, str) else " ".join(names)):
         return names
     matches = compile_matcher(TargetOptions(target_modules=names))
     own = [path for name, path in paths_inside_wrappers(model).items() if matches(name)]
@@ -274,9 +274,7 @@ def unmatched(entries: Iterable[str], names: Iterable[str]) -> list[str]:
     """
     left = set(entries)
     longest = max((entry.count(".") + 1 for entry in left), default=0)
-    for name in names:
-        if not left:
-            break
+    for name in names if left else ():
         left.discard(name)
         dot = len(name)
         for _ in range(longest):
@@ -284,6 +282,8 @@ def unmatched(entries: Iterable[str], names: Iterable[str]) -> list[str]:
             if dot < 0:
                 break
             left.discard(name[dot + 1 :])
+        if not left:
+            return []
     return sorted(left)
 
 

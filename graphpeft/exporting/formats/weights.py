@@ -23,7 +23,6 @@ from graphpeft.exporting.errors import ExportError
 from graphpeft.exporting.example import Example
 from graphpeft.exporting.formats.format import Export, Runner
 from graphpeft.exporting.formats.pt2 import write_safetensors
-from graphpeft.graph.paths import modules_by_path
 from graphpeft.model.peft_model import PeftModel
 
 _ADAPTERS = "adapters"
@@ -64,7 +63,7 @@ class Weights:
         self._write_base(copies.base_of(export.source), staged)
         for name in self._adapters(export):
             state = export.source._peft_adapters
-            originals = merged_weights.originals(modules_by_path(export.source), state)
+            originals = merged_weights.originals_of(export.source, state)
             checkpoint.save(export.source, state.by_name[name], name, staged / _ADAPTERS / name, originals)
 
     def _write_base(self, base: nn.Module, staged: Path) -> None:

@@ -484,7 +484,7 @@ def test_a_copy_of_a_whole_model_can_be_part_of_others() -> None:
 
 
 def test_a_copy_of_an_unloaded_block_goes_anywhere() -> None:
-    model = stack().merge_and_unload()
+    model: Any = stack().merge_and_unload()
     model.layers.append(copy.deepcopy(model.layers[1]))
     assert len(model.layers) == 3
 

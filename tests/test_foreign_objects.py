@@ -340,7 +340,7 @@ def test_layers_beside_a_scripted_module_are_adapted():
 
 @pytest.mark.parametrize("script", [torch.jit.script, lambda inner: torch.jit.trace(inner, X)], ids=["script", "trace"])
 def test_weights_of_a_scripted_module_are_frozen_and_no_targets(script: Any):
-    model = _beside(script(_inner()))
+    model: Any = _beside(script(_inner()))
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -397,7 +397,7 @@ class Mixing(nn.Module):
         return x @ self.w
 
 
-class Slotted:
+class WithSlots:
     __slots__ = ()
 
 
@@ -413,7 +413,7 @@ class GenericMixing(Generic[T], Mixing):
     pass
 
 
-class SlottedMixing(Slotted, Mixing):
+class SlottedMixing(WithSlots, Mixing):
     pass
 
 
@@ -451,7 +451,7 @@ def made(cls: type) -> type:
 
 
 def _of_made(cls: type) -> Any:
-    one = made(cls)
+    one: Any = made(cls)
     return one.__new__(one)
 
 

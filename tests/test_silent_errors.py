@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from graphpeft import (
     AdaptError,
     GuardError,
+    LNTuningConfig,
     LoraConfig,
     NeedsInputsError,
     OSFConfig,
@@ -1429,3 +1430,59 @@ def test_a_setting_in_an_object_that_changes_later_is_not_ignored(where: str):
         model(X)
     model.unload()
     assert not torch.allclose(model(X), expected)
+
+
+# errors that were raw, or had the wrong reason
+
+
+def test_a_factor_that_a_parametrization_computes_is_not_saved_and_the_reason_told(tmp_path: Any):
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), lora("0"))
+    nn.utils.parametrizations.orthogonal(model[0].default, "lora_A")
+    with pytest.raises(AdaptError, match=r"0\.default\.lora_A of adapter 'default' is computed by Orthogonal"):
+        model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+    nn.utils.parametrize.remove_parametrizations(model[0].default, "lora_A")
+    model.save_pretrained(tmp_path)
+
+
+def test_a_model_without_adapters_is_not_saved_as_an_empty_folder(tmp_path: Any):
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), lora("0"))
+    model.delete_adapter("default")
+    with pytest.raises(AdaptError, match="has no adapter any more that could be saved"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {}], ids=["read", "not read"])
+def test_a_bias_that_an_adapter_reads_is_not_taken_away(options: dict[str, Any]):
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), lora("0", init_lora_weights=False, **options))
+    expected = model(X)
+    if options:
+        with pytest.raises(GuardError, match="bias of a Linear was a parameter when it was adapted, and is to be None"):
+            model[0].bias = None
+        assert torch.equal(model(X), expected)
+    else:
+        bias = model[0].bias
+        model[0].bias = None
+        torch.testing.assert_close(model(X) + bias, expected)
+
+
+def test_fully_trained_tensors_are_loaded_onto_a_model_without_values(tmp_path: Any):
+    def build() -> Any:
+        return nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+
+    model = get_peft_model(build(), LNTuningConfig(target_modules=["1"]))
+    model[1].weight.data.normal_()
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = build()
+    loaded = PeftModel.from_pretrained(empty, tmp_path)
+    assert torch.equal(loaded.get_parameter("1.weight").to("cpu"), model[1].weight)
+
+
+def test_an_adapter_that_is_made_in_inference_mode_can_be_trained():
+    model: Any = nn.Sequential(nn.Linear(4, 4))
+    with torch.inference_mode():
+        get_peft_model(model, lora("0"))
+    model(X).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)

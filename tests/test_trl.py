@@ -178,8 +178,8 @@ def test_a_config_for_a_trainer_says_that_it_takes_a_model(tmp_path: Path) -> No
 
 
 def test_a_trainer_that_switches_dropout_off_switches_the_adapters_off(tmp_path: Path) -> None:
-    options = {"r": 4, "lora_dropout": 0.5, "init_lora_weights": False, "target_modules": ["q_proj", "v_proj"]}
-    model: Any = graphpeft.get_peft_model(base("DPO"), graphpeft.LoraConfig(task_type="CAUSAL_LM", **options))
+    options: Any = {"r": 4, "lora_dropout": 0.5, "init_lora_weights": False, "target_modules": ["q_proj", "v_proj"]}
+    model: Any = graphpeft.get_peft_model(base("DPO"), graphpeft.LoraConfig(**options))
     training = trainer("DPO", model, tmp_path)
     training.train()
     # the policy is the reference at first

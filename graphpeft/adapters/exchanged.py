@@ -11,6 +11,7 @@ from torch import nn
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules, told_rows
 from graphpeft.graph import in_place, overrides
+from graphpeft.graph.computed_weights import computed_from
 from graphpeft.graph.holders import has_place, has_tensor, place_of, tensor_at
 from graphpeft.graph.ops import Embedding
 from graphpeft.graph.paths import join, modules_by_path
@@ -165,7 +166,19 @@ def refuse_exchanged(modules: Modules, adapter: Adapter, name: str) -> None:
     """Raises AdaptError if another module is in the place of one on which an adapter has a tensor."""
     for path, attribute in adapter.tensor_names(name):
         if path in modules and not has_tensor(modules[path], attribute):
-            raise AdaptError(_gone(path, attribute, name))
+            raise AdaptError(_computed(modules[path], path, attribute, name) or _gone(path, attribute, name))
+
+
+def _computed(module: nn.Module, path: str, attribute: str, name: str) -> str | None:
+    """Returns an error if a tensor of an adapter is computed, as by a parametrization; None if it isn't."""
+    around = attribute.rpartition(".")[0]
+    computed = computed_from(*place_of(module, attribute)) if around and has_place(module, around) else None
+    if computed is None:
+        return None
+    return (
+        f"{join(path, attribute)} of adapter {name!r} is computed by {computed.by} from other tensors, so it can't be "
+        "saved or merged; remove that first"
+    )
 
 
 def _gone(path: str, attribute: str, name: str) -> str:

@@ -215,9 +215,11 @@ def _whole_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | No
             tied = of_tied.get(id(tensor)) if plan.config.keeps_tied else None
             if tied is None:
                 with loaded(modules[path]):
-                    tied = overrides.create(tensor_at(modules[path], own))
-                if tied.is_meta and values is not None:
-                    tied.data = values[place].to(tied.dtype)
+                    source = tensor_at(modules[path], own)
+                    if source.is_meta and values is not None:
+                        given = values[place].to(source.dtype)
+                        source = nn.Parameter(given, False) if isinstance(source, nn.Parameter) else given
+                    tied = overrides.create(source)
             made[place] = tied
             of_tied[id(tensor)] = made[place]
             if values is not None:

@@ -40,6 +40,11 @@ def in_own_precision(modules: Mapping[str, nn.Module]) -> Iterator[None]:
         modules: The model's modules by path.
     """
     default = torch.get_default_dtype()
+    if torch.is_inference_mode_enabled():
+        # its tensors could never be trained
+        with torch.inference_mode(False), in_own_precision(modules):
+            yield
+        return
     if not depth_of_autocast() and default not in HALVES:
         yield
         return

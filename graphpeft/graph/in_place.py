@@ -110,7 +110,7 @@ class Dressed:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         if self._graphpeft_original.__reduce__ is not object.__reduce__:
             # the class may be one that can't be imported by its name
-            build, arguments, *state = self._graphpeft_original.__reduce__(cast(Any, self))
+            build, arguments, *state = cast(Any, self._graphpeft_original).__reduce__(self)
             return _built_and_dressed, (build, arguments, self._graphpeft_layers), *state
         return _new_dressed, (self._graphpeft_original, self._graphpeft_layers), _state(self)
 

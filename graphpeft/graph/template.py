@@ -31,7 +31,6 @@ from graphpeft.graph.tags import TAG
 VALUE = "val"
 """The key of ``node.meta`` under which PyTorch's passes, and this tracer, keep a node's example value."""
 
-
 LINE = "graphpeft_line"
 """The key of ``node.meta`` for the line of the model's code that made a node: its file and its number."""
 
@@ -128,6 +127,11 @@ class Template:
             for graph, forward in zip(self.graphs, self._forwards, strict=True)
         ]
         return forwards[0] if len(forwards) == 1 else _by_mode(*forwards)
+
+    def needs(self, name: str) -> bool:
+        """Returns whether an adapter's nodes read an attribute of the module."""
+        nodes = [node for graph in self.graphs for node in graph.nodes if node.op == "get_attr" and node.target == name]
+        return any(TAG in user.meta for node in nodes for user in node.users)
 
     @functools.cached_property
     def calls_own_forward(self) -> bool:
@@ -292,9 +296,11 @@ class GraphForward(NoWrapper, fx.GraphModule):
     _graphpeft_slots: ClassVar[Mapping[int, str]]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Registers a parameter, unless the graph has been made for a layer without it, which is a GuardError."""
+        """Registers a parameter, or raises GuardError if the graph can't read it, or an adapter can't do without it."""
         if param is not None and name in self._graphpeft_template.absent:
             _refuse_other(self, name, "None", "a parameter")
+        if param is None and self._parameters.get(name) is not None and self._graphpeft_template.needs(name):
+            _refuse_other(self, name, "a parameter", "None")
         super().register_parameter(name, param)
 
     # GraphModule's own methods, and torch.compile, read these attributes

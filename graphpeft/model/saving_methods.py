@@ -14,6 +14,7 @@ from graphpeft.adapters import checkpoint, file_names, merged_weights, merging, 
 from graphpeft.adapters.adapting import known_adapter, modules_of
 from graphpeft.adapters.empty_tensors import refuse_empty
 from graphpeft.adapters.exchanged import refuse_missing
+from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter
 from graphpeft.adapters.trainable import trained_besides
 from graphpeft.files.atomic_files import Staging
@@ -66,7 +67,7 @@ class SavingMethods(AdapterInfo):
             max_shard_size: Accepted likewise; an adapter is one file.
 
         Raises:
-            AdaptError: If the model has no adapter of a selected name; nothing is written then.
+            AdaptError: If the model has no adapter of a selected name, or none at all; nothing is written then.
             CheckpointError: If the adapter in `path_initial_model_for_weight_conversion` is another one, `state_dict`
                 lacks a tensor, or the metadata of an existing model card can't be read; nothing is written then.
             ValueError: If `safe_serialization` is False and a folder has the other file, which readers prefer,
@@ -75,6 +76,8 @@ class SavingMethods(AdapterInfo):
             OSError: If a file can't be written; the files that were there are unchanged then.
         """
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        if not self.peft_config:
+            raise AdaptError("the model has no adapter any more that could be saved; add one, or call unload()")
         selected = {name: known_adapter(self, name) for name in names}
         if not is_main_process:
             if state_dict is None or any(map(is_sharded, state_dict.values())):

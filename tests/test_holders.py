@@ -125,11 +125,22 @@ def test_what_exchanges_all_parameters_leaves_each_tensor_in_its_place() -> None
     assert torch.equal(model[1]._parameters["weight"], base)
 
 
-def test_a_tensor_that_something_else_computes_now_is_named_when_the_adapter_is_saved(tmp_path: Any) -> None:
+@pytest.mark.parametrize(
+    ("compute", "by"),
+    [
+        (lambda holder: prune.l1_unstructured(holder, "lora_A", 0.5), "L1Unstructured"),
+        (lambda holder: nn.utils.parametrizations.orthogonal(holder, "lora_A"), "Orthogonal"),
+    ],
+    ids=["pruning", "parametrization"],
+)
+def test_a_tensor_that_something_else_computes_now_is_named_when_the_adapter_is_saved(
+    compute: Any, by: str, tmp_path: Any
+) -> None:
     model: Any = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
-    prune.l1_unstructured(model[0].default, "lora_A", 0.5)
-    with pytest.raises(AdaptError, match=r"0\.default\.lora_A of adapter 'default' is gone"):
+    compute(model[0].default)
+    with pytest.raises(AdaptError, match=rf"0\.default\.lora_A of adapter 'default' is computed by {by} from other"):
         model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("moves", [lambda m: m.double(), lambda m: m.bfloat16().float(), copy.deepcopy])

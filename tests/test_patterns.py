@@ -31,6 +31,7 @@ from graphpeft import (
     trace,
 )
 from graphpeft.rules.options import Number
+from graphpeft.targeting.patterns import Pattern
 from graphpeft.testing import laws
 
 pytestmark = [
@@ -308,3 +309,16 @@ def test_options_that_a_method_declares_have_values_by_patterns_in_a_model_and_i
 )
 def test_null_in_a_file_is_no_patterns(method: type[Any], option: str) -> None:
     assert getattr(method(**{option: None}), option) == {}
+
+
+@pytest.mark.parametrize("use", ["match", "fullmatch", "search", "sub"])
+def test_each_use_of_a_pattern_has_a_time_after_which_it_ends(use: str) -> None:
+    pattern, seconds = Pattern("a.*", "a.*", "target_modules"), list[float]()
+
+    def timed(*_: str, timeout: float) -> None:
+        seconds.append(timeout)
+
+    pattern._compiled = SimpleNamespace(**{use: timed})
+    getattr(pattern, use)(*["name"] * (2 if use == "sub" else 1))
+    assert len(seconds) == 1
+    assert 0 < seconds[0] < 1

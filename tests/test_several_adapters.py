@@ -1486,3 +1486,36 @@ def test_the_first_by_name_acts_after_the_only_active_one_was_deleted():
     with pytest.warns(graphpeft.PeftWarning, match="'first' is active now"):
         model.delete_adapter("default")
     assert model.active_adapters == ["first"]
+
+
+@pytest.mark.parametrize("library", ["transformersx", "transformersx.models", "x.transformers"])
+def test_a_library_whose_name_begins_like_an_allowed_one_is_not_imported(library: str, tmp_path: Path):
+    get_peft_model(nn.Sequential(nn.Linear(4, 4)), graphpeft.LoraConfig(target_modules=["0"])).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    auto_mapping = {"parent_library": library, "base_model_class": "Model"}
+    edited = {"auto_mapping": auto_mapping, "base_model_name_or_path": "base"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **edited}))
+    with pytest.raises(AdaptError, match=f"wants to import '{library}'"):
+        graphpeft.AutoPeftModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True}, {"r": 4}, {"target_modules": ["2"]}, {"lora_alpha": 9}], ids=str
+)
+def test_a_mixture_with_a_deleted_adapter_is_forgotten_when_another_one_takes_its_name(options: dict[str, Any]):
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    common = {"r": 2, "target_modules": ["0"], "init_lora_weights": False}
+    get_peft_model(model, graphpeft.LoraConfig(**common), "a")
+    model.add_adapter("b", graphpeft.LoraConfig(**common))
+    x = torch.randn(4, 4)
+    model(x, adapter_names=["a", "b", "a", "b"])
+    model.delete_adapter("b")
+    model.add_adapter("b", graphpeft.LoraConfig(**{**common, **options}))
+    expected = []
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        expected.append(model(x))
+    found = model(x, adapter_names=["a", "b", "a", "b"])
+    torch.testing.assert_close(found[0::2], expected[0][0::2])
+    torch.testing.assert_close(found[1::2], expected[1][1::2])

@@ -1435,16 +1435,6 @@ def test_a_setting_in_an_object_that_changes_later_is_not_ignored(where: str):
 # errors that were raw, or had the wrong reason
 
 
-def test_a_factor_that_a_parametrization_computes_is_not_saved_and_the_reason_told(tmp_path: Any):
-    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), lora("0"))
-    nn.utils.parametrizations.orthogonal(model[0].default, "lora_A")
-    with pytest.raises(AdaptError, match=r"0\.default\.lora_A of adapter 'default' is computed by Orthogonal"):
-        model.save_pretrained(tmp_path)
-    assert not any(tmp_path.iterdir())
-    nn.utils.parametrize.remove_parametrizations(model[0].default, "lora_A")
-    model.save_pretrained(tmp_path)
-
-
 def test_a_model_without_adapters_is_not_saved_as_an_empty_folder(tmp_path: Any):
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), lora("0"))
     model.delete_adapter("default")

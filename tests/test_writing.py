@@ -7,6 +7,7 @@ import json
 import os
 import random
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -395,3 +396,32 @@ def test_what_is_converted_takes_the_place_of_what_was_there_whole_or_not_at_all
     graphpeft.save_as_lora(tmp_path, lora_of_a_product(1.0), rank=1)
     with safe_open(tmp_path / WEIGHTS, "pt") as opened:
         assert opened.metadata()[saved_adapter.DIGEST] == PeftConfig.from_pretrained(tmp_path).digest()
+
+
+def test_a_writer_waits_until_another_has_moved_all_of_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted("c").save_pretrained(tmp_path)
+    first, second = adapted("a"), adapted("b")
+    replace, between, go_on = os.replace, threading.Event(), threading.Event()
+
+    def replace_and_pause(source: Any, target: Any) -> None:
+        replace(source, target)
+        if threading.current_thread().name == "first" and not between.is_set():
+            between.set()
+            assert go_on.wait(30)
+
+    monkeypatch.setattr(os, "replace", replace_and_pause)
+    writers = [
+        threading.Thread(target=model.save_pretrained, args=(tmp_path,), name=name)
+        for name, model in (("first", first), ("second", second))
+    ]
+    writers[0].start()
+    assert between.wait(30)
+    writers[1].start()
+    writers[1].join(1)
+    assert writers[1].is_alive()
+    go_on.set()
+    for writer in writers:
+        writer.join(30)
+    assert found_in(tmp_path) == "b"

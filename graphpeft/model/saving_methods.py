@@ -76,7 +76,7 @@ class SavingMethods(AdapterInfo):
             OSError: If a file can't be written; the files that were there are unchanged then.
         """
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
-        if not self.peft_config:
+        if not self._peft_adapters.by_name:
             raise AdaptError("the model has no adapter any more that could be saved; add one, or call unload()")
         selected = {name: known_adapter(self, name) for name in names}
         if not is_main_process:

@@ -264,15 +264,17 @@ def writes_elsewhere(source: str) -> list[str]:
             continue
         function = ast.unparse(node.func)
         method = function.rpartition(".")[2]
-        mode = ast.unparse(node.args[0]) if method == "open" and node.args else ""
-        if method in ("write_text", "write_bytes") or (method == "open" and "w" in mode):
-            place = function
+        texts = [
+            each.value for each in (*node.args, *(k.value for k in node.keywords)) if isinstance(each, ast.Constant)
+        ]
+        if method in ("write_text", "write_bytes") or (method == "open" and {"w", "wb", "x", "xb"} & {*texts}):
+            place = function if function != "open" else ast.unparse(node.args[0])
         elif function in WRITERS:
             place = ast.unparse(node.args[1])
         else:
             continue
         # a buffer in memory is no file
-        if not STAGED.search(place) and place not in ("buffer", "file"):
+        if not STAGED.search(place) and place != "buffer":
             found.append(ast.unparse(node))
     return found
 
@@ -289,8 +291,13 @@ def test_files_are_written_by_way_of_a_staging_folder():
         "torch.save(tensors, path)",
         "Path(folder, 'config.json').write_text('{}')",
         "with path.open('wb') as out: out.write(b'')",
+        "with path.open(mode='w') as out: out.write('')",
+        "with open(path, 'wb') as out: out.write(b'')",
+        "torch.save(saved, file)",
     ],
 )
 def test_a_planted_write_is_seen(planted: str):
     assert writes_elsewhere(planted)
-    assert not writes_elsewhere("save_file(tensors, staging.folder / 'a')\n(staged / 'b').write_text('{}')")
+    assert not writes_elsewhere(
+        "save_file(tensors, staging.folder / 'a')\n(staged / 'b').write_text('{}')\nopen(weights)"
+    )

@@ -478,7 +478,12 @@ def test_a_copy_of_an_adapted_block_is_part_of_models_without_adapters() -> None
 def test_a_copy_of_a_whole_model_can_be_part_of_others() -> None:
     model = stack()
     x = torch.randn(3, 4)
-    copies: list[Any] = [copy.deepcopy(model), copy.deepcopy(nn.Sequential(model))[0], copy.deepcopy([model])[0]]
+    copies: list[Any] = [
+        copy.deepcopy(model),
+        copy.deepcopy(nn.Sequential(model))[0],
+        copy.deepcopy([model])[0],
+        copy.deepcopy((model.layers[1], model))[1],
+    ]
     for copied in copies:
         assert torch.equal(nn.Sequential(copied)(x), model(x))
         copied.layers.append(nn.Identity())

@@ -455,6 +455,20 @@ def _of_made(cls: type) -> Any:
     return one.__new__(one)
 
 
+class OfItsType(nn.Linear):
+    def __reduce__(self) -> Any:
+        return type(self), (4, 4), self.__dict__
+
+
+def test_a_class_that_is_built_by_its_type_is_pickled_adapted():
+    model: Any = get_peft_model(
+        nn.Sequential(OfItsType(4, 4)), LoraConfig(target_modules=["0"], init_lora_weights=False)
+    )
+    copied = pickle.loads(pickle.dumps(model))
+    assert torch.equal(copied(X), model(X))
+    assert type(copied.unload()[0]) is OfItsType
+
+
 def test_a_class_with_a_pickle_of_its_own_is_pickled_adapted():
     model = nn.Sequential(made(nn.Linear)(4, 4), nn.Linear(4, 2))
     pickle.loads(pickle.dumps(model))

@@ -576,15 +576,3 @@ def test_tensors_that_wait_for_each_other_are_dead():
 
 def test_what_waits_for_what_learns_is_not_dead():
     assert check_learning(chains(), (torch.randn(3, SIZE),)).dead == ()
-
-
-def test_two_factors_at_zero_never_learn():
-    """The law that the one above tells: after some steps of an optimizer nothing has changed."""
-    model = cycles()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=1.0)
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(torch.randn(3, SIZE)).square().sum().backward()
-        optimizer.step()
-    assert not any(parameter.any() for parameter in trained)

@@ -11,12 +11,16 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import graphpeft
 from graphpeft import AdaptError, LoraConfig, OFTConfig, PeftModel, get_peft_model
 from graphpeft.adapters.tensors import fingerprint
 
-pytestmark = pytest.mark.filterwarnings("ignore:All adapters are already merged")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:All adapters are already merged"),
+    pytest.mark.filterwarnings("ignore:.* merged already; .* are merged beside them"),
+]
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
 
@@ -129,8 +133,7 @@ def test_a_further_adapter_is_merged_beside_a_change() -> None:
     model.add_adapter("b", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
     write(model)
     expected = copy.deepcopy(model)
-    with pytest.warns(UserWarning, match="merged already"):
-        model.merge_adapter(["b"])
+    model.merge_adapter(["b"])
     model.unmerge_adapter()
     torch.testing.assert_close(model(X), expected(X))
 
@@ -153,7 +156,10 @@ def test_base_weights_are_read_with_the_change(tmp_path: Path) -> None:
     found = graphpeft.get_base_model_state_dict(model)
     torch.testing.assert_close(found["0.weight"], added(net().get_parameter("0.weight")), atol=1e-6, rtol=1e-6)
     model.save_pretrained(tmp_path)
-    assert isinstance(PeftModel.from_pretrained(net(), tmp_path), nn.Module)
+    loaded = PeftModel.from_pretrained(net(), tmp_path).eval()
+    model.unmerge_adapter()
+    loaded[0].weight.data.copy_(model[0].weight)
+    torch.testing.assert_close(loaded(X), model(X))
 
 
 @pytest.mark.parametrize("cast", [torch.float64, torch.bfloat16], ids=str)
@@ -184,6 +190,65 @@ def test_a_change_that_depends_on_the_weight_cannot_be_taken_out_of_another_one(
     assert torch.equal(model.merge_and_unload()(X), expected)
 
 
+def test_an_adapter_that_cannot_be_taken_out_is_saved_and_merged_beside_another(tmp_path: Path) -> None:
+    model: Any = get_peft_model(net(), OFTConfig(oft_block_size=2, target_modules=["0"], init_weights=False)).eval()
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False))
+    model.set_adapter(["default", "b"])
+    model.merge_adapter(["default"])
+    write(model)
+    expected = model(X)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(model.merge_and_unload()(X), expected)
+
+
+def test_looking_at_a_changed_weight_changes_nothing(tmp_path: Path) -> None:
+    model, before = merged(), net()
+    kept = model[0].weight.detach().clone()
+    model[0].weight.data.zero_()
+    model.save_pretrained(tmp_path)
+    graphpeft.get_base_model_state_dict(model)
+    model[0].weight.data.copy_(kept)
+    model.unmerge_adapter()
+    assert torch.equal(model[0].weight, before.get_parameter("0.weight"))
+
+
+def test_a_changed_weight_is_not_freed_of_another_change_than_was_merged() -> None:
+    model = merged()
+    model[0].default.lora_B.data.add_(1.0)
+    with model.disable_adapter():  # the weights are those that are kept
+        assert torch.equal(model(X), net()(X))
+    model.merge_adapter()
+    write(model)
+    model[0].default.lora_B.data.add_(1.0)
+    with pytest.raises(AdaptError, match="so have tensors of merged adapters"):
+        model.unmerge_adapter()
+
+
+def test_a_change_is_taken_out_in_the_models_precision() -> None:
+    found = []
+    for is_on in (False, True):
+        model = merged()
+        write(model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+            model.unmerge_adapter()
+        found.append(model[0].weight)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.filterwarnings("ignore:.* are merged, and are unmerged first")
+def test_a_merged_weight_that_is_pruned_has_a_reason(way: str) -> None:
+    model = merged()
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    expected = model(X)
+    with pytest.raises(AdaptError, match=r"0\.weight is no parameter any more, as after pruning"):
+        WAYS[way](model)
+    assert torch.equal(model(X), expected)
+    prune.remove(model[0], "weight")
+    WAYS[way](model)
+    torch.testing.assert_close(model(X), expected)
+
+
 def test_nothing_is_left_on_an_unmerged_module() -> None:
     model = merged()
     before = set(vars(net()[0]))
@@ -197,16 +262,17 @@ def test_nothing_is_left_on_an_unmerged_module() -> None:
 def test_a_fingerprint_tells_one_changed_number_and_two_exchanged_ones(
     dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
-    tensor = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 100).to(dtype)
+    drawn = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    tensor = drawn > 0.5 if dtype is torch.bool else (drawn * 100).to(dtype)
     first = fingerprint(tensor)
     assert fingerprint(tensor.clone()) == first
     assert fingerprint(tensor.t().contiguous().t() if tensor.ndim == 2 else tensor) == first
     if tensor.numel() > 1:
         flat = tensor.reshape(-1)
         other = flat.clone()
-        other[-1] = flat[-1] != flat[-1] + 1 if dtype is torch.bool else flat[-1] + 2
-        if not torch.equal(other, flat):
-            assert fingerprint(other) != first
-        order = torch.tensor([len(flat) - 1, *range(1, len(flat) - 1), 0])
-        if not torch.equal(flat[order], flat):
-            assert fingerprint(flat[order]) != first
+        other[-1] = ~flat[-1] if dtype is torch.bool else flat[-1] + 2
+        assert fingerprint(other) != first
+        unlike = int((flat != flat[0]).nonzero()[0])
+        exchanged = flat.clone()
+        exchanged[0], exchanged[unlike] = flat[unlike], flat[0]
+        assert fingerprint(exchanged) != first

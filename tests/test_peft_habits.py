@@ -588,7 +588,24 @@ def test_rows_have_the_dropout_of_their_adapters() -> None:
     first, second = (model(X.repeat(2, 1), adapter_names=["a", "b", "a", "b"]) for _ in range(2))
     assert torch.equal(first[1::2], second[1::2])
     assert not torch.equal(first[0::2], second[0::2])
+    for switch_off in (lambda drop: drop.eval(), lambda drop: setattr(drop.train(), "p", 0)):
+        for module in dropouts(model):
+            switch_off(module)
+        first, second = (model(X.repeat(2, 1), adapter_names=["a", "b", "a", "b"]) for _ in range(2))
+        assert torch.equal(first, second)
+    model.eval()
     for module in dropouts(model):
-        module.p = 0
+        module.train().p = 0.5
     first, second = (model(X.repeat(2, 1), adapter_names=["a", "b", "a", "b"]) for _ in range(2))
-    assert torch.equal(first, second)
+    assert torch.equal(first[1::2], second[1::2])
+    assert not torch.equal(first[0::2], second[0::2])
+
+
+def test_another_module_in_the_place_of_an_adapters_dropout_is_refused() -> None:
+    model, x = dropping("LoRA")
+    with pytest.raises(
+        graphpeft.AdaptError, match=r"lora_dropout of an adapter is an nn\.Dropout, and is to be a Identity"
+    ):
+        model[0].default.lora_dropout = nn.Identity()
+    model[0].default.lora_dropout = nn.Dropout(0.0)
+    assert torch.equal(model(x), model(x))

@@ -22,6 +22,7 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from graphpeft import (
+    AdamssConfig,
     AdaptError,
     GuardError,
     LNTuningConfig,
@@ -1309,7 +1310,10 @@ EDITS: dict[str, Callable[[Any], None]] = {
     "lora_alpha": lambda config: setattr(config, "lora_alpha", 200),
     "use_rslora": lambda config: setattr(config, "use_rslora", True),
     "alpha_pattern": lambda config: config.alpha_pattern.update({"0": 7}),
-    "r": lambda config: setattr(config, "r", 4),
+    "r": lambda config: setattr(config, "r", 0),
+    "target_modules": lambda config: setattr(config, "target_modules", {"0", "1"}),
+    "bias": lambda config: setattr(config, "bias", "all"),
+    "modules_to_save": lambda config: setattr(config, "modules_to_save", ["1"]),
 }
 
 
@@ -1326,6 +1330,7 @@ def test_an_option_that_says_nothing_of_the_tensors_may_be_set(tmp_path: Any):
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), lora("0"))
     config: Any = model.peft_config["default"]
     config.base_model_name_or_path, config.inference_mode = "other", True
+    config.target_modules = [*config.target_modules]
     model.save_pretrained(tmp_path)
     assert LoraConfig.from_pretrained(tmp_path).base_model_name_or_path == "other"
 
@@ -1362,14 +1367,15 @@ def combined(kind: str) -> Callable[[Any], None]:
         (LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa"), None),
         (LoraConfig(r=2, target_modules=["0"], init_lora_weights=False), None),
         (OSFConfig(target_modules=["0"]), None),
+        (AdamssConfig(r=4, num_subspaces=2, target_modules=["0"]), None),
         (VeraConfig(r=2, target_modules=["0"], init_weights=False), None),
         (lora("0", init_lora_weights=False), combined("svd")),
         (lora("0", init_lora_weights=False), combined("ties_svd")),
     ],
-    ids=["olora", "pissa", "drawn", "osf", "vera", "svd", "ties"],
+    ids=["olora", "pissa", "drawn", "osf", "adamss", "vera", "svd", "ties"],
 )
 def test_a_model_in_single_precision_is_adapted_and_combined_in_it(
-    config: Any, then: Any, half_precision_around: Callable[[], Any], tmp_path: Any
+    config: Any, then: Any, half_precision_around: Callable[[], Any]
 ):
     found = []
     for around in (contextlib.nullcontext, half_precision_around):
@@ -1405,17 +1411,24 @@ class Scaled(nn.Module):
         super().__init__()
         self.w = weight()
         self.config = types.SimpleNamespace(scale=1.0, unread=1.0, nested=types.SimpleNamespace())
-        self.options, self.sizes = {"scale": 1.0}, [1.0, 2.0]
+        self.config.nested.scale = self.config.last = 1.0
+        self.options, self.sizes, self.seen = {"scale": 1.0}, [1.0, 2.0], {"step": 0, "scale": 1.0}
 
     def forward(self, x):
-        return (x @ self.w) * self.config.scale * self.options["scale"] * self.sizes[0]
+        config = self.config
+        scale = config.last * self.config.scale * self.config.nested.scale * self.seen["scale"]
+        return (x @ self.w) * scale * self.options["scale"] * self.sizes[0]
 
 
 CHANGED_LATER: dict[str, Callable[[Any], None]] = {
     "config": lambda module: setattr(module.config, "scale", 2.0),
+    "nested": lambda module: setattr(module.config.nested, "scale", 2.0),
+    "config by another name": lambda module: setattr(module.config, "last", 2.0),
     "dict": lambda module: module.options.update(scale=2.0),
     "list": lambda module: module.sizes.__setitem__(0, 2.0),
-    "another config": lambda module: setattr(module, "config", types.SimpleNamespace(scale=2.0)),
+    "another config": lambda module: setattr(
+        module, "config", types.SimpleNamespace(scale=2.0, last=1.0, nested=types.SimpleNamespace(scale=1.0))
+    ),
 }
 
 
@@ -1423,7 +1436,7 @@ CHANGED_LATER: dict[str, Callable[[Any], None]] = {
 def test_a_setting_in_an_object_that_changes_later_is_not_ignored(where: str):
     model = get_peft_model(nn.Sequential(Scaled(), Scaled()), lora("w"))
     expected = model(X)
-    model[1].config.unread = 5.0
+    model[1].config.unread, model[1].seen["step"] = 5.0, 1
     assert torch.equal(model(X), expected)
     CHANGED_LATER[where](model[1])
     with pytest.raises(GuardError, match="when the graph was recorded"):
@@ -1476,3 +1489,36 @@ def test_an_adapter_that_is_made_in_inference_mode_can_be_trained():
         get_peft_model(model, lora("0"))
     model(X).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("inputs", [None, (X,)], ids=["without inputs", "with inputs"])
+def test_a_weight_that_is_compared_beside_its_call_is_adapted_in_both(inputs: Any):
+    class Compared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            signs = (self.layer.weight > 0).float()
+            return self.layer(x) + F.linear(x, signs) + self.other(x)
+
+    torch.manual_seed(0)
+    model = get_peft_model(Compared(), lora("layer", "other", init_lora_weights=False), example_inputs=inputs)
+    expected = model(X)
+    torch.testing.assert_close(model.merge_and_unload()(X), expected)
+
+
+def test_a_mode_of_a_config_that_is_compared_is_checked():
+    class Modal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.config = weight(), types.SimpleNamespace(mode="a")
+
+        def forward(self, x):
+            y = x @ self.w
+            return y if self.config.mode == "a" else -y
+
+    model = get_peft_model(nn.Sequential(Modal()), lora("w"))
+    model[0].config.mode = "b"
+    with pytest.raises(GuardError, match=r"self\.config\.mode: that was 'a'"):
+        model(X)

@@ -606,6 +606,15 @@ def test_names_with_a_compilers_wrapper_mean_what_they_mean_to_peft(names: Any) 
     assert {name.replace("_orig_mod.", "") for name in of_peft} == of_ours
 
 
+@pytest.mark.parametrize("option", ["target_modules", "exclude_modules"])
+def test_such_a_name_is_no_end_of_others(option: str) -> None:
+    inner: Any = torch.compile(nn.Linear(8, 8), backend="eager")
+    model = nn.Sequential(inner, nn.Sequential(nn.Linear(8, 8)))
+    options = {"target_modules": r"0|1\.0", option: ["0._orig_mod"]}
+    report = graphpeft.get_peft_model(model, graphpeft.LoraConfig(r=2, **options)).adapter_report()
+    assert [site.site.name for site in report.adapted] == ["0" if option == "target_modules" else "1.0"]
+
+
 def test_what_a_compilers_wrapper_has_is_left_out_by_its_name() -> None:
     inner: Any = torch.compile(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), backend="eager")
     model = nn.Sequential(nn.Linear(8, 8), inner)

@@ -17,6 +17,7 @@ from graphpeft.graph.template import Graphs, Template
 from graphpeft.rules import rewrite
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.arguments import asked_by
+from graphpeft.rules.parameter_spec import Dropout
 from graphpeft.rules.rule import RunsByRow
 from graphpeft.sites.parts import is_view
 from graphpeft.wording import joined
@@ -146,9 +147,12 @@ def _values_by_row(
         holder = graph.create_node("get_attr", owner)
         rows = graph.call_function(_rows_of, (op.x, holder))
         values = {name: graph.call_method("stacked", (rows, holder, prefix + name, where)) for name in parameters}
-        return values | {
-            name: graph.call_method("number", (rows, holder, prefix + name, missing)) for name, missing in constants
-        }
+        for name, missing in constants:
+            if type(missing) is Dropout:
+                values[name] = graph.call_method("dropout", (rows, holder, prefix + name))
+            else:
+                values[name] = graph.call_method("number", (rows, holder, prefix + name, missing))
+        return values
 
 
 def _rows_of(x: torch.Tensor, module: nn.Module) -> RowParameters:

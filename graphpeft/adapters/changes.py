@@ -226,7 +226,7 @@ def bias_of(adapted: AdaptedSite, modules: Modules) -> torch.Tensor | None:
     if not isinstance(adapted.site, Site) or adapted.site.bias is None:
         return None
     path, name = bias_place(adapted)
-    return modules[path]._parameters[name]
+    return modules[path]._parameters.get(name)
 
 
 def _changed_modules(adapted: AdaptedSite) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ def state_dict_of(
     modules: Modules,
     adapter: Adapter,
     name: str,
-    originals: Tensors,
+    originals: Mapping[tuple[str, str], torch.Tensor],
     state_dict: Mapping[str, Any] | None,
     save_embedding_layers: bool | str = "auto",
 ) -> dict[str, torch.Tensor]:
@@ -84,7 +84,7 @@ def fitted(
     adapter: Adapter,
     name: str,
     modules: Modules,
-    originals: Tensors,
+    originals: Mapping[tuple[str, str], torch.Tensor],
     values: Mapping[str, torch.Tensor],
     of_base: str = "",
 ) -> Tensors:
@@ -335,7 +335,7 @@ def save(
     adapter: Adapter,
     name: str,
     staged: Path,
-    originals: Tensors,
+    originals: Mapping[tuple[str, str], torch.Tensor],
     state_dict: Mapping[str, Any] | None = None,
     save_embedding_layers: bool | str = "auto",
     first_values: str | os.PathLike[str] | None = None,

@@ -72,7 +72,8 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
     Raises:
         AdaptError: If a tensor's name is taken.
     """
-    with with_originals(modules, adapters) if adapters.merged else in_own_precision(modules):
+    as_unmerged = with_originals(modules, adapters) if adapters.merged else in_own_precision(modules)
+    with as_unmerged, torch.inference_mode(False):  # whose tensors could never be trained
         made = new_tensors(plan, name, modules, values)
     constants = {
         (adapted.site.owner, adapted.names[constant]): value

@@ -94,7 +94,7 @@ def load(
         refuse(plan)
         adapter = Adapter.of(plan)
         state = adapters_of(model)
-        originals = merged_weights.originals_of(model, state)
+        originals = merged_weights.Originals(model, state)
         if ignore_mismatched_sizes:
             # those that don't fit have their first values
             carry_out(model, adapter_name, plan, None, activates, methods, replication)
@@ -252,7 +252,7 @@ def without_mismatched(
         PeftWarning,
         stacklevel=stacklevel,
     )
-    own = checkpoint.state_dict_of(modules, adapter, adapter_name, merged_weights.originals(modules, state), None)
+    own = checkpoint.state_dict_of(modules, adapter, adapter_name, merged_weights.Originals(model, state), None)
     fitting = {key: value for key, value in values.items() if key not in differing}
     return fitting | {key: own[key] for key in differing if key in own}
 
@@ -284,7 +284,7 @@ def set_values(
     state = model._peft_adapters
     if ignore_mismatched_sizes:
         values = without_mismatched(model, adapter_name, values)
-    fitted = checkpoint.fitted(adapter, adapter_name, modules, merged_weights.originals(modules, state), values)
+    fitted = checkpoint.fitted(adapter, adapter_name, modules, merged_weights.Originals(model, state), values)
     with transaction(model):
         overwrite(modules, adapter, adapter_name, fitted)
         if is_completed(adapter):

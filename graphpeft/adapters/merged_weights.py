@@ -10,7 +10,7 @@ the model, or inside of it, calls ``_load_from_state_dict`` of each module, whic
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,53 +18,122 @@ from torch import nn
 
 from graphpeft.adapters.changes import asks_of_weights, bias_delta, bias_place, changing_sites, delta
 from graphpeft.adapters.plan import AdaptError
-from graphpeft.adapters.state import Adapters, Modules, Tensors
+from graphpeft.adapters.state import Adapters, Modules
 from graphpeft.adapters.tensors import fingerprint, is_same
 from graphpeft.graph import in_place
+from graphpeft.graph.autocast import in_own_precision
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join, modules_by_path
-from graphpeft.graph.sharding import whole
-from graphpeft.graph.values import loaded
+from graphpeft.graph.sharding import is_sharded, whole
+from graphpeft.graph.values import loaded, value_of
 from graphpeft.rules.rule import changes_bias
-from graphpeft.transaction import delete_item, set_item
+from graphpeft.transaction import delete_item, set_attribute, set_item
 
 _BITS = "_graphpeft_merged"
 """The fingerprints of a module's weights, by their names; None for codes, which nothing trains."""
 
 
+class Originals(Mapping[tuple[str, str], torch.Tensor]):
+    """The weights without the merged adapters, for readers: each is worked out when it is asked for.
+
+    What has changed since the adapters were merged is in them, but for weights that are sharded over processes, since
+    one process alone may read.
+
+    Args:
+        model: The model.
+        adapters: Its adapters; None if it has none.
+    """
+
+    def __init__(self, model: nn.Module, adapters: Adapters | None) -> None:
+        self._kept = {} if adapters is None else adapters.originals
+        self._adapters: Any = adapters
+        self._modules = modules_by_path(model) if self._kept else {}
+
+    def __getitem__(self, place: tuple[str, str]) -> torch.Tensor:
+        kept, module = self._kept[place], self._modules.get(place[0])
+        own = None if module is None else module._parameters.get(place[1])
+        if own is None or is_sharded(own):
+            return kept
+        return present(self._modules, self._adapters, *place)[0]
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+
+def merged_places(adapters: Adapters) -> list[tuple[str, str]]:
+    """Returns the path of the module, and the name, of each tensor that adapters are merged into."""
+    return [*adapters.originals, *((path, "weight") for path in adapters.codes)]
+
+
 def guard(modules: Modules, adapters: Adapters) -> None:
     """Notes the bits of weights into which adapters have just been merged; their modules refuse to load others."""
-    coded = [(path, "weight") for path in adapters.codes]
-    for path, name in (*adapters.originals, *coded):
-        module = modules[path]
-        in_place.put_on(module, _LAYER)
-        _note(module, {name: None if (path, name) in coded else _bits(module, name)})
+    for path, name in merged_places(adapters):
+        in_place.put_on(modules[path], _LAYER)
+        _note(modules[path], {name: None if path in adapters.codes else _bits(modules[path], name)})
+    for name in adapters.merged:
+        if name not in adapters.merged_bits:
+            set_item(adapters.merged_bits, name, _bits_of_adapter(modules, adapters, name))
 
 
 def release(modules: Modules, adapters: Adapters) -> None:
     """Lets modules load any weights again."""
-    for path in dict.fromkeys([*(path for path, _ in adapters.originals), *adapters.codes]):
+    for path in dict.fromkeys(path for path, _ in merged_places(adapters)):
         if path in modules:
             in_place.take_off(modules[path], "merged")
             delete_item(vars(modules[path]), _BITS)
+    set_attribute(adapters, "merged_bits", {})
 
 
-def originals(modules: Modules, adapters: Adapters) -> Tensors:
-    """Returns the weights without the merged adapters, but with what has changed since these were merged.
+def present(modules: Modules, adapters: Adapters, path: str, name: str) -> tuple[torch.Tensor, int | None]:
+    """Returns a weight without the merged adapters, but with what has changed since, and the bits of that with them.
 
     Raises:
-        AdaptError: If a weight has changed, and the change that an adapter made of it depends on the weight itself.
+        AdaptError: If it has changed, and the changes that the adapters made can't be taken out.
     """
+    noted = vars(modules[path]).get(_BITS, {}).get(name)
+    if modules[path]._parameters.get(name) is None:
+        raise AdaptError(
+            f"{join(path, name)} is no parameter any more, as after pruning, so the adapters that are merged into it "
+            "can't be taken out; take that off first"
+        )
+    with loaded(modules[path], name):
+        now = whole(own_parameter(modules[path], name).detach())
+        bits = None if noted is None else fingerprint(now)
+        if bits == noted:
+            return adapters.originals[path, name], noted
+        now = now.clone()
+    return _without_adapters(now, modules, adapters, path, name), fingerprint(now)
+
+
+def keep_changes(modules: Modules, adapters: Adapters) -> None:
+    """Lets the weights that are kept have what has changed since adapters were merged into them."""
     for path, name in list(adapters.originals):
-        if path in modules and _is_changed(modules[path], name):
-            set_item(adapters.originals, (path, name), _without_adapters(modules, adapters, path, name))
-            _note(modules[path], {name: _bits(modules[path], name)})
-    return adapters.originals
+        if path in modules:
+            original, bits = present(modules, adapters, path, name)
+            set_item(adapters.originals, (path, name), original)
+            _note(modules[path], {name: bits})
 
 
-def originals_of(model: nn.Module, adapters: Adapters | None) -> Tensors:
-    """Returns the same for the adapters of a model, whose modules are looked for only if any are merged."""
-    return originals(modules_by_path(model), adapters) if adapters is not None and adapters.originals else {}
+def are_as_merged(modules: Modules, adapters: Adapters) -> bool:
+    """Returns whether the tensors of merged adapters have the values that were merged."""
+    for name in adapters.merged:
+        now, before = _bits_of_adapter(modules, adapters, name), adapters.merged_bits[name]
+        # a cast changes the bits, and nothing else that could be told
+        if any(before[place] != bits and before[place][0] == bits[0] for place, bits in now.items()):
+            return False
+    return True
+
+
+def _bits_of_adapter(
+    modules: Modules, adapters: Adapters, name: str
+) -> dict[tuple[str, str], tuple[torch.dtype, int | None]]:
+    """Returns the dtype and the fingerprint of each of an adapter's tensors, by their places."""
+    places = [place for place in adapters.by_name[name].tensor_names(name) if place[0] in modules]
+    values = {(path, own): value_of(modules[path], own) for path, own in places}
+    return {place: (value.dtype, fingerprint(value)) for place, value in values.items()}
 
 
 def refuse_others(module: nn.Module, names: Iterable[str], prefix: str, state_dict: Mapping[str, Any]) -> None:
@@ -89,19 +158,14 @@ def _bits(module: nn.Module, name: str) -> int | None:
         return fingerprint(whole(own_parameter(module, name).detach()))
 
 
-def _is_changed(module: nn.Module, name: str) -> bool:
-    noted = vars(module).get(_BITS, {}).get(name)
-    return noted is not None and _bits(module, name) != noted
-
-
 @torch.no_grad()
-def _without_adapters(modules: Modules, adapters: Adapters, path: str, name: str) -> torch.Tensor:
+def _without_adapters(now: torch.Tensor, modules: Modules, adapters: Adapters, path: str, name: str) -> torch.Tensor:
     """Returns a weight from which the changes that adapters make are taken."""
-    with loaded(modules[path], name):
-        left = whole(own_parameter(modules[path], name).detach()).clone()
+    left = now.clone()
     for merged in adapters.merged:
         for adapted in changing_sites(modules, adapters.by_name[merged]):
-            change = _change_of(adapted, modules, path, name)
+            with in_own_precision(modules):
+                change = _change_of(adapted, modules, path, name)
             if change is None:
                 continue
             if asks_of_weights(adapted.rule):
@@ -109,6 +173,11 @@ def _without_adapters(modules: Modules, adapters: Adapters, path: str, name: str
                     f"{join(path, name)} has changed since {merged!r} was merged into it, and the change that "
                     f"{merged!r} makes depends on the weight itself, so it can't be taken out; merge_and_unload() "
                     "leaves the weights as they are now, with the adapters in them"
+                )
+            if not are_as_merged(modules, adapters):
+                raise AdaptError(
+                    f"{join(path, name)} has changed since {merged!r} was merged into it, and so have tensors of "
+                    "merged adapters, so nobody knows what was merged; give one of the two its former values"
                 )
             left -= change.to(left.dtype)
     return left
@@ -131,7 +200,7 @@ def _load(module: Any, state_dict: Mapping[str, Any], prefix: str, *args: Any) -
 def _apply(module: Any, *args: Any, **kwargs: Any) -> Any:
     """Casts and moves a module's tensors, and notes the bits of what had not changed before."""
     noted = {name: bits for name, bits in vars(module)[_BITS].items() if bits is not None}
-    unchanged = [name for name in noted if not _is_changed(module, name)]
+    unchanged = [name for name, bits in noted.items() if _bits(module, name) == bits]
     with in_place.without(module, "merged"):
         module._apply(*args, **kwargs)
     _note(module, {name: _bits(module, name) for name in unchanged})

@@ -61,11 +61,12 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
     reshard(modules.values())
     merged = list(dict.fromkeys(names))
     _refuse_merging(modules, adapters, merged)
-    are_merged = merged == adapters.merged and not adapters.codes
-    if are_merged:
-        _forget(modules, adapters)
-    else:
+    rest = _beside_those_in_the_weights(modules, adapters, merged)
+    bases = {place: merged_weights.present(modules, adapters, *place)[0] for place in _read_as_base(adapters, rest)}
+    if rest == merged:
         _take_out(modules, adapters)
+    else:
+        _forget(modules, adapters)
     with torch.no_grad():
         # these first, since they are what the changes are changes of
         for name in merged:
@@ -80,10 +81,28 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
                     table = own_parameter(modules[path], "weight")
                     remember(table)
                     table.copy_(overrides.put_rows(table, rows.indices, values))
-        for sites in _by_weight(modules, adapters, [] if are_merged else merged).values():
-            _merge_into_weight(sites, modules)
+        for sites in _by_weight(modules, adapters, rest).values():
+            _merge_into_weight(sites, modules, bases)
     for adapter in adapters.by_name.values():
         set_attribute(adapter, "overwritten", {})  # what was merged into is kept
+
+
+def _beside_those_in_the_weights(modules: Modules, adapters: Adapters, names: list[str]) -> list[str]:
+    """Returns the adapters that are to be merged beside those that are in the weights and may stay there; or all."""
+    count = len(adapters.merged)
+    may_stay = names[:count] == adapters.merged and not adapters.codes
+    return names[count:] if may_stay and merged_weights.are_as_merged(modules, adapters) else names
+
+
+def _read_as_base(adapters: Adapters, names: list[str]) -> list[tuple[str, str]]:
+    """Returns the places that are merged into, and whose values without any adapter the changes of others need."""
+    read = [
+        (adapted.site.owner, adapted.site.attribute)
+        for name in names
+        for adapted in adapters.by_name[name].weight_sites
+        if "base" in asks_of_weights(adapted.rule)
+    ]
+    return [place for place in read if place in adapters.originals]
 
 
 def merge_in_place(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
@@ -106,7 +125,7 @@ def merge_in_place(modules: Modules, adapters: Adapters, names: Iterable[str]) -
     names += [name for name in given if name not in names]
     _refuse_merging(modules, adapters, names)
     _refuse_unread(modules, adapters, names)
-    merged_weights.originals(modules, adapters)
+    merged_weights.keep_changes(modules, adapters)
     for name in names:
         for path, attribute in changed_places(modules, adapters.by_name[name]):
             if (path, attribute) not in adapters.originals:
@@ -133,7 +152,7 @@ def unmerge(modules: Modules, adapters: Adapters) -> None:
 
 def _take_out(modules: Modules, adapters: Adapters) -> None:
     reshard(modules.values())
-    _restore(modules, merged_weights.originals(modules, adapters))
+    _restore(modules, _present(modules, adapters))
     merged_codes.put(modules, adapters.codes)
     _forget(modules, adapters)
 
@@ -146,9 +165,13 @@ def _forget(modules: Modules, adapters: Adapters) -> None:
     set_attribute(adapters, "codes", {})
 
 
-def _merged_places(adapters: Adapters) -> list[tuple[str, str]]:
-    """Returns the path of the module, and the name, of each tensor that adapters are merged into."""
-    return [*adapters.originals, *((path, "weight") for path in adapters.codes)]
+def _present(modules: Modules, adapters: Adapters) -> Tensors:
+    """Returns the weights as they are without merged adapters."""
+    return {
+        place: merged_weights.present(modules, adapters, *place)[0]
+        for place in adapters.originals
+        if place[0] in modules
+    }
 
 
 @torch.no_grad()
@@ -171,8 +194,8 @@ def _add_to_weights(modules: Modules, adapter: Adapter, originals: Tensors) -> N
             add_change(adapted, modules, weight, base, bias)
 
 
-def _merge_into_weight(sites: list[AdaptedSite], modules: Modules) -> None:
-    """Adds the changes of one weight, and of the bias beside it."""
+def _merge_into_weight(sites: list[AdaptedSite], modules: Modules, bases: Tensors) -> None:
+    """Adds the changes of one weight, and of the bias beside it; `bases` has it as it was before other changes."""
     site = sites[0].site
     assert isinstance(site, Site)
     with there_to_write(sites[0], modules):
@@ -180,6 +203,7 @@ def _merge_into_weight(sites: list[AdaptedSite], modules: Modules) -> None:
         base, bias = weight, bias_of(sites[0], modules)
         if len(sites) > 1:
             base, bias = weight.clone(), None if bias is None else bias.clone()
+        base = bases.get((site.owner, site.attribute), base)
         for adapted in sites:
             add_change(adapted, modules, weight, base, bias)
 
@@ -197,11 +221,10 @@ def _by_weight(modules: Modules, adapters: Adapters, names: list[str]) -> dict[s
 def with_originals(modules: Modules, adapters: Adapters) -> Iterator[None]:
     """Lets weights be as they were before they were merged into, for what computes with them, in their precision."""
     changed: Tensors = {}
-    originals = merged_weights.originals(modules, adapters)
+    originals = _present(modules, adapters)
     for path, name in originals:
-        if path in modules:
-            with loaded(modules[path], name):
-                changed[path, name] = own_parameter(modules[path], name).detach().clone()
+        with loaded(modules[path], name):
+            changed[path, name] = own_parameter(modules[path], name).detach().clone()
     _restore(modules, originals)
     codes = merged_codes.merged_now(modules, adapters)
     merged_codes.put(modules, adapters.codes)
@@ -215,7 +238,7 @@ def with_originals(modules: Modules, adapters: Adapters) -> Iterator[None]:
 
 def refuse_lost(modules: Modules, adapters: Adapters, state_dict: Mapping[str, Any]) -> None:
     """Raises AdaptError if a state dict has other weights where adapters are merged, which `unmerge` would lose."""
-    for path, name in _merged_places(adapters):
+    for path, name in merged_weights.merged_places(adapters):
         if path in modules:
             merged_weights.refuse_others(modules[path], [name], f"{path}." if path else "", state_dict)
 

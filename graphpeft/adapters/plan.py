@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from graphpeft.graph import ops, overrides
-from graphpeft.graph.autocast import HALVES
+from graphpeft.graph.autocast import HALVES, in_own_precision
 from graphpeft.graph.holders import name_at
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.offloading import is_loaded_with_others, is_offloaded
@@ -181,7 +181,8 @@ def _fill(plan: Plan, finder: SiteFinder, where: Callable[[Any], bool] | None) -
     if where is not None:
         sites = _narrow(plan, sites, where)
     try:
-        plan.config = plan.config.prepared(sites).measured(sites, WeightReader(finder.modules))
+        with in_own_precision(finder.modules):
+            plan.config = plan.config.prepared(sites).measured(sites, WeightReader(finder.modules))
     except ValueError as error:
         raise AdaptError(str(error)) from error
     for site in sites:

@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.graph import in_place
-from graphpeft.graph.holders import adapters_at, has_holders
+from graphpeft.graph.holders import Holder, adapters_at, has_holders
 from graphpeft.graph.paths import join, modules_by_path, unwrapped
 from graphpeft.graph.template import names_in_slots
 
@@ -36,6 +36,10 @@ def _registered(parent: nn.Module, name: str, new: Any) -> None:
     old = modules.get(name) if isinstance(modules, dict) else None
     if in_place.COPIED_ALONE and new is not None:
         _refuse_copies(parent, name, old, new)
+    if isinstance(old, nn.Dropout) and isinstance(parent, Holder) and not isinstance(new, nn.Dropout):
+        raise AdaptError(
+            f"{name} of an adapter is an nn.Dropout, and is to be a {type(new).__name__}; set its p to 0 instead"
+        )
     if old is None or old is new:
         return
     # not by named_modules, which a class may override
@@ -56,12 +60,13 @@ def _registered(parent: nn.Module, name: str, new: Any) -> None:
 
 def _refuse_copies(parent: nn.Module, name: str, old: nn.Module | None, new: nn.Module) -> None:
     """Raises AdaptError if a copy of a part of an adapted model comes into such a model, where that has no adapters."""
-    inside = modules_by_path(parent).values()
-    if not any(_is_adapted_model(each) or (has_holders(each) and each not in in_place.COPIED_ALONE) for each in inside):
+    copies = {path: module for path, module in modules_by_path(new).items() if module in in_place.COPIED_ALONE}
+    around = modules_by_path(parent).values() if copies else ()
+    if not any(_is_adapted_model(each) or (has_holders(each) and each not in in_place.COPIED_ALONE) for each in around):
         return
     known = set() if old is None else {path for path, _ in _adapters_in(modules_by_path(old))}
-    for path, module in modules_by_path(new).items():
-        if module in in_place.COPIED_ALONE and path not in known:
+    for path, module in copies.items():
+        if path not in known:
             raise AdaptError(
                 f"{join(name, path)} of a {in_place.original_class(parent).__name__} is to be a copy of a "
                 f"{in_place.original_class(module).__name__} with adapters, which no model would save, disable or "

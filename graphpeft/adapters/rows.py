@@ -78,9 +78,6 @@ class RowAdapters:
         """
         holders = self._holders(owner, None)
         found = [missing if holder is None else holder.__dict__.get(stem, missing) for holder in holders]
-        if missing is not None:
-            drops = [holder and holder._modules.get(stem) for holder in holders]
-            found = [number if drop is None else drop.p for number, drop in zip(found, drops, strict=True)]
         if not {*map(type, found)} <= _NUMBERS:
             found = list(map(as_number, found))
         elif found[0] is not None and found.count(found[0]) == len(found):
@@ -93,6 +90,16 @@ class RowAdapters:
         if values not in self._numbers:
             self._numbers[values] = torch.tensor([0.0 if value is None else value for value in values])
         return self._numbers[values]
+
+    def dropout(self, owner: nn.Module, stem: str) -> Any:
+        """Returns the probability with which each row's adapter drops now, as `number` does; 0 for those that don't."""
+        drops: Any = [None if holder is None else holder._modules.get(stem) for holder in self._holders(owner, None)]
+        found = tuple(drop.p if drop is not None and drop.training else 0.0 for drop in drops)
+        if found.count(found[0]) == len(found):
+            return found[0]
+        if found not in self._numbers:
+            self._numbers[found] = torch.tensor(found)
+        return self._numbers[found]
 
     def _holders(self, owner: nn.Module, where: Where | None) -> list[nn.Module | None]:
         """Returns the holder of each row's adapter in `owner`, or None for rows whose adapter isn't meant."""

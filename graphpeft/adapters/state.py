@@ -49,11 +49,11 @@ def options_of(config: PeftConfig) -> dict[str, Any]:
     return copy.deepcopy({name: value for name, value in vars(config).items() if name in names})
 
 
-def _is_of(config: PeftConfig, adapted: AdaptedSite) -> bool:
-    """Returns whether a config gives a site the rule that it has."""
-    rule: Any = config.rule_for(adapted.site, adapted.dtype).at_site(adapted.site, adapted.dtype)
-    given = rule, rule.parameters(adapted.site, config), rule.all_constants(adapted.site, config)
-    return given == (adapted.rule, adapted.specs, adapted.constants)
+def _is_equal(value: Any, other: Any) -> bool:
+    """Returns whether two values of an option mean the same; a list of names means what a set of them does."""
+    if isinstance(value, list | tuple | set) and isinstance(other, list | tuple | set):
+        return sorted(map(repr, value)) == sorted(map(repr, other))
+    return value == other
 
 
 @dataclass
@@ -107,12 +107,12 @@ class Adapter:
 
     @property
     def edited_options(self) -> dict[str, tuple[Any, Any]]:
-        """The options that were set on the config since, and that its rules don't follow: what they were, and are."""
-        if type(self.config).after_step is not PeftConfig.after_step:
-            return {}  # training itself sets some
-        now = vars(self.config)
-        edited = {name: (was, now[name]) for name, was in self.made_with.items() if now[name] != was}
-        return edited if edited and not all(_is_of(self.config, adapted) for adapted in self.sites) else {}
+        """The options that were set on the config since it was made, and aren't training's: what they were, and are."""
+        now, by_training = vars(self.config), self.config.changed_by_training
+        if type(self.config).after_step is not PeftConfig.after_step and not by_training:
+            return {}  # it may set any
+        known = {name: was for name, was in self.made_with.items() if name not in by_training}
+        return {name: (was, now[name]) for name, was in known.items() if not _is_equal(now[name], was)}
 
     @functools.cached_property
     def call_inputs(self) -> frozenset[str]:
@@ -259,6 +259,7 @@ class Adapters:
         found: The sites of weights as they were found, by the path of the weight's module and the weight's name there.
         merged: The names of those whose changes are in the weights, in the order in which they were added.
         originals: The weights without any of these changes.
+        merged_bits: What tells the tensors of each of these as they were when it was merged, by its name.
         codes: The quantised weights without any of these changes, by the path of their module.
         mixing: How regions run on a batch with several adapters, by what these have in common.
         signatures: What each adapter has in common with others in that, by its name.
@@ -284,6 +285,7 @@ class Adapters:
     trainable: frozenset[str] = frozenset()
     merged: list[str] = field(default_factory=list)
     originals: Tensors = field(default_factory=dict)
+    merged_bits: dict[str, Any] = field(default_factory=dict)
     codes: dict[str, Codes] = field(default_factory=dict)
     mixing: Cache = field(default_factory=Cache)
     signatures: Cache = field(default_factory=Cache)

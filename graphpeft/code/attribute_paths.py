@@ -192,8 +192,10 @@ def _names_asked_for(node: ast.Call, first: str | None) -> list[str]:
 
 
 def _reads_no_elements(node: ast.Attribute, parent: ast.AST | None) -> bool:
-    if node.attr in METADATA_ATTRIBUTES or isinstance(parent, ast.Compare):
+    if node.attr in METADATA_ATTRIBUTES:
         return True
+    if isinstance(parent, ast.Compare):
+        return all(isinstance(compared, ast.Is | ast.IsNot) for compared in parent.ops)
     return isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) and parent.func.id == "isinstance"
 
 

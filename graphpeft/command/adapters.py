@@ -156,12 +156,12 @@ def merge(adapter: str, path: str, base: str | None, as_json: bool) -> None:
         raise click.UsageError(
             f"a {type(merged).__name__} can't save itself as a folder; name a file, {path}.safetensors"
         )
-    with Staging(Path(path).parent if is_file else Path(path)) as staging:
-        if is_file:
+    if is_file:
+        with Staging(Path(path).parent) as staging:
             save_model(merged, str(staging.folder / Path(path).name))
-        else:
-            merged.save_pretrained(staging.folder)
-        staging.put()
+            staging.put()
+    else:
+        merged.save_pretrained(path)  # which takes away the shards of an earlier one
     tell({"adapter": adapter, "merged": path}, as_json)
 
 

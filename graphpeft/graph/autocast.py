@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -39,13 +40,7 @@ def in_own_precision(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     Args:
         modules: The model's modules by path.
     """
-    default = torch.get_default_dtype()
-    if torch.is_inference_mode_enabled():
-        # its tensors could never be trained
-        with torch.inference_mode(False), in_own_precision(modules):
-            yield
-        return
-    if not depth_of_autocast() and default not in HALVES:
+    if not depth_of_autocast() and torch.get_default_dtype() not in HALVES and not _SINGLE.count:
         yield
         return
     tensors = [parameter for module in modules.values() for parameter in module.parameters(recurse=False)]
@@ -53,7 +48,30 @@ def in_own_precision(modules: Mapping[str, nn.Module]) -> Iterator[None]:
         for kind in {tensor.device.type for tensor in tensors}:
             if is_in_autocast(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        if default in HALVES and any(tensor.dtype in (torch.float32, torch.float64) for tensor in tensors):
-            torch.set_default_dtype(torch.float32)
-            stack.callback(torch.set_default_dtype, default)
+        if any(tensor.dtype in (torch.float32, torch.float64) for tensor in tensors):
+            stack.enter_context(_SINGLE)
         yield
+
+
+class _SinglePrecision:
+    """A context in which the default dtype isn't one of half precision; threads share it, and the last one ends it."""
+
+    def __init__(self) -> None:
+        self.count, self._lock, self._before = 0, threading.Lock(), torch.float32
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self.count:
+                self._before = torch.get_default_dtype()
+                if self._before in HALVES:
+                    torch.set_default_dtype(torch.float32)
+            self.count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self.count -= 1
+            if not self.count and self._before in HALVES:
+                torch.set_default_dtype(self._before)
+
+
+_SINGLE = _SinglePrecision()

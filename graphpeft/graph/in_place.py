@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 from graphpeft import transaction
 from graphpeft._torch import without_compiler
 from graphpeft.graph.forward_arguments import leading_to_class
-from graphpeft.graph.holders import adapters_at, distribute_adapters, without_holders
+from graphpeft.graph.holders import adapters_at, distribute_adapters, tree_of, without_holders
 from graphpeft.graph.kept_forwards import follow, has_forward, keep_own_forward, own_forwards, step_aside, step_back
 from graphpeft.graph.paths import STATE
 from graphpeft.graph.sharded_classes import over_shards, under_shards
@@ -111,7 +111,10 @@ class Dressed:
         if self._graphpeft_original.__reduce__ is not object.__reduce__:
             # the class may be one that can't be imported by its name
             build, arguments, *state = cast(Any, self._graphpeft_original).__reduce__(self)
-            return _built_and_dressed, (build, arguments, self._graphpeft_layers), *state
+            build, *arguments = [
+                self._graphpeft_original if each is type(self) else each for each in (build, *arguments)
+            ]
+            return _built_and_dressed, (build, tuple(arguments), self._graphpeft_layers), *state
         return _new_dressed, (self._graphpeft_original, self._graphpeft_layers), _state(self)
 
     def __copy__(self) -> Any:
@@ -175,12 +178,16 @@ class Dressed:
     def __deepcopy__(self, memo: dict[Any, Any]) -> Any:
         copied = _new_for_copy(self)
         memo[id(self)] = copied
-        if STATE in self.__dict__:
+        is_whole = STATE in self.__dict__
+        if is_whole:
             memo[_WHOLE] = True
         elif _WHOLE not in memo and any(adapters_at(cast(nn.Module, self))):
             COPIED_ALONE.add(copied)
         copied.__setstate__(copy.deepcopy(_state_for_copy(self), memo))
         keep_own_forward(copied, own_forwards(cast(nn.Module, self)))
+        if is_whole:
+            # parts may have been copied before
+            COPIED_ALONE.difference_update(tree_of(copied))
         return copied
 
 

@@ -95,7 +95,8 @@ def check_learning(model: nn.Module, batch: ExampleInputs, loss: Loss | None = N
             stepped, count = now, 0
             while not _all_reached(stepped) and len(runs.reached) > count:
                 count = len(runs.reached)
-                stepped, _ = runs.moved([tensor for tensor in trained if id(tensor) in runs.reached], step)
+                again, _ = runs.moved([tensor for tensor in trained if id(tensor) in runs.reached], step)
+                stepped = _joined(stepped, again)
             moved, watch = stepped, Watch()
             if _any_dead(now, stepped):
                 moved, watch = runs.moved(trained, step)

@@ -157,8 +157,8 @@ class DiffusersMethods(SwitchingMethods, MergingMethods):
         }
         config = json.dumps(self.peft_config[adapter_name].to_dict(), indent=2, sort_keys=True)
         with Staging(Path(save_directory)) as staging:
-            file = staging.folder / (weight_name or "pytorch_lora_weights.safetensors")
-            save_file(tensors, file, {"format": "pt", "lora_adapter_metadata": config})
+            staged = staging.folder / (weight_name or "pytorch_lora_weights.safetensors")
+            save_file(tensors, staged, {"format": "pt", "lora_adapter_metadata": config})
             staging.put()
 
     def load_lora_adapter(self, *_: Any, **__: Any) -> NoReturn:

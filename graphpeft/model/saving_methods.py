@@ -116,7 +116,7 @@ class SavingMethods(AdapterInfo):
             for name, adapter in selected.items():
                 folder = staged[folder_of(name)].folder
                 first = path_initial_model_for_weight_conversion
-                originals = merged_weights.originals_of(self, self._peft_adapters)
+                originals = merged_weights.Originals(self, self._peft_adapters)
                 checkpoint.save(
                     self,
                     adapter,
@@ -148,7 +148,7 @@ class SavingMethods(AdapterInfo):
         if not adapter.config.training_state():
             trainer.give_trainers_name(folder / checkpoint.WEIGHTS_NAME, to)
             return
-        originals = merged_weights.originals_of(self, self._peft_adapters)
+        originals = merged_weights.Originals(self, self._peft_adapters)
         at_first = trainer.as_at_first(adapter)
         tensors = checkpoint.state_dict_of(modules_of(self), at_first, name, originals, state_dict)
         trainer.write(adapter.config, tensors, to)

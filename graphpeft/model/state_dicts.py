@@ -55,7 +55,7 @@ def get_peft_model_state_dict(
         state_dict = gathered_by_fsdp(wrapper)
     adapter = known_adapter(model, adapter_name)
     refuse_missing(modules_of(model), adapter, adapter_name, reads=state_dict is None)
-    originals = merged_weights.originals_of(model, model._peft_adapters)
+    originals = merged_weights.Originals(model, model._peft_adapters)
     return checkpoint.state_dict_of(
         modules_of(model), adapter, adapter_name, originals, state_dict, save_embedding_layers
     )

@@ -55,7 +55,7 @@ def _of_model(model: nn.Module, example_inputs: ExampleInputs | None) -> Picture
     costs = None if example_inputs is None else measured(model, modules, example_inputs)
     state = adapters_of(model) or Adapters.before_any({})
     names = list(state.by_name)
-    originals = merged_weights.originals(modules, state)
+    originals = merged_weights.Originals(model, state)
     gallery = _Gallery()
     drawn: dict[str, Drawn] = {}
     sites = _sites_by_region(state, modules)

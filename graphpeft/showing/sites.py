@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graphpeft.adapters.changes import delta
-from graphpeft.adapters.state import Tensors
+from graphpeft.adapters.merged_weights import Originals
 from graphpeft.graph.holders import has_tensor, tensor_at
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join, within
@@ -48,7 +48,7 @@ def drawn_site(adapted: AdaptedSite, adapter: int, slot: int, modules: Mapping[s
 
 
 def with_change(
-    drawn: DrawnSite, adapted: AdaptedSite, modules: Mapping[str, nn.Module], originals: Tensors
+    drawn: DrawnSite, adapted: AdaptedSite, modules: Mapping[str, nn.Module], originals: Originals
 ) -> DrawnSite:
     """Returns a drawn site with ‖ΔW‖ / ‖W‖, if its adapter changes a weight whose numbers are here.
 

@@ -129,7 +129,11 @@ def without_wrappers(names: Any, model: nn.Module) -> Any:
     own = [path for name, path in paths_inside_wrappers(model).items() if matches(name)]
     if isinstance(names, str):
         return "|".join([f"(?:{names})", *map(re.escape, own)])
-    return {*(name for name in names if not names_wrapper(name)), *own} if own else names
+    if not own:
+        return names
+    others = {name for name in names if not names_wrapper(name)}
+    also = compile_matcher(TargetOptions(target_modules=others))
+    return exactly([path for path in modules_by_path(model) if path in own or also(path)], modules_by_path(model))
 
 
 def match_parameter(options: TargetOptions, path: str) -> bool:

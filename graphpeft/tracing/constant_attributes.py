@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from torch.fx.node import map_arg
 
 from graphpeft.code.contents import parts_of
-from graphpeft.code.source import uses_in_forward
+from graphpeft.code.source import functions_in_forward, uses_in_forward
 from graphpeft.graph import guards
 from graphpeft.graph.drawing_functions import draws
 from graphpeft.graph.facts import IN_PLACE, above, is_random, writes
@@ -35,6 +35,8 @@ _ARITHMETIC = frozenset((
 
 _LONGEST = 64
 """The number of entries up to which a container is compared in each run."""
+
+_ABSENT = object()
 
 
 def make_settings(graph: fx.Graph, lines: Mapping[str, str]) -> Reads:
@@ -61,37 +63,46 @@ def make_settings(graph: fx.Graph, lines: Mapping[str, str]) -> Reads:
 def settings_in_objects(module: nn.Module, read_once: Mapping[str, Any]) -> list[Setting]:
     """Returns the settings that a module has in containers and config objects, of which a graph has constants.
 
+    Which entries of a container code reads isn't known, so one is checked if it may read each: a list, and a
+    dictionary whose keys are all in the code.
+
     Args:
         module: The module.
         read_once: The containers and objects that its forward has read, by their paths.
     """
     found: list[Setting] = []
     for path, value in read_once.items():
-        if path.rpartition(".")[2] == "__dict__":
-            continue  # of which other code reads single attributes
-        if type(value) in (dict, list, set) and len(value) <= _LONGEST and all(map(_is_simple, parts_of(value))):
-            found.append(Setting(path, copy.copy(value), f"self.{path}"))
-        elif type(vars(value) if hasattr(value, "__dict__") else None) is dict:
-            found += _settings_of(value, path, module)
+        around, _, own = path.rpartition(".")
+        cls = class_of_forward(module.get_submodule(around))
+        if type(value) in (dict, list, set):
+            is_short = len(value) <= _LONGEST and all(map(_is_simple, parts_of(value)))
+            if is_short and (type(value) is not dict or value.keys() <= _texts_in(cls)):
+                found.append(Setting(path, copy.copy(value), f"self.{path}"))
+        elif own != "__dict__" and isinstance(getattr(value, "__dict__", None), dict):
+            found += [Setting(f"{path}.{name}", held, f"self.{path}.{name}") for name, held in _named(value, own, cls)]
     return found
 
 
-def _settings_of(value: Any, path: str, module: nn.Module) -> list[Setting]:
-    """Returns the settings that are attributes of an object, and that the code of the module which has it reads."""
-    around, _, own = path.rpartition(".")
-    reader = module.get_submodule(around)
-    names = sorted(
-        read.removeprefix(f"{own}.")
-        for read in uses_in_forward(class_of_forward(reader)).read
-        if read.startswith(f"{own}.") and read.count(".") == 1
-    )
-    held = vars(value)
-    there = [name for name in names if name in held and _is_simple(held[name])]
-    return [Setting(f"{path}.{name}", held[name], f"self.{path}.{name}") for name in there]
+def _texts_in(cls: type) -> set[str]:
+    """Returns the texts that are constants of the code that a forward may run."""
+    codes = [function.__code__ for function in functions_in_forward(cls)]
+    return {constant for code in codes for constant in code.co_consts if type(constant) is str}
+
+
+def _named(value: Any, own: str, cls: type) -> Iterator[tuple[str, Any]]:
+    """Yields the plain attributes of an object that a forward names: by a path from it, or by their own name."""
+    uses, held = uses_in_forward(cls), vars(value)
+    paths = [path.removeprefix(f"{own}.") for path in uses.read if path.startswith(f"{own}.")]
+    for path in sorted({*paths, *(uses.read_elsewhere & held.keys())}):
+        inner: Any = value
+        for name in path.split("."):
+            inner = getattr(inner, "__dict__", {}).get(name, _ABSENT)
+        if _is_simple(inner):
+            yield path, inner
 
 
 def _is_simple(value: Any) -> bool:
-    return type(value) in SIMPLE
+    return type(value) in SIMPLE and value == value
 
 
 def _derived_from(graph: fx.Graph, read: list[fx.Node]) -> dict[fx.Node, None]:

@@ -63,7 +63,7 @@ class Weights:
         self._write_base(copies.base_of(export.source), staged)
         for name in self._adapters(export):
             state = export.source._peft_adapters
-            originals = merged_weights.originals_of(export.source, state)
+            originals = merged_weights.Originals(export.source, state)
             checkpoint.save(export.source, state.by_name[name], name, staged / _ADAPTERS / name, originals)
 
     def _write_base(self, base: nn.Module, staged: Path) -> None:

@@ -20,7 +20,7 @@ from graphpeft.graph.recorded import as_node
 from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora.linear import dropped_by_row, products_by_row
 from graphpeft.rules.delta_rule import DeltaRule
-from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
+from graphpeft.rules.parameter_spec import Dropout, FileForm, ParameterSpec
 from graphpeft.rules.rule import RunsByRow
 from graphpeft.sites.site import LeafSite
 
@@ -118,14 +118,13 @@ class AdaLoraBranch(AdaLora, RunsByRow):
     @property
     def constants_by_row(self) -> Mapping[str, float | None]:
         """The constants that `by_row` reads."""
-        return {"scale": None, "dropout": 0.0}
+        return {"scale": None, "dropout": Dropout(0.0)}
 
     def by_row(
         self,
         x: Any,
         y: Any,
         operation: Any,
-        training: Any,
         lora_A: Any,
         lora_E: Any,
         lora_B: Any,
@@ -133,7 +132,7 @@ class AdaLoraBranch(AdaLora, RunsByRow):
         dropout: Any,
     ) -> Any:
         """Returns y with the branch of each row's own factors."""
-        h = as_node(dropped_by_row, x.to(lora_A.dtype) if self.casts else x, dropout, training)
+        h = as_node(dropped_by_row, x.to(lora_A.dtype) if self.casts else x, dropout)
         scaled = lora_A * lora_E
         first, second = (lora_B, scaled) if self._is_turned(operation) else (scaled.mT, lora_B.mT)
         return self.leaving(as_node(products_by_row, y, h, first, second, scale), y)

@@ -24,7 +24,7 @@ from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora.factors import rank_of
 from graphpeft.methods.lora.matrix import LoraMatrix, matrix_delta, matrix_factors
 from graphpeft.methods.lora.rule import LoraBranch, LoraBranchWithBias, variant_refusal
-from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.rules.parameter_spec import Dropout, ParameterSpec
 from graphpeft.rules.rule import Combines, Mergeable, RunsByRow
 from graphpeft.sites.site import LeafSite, Site
 
@@ -43,7 +43,7 @@ class _ByRow(LoraBranch, RunsByRow):
     @property
     def constants_by_row(self) -> Mapping[str, float | None]:
         """The constants that `by_row` reads, with their value for an adapter without them; None for any value."""
-        return {"lora_scaling": None} | ({"lora_dropout": 0.0} if self.drops else {})
+        return {"lora_scaling": None} | ({"lora_dropout": Dropout(0.0)} if self.drops else {})
 
     def joined(self, rules: Sequence[Any]) -> Any:
         """Returns the rule for a batch whose rows have adapters with these rules, or None if there is none."""
@@ -64,12 +64,11 @@ class _ByRow(LoraBranch, RunsByRow):
         *,
         lora_scaling: Any,
         lora_dropout: Any = None,
-        training: Any,
     ) -> Any:
         """Adds to each row of the operation's value the branch of its own A and B."""
         h = x.to(lora_A.dtype) if self.casts else x
         if self.drops:
-            h = as_node(dropped_by_row, h, lora_dropout, training)
+            h = as_node(dropped_by_row, h, lora_dropout)
         first, second = self.matrices(operation, lora_A, lora_B)
         result = as_node(products_by_row, y, h, first, second, lora_scaling)
         return result.to(y.dtype) if self.casts else result
@@ -153,11 +152,9 @@ def products_by_row(y: Tensor, h: Tensor, first: Tensor, second: Tensor, scaling
     return add_scaled(flat, torch.bmm(down, second), scaling).view(y.shape)
 
 
-def dropped_by_row(h: Tensor, probability: Any, training: bool) -> Tensor:
-    """Returns `h`, (rows, …), with elements dropped, by one probability or by one for each row."""
+def dropped_by_row(h: Tensor, probability: Any) -> Tensor:
+    """Returns `h`, (rows, …), with elements dropped, by one probability or by one for each row; 0 drops none."""
     if not isinstance(probability, Tensor):
-        return F.dropout(h, probability, training)
-    if not training:
-        return h
+        return F.dropout(h, probability)
     kept = 1 - probability.to(h).view(-1, *(1 for _ in h.shape[1:]))
     return h * torch.bernoulli(kept.expand_as(h)) / kept

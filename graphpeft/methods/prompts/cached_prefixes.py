@@ -124,7 +124,7 @@ def initialize_kv_prefix_from_past_key_values(
             f"{(config.num_virtual_tokens, config.width)}; leave num_virtual_tokens out, and take a cache of this model"
         )
     state = known_adapters(model)
-    originals = merged_weights.originals_of(model, state)
+    originals = merged_weights.Originals(model, state)
     values = checkpoint.state_dict_of(modules_of(model), state.by_name[name], name, originals, None)
     set_values(model, name, values | {EMBEDDINGS_KEY: prefix})
     return prefix

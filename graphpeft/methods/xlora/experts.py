@@ -143,7 +143,7 @@ def _factors(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> dic
             "modules_to_save, trainable_token_indices, bias, lora_bias, use_dora and initialisations from the weights"
         )
     state = adapters_of(model)
-    originals = merged_weights.originals_of(model, state)
+    originals = merged_weights.Originals(model, state)
     values = checkpoint.fitted(adapter, plan.report.adapter, modules_of(model), originals, tensors)
     places = {
         adapted.site.label: [(adapted.site.owner, adapted.names[local]) for local in ("lora_A", "lora_B")]

@@ -313,7 +313,8 @@ def test_null_in_a_file_is_no_patterns(method: type[Any], option: str) -> None:
 
 @pytest.mark.parametrize("use", ["match", "fullmatch", "search", "sub"])
 def test_each_use_of_a_pattern_has_a_time_after_which_it_ends(use: str) -> None:
-    pattern, seconds = Pattern("a.*", "a.*", "target_modules"), list[float]()
+    pattern: Any = Pattern("a.*", "a.*", "target_modules")
+    seconds: list[float] = []
 
     def timed(*_: str, timeout: float) -> None:
         seconds.append(timeout)

@@ -242,6 +242,19 @@ def check_trained_rows(how: str) -> None:
     close(mean(train(model, own)), torch.tensor(train(alone, words)))
 
 
+def check_saved_by_one_process() -> None:
+    model = adapted({"target_modules": ["0"]}, nn.Sequential(nn.Linear(4, 4)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    model.merge_adapter()
+    gathered = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
+    # without a collective that the other process would have to take part in
+    model.save_pretrained("saved", state_dict=gathered, is_main_process=dist.get_rank() == 0)
+    dist.barrier()
+    model.unmerge_adapter()
+    saved = PeftModel.from_pretrained(nn.Sequential(nn.Linear(4, 4)), "saved")
+    close(get_peft_model_state_dict(saved), get_peft_model_state_dict(model))
+
+
 def test_fully_sharded_models() -> None:
     checks: dict[str, Callable[[], None]] = {
         f"{name}, {how} sharded": functools.partial(check_fully_shard, CONFIGS[name], how)
@@ -257,6 +270,7 @@ def test_fully_sharded_models() -> None:
         "trained rows, the root sharded": functools.partial(check_trained_rows, "root"),
         "trained rows, the table sharded": functools.partial(check_trained_rows, "table"),
         "unloaded": check_unload,
+        "saved while merged by one of two": check_saved_by_one_process,
         "mixed precision": functools.partial(check_policies, mp_policy=half),
         "offloaded to the CPU": functools.partial(check_policies, offload_policy=CPUOffloadPolicy(pin_memory=False)),
         "values set": check_values_are_set,

@@ -24,6 +24,7 @@ from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import Report
 from graphpeft.rules.rule import changes_bias
+from graphpeft.rules.target_options import TargetOptions
 from graphpeft.sites.quantisers import Codes
 from graphpeft.sites.regions import Lifted
 from graphpeft.sites.site import LeafSite, Site
@@ -47,6 +48,17 @@ def options_of(config: PeftConfig) -> dict[str, Any]:
     """Returns copies of the options of a config that say something of the tensors, by name."""
     names = type(config).__dataclass_fields__.keys() - config.not_of_tensors
     return copy.deepcopy({name: value for name, value in vars(config).items() if name in names})
+
+
+def _is_of(config: PeftConfig, adapted: AdaptedSite) -> bool:
+    """Returns whether a config gives a site the rule that it has."""
+    try:
+        config.check()
+    except ValueError:
+        return False
+    rule: Any = config.rule_for(adapted.site, adapted.dtype).at_site(adapted.site, adapted.dtype)
+    given = rule, rule.parameters(adapted.site, config), rule.all_constants(adapted.site, config)
+    return given == (adapted.rule, adapted.specs, adapted.constants)
 
 
 def _is_equal(value: Any, other: Any) -> bool:
@@ -112,7 +124,12 @@ class Adapter:
         if type(self.config).after_step is not PeftConfig.after_step and not by_training:
             return {}  # it may set any
         known = {name: was for name, was in self.made_with.items() if name not in by_training}
-        return {name: (was, now[name]) for name, was in known.items() if not _is_equal(now[name], was)}
+        edited = {name: (was, now[name]) for name, was in known.items() if not _is_equal(now[name], was)}
+        of_names = edited.keys() & {*TargetOptions._fields, self.config.biases_option}
+        if of_names or not edited:
+            return {name: edited[name] for name in of_names}
+        # others may be read as the model runs, or have been read once and mean nothing any more
+        return {} if all(_is_of(self.config, adapted) for adapted in self.sites) else edited
 
     @functools.cached_property
     def call_inputs(self) -> frozenset[str]:

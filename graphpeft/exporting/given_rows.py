@@ -54,6 +54,10 @@ class GivenRows:
         """Returns the parameters `stem` of `owner`, stacked for the rows."""
         return value_at(owner, name_at(self._name, stem)).index_select(0, self._rows)
 
+    def dropout(self, owner: nn.Module, stem: str) -> float:
+        """Returns 0, since an exported program drops nothing."""
+        return 0.0
+
     def number(self, owner: nn.Module, stem: str, missing: float | None) -> Any:
         """Returns the numbers `stem` of `owner`, one for each row; one number for all rows if it isn't an input."""
         holder, own = place_of(owner, name_at(self._name, stem))

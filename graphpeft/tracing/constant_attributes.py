@@ -73,12 +73,14 @@ def settings_in_objects(module: nn.Module, read_once: Mapping[str, Any]) -> list
     found: list[Setting] = []
     for path, value in read_once.items():
         around, _, own = path.rpartition(".")
+        if own == "__dict__":
+            continue  # of which code reads attributes
         cls = class_of_forward(module.get_submodule(around))
         if type(value) in (dict, list, set):
             is_short = len(value) <= _LONGEST and all(map(_is_simple, parts_of(value)))
             if is_short and (type(value) is not dict or value.keys() <= _texts_in(cls)):
                 found.append(Setting(path, copy.copy(value), f"self.{path}"))
-        elif own != "__dict__" and isinstance(getattr(value, "__dict__", None), dict):
+        elif isinstance(getattr(value, "__dict__", None), dict):
             found += [Setting(f"{path}.{name}", held, f"self.{path}.{name}") for name, held in _named(value, own, cls)]
     return found
 

@@ -136,8 +136,9 @@ def test_an_encoder_is_told_whether_to_take_nested_tensors_as_before() -> None:
 
 
 def test_rows_name_an_adapter_of_an_attention_that_is_not_active() -> None:
-    model: Any = get_peft_model(Attending(batch_first=True), LoraConfig(r=2, target_modules=["attention"]), "p")
-    model.add_adapter("q", LoraConfig(r=2, target_modules=["attention.out_proj"]))
+    base = nn.Sequential(nn.Linear(48, 48), Attending(batch_first=True))
+    model: Any = get_peft_model(base, LoraConfig(r=2, target_modules=["attention"], init_lora_weights=False), "p")
+    model.add_adapter("q", LoraConfig(r=2, target_modules=["0"]))
     moved(model)
     x, expected = inputs(), []
     for name in ("p", "q"):

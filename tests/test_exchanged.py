@@ -487,6 +487,9 @@ def test_a_copy_of_a_whole_model_can_be_part_of_others() -> None:
     for copied in copies:
         assert torch.equal(nn.Sequential(copied)(x), model(x))
         copied.layers.append(nn.Identity())
+    # what was copied first is part of the copy of the model all the same
+    first: Any = copy.deepcopy((model.layers[1], model))
+    first[1].again = first[0]
 
 
 def test_a_copy_of_an_unloaded_block_goes_anywhere() -> None:

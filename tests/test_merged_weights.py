@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 
 import graphpeft
 from graphpeft import AdaptError, LoraConfig, OFTConfig, PeftModel, get_peft_model
+from graphpeft.adapters.merged_weights import Originals
 from graphpeft.adapters.tensors import fingerprint
 
 pytestmark = [
@@ -207,6 +208,7 @@ def test_looking_at_a_changed_weight_changes_nothing(tmp_path: Path) -> None:
     model[0].weight.data.zero_()
     model.save_pretrained(tmp_path)
     graphpeft.get_base_model_state_dict(model)
+    assert not torch.equal(Originals(model, model._peft_adapters)["0", "weight"], before.get_parameter("0.weight"))
     model[0].weight.data.copy_(kept)
     model.unmerge_adapter()
     assert torch.equal(model[0].weight, before.get_parameter("0.weight"))

@@ -68,7 +68,7 @@ def state_dict_of(
         if lacking:
             raise CheckpointError(f"the state_dict lacks {joined(lacking)}; pass that of the whole adapted model")
         tensors = {place: whole(state_dict[join(*place)]) for place in places}
-    tensors |= {place: originals[place].detach() for place in places if place in originals}
+    tensors |= {place: originals[place].detach() for place in originals if place in tensors}
     derived: dict[str, torch.Tensor] = {}
     for adapted in adapter.sites:
         own = {local: (adapted.site.owner, adapted.names[local]) for local in adapted.specs}

@@ -181,8 +181,10 @@ def _fill(plan: Plan, finder: SiteFinder, where: Callable[[Any], bool] | None) -
     if where is not None:
         sites = _narrow(plan, sites, where)
     try:
-        with in_own_precision(finder.modules):
-            plan.config = plan.config.prepared(sites).measured(sites, WeightReader(finder.modules))
+        plan.config = plan.config.prepared(sites)
+        if type(resolved).measured is not PeftConfig.measured:
+            with in_own_precision(finder.modules):
+                plan.config = plan.config.measured(sites, WeightReader(finder.modules))
     except ValueError as error:
         raise AdaptError(str(error)) from error
     for site in sites:

@@ -61,11 +61,10 @@ def _is_of(config: PeftConfig, adapted: AdaptedSite) -> bool:
     return given == (adapted.rule, adapted.specs, adapted.constants)
 
 
-def _is_equal(value: Any, other: Any) -> bool:
-    """Returns whether two values of an option mean the same; a list of names means what a set of them does."""
-    if isinstance(value, list | tuple | set) and isinstance(other, list | tuple | set):
-        return sorted(map(repr, value)) == sorted(map(repr, other))
-    return value == other
+def _are_same_names(value: Any, other: Any) -> bool:
+    """Returns whether an option has the same entries in another kind of container."""
+    are_containers = isinstance(value, list | tuple | set) and isinstance(other, list | tuple | set)
+    return are_containers and sorted(map(repr, value)) == sorted(map(repr, other))
 
 
 @dataclass
@@ -124,7 +123,11 @@ class Adapter:
         if type(self.config).after_step is not PeftConfig.after_step and not by_training:
             return {}  # it may set any
         known = {name: was for name, was in self.made_with.items() if name not in by_training}
-        edited = {name: (was, now[name]) for name, was in known.items() if not _is_equal(now[name], was)}
+        edited = {
+            name: (was, now[name])
+            for name, was in known.items()
+            if now[name] != was and not _are_same_names(now[name], was)
+        }
         of_names = edited.keys() & {*TargetOptions._fields, self.config.biases_option}
         if of_names or not edited:
             return {name: edited[name] for name in of_names}

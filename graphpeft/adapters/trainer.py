@@ -31,7 +31,7 @@ def is_trainer_checkpoint(folder: Path) -> bool:
 
 
 def give_trainers_name(weights: Path, staged: Path) -> None:
-    """Makes the file `weights` known as the model's weights to a Trainer that resumes from `checkpoint`."""
+    """Makes the file `weights` known as the model's weights to a Trainer that resumes from the staged checkpoint."""
     link_or_copy(weights, staged / TRAINER_WEIGHTS_NAME)
 
 

@@ -110,8 +110,13 @@ class MergingMethods(AdapterInfo):
     def unmerge_adapter(self) -> None:
         """Takes all merged adapters out of the weights; the active ones act by nodes again.
 
-        Without a merged adapter it only warns. A forward that runs in another thread may see the change half done, see
-        `PeftModel`.
+        A weight that has changed since it was merged into keeps its change: the adapters' changes are subtracted from
+        it. Without a merged adapter it only warns. A forward that runs in another thread may see the change half done,
+        see `PeftModel`.
+
+        Raises:
+            AdaptError: If a weight has changed and an adapter's change of it depends on the weight itself, tensors of
+                merged adapters have changed, too, or the weight is no parameter any more; nothing is unmerged then.
         """
         if not self._peft_adapters.merged:
             warnings.warn("no adapter is merged, so there is nothing to unmerge", PeftWarning, stacklevel=2)

@@ -67,7 +67,8 @@ class SavingMethods(AdapterInfo):
             max_shard_size: Accepted likewise; an adapter is one file.
 
         Raises:
-            AdaptError: If the model has no adapter of a selected name, or none at all; nothing is written then.
+            AdaptError: If the model has no adapter of a selected name, or none at all, or an option was set on an
+                adapter's config since it was made; nothing is written then.
             CheckpointError: If the adapter in `path_initial_model_for_weight_conversion` is another one, `state_dict`
                 lacks a tensor, or the metadata of an existing model card can't be read; nothing is written then.
             ValueError: If `safe_serialization` is False and a folder has the other file, which readers prefer,

@@ -17,6 +17,7 @@ from torch import nn
 from torch.fx.node import map_arg
 
 from graphpeft.code.contents import parts_of
+from graphpeft.code.namespaces import attributes_of
 from graphpeft.code.source import functions_in_forward, uses_in_forward
 from graphpeft.graph import guards
 from graphpeft.graph.drawing_functions import draws
@@ -80,7 +81,7 @@ def settings_in_objects(module: nn.Module, read_once: Mapping[str, Any]) -> list
             is_short = len(value) <= _LONGEST and all(map(_is_simple, parts_of(value)))
             if is_short and (type(value) is not dict or value.keys() <= _texts_in(cls)):
                 found.append(Setting(path, copy.copy(value), f"self.{path}"))
-        elif isinstance(getattr(value, "__dict__", None), dict):
+        elif attributes_of(value):
             found += [Setting(f"{path}.{name}", held, f"self.{path}.{name}") for name, held in _named(value, own, cls)]
     return found
 
@@ -93,12 +94,12 @@ def _texts_in(cls: type) -> set[str]:
 
 def _named(value: Any, own: str, cls: type) -> Iterator[tuple[str, Any]]:
     """Yields the plain attributes of an object that a forward names: by a path from it, or by their own name."""
-    uses, held = uses_in_forward(cls), vars(value)
+    uses, held = uses_in_forward(cls), attributes_of(value) or {}
     paths = [path.removeprefix(f"{own}.") for path in uses.read if path.startswith(f"{own}.")]
     for path in sorted({*paths, *(uses.read_elsewhere & held.keys())}):
         inner: Any = value
         for name in path.split("."):
-            inner = getattr(inner, "__dict__", {}).get(name, _ABSENT)
+            inner = (attributes_of(inner) or {}).get(name, _ABSENT)
         if _is_simple(inner):
             yield path, inner
 

@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 
 import graphpeft
 from graphpeft import AdaptError, LoraConfig, OFTConfig, PeftModel, get_peft_model
+from graphpeft.adapters import merged_weights
 from graphpeft.adapters.merged_weights import Originals
 from graphpeft.adapters.tensors import fingerprint
 
@@ -224,6 +225,22 @@ def test_a_changed_weight_is_not_freed_of_another_change_than_was_merged() -> No
     model[0].default.lora_B.data.add_(1.0)
     with pytest.raises(AdaptError, match="so have tensors of merged adapters"):
         model.unmerge_adapter()
+
+
+def test_the_tensors_of_merged_adapters_are_read_once_for_all_changed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(count: int) -> int:
+        model: Any = nn.Sequential(*(nn.Linear(4, 4) for _ in range(count)))
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=r"\d+", init_lora_weights=False))
+        model.merge_adapter()
+        for layer in model:
+            layer.weight.data.add_(1.0)
+        calls: list[torch.Tensor] = []
+        monkeypatch.setattr(merged_weights, "fingerprint", lambda value: calls.append(value) or fingerprint(value))
+        model.unmerge_adapter()
+        monkeypatch.undo()
+        return len(calls)
+
+    assert read(6) == 2 * read(3)
 
 
 def test_a_change_is_taken_out_in_the_models_precision() -> None:

@@ -161,16 +161,19 @@ def _is_tied(adapted: AdaptedSite, modules: Modules) -> bool:
 
 
 def memory_of(tensor: torch.Tensor) -> Any:
-    """Returns what is equal for two tensors if a change of one is a change of the other."""
+    """Returns the address of a tensor's first number; the object's identity if it has no address."""
     # two parameters may lie at one place: `load_state_dict(model.state_dict(), assign=True)` makes such
-    is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
-    return (tensor.device, tensor.data_ptr()) if is_plain and tensor.numel() else id(tensor)
+    return (tensor.device, tensor.data_ptr()) if _has_address(tensor) else id(tensor)
 
 
 def lies_in(tensor: torch.Tensor) -> Any:
-    """Returns what is equal for two tensors that may share memory, in whole or in part."""
+    """Returns the address of a tensor's storage; the object's identity if it has no address."""
+    return (tensor.device, tensor.untyped_storage().data_ptr()) if _has_address(tensor) else id(tensor)
+
+
+def _has_address(tensor: torch.Tensor) -> bool:
     is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
-    return (tensor.device, tensor.untyped_storage().data_ptr()) if is_plain and tensor.numel() else id(tensor)
+    return is_plain and tensor.numel() > 0
 
 
 def share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -10,8 +10,9 @@ the model, or inside of it, calls ``_load_from_state_dict`` of each module, whic
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -54,13 +55,99 @@ class Originals(Mapping[tuple[str, str], torch.Tensor]):
         own = None if module is None else module._parameters.get(place[1])
         if own is None or is_sharded(own):
             return kept
-        return present(self._modules, self._adapters, *place)[0]
+        return self._present.at(*place)[0]
+
+    @functools.cached_property
+    def _present(self) -> WithoutMerged:
+        return WithoutMerged(self._modules, self._adapters)
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         return iter(self._kept)
 
     def __len__(self) -> int:
         return len(self._kept)
+
+
+class WithoutMerged:
+    """The weights without the merged adapters, but with what has changed since they were merged.
+
+    It is made for one call, in which the adapters' tensors don't change.
+
+    Args:
+        modules: The model's modules by path.
+        adapters: Its adapters.
+    """
+
+    def __init__(self, modules: Modules, adapters: Adapters) -> None:
+        self._modules, self._adapters = modules, adapters
+
+    @torch.no_grad()
+    def at(self, path: str, name: str) -> tuple[torch.Tensor, int | None]:
+        """Returns a weight without the merged adapters, and the fingerprint of what the module has now.
+
+        Raises:
+            AdaptError: If it has changed, and the changes that the adapters made can't be taken out.
+        """
+        noted = vars(self._modules[path]).get(_BITS, {}).get(name)
+        if self._modules[path]._parameters.get(name) is None:
+            raise AdaptError(
+                f"{join(path, name)} is no parameter any more, as after pruning, so the adapters that are merged into "
+                "it can't be taken out; take that off first"
+            )
+        with loaded(self._modules[path], name):
+            now = whole(own_parameter(self._modules[path], name).detach())
+            bits = None if noted is None else fingerprint(now)
+            if bits == noted:
+                return self._adapters.originals[path, name], noted
+            left = now.clone()
+        for change in self._changes.get((path, name), ()):
+            amount = self._amount(change, join(path, name))
+            if amount is not None:
+                left -= amount.to(left.dtype)
+        return left, bits
+
+    @functools.cached_property
+    def _changes(self) -> dict[tuple[str, str], list[_Change]]:
+        """The changes that merged adapters make, by the places of the weights and biases, in the order of merging."""
+        found: dict[tuple[str, str], list[_Change]] = {}
+        for name in self._adapters.merged:
+            for adapted in changing_sites(self._modules, self._adapters.by_name[name]):
+                place = adapted.site.owner, adapted.site.attribute
+                found.setdefault(place, []).append(_Change(name, adapted, delta))
+                if changes_bias(adapted.rule) and adapted.site.bias is not None:
+                    found.setdefault(bias_place(adapted), []).append(_Change(name, adapted, bias_delta))
+        return found
+
+    @functools.cached_property
+    def _are_as_merged(self) -> bool:
+        return are_as_merged(self._modules, self._adapters)
+
+    def _amount(self, change: _Change, label: str) -> torch.Tensor | None:
+        """Returns what an adapter has added to a weight; None if it has added nothing."""
+        with in_own_precision(self._modules):
+            amount = change.of(change.adapted, self._modules)
+        if amount is None:
+            return None
+        if asks_of_weights(change.adapted.rule):
+            raise AdaptError(
+                f"{label} has changed since {change.adapter!r} was merged into it, and the change that "
+                f"{change.adapter!r} makes depends on the weight itself, so it can't be taken out; merge_and_unload() "
+                "leaves the weights as they are now, with the adapters in them"
+            )
+        if not self._are_as_merged:
+            raise AdaptError(
+                f"{label} has changed since {change.adapter!r} was merged into it, and so have tensors of merged "
+                "adapters, so nobody knows what was merged; give one of the two its former values"
+            )
+        return amount
+
+
+class _Change(NamedTuple):
+    """A change that a merged adapter makes of a weight or of a bias, and the function that computes it."""
+
+    adapter: str
+    adapted: Any
+    of: Callable[[Any, Modules], torch.Tensor | None]
 
 
 def merged_places(adapters: Adapters) -> list[tuple[str, str]]:
@@ -87,32 +174,12 @@ def release(modules: Modules, adapters: Adapters) -> None:
     set_attribute(adapters, "merged_bits", {})
 
 
-def present(modules: Modules, adapters: Adapters, path: str, name: str) -> tuple[torch.Tensor, int | None]:
-    """Returns a weight without the merged adapters, but with what has changed since, and the bits of that with them.
-
-    Raises:
-        AdaptError: If it has changed, and the changes that the adapters made can't be taken out.
-    """
-    noted = vars(modules[path]).get(_BITS, {}).get(name)
-    if modules[path]._parameters.get(name) is None:
-        raise AdaptError(
-            f"{join(path, name)} is no parameter any more, as after pruning, so the adapters that are merged into it "
-            "can't be taken out; take that off first"
-        )
-    with loaded(modules[path], name):
-        now = whole(own_parameter(modules[path], name).detach())
-        bits = None if noted is None else fingerprint(now)
-        if bits == noted:
-            return adapters.originals[path, name], noted
-        now = now.clone()
-    return _without_adapters(now, modules, adapters, path, name), fingerprint(now)
-
-
 def keep_changes(modules: Modules, adapters: Adapters) -> None:
     """Lets the weights that are kept have what has changed since adapters were merged into them."""
+    present = WithoutMerged(modules, adapters)
     for path, name in list(adapters.originals):
         if path in modules:
-            original, bits = present(modules, adapters, path, name)
+            original, bits = present.at(path, name)
             set_item(adapters.originals, (path, name), original)
             _note(modules[path], {name: bits})
 
@@ -156,39 +223,6 @@ def _note(module: nn.Module, bits: dict[str, int | None]) -> None:
 def _bits(module: nn.Module, name: str) -> int | None:
     with loaded(module, name):
         return fingerprint(whole(own_parameter(module, name).detach()))
-
-
-@torch.no_grad()
-def _without_adapters(now: torch.Tensor, modules: Modules, adapters: Adapters, path: str, name: str) -> torch.Tensor:
-    """Returns a weight from which the changes that adapters make are taken."""
-    left = now.clone()
-    for merged in adapters.merged:
-        for adapted in changing_sites(modules, adapters.by_name[merged]):
-            with in_own_precision(modules):
-                change = _change_of(adapted, modules, path, name)
-            if change is None:
-                continue
-            if asks_of_weights(adapted.rule):
-                raise AdaptError(
-                    f"{join(path, name)} has changed since {merged!r} was merged into it, and the change that "
-                    f"{merged!r} makes depends on the weight itself, so it can't be taken out; merge_and_unload() "
-                    "leaves the weights as they are now, with the adapters in them"
-                )
-            if not are_as_merged(modules, adapters):
-                raise AdaptError(
-                    f"{join(path, name)} has changed since {merged!r} was merged into it, and so have tensors of "
-                    "merged adapters, so nobody knows what was merged; give one of the two its former values"
-                )
-            left -= change.to(left.dtype)
-    return left
-
-
-def _change_of(adapted: Any, modules: Modules, path: str, name: str) -> torch.Tensor | None:
-    """Returns the change that an adapter's site makes of a weight, or None."""
-    if (adapted.site.owner, adapted.site.attribute) == (path, name):
-        return delta(adapted, modules)
-    has_bias = changes_bias(adapted.rule) and adapted.site.bias is not None
-    return bias_delta(adapted, modules) if has_bias and bias_place(adapted) == (path, name) else None
 
 
 def _load(module: Any, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:

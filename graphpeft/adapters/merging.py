@@ -62,7 +62,7 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
     merged = list(dict.fromkeys(names))
     _refuse_merging(modules, adapters, merged)
     rest = _beside_those_in_the_weights(modules, adapters, merged)
-    bases = {place: merged_weights.present(modules, adapters, *place)[0] for place in _read_as_base(adapters, rest)}
+    bases = _present(modules, adapters, _read_as_base(adapters, rest))
     if rest == merged:
         _take_out(modules, adapters)
     else:
@@ -152,26 +152,23 @@ def unmerge(modules: Modules, adapters: Adapters) -> None:
 
 def _take_out(modules: Modules, adapters: Adapters) -> None:
     reshard(modules.values())
-    _restore(modules, _present(modules, adapters))
+    _restore(modules, _present(modules, adapters, adapters.originals))
     merged_codes.put(modules, adapters.codes)
     _forget(modules, adapters)
 
 
 def _forget(modules: Modules, adapters: Adapters) -> None:
-    """Lets the weights be the model's own as they are."""
+    """Makes the present weights the model's own, with all that is merged into them."""
     merged_weights.release(modules, adapters)
     set_attribute(adapters, "merged", [])
     set_attribute(adapters, "originals", {})
     set_attribute(adapters, "codes", {})
 
 
-def _present(modules: Modules, adapters: Adapters) -> Tensors:
-    """Returns the weights as they are without merged adapters."""
-    return {
-        place: merged_weights.present(modules, adapters, *place)[0]
-        for place in adapters.originals
-        if place[0] in modules
-    }
+def _present(modules: Modules, adapters: Adapters, places: Iterable[tuple[str, str]]) -> Tensors:
+    """Returns the weights at some places as they are without merged adapters."""
+    present = merged_weights.WithoutMerged(modules, adapters)
+    return {place: present.at(*place)[0] for place in places if place[0] in modules}
 
 
 @torch.no_grad()
@@ -219,9 +216,9 @@ def _by_weight(modules: Modules, adapters: Adapters, names: list[str]) -> dict[s
 
 @contextlib.contextmanager
 def with_originals(modules: Modules, adapters: Adapters) -> Iterator[None]:
-    """Lets weights be as they were before they were merged into, for what computes with them, in their precision."""
+    """Takes merged adapters out of the weights for the time of a block, which computes in the model's precision."""
     changed: Tensors = {}
-    originals = _present(modules, adapters)
+    originals = _present(modules, adapters, adapters.originals)
     for path, name in originals:
         with loaded(modules[path], name):
             changed[path, name] = own_parameter(modules[path], name).detach().clone()

@@ -116,9 +116,9 @@ def _timm(name: str, pretrained: bool = False) -> Given:
         if not pretrained:
             raise
         raise click.ClickException(
-            f"timm:{name}: the pretrained weights, to which an adapter belongs,"
-            f" can't be loaded: {shortened(str(error))}; "
-            "write a function that returns the base with its weights, and name it as package.module:function"
+            f"timm:{name}: the pretrained weights can't be loaded: {shortened(str(error))}; an adapter needs the "
+            "weights beside which it was trained; write a function that returns the base with them, and name it as "
+            "package.module:function"
         ) from error
     sizes = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
     return Given(model, (torch.randn(1, *sizes),))

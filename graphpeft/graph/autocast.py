@@ -34,8 +34,8 @@ def depth_of_autocast() -> int:
 def in_own_precision(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Computes what belongs to a model in the precision of its parameters, whatever region the caller is in.
 
-    A default dtype of half precision is that of the caller's other models, if this one has longer numbers. It is set
-    back at the end; other threads see single precision meanwhile, as while Transformers builds a model.
+    No region of autocast acts inside. The default dtype is single precision if it was half precision and the model has
+    parameters of single or double precision; other threads see that until the block ends.
 
     Args:
         modules: The model's modules by path.

@@ -166,7 +166,7 @@ def _embedding_graph(shortens: bool) -> Template:
     names = ("padding_idx", "norm_type", "scale_grad_by_freq", "sparse", *(("max_norm",) if shortens else ()))
     options: dict[str, Any] = {name: _attribute(graph, name) for name in names}
     y = graph.call_function(F.embedding, (x, _attribute(graph, "weight")), options)
-    return _template(graph, y, True, **({} if shortens else {"max_norm": None}))
+    return _template(graph, y, has_bias=True, **({} if shortens else {"max_norm": None}))
 
 
 @functools.cache

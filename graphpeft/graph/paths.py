@@ -92,7 +92,7 @@ def paths_inside_wrappers(model: nn.Module) -> dict[str, str]:
 
 
 def names_wrapper(text: str) -> bool:
-    """Returns whether a name, or a pattern for names, mentions what is inside of a wrapper."""
+    """Returns whether a name, or a pattern for names, has the attribute of a wrapper in it, such as ``_orig_mod``."""
     return any(name in text for name in _WRAPPED.values() if name.startswith("_"))
 
 

@@ -69,7 +69,7 @@ def given_to(
 
     Args:
         function: The function. With ``**others``, it gets all available values but those that are computed.
-        tracer: The tracer of the graph that gets new nodes: that of all proxies among the values.
+        tracer: The tracer of the graph that gets new nodes. All proxies among the values must be its own.
         nodes: The available nodes.
         paths: The available attributes of the module that owns the graph, and arguments of the call; None for a value
             that is absent.

@@ -114,10 +114,10 @@ def exactly(wanted: Collection[str], names: Iterable[str]) -> set[str] | str:
 
 
 def without_wrappers(names: Any, model: nn.Module) -> Any:
-    """Returns a value of `target_modules` that matches what it does by the names of ``named_modules``, too.
+    """Returns a value of `target_modules` whose names with wrappers also match the modules inside.
 
-    These have the names of wrappers, such as ``_orig_mod`` of a submodule that is compiled. Here modules have the same
-    names with and without wrappers.
+    ``named_modules`` gives the names of wrappers, such as ``_orig_mod`` of a compiled submodule, and users copy these.
+    In this library a module has the same name with and without a wrapper.
 
     Args:
         names: The value, as a user gave it.

@@ -66,6 +66,7 @@ __all__ = [
     "argument_names",  # tells whether a node of a program draws random numbers
     "autocast_options",  # for nodes of regions under autocast
     "base_of",  # of a view that was made without gradients, the tensor that has one
+    "call_modules_by",  # holds calls of other threads while a model isn't itself
     "call_with_hooks",  # calls a module where `fx` has replaced `nn.Module.__call__`
     "can_take_data",  # lets a buffer that several holders have be moved once
     "checkpoint_module",
@@ -79,6 +80,7 @@ __all__ = [
     "fake_tensor",  # example values without data
     "function_mode_set_aside",  # turns a trace's mode off for unrecorded code
     "has_hooks_of_all",  # a hook may keep a tensor that a pass would overwrite
+    "is_in_backward",  # a checkpoint runs a forward again, which may be in a thread of PyTorch's own
     "is_in_torch_dispatch_mode",  # tells whether operators are recorded, as by `make_fx`
     "is_transformed",  # under a transform, passes leave computations unchanged
     "leave_autocast",
@@ -159,6 +161,12 @@ def storage_key(tensor: torch.Tensor) -> int:
 
 call_with_hooks: Any = nn.Module._call_impl
 """``nn.Module.__call__`` with its hooks, by a name that no tracer replaces."""
+
+
+def call_modules_by(function: Callable[..., Any]) -> None:
+    """Lets all modules be called by a function in place of `call_with_hooks`."""
+    nn.Module._call_impl = function  # pyright: ignore[reportAttributeAccessIssue]
+
 
 FORWARD_HOOKS_OF_ALL: tuple[Any, Any] = (_hooks._global_forward_hooks, _hooks._global_forward_pre_hooks)
 """The dictionaries of global hooks, which run with each module's forward."""

@@ -79,7 +79,8 @@ _LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 os.register_at_fork(after_in_child=_LOCKS.clear)
 
 
-def _lock_of(model: nn.Module) -> Any:
+def lock_of(model: nn.Module) -> Any:
+    """Returns the lock under which a model is changed."""
     # no setdefault at first, since compiled code can't follow the creation of a lock
     lock = _LOCKS.get(model)
     return _LOCKS.setdefault(model, threading.RLock()) if lock is None else lock
@@ -91,26 +92,18 @@ def transaction(model: nn.Module) -> Iterator[None]:
 
     Transactions can be nested: the inner one undoes its own changes, the outer one undoes all.
     """
-    with _recorded(model) as begin:
+    with recorded(model) as begin:
         try:
             yield
         except BaseException:
-            _undo(begin)
+            undo(begin)
             raise
 
 
 @contextlib.contextmanager
-def trial(model: nn.Module) -> Iterator[None]:
-    """Undoes all changes made in the context when it ends, by an error or not; other threads wait, as above."""
-    with _recorded(model) as begin, contextlib.ExitStack() as stack:
-        at_end_of(stack, _undo, begin)
-        yield
-
-
-@contextlib.contextmanager
-def _recorded(model: nn.Module) -> Iterator[int]:
-    """Begins a transaction of this thread, and ends it; yields the index in `undo` at which it begins."""
-    with _lock_of(model):
+def recorded(model: nn.Module) -> Iterator[int]:
+    """Begins a transaction of this thread, and ends it; yields the index in the undo log at which it begins."""
+    with lock_of(model):
         journal = _THREAD.journal()
         if journal is None:
             journal = _Journal()
@@ -125,8 +118,8 @@ def _recorded(model: nn.Module) -> Iterator[int]:
             del journal
 
 
-def _undo(begin: int) -> None:
-    """Undoes the changes of this thread's transaction that begins at an index in `undo`."""
+def undo(begin: int) -> None:
+    """Undoes the changes of this thread's transaction that begins at an index in the undo log."""
     journal = _THREAD.journal()
     assert journal is not None
     try:

@@ -33,6 +33,7 @@ from graphpeft.adapters.exchanged import refuse_exchanged_classes, refuse_missin
 from graphpeft.adapters.graphs import worn_in
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors
+from graphpeft.dry_runs import alone
 from graphpeft.graph import overrides
 from graphpeft.graph.autocast import in_own_precision
 from graphpeft.graph.holders import tensor_at
@@ -222,15 +223,16 @@ def with_originals(modules: Modules, adapters: Adapters) -> Iterator[None]:
     for path, name in originals:
         with loaded(modules[path], name):
             changed[path, name] = own_parameter(modules[path], name).detach().clone()
-    _restore(modules, originals)
     codes = merged_codes.merged_now(modules, adapters)
-    merged_codes.put(modules, adapters.codes)
-    try:
-        with in_own_precision(modules):
-            yield
-    finally:
-        _restore(modules, changed)
-        merged_codes.put(modules, codes)
+    with alone(modules[""]):
+        _restore(modules, originals)
+        merged_codes.put(modules, adapters.codes)
+        try:
+            with in_own_precision(modules):
+                yield
+        finally:
+            _restore(modules, changed)
+            merged_codes.put(modules, codes)
 
 
 def refuse_lost(modules: Modules, adapters: Adapters, state_dict: Mapping[str, Any]) -> None:

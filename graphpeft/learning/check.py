@@ -20,6 +20,7 @@ from graphpeft._torch import DisableTorchFunction, pytree
 from graphpeft.adapters.adapting import known_adapters, modules_of
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapters
+from graphpeft.dry_runs import trial
 from graphpeft.graph.inputs import ExampleInputs, split_inputs
 from graphpeft.graph.paths import unwrapped
 from graphpeft.learning.learning_report import LearningReport, SiteLearning, TensorLearning
@@ -29,7 +30,7 @@ from graphpeft.learning.places import Place, trained_places
 from graphpeft.learning.undone_runs import WritesUndone, batch_kept, random_states, undone, weights_cast_anew
 from graphpeft.learning.watch import Watch
 from graphpeft.progress import steps
-from graphpeft.transaction import remember, trial
+from graphpeft.transaction import remember
 from graphpeft.wording import joined
 
 Loss = Callable[[Any], Tensor]

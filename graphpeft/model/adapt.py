@@ -16,6 +16,7 @@ from graphpeft.adapters.adapting import (
     replicate_layers,
     warn_of_mistakes,
 )
+from graphpeft.dry_runs import trial
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.learning import LearningReport, check_learning
 from graphpeft.model.earlier_optimizers import watch
@@ -26,7 +27,6 @@ from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.given_config import ConfigLike, as_config
 from graphpeft.rules.report import Report
 from graphpeft.sites.copied_codes import compute_on_copied_codes
-from graphpeft.transaction import transaction, trial
 from graphpeft.wording import shortened
 
 
@@ -69,12 +69,10 @@ def explain(
     """
     check_model(model)
     ours = as_config(config)
-    with transaction(model):
-        replication = replicate_layers(model, ours)
+    with trial(model):
+        replicate_layers(model, ours)
         plan = plan_for(model, ours, adapter_name, example_inputs, autocast_adapter_dtype=True, where=where)
         warn_of_mistakes(ours, plan)
-        if replication is not None:
-            replication.undo()
     plan.report.plan = plan
     trains = plan.sites or plan.report.fully_trained
     if example_inputs is not None and trains:

@@ -12,10 +12,11 @@ from graphpeft._torch import pytree
 from graphpeft.adapters.adapter_names import name_like
 from graphpeft.adapters.adapting import known_adapters
 from graphpeft.adapters.loading import set_values
+from graphpeft.dry_runs import trial
 from graphpeft.graph.inputs import ExampleInputs, split_inputs
 from graphpeft.graph.paths import unwrapped
 from graphpeft.methods.lora.config import LoraConfig
-from graphpeft.transaction import trial, undone_by
+from graphpeft.transaction import undone_by
 
 
 def conversion_deviation(

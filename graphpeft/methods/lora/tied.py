@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from graphpeft.graph import ops
 from graphpeft.graph.paths import join, modules_by_path
+from graphpeft.graph.traced_model import stands_for
 from graphpeft.methods.lora.factors import draw, draw_as_layers, rank_of, scope_of_tied
 from graphpeft.methods.lora.init.initialisation import RANDOM
 from graphpeft.methods.lora.rule import LoraBranch
@@ -31,7 +32,6 @@ from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.targeting import pattern_values, targets
 from graphpeft.targeting.targets import Match
-from graphpeft.targeting.tied import tied_layers
 from graphpeft.wording import joined
 
 _WAY_OUT = "name it in no list, or leave ensure_weight_tying False"
@@ -100,10 +100,25 @@ def names_with_tied(config: Any, model: nn.Module) -> None:
         ValueError: If the added names would match other layers, too.
     """
     modules = modules_by_path(model)
-    groups = [(embedding, *others) for embedding, others in tied_layers(modules).items()]
+    groups = [(embedding, *others) for embedding, others in _tied_layers(modules).items()]
     parameters = [join(path, name) for path, module in modules.items() for name in module._parameters]
     _name_targets(config, groups, [*modules, *parameters])
     _name_saved(config, groups, modules)
+
+
+def _tied_layers(modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """Returns the paths of the other modules whose weight is an embedding's tensor, by the embedding's path."""
+    by_weight: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            by_weight.setdefault(id(weight), []).append(path)
+    found: dict[str, list[str]] = {}
+    for paths in by_weight.values():
+        embeddings = [path for path in paths if issubclass(stands_for(modules[path]), nn.Embedding)]
+        if len(paths) > 1 and embeddings:
+            found[embeddings[0]] = [path for path in paths if path != embeddings[0]]
+    return found
 
 
 def _name_targets(config: Any, groups: Sequence[Sequence[str]], names: Sequence[str]) -> None:
@@ -158,7 +173,7 @@ def with_tied(
     by_owner = {site.owner: site for site in sites if isinstance(site, Site) and site.is_layer}
     embeddings: dict[str, Site] = {}
     tied: dict[str, Site] = {}
-    groups = [(embedding, *others) for embedding, others in tied_layers(finder.modules).items()]
+    groups = [(embedding, *others) for embedding, others in _tied_layers(finder.modules).items()]
     adapted = [group for group in groups if any(path in by_owner for path in group)]
     if not groups:
         warnings.warn(

@@ -1,0 +1,130 @@
+"""Dry runs: changes of a model that no other thread sees, and that are undone in the end.
+
+A forward asks for no lock, since that would cost each call its time. So a dry run exchanges how modules are called, and
+begins when the stack of no other thread shows a call that began before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+from graphpeft._torch import call_modules_by, call_with_hooks, is_in_backward
+from graphpeft.transaction import at_end_of, lock_of, recorded, undo
+
+_PATIENCE = 600.0
+"""Seconds after which a thread that waits for another one gives up: they may wait for each other."""
+
+_PAUSE = 0.001
+"""Seconds between two looks at the other threads."""
+
+
+@contextlib.contextmanager
+def trial(model: nn.Module) -> Iterator[None]:
+    """Undoes all changes made in the context when it ends, by an error or not; other threads wait, see `alone`."""
+    with alone(model), recorded(model) as begin, contextlib.ExitStack() as stack:
+        at_end_of(stack, undo, begin)
+        yield
+
+
+@contextlib.contextmanager
+def alone(model: nn.Module) -> Iterator[None]:
+    """Lets other threads wait that change `model`, or call it or a module inside.
+
+    Raises:
+        RuntimeError: If a call of another thread doesn't end; or, in the other threads, if the context doesn't.
+    """
+    with lock_of(model), _ONE_AT_A_TIME, contextlib.ExitStack() as stack:
+        if not any(gate.model is model for gate in _GATES):
+            gate = _Gate(model)
+            at_end_of(stack, gate.open)
+            gate.close()
+        yield
+
+
+class _Gate:
+    """Holds calls of a model's modules, those of its own thread aside."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self._owner = model, threading.get_ident()
+        self._modules = {id(module) for module in model.modules()}
+        self._is_closed, self._opened = False, threading.Event()
+
+    def close(self) -> None:
+        """Holds new calls, and waits for those that have begun."""
+        _GATES.append(self)
+        call_modules_by(_call_through_gates)
+        ends = time.monotonic() + _PATIENCE
+        while self._is_called_elsewhere():
+            if time.monotonic() > ends:
+                raise RuntimeError(
+                    f"another thread runs the {type(self.model).__name__}, and this one has waited for the end of that "
+                    f"call for {_PATIENCE:g} seconds; run them one after the other"
+                )
+            time.sleep(_PAUSE)
+        self._is_closed = True
+
+    def open(self) -> None:
+        """Lets all calls go on."""
+        if self in _GATES:
+            _GATES.remove(self)
+        if not _GATES:
+            call_modules_by(call_with_hooks)
+        self._opened.set()
+
+    def hold(self, module: nn.Module) -> None:
+        """Returns when a module may be called."""
+        # what is recomputed in a backward may run in a thread of PyTorch's own, on behalf of any other
+        if threading.get_ident() == self._owner or id(module) not in self._modules or is_in_backward():
+            return
+        if not self._is_closed and self._is_called_in(sys._getframe()):
+            return  # a part of a call that has begun
+        if not self._opened.wait(_PATIENCE):
+            raise RuntimeError(
+                f"another thread runs the model of this {type(module).__name__} alone, as check_learning does, and "
+                f"this call has waited for the end of that for {_PATIENCE:g} seconds; run them one after the other"
+            )
+
+    def _is_called_elsewhere(self) -> bool:
+        frames = sys._current_frames()
+        return any(self._is_called_in(frame) for thread, frame in frames.items() if thread != self._owner)
+
+    def _is_called_in(self, frame: FrameType | None) -> bool:
+        """Returns whether a frame, or one around it, is a call of one of the modules."""
+        while frame is not None:
+            if frame.f_code is call_with_hooks.__code__ and id(frame.f_locals["self"]) in self._modules:
+                return True
+            frame = frame.f_back
+        return False
+
+
+_ONE_AT_A_TIME = threading.RLock()
+"""Allows one thread to hold calls: two could wait for each other at modules that two models share."""
+
+_GATES: list[_Gate] = []
+"""The gates of the thread that has the lock."""
+
+
+def _call_through_gates(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    for gate in [*_GATES]:
+        gate.hold(module)
+    return call_with_hooks(module, *args, **kwargs)
+
+
+def _open_all() -> None:
+    for gate in [*_GATES]:
+        gate.open()
+    _ONE_AT_A_TIME.release()
+
+
+if hasattr(os, "register_at_fork"):
+    # a process forked meanwhile would lack the thread that opens the gates
+    os.register_at_fork(before=_ONE_AT_A_TIME.acquire, after_in_parent=_ONE_AT_A_TIME.release, after_in_child=_open_all)

@@ -29,6 +29,8 @@ from graphpeft._torch import call_with_hooks
 from graphpeft.adapters.adapting import known_adapters, modules_of
 from graphpeft.adapters.merging import with_originals
 from graphpeft.dry_runs import alone
+from graphpeft.learning import LearningReport
+from graphpeft.rules.report import Report
 
 pytestmark = pytest.mark.quick("dry_runs")
 
@@ -187,15 +189,15 @@ def test_a_dry_run_holds_no_calls_of_other_models() -> None:
 
 
 def test_two_dry_runs_wait_for_each_other_at_a_module_that_both_models_have() -> None:
-    one, other = Meeting(), Meeting()
+    one, other, reports = Meeting(), Meeting(), list[Report]()
     other.layer = one.layer
-    run = threading.Thread(target=explain, args=(other, CONFIG), kwargs={"example_inputs": (X,)}, daemon=True)
+    run = threading.Thread(target=lambda: reports.append(explain(other, CONFIG, example_inputs=(X,))), daemon=True)
     with alone(one):
         run.start()
         run.join(0.1)
         one(X)
-    run.join(10)
-    assert not run.is_alive()
+    run.join()
+    assert isinstance(reports[0].learning, LearningReport)
 
 
 def test_a_call_that_waits_too_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

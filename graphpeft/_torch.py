@@ -85,6 +85,7 @@ __all__ = [
     "is_transformed",  # under a transform, passes leave computations unchanged
     "leave_autocast",
     "make_wrapper",  # tensors without numbers of their own
+    "module_stack_tracer",  # an export leaves out the calls of graph modules, in which quantisers look for layers
     "padding_of_convolution",
     "post_accumulate_hooks",  # such hooks may step an optimizer in a backward that is undone
     "printed_target",  # a node's target as text
@@ -155,6 +156,15 @@ def can_take_data(tensor: torch.Tensor, other: torch.Tensor) -> bool:
 def storage_key(tensor: torch.Tensor) -> int:
     """Returns an identifier of a tensor's storage; fake tensors have no address."""
     return tensor.untyped_storage()._cdata
+
+
+def module_stack_tracer() -> Any:
+    """Returns the tracer of a running export without Dynamo, which notes the modules of operations, or None."""
+    from torch.fx.experimental import proxy_tensor
+
+    mode = proxy_tensor.get_proxy_mode()
+    tracer = None if mode is None else mode.tracer
+    return tracer if isinstance(tracer, proxy_tensor._ModuleStackTracer) else None
 
 
 # modules

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -519,3 +520,28 @@ def test_pytorchs_fusion_of_an_adapted_layer_is_refused_and_of_a_merged_one_righ
     assert torch.equal(model(x), expected)
     model.merge_and_unload()
     torch.testing.assert_close(fuse(model[0], model[1])(x), expected, atol=1e-5, rtol=1e-4)
+
+
+def quantised(model: Any, inplace: bool) -> Any:
+    """Returns a model with layers that multiply integers, by PyTorch's eager quantisation."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch, which has deprecated it
+        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=inplace)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_eager_quantisation_of_adapted_layers_is_refused_and_of_merged_ones_finds_them(inplace: bool) -> None:
+    base = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)).eval()
+    x = torch.randn(5, 4)
+    expected = model(x)
+    with pytest.raises(RuntimeError, match=r"leave an adapted layer as it is.*merge_and_unload\(\) before"):
+        quantised(model, inplace)
+    assert torch.equal(model(x), expected)
+    found = quantised(model.merge_and_unload(), inplace)
+    assert [type(layer).__module__ for layer in found] == [
+        "torch.ao.nn.quantized.dynamic.modules.linear",
+        "torch.nn.modules.activation",
+        "torch.ao.nn.quantized.dynamic.modules.linear",
+    ]
+    torch.testing.assert_close(found(x), expected, atol=0.1, rtol=0.1)

@@ -224,6 +224,11 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
         state = self._peft_adapters
         if not torch.compiler.is_compiling():
             refuse_lost(self, state)
+        elif not torch.compiler.is_dynamo_compiling():
+            # imported where it is needed, since most programs export nothing
+            from graphpeft.graph.exported_layers import with_exported_layers
+
+            call = with_exported_layers(call)
         if adapter_names is not None:
             if getattr(self, "_is_replica", False):
                 raise AdaptError("DataParallel's copies of a model can't have adapter_names; call the model itself")

@@ -4,8 +4,10 @@ import functools
 import operator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 
 def by_layer(layer, x):
@@ -226,3 +228,33 @@ ADAPTED = [
 ]  # fmt: skip
 
 REFUSED = [ByOwnCall]
+
+
+class WithOtherWeights(nn.Module):
+    """Calls its layer with another weight in place of the layer's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.fast = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        return torch.func.functional_call(self.inner, {"weight": self.fast}, (x,))
+
+
+class WithOtherWeightsInside(nn.Module):
+    """Hands what has the layer to a function that calls it so."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.fast = nn.Sequential(nn.Linear(4, 4)), nn.Parameter(torch.randn(4, 4))
+        self.net.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return _called(self.net, self.fast, x)
+
+
+def _called(net, fast, x):
+    return functional_call(net, {"inner.weight": fast}, (x,))
+
+
+REPLACED = [WithOtherWeights, WithOtherWeightsInside]

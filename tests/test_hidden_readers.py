@@ -87,6 +87,16 @@ def test_a_weight_whose_reader_can_have_no_graph_is_refused(name: str, load: Loa
         get_peft_model(model, CONFIG)
 
 
+@pytest.mark.parametrize("load", LOADED)
+@pytest.mark.parametrize("name", [cls.__name__ for cls in hidden_readers.REPLACED])
+def test_a_layer_that_is_called_with_other_weights_is_refused(name: str, load: Loaded, tmp_path: Path):
+    model = _models(load, name, tmp_path)
+    before = model(X)
+    with pytest.raises(AdaptError, match=r"by torch\.func\.functional_call, with other weights in place of its own"):
+        get_peft_model(model, CONFIG)
+    assert torch.equal(model(X), before)
+
+
 def _asking(text: str) -> nn.Module:
     namespace: dict[str, Any] = {"nn": nn, "torch": torch}
     exec(f"class Asking(nn.Module):\n    def forward(self, x):\n        {text}", namespace)

@@ -224,12 +224,14 @@ class Reached(NamedTuple):
         kinds: The types of the values.
         got: The names of attributes that functions made by ``operator.attrgetter`` read.
         has_tables: Whether modules are in a container among the values, by which code can tell them apart.
+        replaces_weights: Whether it names ``torch.func.functional_call``, which calls a module with other weights.
     """
 
     functions: Mapping[FunctionType, bool]
     kinds: Set[type]
     got: Set[str]
     has_tables: bool
+    replaces_weights: bool
 
 
 def functions_in_forward(cls: type) -> Mapping[FunctionType, bool]:
@@ -277,6 +279,7 @@ def _reached(starts: Iterable[Any], cls: type) -> Reached:
         set(map(type, values)),
         {name for getter in getters for path in getter.__reduce__()[1] for name in path.split(".")},
         any(is_table_of_modules(value) for value in values if type(value) in _CONTAINERS),
+        any("functional_call" in names_in(function.__code__).read for function in found if not _is_excluded(function)),
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from graphpeft.code.attribute_paths import ANY
-from graphpeft.code.source import Uses, cached_by_class, methods_reading, uses_in_forward
+from graphpeft.code.source import Uses, cached_by_class, methods_reading, reached_in_forward, uses_in_forward
 from graphpeft.graph import in_place, ops
 from graphpeft.graph.computed_weights import has_tensor
 from graphpeft.graph.forward_classes import class_of_forward
@@ -47,6 +47,9 @@ class Readers:
         outer = {path: module for path, module in outer.items() if not _is_fast_path_disabled(module)}
         self._by_code = _read_by_code(outer, modules)
         self._may_read = _may_read(outer, held, modules)
+        self._called_with_others = {
+            join(path, inside): path for path, may in self._may_read.items() for inside in may.called_with_others
+        }
         self._held = held_outside(modules, held)
         self._around: dict[str, list[tuple[str, MayRead]]] = {}
 
@@ -60,9 +63,19 @@ class Readers:
         Raises:
             NoSiteError: If the readers can't be known, or a module elsewhere may read the tensor.
         """
+        self._refuse_replaced(owner)
         return (
             self._by_code.get((owner, attribute)) or self._hidden(owner, attribute) or self._outside(owner, attribute)
         )
+
+    def _refuse_replaced(self, owner: str) -> None:
+        """Raises NoSiteError if a module may be called with a tensor in the place of the one that `owner` has."""
+        for called, caller in self._called_with_others.items():
+            if f"{owner}.".startswith(f"{called}."):
+                raise NoSiteError(
+                    f"{caller or 'the model'} calls {called} by torch.func.functional_call, with other weights in "
+                    "place of its own, and so without what an adapter would change in them"
+                )
 
     def _hidden(self, owner: str, attribute: str) -> list[str]:
         """Returns the modules around `owner` that read the weight though their code doesn't show it, or may do so."""
@@ -210,10 +223,12 @@ class MayRead(NamedTuple):
     Attributes:
         names: The names of attributes; includes `ANY` if it may be any.
         handed_on: The paths of the submodules that the code passes to other code; "" for the module itself.
+        called_with_others: The paths of those that it may call with other weights than their own.
     """
 
     names: Set[str]
     handed_on: Set[str]
+    called_with_others: Set[str] = frozenset()
 
 
 def _may_read(
@@ -254,7 +269,8 @@ def _may_read(
             inside = {in_place.original_class(inner) for inner in tree_of(module) if not is_of_pytorch(inner)} - {cls}
             names = names.union(*(_uses(inner).read_elsewhere - {ANY} for inner in inside))
         if names or handed_on:
-            found[path] = MayRead(names, handed_on)
+            replaces = bool(handed_on) and reached_in_forward(cls).replaces_weights
+            found[path] = MayRead(names, handed_on, handed_on - {""} if replaces else frozenset())
     return found
 
 

@@ -36,11 +36,13 @@ class Uses(NamedTuple):
         called: The paths of attributes of ``self`` that the code calls.
         read_elsewhere: The names of attributes read from other variables than ``self``, such as ``weight`` of
             ``layer.weight``, where ``layer`` may be a submodule.
+        replaces_weights: Whether it names ``torch.func.functional_call``, which calls a module with other weights.
     """
 
     read: set[str]
     called: set[str]
     read_elsewhere: set[str]
+    replaces_weights: bool = False
 
 
 def cached_by_class(function: Callable[[type], _Result]) -> Callable[[type], _Result]:
@@ -91,7 +93,7 @@ def uses_in_forward(cls: type) -> Uses:
             may_be_any = function.__globals__.get("__name__") == cls.__module__
             uses.read_elsewhere.update(read_by(function) - (set() if may_be_any else {ANY}))
     uses.read_elsewhere.update(reached.got)
-    return uses
+    return uses._replace(replaces_weights=reached.replaces_weights)
 
 
 def _named_in(function: FunctionType, cls: type) -> list[Any]:
@@ -224,7 +226,7 @@ class Reached(NamedTuple):
         kinds: The types of the values.
         got: The names of attributes that functions made by ``operator.attrgetter`` read.
         has_tables: Whether modules are in a container among the values, by which code can tell them apart.
-        replaces_weights: Whether it names ``torch.func.functional_call``, which calls a module with other weights.
+        replaces_weights: As in `Uses`.
     """
 
     functions: Mapping[FunctionType, bool]
@@ -262,6 +264,7 @@ def _reached(starts: Iterable[Any], cls: type) -> Reached:
     waiting = [(start, False) for start in starts]
     found: dict[FunctionType, bool] = {}
     values: list[Any] = []
+    replaces_weights = False
     while waiting:
         member, is_named = waiting.pop()
         is_named &= issubclass(type(member), FunctionType | functools._lru_cache_wrapper)
@@ -270,6 +273,7 @@ def _reached(starts: Iterable[Any], cls: type) -> Reached:
             found[function] = is_named and found.get(function, True) and function.__name__ not in _CALLED_BY
             if is_known or _is_excluded(function):
                 continue
+            replaces_weights |= "functional_call" in names_in(function.__code__).read
             named = _named_in(function, cls)
             values += named
             waiting += [(value, True) for value in named]
@@ -279,7 +283,7 @@ def _reached(starts: Iterable[Any], cls: type) -> Reached:
         set(map(type, values)),
         {name for getter in getters for path in getter.__reduce__()[1] for name in path.split(".")},
         any(is_table_of_modules(value) for value in values if type(value) in _CONTAINERS),
-        any("functional_call" in names_in(function.__code__).read for function in found if not _is_excluded(function)),
+        replaces_weights,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from graphpeft.code.attribute_paths import ANY
-from graphpeft.code.source import Uses, cached_by_class, methods_reading, reached_in_forward, uses_in_forward
+from graphpeft.code.source import Uses, cached_by_class, methods_reading, uses_in_forward
 from graphpeft.graph import in_place, ops
 from graphpeft.graph.computed_weights import has_tensor
 from graphpeft.graph.forward_classes import class_of_forward
@@ -63,7 +63,8 @@ class Readers:
         Raises:
             NoSiteError: If the readers can't be known, or a module elsewhere may read the tensor.
         """
-        self._refuse_replaced(owner)
+        if self._called_with_others:
+            self._refuse_replaced(owner)
         return (
             self._by_code.get((owner, attribute)) or self._hidden(owner, attribute) or self._outside(owner, attribute)
         )
@@ -269,8 +270,7 @@ def _may_read(
             inside = {in_place.original_class(inner) for inner in tree_of(module) if not is_of_pytorch(inner)} - {cls}
             names = names.union(*(_uses(inner).read_elsewhere - {ANY} for inner in inside))
         if names or handed_on:
-            replaces = bool(handed_on) and reached_in_forward(cls).replaces_weights
-            found[path] = MayRead(names, handed_on, handed_on - {""} if replaces else frozenset())
+            found[path] = MayRead(names, handed_on, handed_on - {""} if uses.replaces_weights else frozenset())
     return found
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from graphpeft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, check_learning, get_peft_model
+from graphpeft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftWarning, check_learning, get_peft_model
 
 pytestmark = pytest.mark.quick("learning")
 
@@ -207,3 +207,51 @@ def test_a_gradient_that_is_no_number_does_not_learn():
     model = get_peft_model(nn.Sequential(Rooted()), LoraConfig(r=2, target_modules=["layer"]))
     (site,) = check_learning(model, (torch.randn(3, SIZE).abs(),), lambda y: y.nan_to_num().sum()).dead
     assert "isn't finite" in site.reason
+
+
+class Recomputed(torch.autograd.Function):
+    """Calls a module without gradients, and again in the backward, as reversible layers do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: nn.Module) -> Any:
+        ctx.module = module
+        ctx.save_for_backward(x)
+        return module(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            torch.autograd.backward(ctx.module(x), gradients)
+        return x.grad, None
+
+
+class Reversible(nn.Module):
+    """Calls its layers in a function with a gradient of its own, and a head as usual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.head = nn.Sequential(nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)), nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(Recomputed.apply(x, self.blocks))
+
+
+def test_layers_in_a_function_that_gives_them_no_gradient_are_warned_of() -> None:
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    with pytest.warns(PeftWarning, match=r"0 may call 0\.blocks in a torch\.autograd\.Function") as warned:
+        model: Any = get_peft_model(nn.Sequential(Reversible()), config)
+    assert len(warned) == 1
+    x = torch.ones(1, SIZE)
+    model(x).sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        "0.head.default.lora_A",
+        "0.head.default.lora_B",
+    }
+    model(x.requires_grad_()).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_layer_beside_such_a_function_is_adapted_without_a_warning() -> None:
+    get_peft_model(nn.Sequential(Reversible()), LoraConfig(r=2, target_modules=["head"]))

@@ -22,6 +22,7 @@ from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
+from torch.autograd.function import FunctionMeta
 
 from graphpeft.code.attribute_paths import ANY, paths_in, paths_in_bytecode
 
@@ -37,12 +38,14 @@ class Uses(NamedTuple):
         read_elsewhere: The names of attributes read from other variables than ``self``, such as ``weight`` of
             ``layer.weight``, where ``layer`` may be a submodule.
         replaces_weights: Whether it names ``torch.func.functional_call``, which calls a module with other weights.
+        has_own_gradient: Whether it names a ``torch.autograd.Function`` of the user's.
     """
 
     read: set[str]
     called: set[str]
     read_elsewhere: set[str]
     replaces_weights: bool = False
+    has_own_gradient: bool = False
 
 
 def cached_by_class(function: Callable[[type], _Result]) -> Callable[[type], _Result]:
@@ -93,7 +96,8 @@ def uses_in_forward(cls: type) -> Uses:
             may_be_any = function.__globals__.get("__name__") == cls.__module__
             uses.read_elsewhere.update(read_by(function) - (set() if may_be_any else {ANY}))
     uses.read_elsewhere.update(reached.got)
-    return uses._replace(replaces_weights=reached.replaces_weights)
+    has_own_gradient = FunctionMeta in reached.kinds
+    return uses._replace(replaces_weights=reached.replaces_weights, has_own_gradient=has_own_gradient)
 
 
 def _named_in(function: FunctionType, cls: type) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Set
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from graphpeft.graph.computed_weights import has_tensor
 from graphpeft.graph.forward_classes import class_of_forward
 from graphpeft.graph.holders import has_own_modules, tree_of
 from graphpeft.graph.paths import join, within
+from graphpeft.peft_errors import PeftWarning
 from graphpeft.sites.held import (
     has_hooks,
     held_by,
@@ -50,6 +52,9 @@ class Readers:
         self._called_with_others = {
             join(path, inside): path for path, may in self._may_read.items() for inside in may.called_with_others
         }
+        self._called_in_function = {
+            join(path, inside): path for path, may in self._may_read.items() for inside in may.called_in_function
+        }
         self._held = held_outside(modules, held)
         self._around: dict[str, list[tuple[str, MayRead]]] = {}
 
@@ -63,20 +68,32 @@ class Readers:
         Raises:
             NoSiteError: If the readers can't be known, or a module elsewhere may read the tensor.
         """
-        if self._called_with_others:
+        if self._called_with_others or self._called_in_function:
             self._refuse_replaced(owner)
+            self._warn_of_lost_gradients(owner)
         return (
             self._by_code.get((owner, attribute)) or self._hidden(owner, attribute) or self._outside(owner, attribute)
         )
 
     def _refuse_replaced(self, owner: str) -> None:
         """Raises NoSiteError if a module may be called with a tensor in the place of the one that `owner` has."""
-        for called, caller in self._called_with_others.items():
-            if f"{owner}.".startswith(f"{called}."):
-                raise NoSiteError(
-                    f"{caller or 'the model'} calls {called} by torch.func.functional_call, with other weights in "
-                    "place of its own, and so without what an adapter would change in them"
-                )
+        for called, caller in _around(owner, self._called_with_others):
+            raise NoSiteError(
+                f"{caller or 'the model'} calls {called} by torch.func.functional_call, with other weights in place of "
+                "its own, and so without what an adapter would change in them"
+            )
+
+    def _warn_of_lost_gradients(self, owner: str) -> None:
+        """Warns once of each module that may call what has the tensor where no gradient is recorded."""
+        for called, caller in _around(owner, self._called_in_function):
+            del self._called_in_function[called]
+            warnings.warn(
+                f"{caller or 'the model'} may call {called} in a torch.autograd.Function. Its backward runs only if an "
+                "input requires a gradient, and adapters inside get none without it: let inputs require gradients, as "
+                "enable_input_require_grads() does; check_learning(model, batch) tells what learns",
+                PeftWarning,
+                stacklevel=2,
+            )
 
     def _hidden(self, owner: str, attribute: str) -> list[str]:
         """Returns the modules around `owner` that read the weight though their code doesn't show it, or may do so."""
@@ -138,6 +155,11 @@ class Readers:
             if any(ops.reads(graph, weight) for graph in template.graphs):
                 return [path]
         return []
+
+
+def _around(owner: str, called: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Returns those of the called modules in which the module at `owner` is, with the paths of their callers."""
+    return [(path, caller) for path, caller in called.items() if f"{owner}.".startswith(f"{path}.")]
 
 
 # by their code
@@ -225,11 +247,13 @@ class MayRead(NamedTuple):
         names: The names of attributes; includes `ANY` if it may be any.
         handed_on: The paths of the submodules that the code passes to other code; "" for the module itself.
         called_with_others: The paths of those that it may call with other weights than their own.
+        called_in_function: The paths of those that it may call in a ``torch.autograd.Function``.
     """
 
     names: Set[str]
     handed_on: Set[str]
     called_with_others: Set[str] = frozenset()
+    called_in_function: Set[str] = frozenset()
 
 
 def _may_read(
@@ -270,7 +294,13 @@ def _may_read(
             inside = {in_place.original_class(inner) for inner in tree_of(module) if not is_of_pytorch(inner)} - {cls}
             names = names.union(*(_uses(inner).read_elsewhere - {ANY} for inner in inside))
         if names or handed_on:
-            found[path] = MayRead(names, handed_on, handed_on - {""} if uses.replaces_weights else frozenset())
+            inside = handed_on - {""}
+            found[path] = MayRead(
+                names,
+                handed_on,
+                inside if uses.replaces_weights else frozenset(),
+                inside if uses.has_own_gradient else frozenset(),
+            )
     return found
 
 

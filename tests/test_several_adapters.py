@@ -423,6 +423,17 @@ def test_an_active_prompt_that_no_row_has_does_not_act():
         assert equal(model(**text(3), adapter_names=names).logits, expected)
 
 
+def test_rows_of_the_base_alone_are_counted() -> None:
+    config = graphpeft.LoraConfig(target_modules=["0"], init_lora_weights=False)
+    model: Any = graphpeft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
+    x = torch.ones(4, 4)
+    with model.disable_adapter():
+        expected = model(x)
+    assert torch.equal(model(x, adapter_names=["__base__"] * 4), expected)
+    with pytest.raises(ValueError, match=r"names 3 rows, and the model is given tensors of the shapes \[\(4, 4\)\]"):
+        model(x, adapter_names=["__base__"] * 3)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
 def test_text_is_generated_for_a_mixed_batch_as_in_peft(options: dict[str, int]):
     theirs, ours = (mixed_llama(library) for library in LIBRARIES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ pytestmark = [
     # PEFT's, about how GPT-2 stores its weights, and about tables in files
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True"),
-    pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`"),
+    pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
 ]
 
@@ -550,3 +551,19 @@ def test_a_weight_that_lies_beside_another_is_merged_into(view: Callable[[Tensor
     expected = model(x)
     torch.testing.assert_close(model.merge_and_unload()(x), expected)
     assert torch.equal(model[2].weight, before)
+
+
+@pytest.mark.parametrize("named", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}])
+def test_what_is_tied_and_changed_alone_is_warned_of_as_in_peft(named: dict[str, Any]) -> None:
+    for library in (graphpeft, peft):
+        config = library.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **named})
+        with pytest.warns(UserWarning, match="^Model has `tie_word_embeddings=True`"):
+            library.get_peft_model(llama(), config)
+
+
+@pytest.mark.parametrize("named", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}])
+def test_what_is_tied_and_changed_at_all_places_is_not_warned_of(named: dict[str, Any]) -> None:
+    config = LoraConfig(**{"target_modules": ["q_proj"], "ensure_weight_tying": True, **named})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_peft_model(llama(), config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import Any
 
 from torch import nn
@@ -240,7 +240,11 @@ def warn_of_mistakes(config: PeftConfig, plan: Plan, stacklevel: int = 3) -> Non
         stacklevel: The `stacklevel` of ``warnings.warn``.
     """
     trained = {*plan.fully_trained, *(adapted.site.owner for adapted in plan.sites)}
-    found = (_in_vain(config, plan), lacking_head(config, plan.modules, trained), *_adapted_and_fully_trained(plan))
+    found = (
+        _in_vain(config, plan),
+        lacking_head(config, plan.modules, trained),
+        *_changed_in_two_ways(plan, trained),
+    )
     for text in found:
         if text is not None:
             warnings.warn(text, PeftWarning, stacklevel=stacklevel)
@@ -259,8 +263,8 @@ def _in_vain(config: PeftConfig, plan: Plan) -> str | None:
     return f"the config names what has no effect on {model}: {'; '.join(unmatched)}" if unmatched else None
 
 
-def _adapted_and_fully_trained(plan: Plan) -> Iterator[str]:
-    """Yields which weights are trained both ways, as PEFT does it."""
+def _changed_in_two_ways(plan: Plan, trained: Set[str]) -> Iterator[str]:
+    """Yields which weights are adapted and fully trained, and which tied ones are changed at one place, as in PEFT."""
     sites = [adapted.site for adapted in plan.sites if isinstance(adapted.site, Site)]
     both = [site.label for site in sites if site.attribute in plan.fully_trained.get(site.owner, ())]
     options = plan.config.target_options
@@ -276,3 +280,19 @@ def _adapted_and_fully_trained(plan: Plan) -> Iterator[str]:
             f"modules_to_save={plan.config.modules_to_save} fully trains {joined(parameters)} beside the adapter that "
             "target_parameters puts there, as in PEFT; name a weight in one of them if you mean one"
         )
+    if getattr(vars(plan.modules[""]).get("config"), "tie_word_embeddings", False):
+        yield from _changed_alone(plan, trained)
+
+
+def _changed_alone(plan: Plan, trained: Set[str]) -> Iterator[str]:
+    """Yields which of a model's embedding and head is adapted or trained alone, though they have one weight."""
+    weights = {path: module._parameters.get("weight") for path, module in plan.modules.items()}
+    for path in sorted(trained):
+        others = [other for other, weight in weights.items() if weight is not None and weight is weights[path]]
+        alone = [other for other in others if other not in trained]
+        if alone:
+            option = f"; set {plan.config.tying_option}=True to keep them one" if plan.config.tying_option else ""
+            yield (
+                f"Model has `tie_word_embeddings=True`: {path} has one weight with {joined(alone)}, and is changed "
+                f"alone, so they become two, and may not merge{option}"
+            )

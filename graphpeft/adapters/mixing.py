@@ -16,9 +16,10 @@ import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
-from graphpeft._torch import without_compiler
+from graphpeft._torch import pytree, without_compiler
 from graphpeft.adapters import adapter_names
 from graphpeft.adapters.acting import refuse_foreign_forward
 from graphpeft.adapters.adapter_names import BASE
@@ -40,7 +41,7 @@ from graphpeft.sites.readers import caller_of_other_methods
 from graphpeft.sites.regions import Lifted
 from graphpeft.sites.site import CallSite, NoSiteError
 from graphpeft.transaction import set_item, transaction
-from graphpeft.wording import joined
+from graphpeft.wording import joined, number_of
 
 _MOST_MIXTURES = 64
 """For how many sets of adapters it is remembered how regions run."""
@@ -112,6 +113,19 @@ def mixed(
         repeated = tuple(name for name in names for _ in range(repeats))
         by_count[len(repeated)] = RowAdapters(repeated, wanted, adapters)
     return taken_along(functools.partial(ROWS.during, Rows(wanted, runners, by_count, adapters, modules)))
+
+
+def refuse_other_rows(names: Sequence[str], inputs: Any) -> None:
+    """Raises ValueError if no tensor that a model is given has as many rows as there are names.
+
+    Where some row has an adapter, its regions count the rows that they are given.
+    """
+    shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+    if shapes and not any(shape[:1] == (len(names),) for shape in shapes):
+        raise ValueError(
+            f"adapter_names names {number_of(len(names), 'row')}, and the model is given tensors of the shapes "
+            f"{shapes}; name one adapter for each row"
+        )
 
 
 def _refuse_unknown(adapters: Adapters, names: tuple[str, ...]) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from graphpeft._torch import IncompatibleKeys
 from graphpeft.adapters import combining, mixing, training
+from graphpeft.adapters.adapter_names import BASE
 from graphpeft.adapters.adapting import Where, add_new, carry_out, modules_of, plan_for, refuse
 from graphpeft.adapters.dispatching import OPTIONS, dispatch_again
 from graphpeft.adapters.exchanged import refuse_lost
@@ -232,6 +233,8 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
         if adapter_names is not None:
             if getattr(self, "_is_replica", False):
                 raise AdaptError("DataParallel's copies of a model can't have adapter_names; call the model itself")
+            if {*adapter_names} == {BASE}:
+                mixing.refuse_other_rows(adapter_names, (args, kwargs))
             with self.mixed_batch(adapter_names), given_in_call(self, args, kwargs):
                 output = call(*args, **call_inputs.left(read, kwargs))
         elif read:

@@ -11,6 +11,7 @@ refused where dropout is to act on what is multiplied.
 from __future__ import annotations
 
 import functools
+import string
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -303,11 +304,12 @@ def _grouped_mm(function: Any, x: Any, weight: Any, offs: Any, bias: Any, out_dt
 
 
 def _einsum(equation: Any, first: Any, second: Any) -> Any:
-    if not isinstance(equation, str) or "." in equation or "->" not in equation:
+    if not isinstance(equation, str) or "->" not in equation:
         return NotImplemented
     if second is None or _is_sum(first) == _is_sum(second):
         return NotImplemented
-    inputs, output = equation.replace(" ", "").split("->")
+    equation = _without_ellipses(equation.replace(" ", ""), first.ndim, second.ndim)
+    inputs, output = equation.split("->")
     of_operands = inputs.split(",")
     (of_x, x), (of_stack, stack) = sorted(
         zip(of_operands, (first, second), strict=True), key=lambda pair: _is_sum(pair[1])
@@ -323,6 +325,17 @@ def _einsum(equation: Any, first: Any, second: Any) -> Any:
     h = torch.einsum(f"{of_x},{of_near}->{between}", stack.entering(x), near)
     y = torch.einsum(equation, *(each.weight if each is stack else each for each in (first, second)))
     return stack.beside(y, torch.einsum(f"{between},{of_far}->{output}", h, far))
+
+
+def _without_ellipses(equation: str, *dimensions: int) -> str:
+    """Returns an equation of einsum for operands of these numbers of dimensions, with a letter for each of them."""
+    inputs, output = equation.split("->")
+    free = [letter for letter in string.ascii_letters if letter not in equation]
+    counts = [count - len(of.replace("...", "")) for of, count in zip(inputs.split(","), dimensions, strict=True)]
+    # those of the shorter operands are the last ones, as in broadcasting
+    named = ["".join(free[max(counts) - count : max(counts)]) for count in counts]
+    spelled = [of.replace("...", own) for of, own in zip(inputs.split(","), named, strict=True)]
+    return f"{','.join(spelled)}->{output.replace('...', max(named, key=len))}"
 
 
 def _getter(name: str) -> Any:

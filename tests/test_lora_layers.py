@@ -25,7 +25,10 @@ from torch import Tensor, nn
 import graphpeft
 
 # what PEFT warns of is PEFT's
-pytestmark = pytest.mark.filterwarnings("ignore:::peft")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:::peft"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
+]
 
 
 def example(name: str, make: Callable[[], nn.Module], arguments: Callable[[torch.Generator], Any], **lora: Any) -> Any:
@@ -843,3 +846,35 @@ def test_further_adapters_have_the_layers_that_there_are() -> None:
         model.add_adapter("other", replicating([(0, 2), (1, 2)]))
     model.add_adapter("none", replicating(None))
     assert sorted(model.peft_config) == ["default", "none", "same"]
+
+
+class ByName(nn.Module):
+    """Calls layers by names that it makes, and takes their outputs apart, so that it runs its own code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map_a, self.map_b = nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        for name in ("a", "b"):
+            scale, shift = getattr(self, f"map_{name}")(t).chunk(2, dim=1)
+            x = x * (1 + scale) + shift
+        return x
+
+
+def test_a_layer_in_a_module_that_runs_its_own_code_has_pefts_dropout() -> None:
+    torch.manual_seed(0)
+    base, x, t = ByName(), torch.randn(2, 4), torch.randn(2, 8)
+    found: list[list[Tensor]] = []
+    for library in (peft, graphpeft):
+        torch.manual_seed(1)
+        config = library.LoraConfig(r=2, lora_dropout=0.5, init_lora_weights=False, target_modules=["map_a", "map_b"])
+        model: Any = library.get_peft_model(copy.deepcopy(base), config).train()
+        torch.manual_seed(2)
+        y = model(x, t)
+        y.sum().backward()
+        of_adapter = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+        found.append([y, *of_adapter, model.eval()(x, t), model.merge_and_unload()(x, t)])
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not torch.allclose(found[0][0], found[0][-1])

@@ -61,5 +61,6 @@ def _without_magnitudes(config: Any, site: Site, drops: bool, casts: bool) -> Lo
     if site.layout is ops.Weight and len(site.shape) > 3:
         return LoraKernels(shape=site.shape)
     if site.op is ops.Weight:
-        return LoraMatrix(flipped=flipped)
+        has_input = site.is_layer and site.layout is ops.Linear and not config.use_dora
+        return LoraMatrix(flipped=flipped, drops=drops and has_input)
     return LoraLinear(flipped=flipped, drops=drops, casts=casts, has_bias=has_bias)

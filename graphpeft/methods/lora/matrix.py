@@ -5,7 +5,8 @@
 
 The latter is PEFT's `target_parameters` for experts, whose factors lie in two matrices: A of shape (experts · r, in)
 and B of shape (out, r · experts); source: ``ParamWrapper.get_delta_weight`` in PEFT's ``tuners/lora/layer.py``. What
-multiplies by a stack has an input, of which dropout drops elements; another use of a weight has none.
+multiplies by a stack, or by a linear layer's weight, has an input, of which dropout drops elements; another use of a
+weight has none.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class LoraMatrix(LoraRule, Mergeable, ReplacesWeight, Combines):
         if len(site.shape) != 2:
             return f"its {site.attribute} is no matrix, as LoRA's change is, but has the shape {site.shape}"
         inside = variant_refusal(config, "one of several weights of a module") if site.named is not None else None
-        return inside or super().check(site, config) or initialisation.refusal(site, config, self.flipped)
+        reason = inside or (bias_refusal(site, config) if self.drops else super().check(site, config))
+        return reason or initialisation.refusal(site, config, self.flipped)
 
     def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A and B."""
@@ -64,6 +66,16 @@ class LoraMatrix(LoraRule, Mergeable, ReplacesWeight, Combines):
     def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s B A, or its transpose where A and B are factors of the weight's transpose."""
         return matrix_delta(self.flipped, lora_A, lora_B, lora_scaling)
+
+    def changed_weight(
+        self, weight: Any, given: Mapping[str, Any], training: Any = False, lora_dropout: Any = 0.0
+    ) -> Any:
+        """Returns the weight with its change, beside the factors of that if what is multiplied has dropout."""
+        if not self.drops:
+            return super().changed_weight(weight, given)
+        A, B = given["lora_A"], given["lora_B"]
+        factors = (A.mT, B.mT) if self.flipped else (B, A)
+        return plus_product(weight, *factors, given["lora_scaling"], lora_dropout, training)
 
     def as_product(self, delta: Any) -> Any:
         """Returns a change of the weight as the matrix B A."""

@@ -85,6 +85,25 @@ def test_where_the_answer_changes_what_is_computed_it_is_checked(traced_with):
         traced(X)
 
 
+class Rounded(nn.Module):
+    """Passes a gradient straight through where one is wanted."""
+
+    def forward(self, x):
+        return x + (x.round() - x).detach() if x.requires_grad else x.round()
+
+
+@pytest.mark.parametrize("traced_with", [True, False], ids=["traced with", "traced without"])
+def test_a_module_that_asks_whether_a_value_requires_a_gradient_runs_with_and_without(traced_with):
+    model = nn.Sequential(nn.Linear(4, 4), Rounded())
+    with torch.set_grad_enabled(traced_with):
+        traced: Any = trace(model, (X,))
+    assert "asks whether a value requires a gradient" in traced.kept["1"]
+    for enabled in (False, True):
+        with torch.set_grad_enabled(enabled):
+            assert torch.equal(traced(X), model(X))
+            assert traced(X).requires_grad is enabled
+
+
 def test_where_the_other_answer_recomputes_it_is_checked():
     model: Any = two_blocks()
     model[1].gradient_checkpointing = True

@@ -203,3 +203,26 @@ def test_a_flag_that_the_models_train_asks_for_is_that_of_the_trace(copied):
         assert {path: module.training for path, module in traced.named_modules()} == modes
     traced.backbone.norm_eval = True
     assert not traced.train().backbone.norm.training
+
+
+class Popping(nn.Module):
+    """Takes values out of a list that it makes, and asks for its length; a mode decides, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.n = nn.Linear(4, 4), 2
+
+    def forward(self, x):
+        left = [None] * self.n
+        before = len(left)
+        while left:
+            state = left.pop(0)
+            x = self.layer(x if state is None else x + state)
+        return x * before if self.training else x
+
+
+def test_a_list_that_a_forward_empties_is_full_when_the_other_mode_is_recorded() -> None:
+    x, model = torch.ones(2, 4), nn.Sequential(Popping())
+    traced: Any = trace(model.eval(), (x,))
+    for mode in (True, False):
+        assert torch.equal(traced.train(mode)(x), model.train(mode)(x))

@@ -818,3 +818,24 @@ def test_a_trace_of_a_whole_trace_follows_and_checks():
     getattr(again, "0").is_on = False
     with pytest.raises(GuardError, match=r"0\.is_on"):
         again(X)
+
+
+class Hashed(nn.Module):
+    """Has a hash of its own that reads attributes, as metrics of torchmetrics have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states = ["a", "b"]
+
+    def __hash__(self) -> int:
+        return hash((id(self), *getattr(self, "states", ())))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * len(self.states)
+
+
+def test_a_module_may_have_a_hash_that_reads_its_attributes() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), Hashed()), torch.ones(2, 4)
+    traced = trace(model, (x,))
+    assert torch.equal(traced(x), model(x))
+    assert not traced.kept

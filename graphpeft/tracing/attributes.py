@@ -48,17 +48,20 @@ _INTERNAL_PREFIX = "_graphpeft_"
 def noting_reads(tracer: Recorder, root: nn.Module) -> Callable[[nn.Module, str], Any]:
     """Returns a `__getattribute__` for modules that reports reads from the modules of `root` to `tracer`."""
     # attributes of a scripted module aren't read in Python
-    paths = {module: path for path, module in root.named_modules() if not isinstance(module, torch.jit.ScriptModule)}
+    modules = {path: module for path, module in root.named_modules() if not isinstance(module, torch.jit.ScriptModule)}
+    # by their ids, since a class may have a hash of its own, which reads attributes
+    paths = {id(module): path for path, module in modules.items()}
     look_up = nn.Module.__getattribute__
     # a traced model inside reads its settings again only after a change, and this trace must record these reads
-    for watch in {id(held): held for module in paths if (held := module.__dict__.get(WATCH))}.values():
+    for watch in {id(held): held for module in modules.values() if (held := module.__dict__.get(WATCH))}.values():
         watch.changes += 1
 
     def note(module: nn.Module, name: str) -> Any:
-        if name == "__dict__" and tracer.is_recording and module in paths:
-            _note_dictionary(tracer, module, paths[module])
-        if name in MACHINERY or name.startswith(_INTERNAL_PREFIX) or not tracer.is_recording or module not in paths:
-            if name in MACHINERY and module in paths:
+        path = paths.get(id(module))
+        if name == "__dict__" and tracer.is_recording and path is not None:
+            _note_dictionary(tracer, module, path)
+        if name in MACHINERY or name.startswith(_INTERNAL_PREFIX) or not tracer.is_recording or path is None:
+            if name in MACHINERY and path is not None:
                 _note_machinery(tracer, sys._getframe(1).f_code, name, module is root)
             return look_up(module, name)
         # before the lookup, since tensors and submodules raise AttributeError here and are found by __getattr__
@@ -68,15 +71,15 @@ def noting_reads(tracer: Recorder, root: nn.Module) -> Callable[[nn.Module, str]
             value = look_up(module, name)
         except AttributeError:
             if name in module.__dict__.get(OF_CLASS, ()):
-                return _noted(tracer, module, name, join(paths[module], name), module.__getattr__(name))
+                return _noted(tracer, module, name, join(path, name), module.__getattr__(name))
             parameter = module._parameters.get(name)
             if parameter is not None:
-                tracer.session.looked_up = parameter, join(paths[module], name)
+                tracer.session.looked_up = parameter, join(path, name)
             # a parameter, buffer or submodule may be None
             if all(held.get(name) is None for held in (module._parameters, module._buffers, module._modules)):
-                tracer.session.read_once.setdefault(join(paths[module], name), ABSENT)
+                tracer.session.read_once.setdefault(join(path, name), ABSENT)
             raise
-        return _noted(tracer, module, name, join(paths[module], name), value)
+        return _noted(tracer, module, name, join(path, name), value)
 
     return note
 

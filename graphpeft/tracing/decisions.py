@@ -68,6 +68,11 @@ def is_about_own_tensor(node: fx.Node) -> bool:
     return False
 
 
+def asks_for_gradient(node: fx.Node) -> bool:
+    """Returns whether a value is the ``requires_grad`` of another one that is computed or given, and so may change."""
+    return node.target is getattr and node.args[1] == "requires_grad" and node.all_input_nodes[0].op != "get_attr"
+
+
 def may_be_identity_compared(value: Any, kind: str, target: Any) -> bool:
     """Returns whether `value` is an item or a method's result that the calling code may compare by identity."""
     is_taken = kind == "call_method" or target is operator.getitem

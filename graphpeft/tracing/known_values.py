@@ -92,6 +92,8 @@ def _key(value: Any) -> Hashable | None:
         return id(value)
     if type(value) in _PLAIN:
         return (type(value), value)
+    if type(value) in (list, dict):
+        return None  # the recorded code may change it; those in a node's arguments are of other types
     if isinstance(value, slice):
         parts: Any = (value.start, value.stop, value.step)
     elif isinstance(value, dict):

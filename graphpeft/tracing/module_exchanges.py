@@ -27,10 +27,10 @@ def exchange_of_modules(tracer: Recorder, root: nn.Module, exchanges: Exchanges)
 
 
 def _training(tracer: Recorder, root: nn.Module) -> property:
-    paths = {module: path for path, module in root.named_modules()}
+    paths = {id(module): path for path, module in root.named_modules()}
 
     def get(module: nn.Module) -> Any:
-        path = paths.get(module)
+        path = paths.get(id(module))
         if path is None or not tracer.is_of_this_thread:
             return module.__dict__["training"]
         value = tracer.session.mode_of(module)
@@ -46,10 +46,10 @@ def _training(tracer: Recorder, root: nn.Module) -> property:
 
 def _noted_assignment(tracer: Recorder, root: nn.Module) -> Callable[..., None]:
     assign = nn.Module.__setattr__
-    modules = set(root.modules())
+    modules = set(map(id, root.modules()))
 
     def note(module: nn.Module, name: str, value: Any) -> None:
-        if not tracer.is_running and module in modules:
+        if not tracer.is_running and id(module) in modules:
             if name in module._modules and module._modules[name] is value:
                 return
             # `self.steps += 1` writes into the tensor that it assigns

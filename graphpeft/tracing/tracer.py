@@ -35,6 +35,7 @@ from graphpeft.tracing.caches import forget_traced_values
 from graphpeft.tracing.decisions import (
     TAKES_OUT,
     Decisions,
+    asks_for_gradient,
     is_about_own_tensor,
     may_be_identity_compared,
     may_lack,
@@ -435,6 +436,9 @@ class ValueTracer(fx.Tracer):
         if self._has_drawn and any(draws(source.target) for source in above(node)):
             message = f"{guards.deciding_line()} decides on numbers that Python's random or NumPy draws"
             raise self.failing(TraceError(message))
+        if self._calls and asks_for_gradient(node):
+            # as a call, the module answers in each run; the graph would refuse runs with gradients, or those without
+            raise self.failing(TraceError(f"{guards.deciding_line()} asks whether a value requires a gradient"))
         # one check in each module call, since an edit of the graph may change the value in one call only
         if not self._decisions.note(node, answer, self._calls[-1] if self._calls else None):
             return False

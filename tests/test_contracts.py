@@ -474,3 +474,17 @@ def test_exported_it_computes_the_same(contract: Contract, adapters: str, suffix
         given = {name: x.numpy() for name, x in zip(names, case.inputs(), strict=True)}
         found = torch.from_numpy(session.run(None, given)[0])
     assert_close(found, outputs(model, case), 1e-5)
+
+
+@each_method
+def test_an_adapter_is_loaded_onto_a_base_without_numbers_or_refused(contract: Contract, tmp_path: Path) -> None:
+    case = contract.cases[0]
+    get_peft_model(case.build(), contract.our_config(case)).save_pretrained(str(tmp_path))
+    with torch.device("meta"):
+        base = case.make()
+    before = [(path, type(module), [*module._parameters]) for path, module in base.named_modules()]
+    try:
+        PeftModel.from_pretrained(base, tmp_path)
+    except AdaptError as error:
+        assert "load the model" in str(error)
+        assert [(path, type(module), [*module._parameters]) for path, module in base.named_modules()] == before

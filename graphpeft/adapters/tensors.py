@@ -92,21 +92,29 @@ def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tenso
         drawn: Mapping[str, torch.Tensor] = {}
         replacing: Mapping[str, torch.Tensor] = {}
         shared = {local: made[place] for local, place in adapted.shared.items()} if adapted.shared else {}
-        with loaded(modules[beside]):
-            device = _device(modules[beside]._parameters.get(attribute), values)
-            module = modules[site.owner if isinstance(site, Site) else beside]
-            lacks = any(not spec.is_saved for spec in specs.values()) and not _completes(adapted)
-            if values is None or adapted.replaced or lacks:
-                _redraw(adapted, config, modules, device)
-                drawn, replacing = _first_values(adapted, config, module, device, shared)
-            if values is not None and _completes(adapted):
-                drawn = _completed(adapted, config, module, device, values, shared)
-            elif values is not None:
-                drawn = {
-                    local: values[site.owner, names[local]] if spec.is_saved else drawn[local]
-                    for local, spec in specs.items()
-                    if local not in shared or not spec.is_saved
-                }
+        try:
+            with loaded(modules[beside]):
+                device = _device(modules[beside]._parameters.get(attribute), values)
+                module = modules[site.owner if isinstance(site, Site) else beside]
+                lacks = any(not spec.is_saved for spec in specs.values()) and not _completes(adapted)
+                if values is None or adapted.replaced or lacks:
+                    _redraw(adapted, config, modules, device)
+                    drawn, replacing = _first_values(adapted, config, module, device, shared)
+                if values is not None and _completes(adapted):
+                    drawn = _completed(adapted, config, module, device, values, shared)
+                elif values is not None:
+                    drawn = {
+                        local: values[site.owner, names[local]] if spec.is_saved else drawn[local]
+                        for local, spec in specs.items()
+                        if local not in shared or not spec.is_saved
+                    }
+        except NotImplementedError as error:
+            if not getattr(modules[beside]._parameters.get(attribute), "is_meta", False):
+                raise
+            raise AdaptError(
+                f"what the adapter has at {site.label} follows from the numbers of the weight there, which is on the "
+                "meta device and has none; load the model's weights, and then the adapter"
+            ) from error
         for own, tensor in replacing.items():
             made[site.owner, adapted.replaced[own]] = nn.Parameter(tensor, requires_grad=False)
         for local, tensor in drawn.items():

@@ -776,11 +776,12 @@ def test_a_module_that_does_not_tell_its_features_needs_example_inputs():
 
 def test_a_container_is_no_layer_and_nor_is_an_activation():
     model = nn.Sequential(nn.Sequential(nn.Linear(6, 6)), nn.GELU())
-    report = explain(model, LoraConfig(target_modules=r"\d"), example_inputs=X)
-    assert [refusal.reason for refusal in report.refused] == [
-        "a Sequential has no parameter called weight; name modules inside it, such as 0.0",
-        "a GELU has no parameter called weight",
-    ]
+    for each in (model, trace(model, X)):
+        report = explain(each, LoraConfig(target_modules=r"\d"), example_inputs=X)
+        assert [refusal.reason for refusal in report.refused] == [
+            "a Sequential has no parameter called weight; name modules inside it, such as 0.0",
+            "a GELU has no parameter called weight",
+        ]
 
 
 def test_branches_of_calls_around_each_other_come_in_their_order():

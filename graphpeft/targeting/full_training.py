@@ -247,7 +247,7 @@ def _rows_refusal(
 ) -> str | None:
     weight = module._parameters.get("weight")
     if weight is None or weight.ndim != 2:
-        return f"a {type(module).__name__} has no table whose rows could be trained"
+        return f"a {stands_for(module).__name__} has no table whose rows could be trained"
     cls = stands_for(module)
     if issubclass(cls, linear_classes()) and not issubclass(cls, nn.Linear):
         return f"a {cls.__name__} stores its weight as (in, out), in which no row is of a token"

@@ -248,7 +248,7 @@ def _leaf(finder: SiteFinder, name: str, config: Any) -> LeafSite:
         site = leaf_site(finder.regions, name)
         if not config.inference_mode and not hands_gradients_on(finder.regions, site):
             warnings.warn(
-                f"no gradient goes through a {type(module).__name__}, such as {name}, to what is in front of it: "
+                f"no gradient goes through a {stands_for(module).__name__}, such as {name}, to what is in front of it: "
                 "adapters there learn only by other ways",
                 PeftWarning,
                 stacklevel=2,
@@ -261,7 +261,7 @@ def _leaf(finder: SiteFinder, name: str, config: Any) -> LeafSite:
             lacking = f"{config.method} adapts weights that are plain numbers"
         raise NoSiteError(f"its weight is quantised ({described(weight)}), and {lacking}")
     advice = f"; name modules inside it, such as {name}.{inside[0]}" if inside else ""
-    raise NoSiteError(f"a {type(module).__name__} has no parameter called weight{advice}")
+    raise NoSiteError(f"a {stands_for(module).__name__} has no parameter called weight{advice}")
 
 
 def _is_of_pytorch(module: nn.Module) -> bool:

@@ -483,8 +483,11 @@ def test_an_adapter_is_loaded_onto_a_base_without_numbers_or_refused(contract: C
     with torch.device("meta"):
         base = case.make()
     before = [(path, type(module), [*module._parameters]) for path, module in base.named_modules()]
+    refused = None
     try:
         PeftModel.from_pretrained(base, tmp_path)
     except AdaptError as error:
-        assert "load the model" in str(error)
+        refused = str(error)
+    if refused is not None:
+        assert "load the model" in refused
         assert [(path, type(module), [*module._parameters]) for path, module in base.named_modules()] == before

@@ -70,7 +70,7 @@ def is_about_own_tensor(node: fx.Node) -> bool:
 
 def asks_for_gradient(node: fx.Node) -> bool:
     """Returns whether a value is the ``requires_grad`` of another one that is computed or given, and so may change."""
-    return node.target is getattr and node.args[1] == "requires_grad" and node.all_input_nodes[0].op != "get_attr"
+    return node.target is getattr and "requires_grad" in node.args and node.all_input_nodes[0].op != "get_attr"
 
 
 def may_be_identity_compared(value: Any, kind: str, target: Any) -> bool:

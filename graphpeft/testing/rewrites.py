@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.testing.blame import Build
+from graphpeft.testing.changed_nodes import changed_nodes, nodes_of
 from graphpeft.testing.comparing import LawError, have_equal_elements, require_close, require_equal
 from graphpeft.testing.first_difference import first_difference, graph_of
 from graphpeft.testing.runs import differentiable, loss_of, run
@@ -32,6 +33,7 @@ def verify_rewrite(
     example_inputs: ExampleInputs,
     *others: ExampleInputs,
     undo: Rewrite | None = None,
+    expects: int | None = None,
     tolerance: float = 0.0,
     modes: Sequence[bool] = (False, True),
     progress: bool = True,
@@ -45,6 +47,8 @@ def verify_rewrite(
         example_inputs: A tuple of positional or a dict of keyword arguments of the model.
         others: Other inputs, such as other batch sizes, for which the laws must hold, too.
         undo: Undoes the rewrite: takes its result, and returns the original model or edits the result in place.
+        expects: The number of nodes that the rewrite changes: those that it removes, adds and edits. A rewrite that
+            matches nothing changes none, and keeps all other laws. None only reports the number.
         tolerance: The allowed difference, relative to the largest element; 0 for bit for bit.
         modes: The modes to check: evaluation (False), training (True) or both.
         progress: Whether to show a progress bar.
@@ -55,13 +59,14 @@ def verify_rewrite(
 
     Raises:
         TypeError: If the rewrite returns no module.
+        ValueError: If `expects` is given, and the model has no graph.
         Exception: If the rewrite itself raises.
 
     >>> traced = fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
     >>> def cleaned(module):
     ...     module.graph.eliminate_dead_code()
     ...     module.recompile()
-    >>> verify_rewrite(traced, cleaned, (torch.ones(2, 4),), progress=False, quiet=True).holds
+    >>> verify_rewrite(traced, cleaned, (torch.ones(2, 4),), expects=0, progress=False, quiet=True).holds
     True
     """
 
@@ -72,7 +77,16 @@ def verify_rewrite(
         assert undo is not None
         assert_rewrite_is_undone(build, rewrite, undo, example_inputs)
 
-    itself = _rewritten(rewrite, probe := build()) is probe
+    def as_expected() -> str:
+        assert expects is not None
+        assert_rewrite_changes_nodes(build, rewrite, expects)
+        return changed
+
+    before = nodes_of(build())
+    if expects is not None and not before:
+        raise ValueError(_NO_GRAPH)
+    rewritten = _rewritten(rewrite, probe := build())
+    changed = f"it changes {changed_nodes(before, nodes_of(rewritten))}" if before else _NO_GRAPH
     inputs = (example_inputs, *others)
     found = (
         Law(
@@ -87,9 +101,14 @@ def verify_rewrite(
         Law(
             "4 the original stays as it is",
             lambda: assert_rewrite_leaves_the_original(build, rewrite),
-            silent="the rewrite edits the model itself" if itself else "",
+            silent="the rewrite edits the model itself" if rewritten is probe else "",
         ),
         Law("5 undone is as before", undone, silent="no undo is given" if undo is None else ""),
+        Law(
+            "6 it changes the expected number of nodes",
+            as_expected,
+            silent=f"no number is expected; {changed}" if expects is None else "",
+        ),
     )
     name = getattr(rewrite, "__name__", type(rewrite).__name__)
     return verified(f"{type(model).__name__} with {name}", found, progress, quiet)
@@ -229,6 +248,32 @@ def assert_rewrite_is_undone(build: Build, rewrite: Rewrite, undo: Rewrite, inpu
             raise LawError(f"undone, {name} is another object, which an optimizer wouldn't know")
     require_equal(run(restored, inputs), run(untouched, inputs), "undone, it computes something else")
 
+
+def assert_rewrite_changes_nodes(build: Build, rewrite: Rewrite, expects: int) -> None:
+    """Raises unless a rewrite changes as many nodes as expected: removed, added and edited ones together.
+
+    Nodes are compared by their names. A node that only reads the replacement of a removed node isn't edited.
+
+    Args:
+        build: Builds the model, equal at each call.
+        rewrite: The rewrite.
+        expects: The number of nodes.
+
+    Raises:
+        LawError: With the nodes that it changes.
+        ValueError: If the model has no graph.
+
+    >>> assert_rewrite_changes_nodes(lambda: fx.symbolic_trace(nn.ReLU()), lambda module: module, expects=0)
+    """
+    before = nodes_of(build())
+    if not before:
+        raise ValueError(_NO_GRAPH)
+    changed = changed_nodes(before, nodes_of(_rewritten(rewrite, build())))
+    if changed.number != expects:
+        raise LawError(f"it changes {changed}; expected are {expects}")
+
+
+_NO_GRAPH = "the model has no graph whose nodes could be counted; trace it first, as by torch.fx.symbolic_trace"
 
 Check = Callable[[nn.Module, nn.Module, ExampleInputs, str], None]
 """Compares a model with the rewritten one on inputs; its error begins with the given text."""

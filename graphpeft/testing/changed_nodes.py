@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from torch import fx, nn
+from torch.fx.node import map_arg
 
 from graphpeft.testing.first_difference import graph_of
 from graphpeft.wording import joined, number_of
@@ -79,7 +80,7 @@ def _parts(node: fx.Node) -> tuple[Any, list[fx.Node]]:
         inputs.append(argument)
         return ...
 
-    return fx.node.map_arg((node.args, dict(node.kwargs)), mark), inputs
+    return map_arg((node.args, dict(node.kwargs)), mark), inputs
 
 
 def _label(path: str, name: str) -> str:

@@ -34,7 +34,7 @@ from graphpeft import (
 )
 from graphpeft.rules.plain_values import plain
 from graphpeft.rules.registry import registered
-from graphpeft.testing import assert_two_adapters_act_together, laws
+from graphpeft.testing import assert_copies_stay_adapted, assert_two_adapters_act_together, laws
 from graphpeft.testing.edits import assert_edits_can_be_undone, edits
 from graphpeft.testing.generated_models import DIM, SPELLINGS, Case, Functional, Model, cases, in_dtype, tied_cases
 from graphpeft.testing.strategies import METHODS, Method, adaptations
@@ -84,7 +84,7 @@ def test_the_laws_hold_for_what_only_transformers_models_take(method: PeftType, 
         laws.assert_adapted_is_base_with_delta,
         laws.assert_saved_is_loaded,
         laws.assert_dry_runs_change_nothing,
-        laws.assert_copies_stay_adapted,
+        assert_copies_stay_adapted,
         assert_two_adapters_act_together,
     ):
         fills_caches = method in (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
@@ -187,7 +187,7 @@ def test_a_traced_program_trains_as_the_program(case: ProgramCase):
 @given(data=st.data())
 def test_copies_stay_adapted(method, data):
     case, config = data.draw(adaptations(method))
-    laws.assert_copies_stay_adapted(case.build, config, case.inputs)
+    assert_copies_stay_adapted(case.build, config, case.inputs)
 
 
 @every_method

@@ -13,9 +13,8 @@ from models import GPT2, LLAMA, MLP, T5, Example
 from torch import nn
 
 from graphpeft import (
+    DeltaRule,
     LoraConfig,
-    Mergeable,
-    OperationRule,
     ParameterSpec,
     PeftConfig,
     PrefixTuningConfig,
@@ -24,6 +23,7 @@ from graphpeft import (
     TargetedConfig,
     TaskType,
     get_peft_model,
+    ops,
     register,
 )
 from graphpeft.testing import assert_fresh_adapter_changes_no_output, laws, verify
@@ -147,10 +147,12 @@ def test_a_cache_in_the_inputs_is_the_same_in_each_run():
 
 
 @dataclass(frozen=True)
-class TwoReflections(OperationRule, Mergeable):
+class TwoReflections(DeltaRule):
     """W (1 − 2 u uᵀ)(1 − 2 v vᵀ), which is W where u = v and numbers are exact."""
 
     starts_apart: bool
+
+    adapts: ClassVar[tuple[type, ...]] = (ops.Linear,)
 
     def parameters(self, site: Any, config: Any) -> dict[str, ParameterSpec]:
         return {name: ParameterSpec((site.in_features,), key=name) for name in "uv"}
@@ -158,9 +160,6 @@ class TwoReflections(OperationRule, Mergeable):
     def initialise(self, parameters: Any, site: Any, config: Any, module: nn.Module) -> None:
         parameters["u"].normal_()
         parameters["v"].copy_(parameters["u"] + (0.01 if self.starts_apart else 0.0))
-
-    def rewrite(self, x: Any, y: Any, operation: Any, weight: Any, u: Any, v: Any) -> Any:
-        return y + operation.apply(x, self.delta(weight, u, v).to(y.dtype))
 
     def delta(self, weight: Any, u: Any, v: Any) -> Any:
         turned = weight.to(u.dtype)

@@ -11,15 +11,15 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.testing.blame import Build
 from graphpeft.testing.changed_nodes import changed_nodes, nodes_of
-from graphpeft.testing.comparing import LawError, have_equal_elements, require_close, require_equal
+from graphpeft.testing.comparing import LawError, require_close, require_equal
 from graphpeft.testing.first_difference import first_difference, graph_of
-from graphpeft.testing.runs import differentiable, loss_of, run
+from graphpeft.testing.gradients import require_same_gradients
+from graphpeft.testing.runs import run
 from graphpeft.testing.snapshots import require_unchanged, snapshot
 from graphpeft.testing.verdicts import Law, Verification, verified
 
@@ -152,7 +152,12 @@ def assert_rewritten_has_the_same_gradients(
 ) -> None:
     """Raises unless the rewritten model has the same gradients of its inputs and of its kept parameters.
 
-    A parameter is kept if both models have it under the same name, with equal values.
+    A parameter is kept if both models have it under the same name, with equal values, and the rewritten model's output
+    depends on it. A parameter that had a gradient and isn't kept was folded into another one: the rewritten model must
+    train a parameter that the model doesn't have. If none takes its place, as where a pass folds parameters into
+    constants, training does something else. Freeze the model's parameters before if the pass is for inference alone.
+
+    A gradient of zeros is none.
 
     Args:
         build: Builds the model, equal at each call.
@@ -162,18 +167,11 @@ def assert_rewritten_has_the_same_gradients(
         modes: Evaluation (False), training (True) or both.
 
     Raises:
-        LawError: If a gradient differs.
+        LawError: If a gradient differs, or a parameter is no longer trained.
     """
 
     def check(model: nn.Module, rewritten: nn.Module, given: ExampleInputs, law: str) -> None:
-        others = dict(rewritten.named_parameters())
-        kept = [
-            name
-            for name, tensor in model.named_parameters()
-            if tensor.requires_grad and name in others and _is_same(tensor, others[name])
-        ]
-        found = _of_rewritten(lambda: _gradients(rewritten, kept, given), law)
-        require_close(found, _gradients(model, kept, given), tolerance, f"{law}, it has other gradients")
+        require_same_gradients(model, rewritten, given, tolerance, law)
 
     _in_all_ways(build, rewrite, inputs, tolerance, modes, check)
 
@@ -322,20 +320,6 @@ def _of_rewritten(compute: Callable[[], Any], law: str) -> Any:
         return compute()
     except Exception as error:
         raise LawError(f"{law}, it fails: {type(error).__name__}: {error}") from error
-
-
-def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and have_equal_elements(one, other)
-
-
-def _gradients(model: nn.Module, names: Sequence[str], inputs: ExampleInputs) -> dict[str, torch.Tensor | None]:
-    leaves, given = differentiable(inputs)
-    tensors = {f"input {number}": leaf for number, leaf in enumerate(leaves)}
-    tensors |= {name: model.get_parameter(name) for name in names}
-    loss = loss_of(run(model, given))
-    if not loss.requires_grad or not tensors:
-        return {}
-    return dict(zip(tensors, torch.autograd.grad(loss, list(tensors.values()), allow_unused=True), strict=True))
 
 
 def _source(model: nn.Module) -> str:

@@ -59,6 +59,9 @@ NOT_WEIGHTS = "what it computes isn't linear"
 class Scale(OperationRule):
     """The output times (1 + a learned number for each feature)."""
 
+    def check(self, site: Any, config: Any) -> str | None:
+        return "its features are in another dimension" if site.op is ops.Convolution else None
+
     def parameters(self, site: Any, config: Any) -> dict[str, ParameterSpec]:
         return {"factor": ParameterSpec((site.out_features,), key="factor")}
 

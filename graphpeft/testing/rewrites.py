@@ -295,9 +295,13 @@ def _in_all_ways(
             try:
                 check(model, rewritten, given, law)
             except LawError as error:
-                fresh = _in_mode(_rewritten(rewrite, _in_mode(build(), training)), mode)
-                where = first_difference(_in_mode(build(), mode), fresh, given, tolerance)
-                raise LawError(f"{error}\n{where}") from error
+                failure = error
+            else:
+                continue
+            # not while the error is handled, for hypothesis, as in blame.py
+            fresh = _in_mode(_rewritten(rewrite, _in_mode(build(), training)), mode)
+            where = first_difference(_in_mode(build(), mode), fresh, given, tolerance)
+            raise LawError(f"{failure}\n{where}") from failure
 
 
 def _rewritten(rewrite: Rewrite, model: nn.Module) -> nn.Module:

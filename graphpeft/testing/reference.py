@@ -37,16 +37,6 @@ layout: (out, in), or (out, in / groups, *kernel) of a convolution.
 """
 
 
-def returns(reference: Reference) -> str:
-    """Returns what a reference gives: "output" if it asks for an input, else "weight".
-
-    >>> returns(lambda x, weight, bias: x @ weight.T), returns(lambda weight, A, B: weight + B @ A)
-    ('output', 'weight')
-    """
-    asked = Asked(reference)
-    return "output" if asked.may_be("x") or asked.may_be("inputs") else "weight"
-
-
 def require_reference(
     adapted: Any, base: nn.Module, every: Sequence[ExampleInputs], reference: Reference, tolerance: float
 ) -> None:
@@ -65,7 +55,8 @@ def require_reference(
     """
     adapter = adapted._peft_adapters.by_name["default"]
     changed = with_trained(copy.deepcopy(base), adapter, dict(adapted.named_modules()))
-    if returns(reference) == "output":
+    asked = Asked(reference)
+    if asked.may_be("x") or asked.may_be("inputs"):
         for one in adapter.sites:
             _require_output(one, adapted, changed, every, reference, tolerance)
         return

@@ -62,6 +62,7 @@ def verify_rewrite(
         ValueError: If `expects` is given, and the model has no graph.
         Exception: If the rewrite itself raises.
 
+    >>> import torch
     >>> traced = fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
     >>> def cleaned(module):
     ...     module.graph.eliminate_dead_code()

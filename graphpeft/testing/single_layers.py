@@ -38,7 +38,7 @@ class Subject(NamedTuple):
         config: The config.
         inputs: Inputs of the model.
         others: Other inputs, of other sizes.
-        references: The references that hold for it, as of a `Form`.
+        has_reference: Whether an author's reference holds for it.
     """
 
     what: str
@@ -46,7 +46,7 @@ class Subject(NamedTuple):
     config: PeftConfig
     inputs: ExampleInputs
     others: tuple[ExampleInputs, ...]
-    references: tuple[str, ...] = ("output", "weight")
+    has_reference: bool = True
 
     @property
     def adaptation(self) -> tuple[Callable[[], nn.Module], PeftConfig, ExampleInputs]:
@@ -62,7 +62,7 @@ class Form(NamedTuple):
         layer: Makes it.
         shapes: The shapes of its inputs.
         dtype: Its dtype and that of its inputs.
-        references: The references that hold for it, by what they return: "output" and "weight".
+        has_reference: Whether an author's reference holds for it.
         may_fail: Whether it is a kind of layer that the rule needn't know, so that only wrong values break a law.
     """
 
@@ -70,7 +70,7 @@ class Form(NamedTuple):
     layer: Callable[[], nn.Module]
     shapes: tuple[tuple[int, ...], ...]
     dtype: torch.dtype = torch.float32
-    references: tuple[str, ...] = ("output", "weight")
+    has_reference: bool = True
     may_fail: bool = False
 
 
@@ -110,13 +110,14 @@ def _forms_of_linear(site: Site) -> tuple[Form, ...]:
     images = ((2, narrow, 4, narrow), (3, narrow, 5, narrow))
     return (
         Form("a linear layer without a bias, on inputs of 3 dimensions", lambda: nn.Linear(i, o, bias=False), shapes),
-        Form("a weight that is stored as (in, out)", lambda: StoredInOut(i, o), shapes, references=("weight",)),
+        # without a reference: PEFT exchanges some methods' factors for a weight that is no layer's
+        Form("a weight that is stored as (in, out)", lambda: StoredInOut(i, o), shapes, has_reference=False),
         Form("a linear layer in bfloat16", lambda: nn.Linear(i, o), shapes, torch.bfloat16),
         Form(
             "a convolution",
             lambda: nn.Conv2d(narrow, fewer, 3, padding=1),
             images,
-            references=(),
+            has_reference=False,
             may_fail=True,
         ),
     )
@@ -202,7 +203,7 @@ def _subject(form: Form, path: str, config: PeftConfig) -> Subject:
 
     generator = torch.Generator().manual_seed(0)
     inputs, other = ((torch.randn(shape, generator=generator).to(form.dtype),) for shape in form.shapes)
-    return Subject(form.what, build, config, inputs, (other,), form.references)
+    return Subject(form.what, build, config, inputs, (other,), form.has_reference)
 
 
 def _refusal(subject: Subject, may_fail: bool) -> str | None:

@@ -320,7 +320,7 @@ class TimesZero(Functions):
 def test_a_gradient_of_zeros_is_none():
     def without_zeros(model: Any) -> None:
         node = one(model, operator.add)
-        node.replace_all_uses_with(node.args[0])
+        node.replace_all_uses_with(node.all_input_nodes[0])
         model.graph.eliminate_dead_code()
         model.recompile()
 

@@ -40,7 +40,7 @@ from graphpeft import (
 )
 from graphpeft.graph.template import template_of
 from graphpeft.passes import PASSES
-from graphpeft.testing import assert_two_adapters_act_together, laws
+from graphpeft.testing import assert_copies_stay_adapted, assert_two_adapters_act_together, laws
 
 pytestmark = pytest.mark.quick("rules", "testing")
 
@@ -251,7 +251,7 @@ LAWS = (
     laws.assert_saved_is_loaded,
     laws.assert_traced_is_adapted_alike,
     laws.assert_dry_runs_change_nothing,
-    laws.assert_copies_stay_adapted,
+    assert_copies_stay_adapted,
     assert_two_adapters_act_together,
 )
 

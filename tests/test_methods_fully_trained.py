@@ -25,7 +25,7 @@ from graphpeft import (
     get_peft_model,
     register,
 )
-from graphpeft.testing import laws
+from graphpeft.testing import assert_copies_stay_adapted, laws
 from graphpeft.testing.snapshots import with_saved
 
 # what PEFT warns of is PEFT's
@@ -258,7 +258,7 @@ LAWS = [
     laws.assert_only_the_adapter_is_trained,
     laws.assert_saved_is_loaded,
     laws.assert_traced_is_adapted_alike,
-    laws.assert_copies_stay_adapted,
+    assert_copies_stay_adapted,
 ]
 
 

@@ -24,7 +24,7 @@ from graphpeft import (
     trace,
 )
 from graphpeft.adapters.saved_adapter import load
-from graphpeft.testing import laws
+from graphpeft.testing import assert_copies_stay_adapted, laws
 
 SMALL: dict[str, Any] = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 IDS = {"input_ids": torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]]), "use_cache": False}
@@ -140,7 +140,7 @@ def test_the_laws_hold_for_parts(init):
     laws.assert_saved_is_loaded(vit, config, PIXELS)
     laws.assert_dry_runs_change_nothing(vit, config, PIXELS)
     laws.assert_traced_is_adapted_alike(vit, config, PIXELS)
-    laws.assert_copies_stay_adapted(vit, config, PIXELS)
+    assert_copies_stay_adapted(vit, config, PIXELS)
 
 
 class Attending(nn.Module):

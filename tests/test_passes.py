@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from graphpeft import AdaptError, LoraConfig, get_peft_model, optimize, trace
 from graphpeft.passes import PASSES
-from graphpeft.testing import laws
+from graphpeft.testing import assert_copies_stay_adapted, laws
 
 NAMES = [each.name for each in PASSES]
 LISTS = {"+".join(passes): passes for passes in [*([name] for name in NAMES), NAMES]}
@@ -175,7 +175,7 @@ LAWS: list[Callable[..., None]] = [
     laws.assert_adapted_is_base_with_delta,
     laws.assert_saved_is_loaded,
     laws.assert_traced_is_adapted_alike,
-    laws.assert_copies_stay_adapted,
+    assert_copies_stay_adapted,
 ]
 
 

@@ -35,14 +35,16 @@ from graphpeft import (
     PromptTuningConfig,
     RunsByRow,
     TargetedConfig,
+    WeightRule,
     explain,
     feeding,
     get_peft_model,
     get_peft_model_state_dict,
+    ops,
     register,
     trace,
 )
-from graphpeft.testing import LawError, assert_two_adapters_act_together, laws, verify
+from graphpeft.testing import LawError, assert_copies_stay_adapted, assert_two_adapters_act_together, laws, verify
 from graphpeft.testing.generated_models import targets_of
 from graphpeft.testing.strategies import adaptations
 
@@ -57,6 +59,9 @@ NOT_WEIGHTS = "what it computes isn't linear"
 class Scale(OperationRule):
     """The output times (1 + a learned number for each feature)."""
 
+    def check(self, site: Any, config: Any) -> str | None:
+        return "its features are in another dimension" if site.op is ops.Convolution else None
+
     def parameters(self, site: Any, config: Any) -> dict[str, ParameterSpec]:
         return {"factor": ParameterSpec((site.out_features,), key="factor")}
 
@@ -64,7 +69,7 @@ class Scale(OperationRule):
         parameters["factor"].zero_()
 
     def rewrite(self, y: Any, factor: Any) -> Any:
-        return y + y * factor
+        return (y + y * factor).to(y.dtype)
 
     def unmergeable(self, site: Any) -> str | None:
         return NOT_WEIGHTS
@@ -152,11 +157,13 @@ class HasAnotherShape(Scale):
 
 
 @dataclass(frozen=True)
-class ForgetsTheAdapterBefore(Scale, Mergeable):
+class ForgetsTheAdapterBefore(WeightRule, Scale):
     """Multiplies the module's own weight in the graph, and the weight so far where it is merged."""
 
-    def rewrite(self, x: Any, y: Any, operation: Any, base: Any, factor: Any) -> Any:  # type: ignore[override]
-        return y + operation.apply(x, base * factor.unsqueeze(1))
+    adapts: ClassVar[tuple[type, ...]] = (ops.Linear,)
+
+    def rewrite(self, y: Any, plain: Any, factor: Any) -> Any:  # type: ignore[override]
+        return (y + plain * factor).to(y.dtype)
 
     def unmergeable(self, site: Any) -> str | None:
         return None
@@ -171,12 +178,16 @@ WRONG: dict[Any, tuple[Any, str, str]] = {
         "a fresh adapter changes the output",
         "add = ",
     ),
-    LeavesOneUntrained(): (laws.assert_only_the_adapter_is_trained, "guilty.default.factor gets no grad", "detach = "),
+    LeavesOneUntrained(): (
+        laws.assert_only_the_adapter_is_trained,
+        "no gradient, or one of zeros, for guilty.factor: ",
+        "detach = ",
+    ),
     SaysAnotherDelta(): (laws.assert_adapted_is_base_with_delta, "adapted isn't base with deltas", "sum_1 = "),
     DrawsAConstant(): (laws.assert_saved_is_loaded, "what is loaded for training differs", "mul_1 = "),
     KnowsOneSpelling(): (laws.assert_traced_is_adapted_alike, "the traced model's outputs differ", "mul = "),
     ChangesTheModule(): (laws.assert_dry_runs_change_nothing, "changes the tensor guilty.weight", "mul = "),
-    CallsWhatNoCopyHas(): (laws.assert_copies_stay_adapted, "scaled", "scaled = "),
+    CallsWhatNoCopyHas(): (assert_copies_stay_adapted, "scaled", "scaled = "),
     ForgetsTheAdapterBefore(): (
         assert_two_adapters_act_together,
         "'second' behind 'default': merged differs from active",
@@ -206,7 +217,7 @@ ADAPTERS = [
     laws.assert_saved_is_loaded,
     laws.assert_traced_is_adapted_alike,
     laws.assert_dry_runs_change_nothing,
-    laws.assert_copies_stay_adapted,
+    assert_copies_stay_adapted,
     assert_two_adapters_act_together,
 ]
 
@@ -561,8 +572,10 @@ class ScalesTheWeight(Scale, Mergeable):
 
 
 @dataclass(frozen=True)
-class ScalesTheOutput(Scale, Mergeable):
+class ScalesTheOutput(WeightRule, Scale):
     """(IA)³'s rule of a layer: what it computes, its bias among it, times (1 + a number for each feature)."""
+
+    adapts: ClassVar[tuple[type, ...]] = (ops.Linear,)
 
     def unmergeable(self, site: Any) -> str | None:
         return None

@@ -11,11 +11,12 @@ import pytest
 import torch
 from models import GPT2, LLAMA, MLP, T5, Example
 from torch import nn
+from torch.nn import functional as F
 
 from graphpeft import (
+    BoundaryRule,
+    DeltaRule,
     LoraConfig,
-    Mergeable,
-    OperationRule,
     ParameterSpec,
     PeftConfig,
     PrefixTuningConfig,
@@ -24,10 +25,19 @@ from graphpeft import (
     TargetedConfig,
     TaskType,
     get_peft_model,
+    ops,
+    recorded,
     register,
 )
-from graphpeft.testing import assert_fresh_adapter_changes_no_output, laws, verify
+from graphpeft.rules.options import Size
+from graphpeft.testing import (
+    assert_adapted_is_base_with_delta,
+    assert_fresh_adapter_changes_no_output,
+    laws,
+    verify,
+)
 from graphpeft.testing.comparing import LawError, require_equal
+from graphpeft.testing.variants import with_other_sizes
 
 TOKENS = torch.randint(3, 60, (2, 5), generator=torch.Generator().manual_seed(0))
 TEXT = {"input_ids": TOKENS, "use_cache": False}
@@ -147,10 +157,12 @@ def test_a_cache_in_the_inputs_is_the_same_in_each_run():
 
 
 @dataclass(frozen=True)
-class TwoReflections(OperationRule, Mergeable):
+class TwoReflections(DeltaRule):
     """W (1 − 2 u uᵀ)(1 − 2 v vᵀ), which is W where u = v and numbers are exact."""
 
     starts_apart: bool
+
+    adapts: ClassVar[tuple[type, ...]] = (ops.Linear,)
 
     def parameters(self, site: Any, config: Any) -> dict[str, ParameterSpec]:
         return {name: ParameterSpec((site.in_features,), key=name) for name in "uv"}
@@ -158,9 +170,6 @@ class TwoReflections(OperationRule, Mergeable):
     def initialise(self, parameters: Any, site: Any, config: Any, module: nn.Module) -> None:
         parameters["u"].normal_()
         parameters["v"].copy_(parameters["u"] + (0.01 if self.starts_apart else 0.0))
-
-    def rewrite(self, x: Any, y: Any, operation: Any, weight: Any, u: Any, v: Any) -> Any:
-        return y + operation.apply(x, self.delta(weight, u, v).to(y.dtype))
 
     def delta(self, weight: Any, u: Any, v: Any) -> Any:
         turned = weight.to(u.dtype)
@@ -207,6 +216,162 @@ def test_a_fresh_lora_changes_no_bit_in_half_precision_either():
     model, expected = layers().bfloat16(), layers().bfloat16()(X[0].bfloat16())
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["0", "2"]))
     assert torch.equal(adapted(X[0].bfloat16()), expected)
+
+
+# further inputs
+
+
+@dataclass(frozen=True)
+class Gate(BoundaryRule):
+    """gate · output, with a fault in batches of another size than two, if it is to have one."""
+
+    has_fault: bool = False
+
+    def parameters(self, site: Any, config: Any) -> dict[str, ParameterSpec]:
+        return {"gate": ParameterSpec((config.features,), key="gate")}
+
+    def initialise(self, parameters: Any, site: Any, config: Any, module: nn.Module) -> None:
+        parameters["gate"].fill_(1)
+
+    def leave(self, output: Any, gate: Any) -> Any:
+        return of_two(output * gate) if self.has_fault else output * gate
+
+
+@recorded
+def of_two(output: torch.Tensor) -> torch.Tensor:
+    return output if len(output) == 2 else 2 * output
+
+
+@register
+@dataclass(kw_only=True)
+class GateConfig(TargetedConfig):
+    peft_type: ClassVar[str] = "TEST_GATE"
+    adapts_boundaries: ClassVar[bool] = True
+    starts_as_identity: ClassVar[Any] = True  # type: ignore[misc]
+
+    features: Size = 4
+    repeats: Size = 1
+    has_fault: bool = False
+
+    def rule_for(self, site: Any, dtype: torch.dtype) -> Any:
+        return Gate(self.has_fault)
+
+
+TWO, FIVE = ((torch.randn(batch, 16, generator=torch.Generator().manual_seed(batch)),) for batch in (2, 5))
+
+
+def test_a_fault_on_further_inputs_alone_is_told_with_their_number():
+    config = GateConfig(target_modules=["2"], has_fault=True)
+    found = verify(layers(), config, TWO, FIVE, progress=False, quiet=True)
+    assert {failure.law[0] for failure in found.failures} >= {"1", "3"}
+    assert "a fresh adapter changes the output, at ['inputs 1']: by " in found.failures[0].why
+
+
+# sizes and copies that are the model's own affair
+
+
+def test_a_second_adapter_has_other_sizes_only_of_tensors_and_only_those_that_the_model_takes():
+    other = with_other_sizes(GateConfig(target_modules=["2"]), layers(), TWO)
+    assert (other.features, other.repeats) == (4, 1)  # type: ignore[attr-defined]
+    assert with_other_sizes(LoraConfig(r=2, target_modules=["2"]), layers(), TWO).r == 3  # type: ignore[attr-defined]
+    found = verify(layers(), GateConfig(target_modules=["2"]), TWO, progress=False, quiet=True)
+    assert found.holds, found
+
+
+def test_a_base_that_can_not_be_pickled_has_no_pickles_that_could_break_a_law():
+    model = layers()
+    model.tells = lambda: "a function that no module has"  # type: ignore[assignment]
+    found = verify(model, LoraConfig(r=2, target_modules=["0"]), X, progress=False, quiet=True)
+    assert found.holds, found
+    assert found.verdicts[7].outcome == "holds"
+    assert "not by pickle, since the base itself: " in found.verdicts[7].why
+    assert "deepcopy" not in found.verdicts[7].why
+
+
+# the author's equation
+
+
+def lora(weight: Any, lora_A: Any, lora_B: Any, config: Any) -> Any:
+    return weight + config.lora_alpha / config.r * lora_B @ lora_A
+
+
+def lora_of_inputs(x: Any, weight: Any, bias: Any, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
+    return F.linear(x, weight, bias) + lora_scaling * x @ lora_A.T @ lora_B.T
+
+
+def reflected(weight: Any, u: Any, v: Any) -> Any:
+    one = torch.eye(weight.shape[1])
+    return weight @ (one - 2 * u[:, None] * u / u.dot(u)) @ (one - 2 * v[:, None] * v / v.dot(v))
+
+
+def gated(layer: Any, inputs: Any, gate: Any) -> Any:
+    return layer(**inputs) * gate
+
+
+LORA = LoraConfig(r=2, lora_alpha=3, bias="all", target_modules=["0", "2"])
+
+
+@pytest.mark.parametrize(
+    ("reference", "config", "dtype"),
+    [
+        (lora, LORA, torch.float32),
+        (lora, LORA, torch.bfloat16),
+        (lora_of_inputs, LORA, torch.float32),
+        (lora_of_inputs, LORA, torch.bfloat16),
+        (gated, GateConfig(target_modules=["2"]), torch.float32),
+    ],
+)
+def test_a_reference_that_is_the_rules_equation_holds(reference: Any, config: Any, dtype: torch.dtype):
+    assert_adapted_is_base_with_delta(lambda: layers().to(dtype), config, (X[0].to(dtype),), reference=reference)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "what"),
+    [
+        (lambda weight, lora_A, lora_B: weight + lora_B @ lora_A, "the adapted model isn't what the reference gives"),
+        (lambda x, layer: layer(x), r"the output of 0 isn't what the reference gives: by "),
+        (lambda weight: weight.T, r"the reference returns a weight of shape \(16, 32\), and that of 0 has \(32, 16\)"),
+        (lambda weight, lora_a: weight, "asks for 'lora_a', and there is .*lora_A, "),
+    ],
+)
+def test_another_equation_is_told_apart_with_the_layer(wrong: Any, what: str):
+    with pytest.raises(LawError, match=what):
+        assert_adapted_is_base_with_delta(layers, LORA, X, reference=wrong)
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(16, 4, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x @ self.w)
+
+
+def test_a_weight_that_no_layer_has_is_compared_by_its_changed_value_and_not_by_an_output():
+    config = ReflectionsConfig(target_modules=["w"])
+    assert_adapted_is_base_with_delta(Functional, config, X, reference=reflected)
+    with pytest.raises(LawError, match="the reference asks for x, and w is no call of a layer; ask for weight instead"):
+        assert_adapted_is_base_with_delta(Functional, config, X, reference=lambda x: x)
+
+
+# single layers
+
+
+def images() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU())
+
+
+def test_the_table_says_which_single_layers_are_checked_and_why_others_are_not():
+    found = verify(layers(), ReflectionsConfig(target_modules=["0"]), X, progress=False, quiet=True)
+    forms = "a linear layer without a bias, on inputs of 3 dimensions; a weight that is stored as (in, out)"
+    assert f"laws 1 to 3 also on: {forms}; a linear layer in bfloat16\nnot on a convolution: " in str(found)
+    found = verify(
+        images(), LoraConfig(r=2, target_modules=["0"]), (torch.randn(2, 3, 9, 9),), progress=False, quiet=True
+    )
+    assert "\nlaws 1 to 3 also on: a convolution without a bias; a convolution in bfloat16\n" in str(found)
+    assert found.holds, found
 
 
 # what it costs

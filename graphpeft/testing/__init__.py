@@ -5,9 +5,9 @@ hypothesis, from ``pip install 'graphpeft[testing]'``; import from them directly
 """
 
 from graphpeft.testing.comparing import LawError
+from graphpeft.testing.copies import assert_copies_stay_adapted
 from graphpeft.testing.laws import (
     assert_adapted_is_base_with_delta,
-    assert_copies_stay_adapted,
     assert_dry_runs_change_nothing,
     assert_fresh_adapter_changes_no_output,
     assert_only_the_adapter_is_trained,
@@ -18,6 +18,7 @@ from graphpeft.testing.laws import (
     assert_traced_trains_as_the_model,
 )
 from graphpeft.testing.rewrites import (
+    assert_rewrite_changes_nodes,
     assert_rewrite_is_undone,
     assert_rewrite_leaves_the_original,
     assert_rewritten_computes_the_same,
@@ -38,6 +39,7 @@ __all__ = [
     "assert_dry_runs_change_nothing",
     "assert_fresh_adapter_changes_no_output",
     "assert_only_the_adapter_is_trained",
+    "assert_rewrite_changes_nodes",
     "assert_rewrite_is_undone",
     "assert_rewrite_leaves_the_original",
     "assert_rewritten_computes_the_same",

@@ -94,27 +94,39 @@ class Tied(nn.Module):
         return self.reader(torch.tanh(self.inner(x)))
 
 
-class Residual(nn.Module):
-    def __init__(self, body: nn.Module):
+class Convolved(nn.Module):
+    """A convolution over tokens."""
+
+    def __init__(self, groups: int, bias: bool):
         super().__init__()
-        self.body = body
+        self.conv = nn.Conv1d(DIM, DIM, 3, padding=1, groups=groups, bias=bias)
+
+    def forward(self, x):
+        return self.conv(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Residual(nn.Module):
+    # the part is not named body, as the one is in front of which prompts stand
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
         self.norm = nn.LayerNorm(DIM)
 
     def forward(self, x, scale=1.0):
-        return x + scale * self.body(self.norm(x))
+        return x + scale * self.inner(self.norm(x))
 
 
 class Repeated(nn.Module):
     """One module called several times."""
 
-    def __init__(self, body: nn.Module, times: int):
+    def __init__(self, inner: nn.Module, times: int):
         super().__init__()
-        self.body = body
+        self.inner = inner
         self.times = times
 
     def forward(self, x):
         for _ in range(self.times):
-            x = torch.tanh(self.body(x))
+            x = torch.tanh(self.inner(x))
         return x
 
 
@@ -214,6 +226,7 @@ def bodies() -> st.SearchStrategy[Callable[[], nn.Module]]:
         st.booleans().map(lambda bias: lambda: nn.Linear(DIM, DIM, bias=bias)),
         st.just(lambda: Doubled(DIM, DIM)),
         st.sampled_from([TwoWeights, Branching]),
+        st.builds(lambda g, b: lambda: Convolved(g, b), st.sampled_from([1, 2]), st.booleans()),
         st.builds(lambda s, b: lambda: Functional(s, b), st.sampled_from(sorted(SPELLINGS)), st.booleans()),
         st.sampled_from([nn.GELU, lambda: nn.LayerNorm(DIM), lambda: nn.Dropout(0.3), InPlace, Reshaped]),
         st.floats(0.1, 0.6).map(lambda p: lambda: FunctionalDropout(p)),
@@ -293,6 +306,6 @@ def cases(draw: Any, of_bodies: st.SearchStrategy[Callable[[], nn.Module]] | Non
 
 
 def targets_of(model: nn.Module) -> list[str]:
-    """Returns the paths of all possible targets in a generated model."""
+    """Returns the paths of all linear layers and matrices in a generated model."""
     layers = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     return layers + [path for path, _ in model.named_parameters() if path.rpartition(".")[2] in ("w", "v")]

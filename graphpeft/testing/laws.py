@@ -8,36 +8,38 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
 import itertools
-import pickle
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from graphpeft.adapters import changes
-from graphpeft.adapters.state import Adapter, Modules
+from graphpeft.adapters.state import Adapter
 from graphpeft.graph import ops
 from graphpeft.graph.errors import GuardError
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.paths import join
+from graphpeft.learning import check_learning
 from graphpeft.model.adapt import explain, get_peft_model
 from graphpeft.model.peft_model import PeftModel
 from graphpeft.model.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
 from graphpeft.rules.config import PeftConfig
 from graphpeft.testing.alike import require_alike
 from graphpeft.testing.blame import Build, blames_a_site, describe
+from graphpeft.testing.by_hand import with_deltas
 from graphpeft.testing.comparing import ROUNDING, LawError, require_close, require_equal
 from graphpeft.testing.failing import RuleError, with_failing_rules
 from graphpeft.testing.first_difference import first_difference
-from graphpeft.testing.runs import differentiable, draw_otherwise, left_by, loss_of, perturbed, run, run_copy
-from graphpeft.testing.snapshots import require_restored, require_unchanged, require_unloaded, snapshot, with_saved
+from graphpeft.testing.reference import Reference, require_reference
+from graphpeft.testing.runs import accepted, differentiable, draw_otherwise, left_by, loss_of, perturbed, run, run_copy
+from graphpeft.testing.snapshots import require_unchanged, require_unloaded, snapshot, with_saved
+from graphpeft.testing.steady import require_steady
 from graphpeft.testing.unmerging import require_no_merge, require_unmerged_exactly
 from graphpeft.testing.variants import of_sites_that_merge
 from graphpeft.tracing.trace import trace
+from graphpeft.wording import joined
 
 BOTH_MODES = (False, True)
 """Evaluation and training."""
@@ -48,7 +50,11 @@ Tracer = Callable[[nn.Module, ExampleInputs], Any]
 
 @blames_a_site
 def assert_fresh_adapter_changes_no_output(
-    build: Build, config: PeftConfig, inputs: ExampleInputs, modes: Sequence[bool] | None = None
+    build: Build,
+    config: PeftConfig,
+    inputs: ExampleInputs,
+    modes: Sequence[bool] | None = None,
+    others: Sequence[ExampleInputs] = (),
 ) -> None:
     """Law 1: an adapter that starts as the identity changes no output, with gradients or without.
 
@@ -65,6 +71,7 @@ def assert_fresh_adapter_changes_no_output(
         inputs: Inputs of the model.
         modes: The modes to check: evaluation (False), training (True) or both. None skips training if the adapter draws
             random numbers there, since the rest of the model then draws other numbers than without the adapter.
+        others: Other inputs; those that a guard refuses are left out.
 
     Raises:
         LawError: If an output differs.
@@ -74,6 +81,7 @@ def assert_fresh_adapter_changes_no_output(
         is_half = any(tensor.dtype in ROUNDING for tensor in base.parameters())
         tolerance = 1e-5 if is_half or config.starts_as_identity == "within rounding" else 0.0
         adapted = get_peft_model(build().train(mode), config, example_inputs=inputs)
+        every = accepted(inputs, others, adapted)
         sites = [one.site for one in adapted._peft_adapters.by_name["default"].weight_sites]
         changed = [site.weight for site in sites if site.op is ops.Weight]
         for records in (False, True):
@@ -84,13 +92,16 @@ def assert_fresh_adapter_changes_no_output(
             with torch.set_grad_enabled(records):
                 if modes is None and mode and draw_otherwise(adapted, base, inputs):
                     return
-                with_it, without = (functools.partial(run_copy, model, inputs) for model in (adapted, base))
+                with_it, without = (functools.partial(run_copy, model, every) for model in (adapted, base))
                 require_alike(with_it, without, tolerance, f"{when}, a fresh adapter changes the output")
 
 
 @blames_a_site
 def assert_only_the_adapter_is_trained(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
     """Law 2: exactly the adapter's tensors require grad, and each of them gets a gradient from a training step.
+
+    A gradient of zeros is none. Those of a fresh adapter may be zero as long as others have changed, but not for ever,
+    as those of two factors that are both zero.
 
     Args:
         build: Builds the model.
@@ -102,9 +113,12 @@ def assert_only_the_adapter_is_trained(build: Build, config: PeftConfig, inputs:
     """
     model = build().train()
     frozen = {path for path, _ in model.named_parameters()}
-    adapted = perturbed(get_peft_model(model, config, example_inputs=inputs))
+    adapted = get_peft_model(model, config, example_inputs=inputs)
     frozen |= {join(*name) for name in adapted._peft_adapters.by_name["default"].frozen_names("default")}
-    loss_of(run(adapted, inputs)).backward()
+    for site in check_learning(adapted, inputs).dead:
+        dead = joined([f"{site.label}.{name}" for name, tensor in site.tensors.items() if tensor.state == "dead"])
+        raise LawError(f"no gradient, or one of zeros, for {dead}: {site.reason}")
+    loss_of(run(perturbed(adapted), inputs)).backward()
     for path, parameter in adapted.named_parameters():
         if parameter.requires_grad == (path in frozen):
             raise LawError(f"{path} {'requires' if path in frozen else 'does not require'} grad")
@@ -121,10 +135,13 @@ def assert_adapted_is_base_with_delta(
     inputs: ExampleInputs,
     modes: Sequence[bool] | None = None,
     tolerance: float = 1e-4,
+    others: Sequence[ExampleInputs] = (),
+    reference: Reference | None = None,
 ) -> None:
     """Law 3: adapted = base with the deltas added by hand = merged; and `unload` restores the base exactly.
 
-    Active adapters leave their copies of `modules_to_save`.
+    In evaluation, an adapted model is a function of its inputs, row by row, as far as the base is; with a reference, it
+    is this function. Active adapters leave their copies of `modules_to_save`.
 
     An adapter that can't be merged must refuse to be merged, and only `unload` is checked. If some of its sites can be
     merged, the whole law is checked for an adapter of only these sites.
@@ -135,36 +152,62 @@ def assert_adapted_is_base_with_delta(
         inputs: Inputs of the model.
         modes: As for law 1.
         tolerance: The allowed difference of outputs, as for `require_close`.
+        others: Other inputs; those that a guard refuses are left out.
+        reference: The method's equation, see `Reference`.
 
     Raises:
         LawError: If an output differs, or `unload` leaves something.
     """
     chosen = BOTH_MODES if modes is None else modes
+    if False in chosen:
+        _evaluation_is_a_function(build, config, inputs, tolerance, others, reference)
     adapter, *_ = [
-        _adapted_is_base_with_delta(build, config, inputs, mode, modes is None, tolerance) for mode in chosen
+        _adapted_is_base_with_delta(build, config, inputs, others, mode, modes is None, tolerance) for mode in chosen
     ]
     narrowed = of_sites_that_merge(adapter, build, inputs)
     if narrowed is not None:
         for mode in chosen:
-            _adapted_is_base_with_delta(build, narrowed, inputs, mode, modes is None, tolerance)
+            _adapted_is_base_with_delta(build, narrowed, inputs, others, mode, modes is None, tolerance)
+
+
+def _evaluation_is_a_function(
+    build: Build,
+    config: PeftConfig,
+    inputs: ExampleInputs,
+    tolerance: float,
+    others: Sequence[ExampleInputs],
+    reference: Reference | None,
+) -> None:
+    base = build().eval().requires_grad_(False)
+    adapted = perturbed(get_peft_model(build().eval(), config, example_inputs=inputs))
+    require_steady(adapted, base, inputs, tolerance)
+    if reference is not None:
+        require_reference(adapted, base, accepted(inputs, others, adapted), reference, tolerance)
 
 
 def _adapted_is_base_with_delta(
-    build: Build, config: PeftConfig, inputs: ExampleInputs, mode: bool, may_draw: bool, tolerance: float
+    build: Build,
+    config: PeftConfig,
+    inputs: ExampleInputs,
+    others: Sequence[ExampleInputs],
+    mode: bool,
+    may_draw: bool,
+    tolerance: float,
 ) -> Adapter:
     """Checks the third law in one mode, and returns the adapter."""
     untouched = build().train(mode)
     adapted = perturbed(get_peft_model(build().train(mode), config, example_inputs=inputs))
     adapter = adapted._peft_adapters.by_name["default"]
+    every = accepted(inputs, others, adapted)
     if may_draw and mode and draw_otherwise(adapted, untouched, inputs):
         return adapter
     if adapter.coded_sites:
         require_unmerged_exactly(adapted, inputs)
     elif adapter.changes_weights:
-        active = functools.partial(run_copy, adapted, inputs)
-        merged = functools.partial(run_copy, adapted, inputs, lambda copied: copied.merge_and_unload())
-        add_deltas = functools.partial(_with_deltas, adapter=adapter, modules=dict(adapted.named_modules()))
-        by_hand = functools.partial(run_copy, build().train(mode), inputs, add_deltas)
+        active = functools.partial(run_copy, adapted, every)
+        merged = functools.partial(run_copy, adapted, every, lambda copied: copied.merge_and_unload())
+        add_deltas = functools.partial(with_deltas, adapter=adapter, modules=dict(adapted.named_modules()))
+        by_hand = functools.partial(run_copy, build().train(mode), every, add_deltas)
         # it refuses a tied weight, where a delta added by hand would change the other layer, too
         copy.deepcopy(adapted).merge_and_unload()
         require_alike(by_hand, active, tolerance, f"training={mode}: adapted isn't base with deltas")
@@ -176,30 +219,17 @@ def _adapted_is_base_with_delta(
     return adapter
 
 
-@torch.no_grad()
-def _with_deltas(base: nn.Module, adapter: Adapter, modules: Modules) -> nn.Module:
-    read_instead = [(path, name) for path, names in adapter.overrides.items() for name in names]
-    for path, name in (*read_instead, *((path, "weight") for path in adapter.rows)):
-        getattr(base.get_submodule(path), name).copy_(getattr(modules[path], name))
-    for adapted in changes.changing_sites(modules, adapter):
-        base.get_parameter(adapted.site.weight).add_(changes.delta(adapted, modules))
-        # a bias that the adapter trains is there already
-        place = getattr(adapted.site, "bias", None)
-        bias = base.get_parameter(place) if place is not None else None
-        change = changes.bias_delta(adapted, modules, base_bias=bias)
-        if change is not None and bias is not None:
-            bias.add_(change)
-    return base
-
-
 @blames_a_site
-def assert_saved_is_loaded(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
+def assert_saved_is_loaded(
+    build: Build, config: PeftConfig, inputs: ExampleInputs, others: Sequence[ExampleInputs] = ()
+) -> None:
     """Law 4: an adapter that is saved and loaded has the same outputs and the same tensors.
 
     Args:
         build: Builds the model.
         config: The adapter's config.
         inputs: Inputs of the model.
+        others: Other inputs; those that a guard refuses are left out.
 
     Raises:
         LawError: If a tensor or an output differs.
@@ -211,14 +241,19 @@ def assert_saved_is_loaded(build: Build, config: PeftConfig, inputs: ExampleInpu
         loaded = PeftModel.from_pretrained(build(), folder, example_inputs=inputs)
     require_equal(dict(trained_on.named_parameters()), dict(adapted.named_parameters()), "loaded parameters differ")
     require_close(_file_of(trained_on), _file_of(adapted), 1e-6, "what is saved again differs")
-    saved = functools.partial(run_copy, adapted, inputs)
+    every = accepted(inputs, others, adapted)
+    saved = functools.partial(run_copy, adapted, every)
     for what, again in (("what is loaded for training", trained_on), ("loaded", loaded)):
-        require_alike(functools.partial(run_copy, again, inputs), saved, 1e-6, f"{what} differs from saved")
+        require_alike(functools.partial(run_copy, again, every), saved, 1e-6, f"{what} differs from saved")
 
 
 @blames_a_site
 def assert_traced_is_adapted_alike(
-    build: Build, config: PeftConfig, inputs: ExampleInputs, tracer: Tracer = trace
+    build: Build,
+    config: PeftConfig,
+    inputs: ExampleInputs,
+    tracer: Tracer = trace,
+    others: Sequence[ExampleInputs] = (),
 ) -> None:
     """Law 5: the model and its flat graph have the same sites, the same tensors in the file, and the same outputs.
 
@@ -227,6 +262,7 @@ def assert_traced_is_adapted_alike(
         config: The adapter's config.
         inputs: Inputs of the model.
         tracer: Traces a model, given its inputs.
+        others: Other inputs; those that a guard of the trace refuses are left out.
 
     Raises:
         LawError: If a tensor or an output differs.
@@ -237,7 +273,9 @@ def assert_traced_is_adapted_alike(
     set_peft_model_state_dict(traced, _file_of(model))
     require_equal(_file_of(traced), _file_of(model), "the traced model's file differs")
     for mode in BOTH_MODES:
-        found, expected = (functools.partial(run_copy, each.train(mode), inputs) for each in (traced, model))
+        models = traced.train(mode), model.train(mode)
+        every = accepted(inputs, others, *models)
+        found, expected = (functools.partial(run_copy, each, every) for each in models)
         require_alike(found, expected, 1e-6, f"training={mode}: the traced model's outputs differ")
 
 
@@ -264,7 +302,7 @@ def assert_spellings_are_adapted_alike(
         # raises if the files differ
         set_peft_model_state_dict(other, _file_of(model))
         try:
-            found, expected = (functools.partial(run_copy, each, inputs) for each in (other, model))
+            found, expected = (functools.partial(run_copy, each, [inputs]) for each in (other, model))
             require_alike(found, expected, 1e-5, "another spelling's outputs differ")
         except LawError as error:
             adapted = other.adapter_report().adapted
@@ -394,53 +432,6 @@ def assert_traced_trains_as_the_model(
             for what, value in expected.items():
                 law = f"traced with training={training}, run with training={mode}: {what}"
                 require_equal(found[what], value, law)
-
-
-@blames_a_site
-def assert_copies_stay_adapted(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
-    """Law 8: `deepcopy`, pickles, `torch.save`, state dicts and `.to()` keep an adapted model adapted.
-
-    Args:
-        build: Builds the model.
-        config: The adapter's config.
-        inputs: Inputs of the model.
-
-    Raises:
-        LawError: If a copy's outputs differ, or it can't be unloaded.
-    """
-    untouched = build().eval()
-    adapted = perturbed(get_peft_model(build().eval(), config, example_inputs=inputs))
-    expected = run(adapted, inputs)
-    for name, copied in _copies(adapted):
-        require_equal(run(copied, inputs), expected, f"a copy by {name} differs")
-        require_restored(copied.unload(), untouched)
-    other = get_peft_model(build().eval(), config, example_inputs=inputs)
-    other.load_state_dict(adapted.state_dict())
-    require_equal(run(other, inputs), expected, "a copy by state_dict differs")
-    require_restored(other.unload(), untouched)
-
-
-def _copies(adapted: nn.Module) -> Iterator[tuple[str, Any]]:
-    yield "deepcopy", copy.deepcopy(adapted)
-    yield "pickle", pickle.loads(pickle.dumps(adapted))
-    buffer = io.BytesIO()
-    torch.save(adapted, buffer)
-    buffer.seek(0)
-    yield "torch.save", torch.load(buffer, weights_only=False)
-    yield ".to() and back", _to_and_back(copy.deepcopy(adapted))
-
-
-def _to_and_back(adapted: nn.Module) -> nn.Module:
-    """Converts a model to double precision and back; tensors in half precision, via single precision."""
-    tensors = [*adapted.named_parameters(), *adapted.named_buffers()]
-    dtypes = {name: tensor.dtype for name, tensor in tensors if tensor.is_floating_point()}
-    adapted.double()
-    if torch.float64 not in dtypes.values():
-        adapted.float()
-    for name, tensor in (*adapted.named_parameters(), *adapted.named_buffers()):
-        if tensor.dtype != dtypes.get(name, tensor.dtype):
-            tensor.data = tensor.data.to(dtypes[name])
-    return adapted
 
 
 def _file_of(adapted: nn.Module) -> dict[str, torch.Tensor]:

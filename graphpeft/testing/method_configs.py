@@ -7,11 +7,13 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from hypothesis import reject
 from hypothesis import strategies as st
 from torch import nn
 
 from graphpeft import (
     AdaLoraConfig,
+    AdaptError,
     HiraConfig,
     IA3Config,
     LNTuningConfig,
@@ -19,6 +21,7 @@ from graphpeft import (
     LoKrConfig,
     LoraConfig,
     MissConfig,
+    PeftConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
     PveraConfig,
@@ -30,6 +33,7 @@ from graphpeft import (
     VBLoRAConfig,
     VeraConfig,
     WeightDecomposedConfig,
+    explain,
 )
 from graphpeft.testing.generated_models import DIM, targets_of
 
@@ -316,3 +320,41 @@ tinylora_configs = choosing(
     init_v_bound=[1.0],
     init_weights=[True, "uniform"],
 )
+
+
+@st.composite
+def plain_configs(draw: Any, config_class: Any, model: nn.Module, identity: bool) -> PeftConfig:
+    """Returns a strategy for the configs of a class that differ only in their targets.
+
+    The targets are those that the class takes one by one: linear layers, matrices and convolutions, or modules of all
+    kinds if it adapts their boundaries or calls. A model without any is discarded.
+
+    Args:
+        draw: Given by hypothesis.
+        config_class: A class with an option `target_modules`.
+        model: The model.
+        identity: Ignored, since the class decides whether a fresh adapter is the identity.
+    """
+    paths = [path for path, _ in model.named_modules() if path]
+    modules = dict(model.named_modules())
+    convolutions = [path for path in paths if isinstance(modules[path], nn.Conv1d)]
+    takes_modules = config_class.adapts_boundaries or config_class.adapts_leaves
+    candidates = list(dict.fromkeys((*targets_of(model), *(paths if takes_modules else convolutions))))
+    configs = {path: config_class(target_modules=entries_for([path], paths)) for path in candidates}
+    taken = [path for path, config in configs.items() if _is_taken(model, config)]
+    if not taken:
+        reject()
+    config = config_class(
+        target_modules=entries_for(draw(st.lists(st.sampled_from(taken), min_size=1, unique=True)), paths)
+    )
+    if not _is_taken(model, config):
+        reject()
+    return config
+
+
+def _is_taken(model: nn.Module, config: PeftConfig) -> bool:
+    """Returns whether a config adapts a model."""
+    try:
+        return not explain(model, config).refused
+    except AdaptError:
+        return False

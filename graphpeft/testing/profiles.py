@@ -11,6 +11,8 @@ _COMMON: dict[str, Any] = {
     # each example builds and adapts a model, and the first one compiles code that the others share
     "deadline": None,
     "print_blob": True,
+    # the smallest example of one failure says most; laws fail one after the other, and one fault breaks several
+    "report_multiple_bugs": False,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
 }
 

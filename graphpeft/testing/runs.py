@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from graphpeft._torch import pytree
+from graphpeft.graph.errors import GuardError
 from graphpeft.graph.inputs import ExampleInputs, split_inputs
 
 
@@ -24,22 +25,57 @@ def run(model: nn.Module, inputs: ExampleInputs) -> Any:
     >>> run(nn.Identity(), (torch.ones(2),))
     tensor([1., 1.])
     """
+    seed_generators()
+    return call(model, inputs)
+
+
+def call(model: nn.Module, inputs: ExampleInputs) -> Any:
+    """Returns the outputs of `model` as `run` does, with the next random numbers."""
     if any(map(_is_object, pytree.tree_leaves(inputs))):
         inputs = pytree.tree_map(lambda value: copy.deepcopy(value) if _is_object(value) else value, inputs)
     args, kwargs = split_inputs(inputs)
-    seed_generators()
     return model(*(args or ()), **kwargs)
 
 
-def run_copy(model: nn.Module, inputs: ExampleInputs, change: Callable[[Any], Any] = lambda copied: copied) -> Any:
-    """Returns the outputs of a copy of `model` as `run` does, so that a model that counts its calls doesn't notice.
+def run_each(model: nn.Module, every: Sequence[ExampleInputs]) -> Any:
+    """Returns the outputs of `model` on several inputs, one after the other, each as `run` does.
 
     Args:
         model: The model.
-        inputs: As for `run`.
+        every: The inputs.
+
+    Returns:
+        The outputs by the number of the inputs, for errors; for one alone, its outputs.
+    """
+    if len(every) == 1:
+        return run(model, every[0])
+    return {f"inputs {number}": run(model, inputs) for number, inputs in enumerate(every)}
+
+
+def run_copy(
+    model: nn.Module, every: Sequence[ExampleInputs], change: Callable[[Any], Any] = lambda copied: copied
+) -> Any:
+    """Returns the outputs of a copy of `model` as `run_each` does, so that one that counts its calls doesn't notice.
+
+    Args:
+        model: The model.
+        every: As for `run_each`.
         change: What to do with the copy before; a function that returns what to run.
     """
-    return run(change(copy.deepcopy(model)), inputs)
+    return run_each(change(copy.deepcopy(model)), every)
+
+
+def accepted(inputs: ExampleInputs, others: Sequence[ExampleInputs], *models: nn.Module) -> list[ExampleInputs]:
+    """Returns the inputs, and those of the others that no guard in a graph of the models refuses."""
+    return [inputs, *(given for given in others if not any(_is_refused(model, given) for model in models))]
+
+
+def _is_refused(model: nn.Module, inputs: ExampleInputs) -> bool:
+    try:
+        run(copy.deepcopy(model), inputs)
+    except GuardError:
+        return True
+    return False
 
 
 def seed_generators() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
+from hypothesis import reject
 from hypothesis import strategies as st
 from torch import nn
 
 from graphpeft import (
     AdamssConfig,
+    AdaptError,
     BeftConfig,
     BOFTConfig,
     C3AConfig,
@@ -37,19 +41,20 @@ from graphpeft import (
     WaveFTConfig,
     WeightDecomposedConfig,
 )
+from graphpeft.graph.errors import GuardError, TraceError
 from graphpeft.rules.registry import registered
-from graphpeft.testing.generated_models import DIM, Case, bodies, cases, mixing_cases, targets_of, token_cases
+from graphpeft.testing.generated_models import DIM, Case, bodies, cases, in_dtype, mixing_cases, token_cases
 from graphpeft.testing.method_configs import (
     DRAWN,
     NOT_DRAWN,
     adalora_configs,
     choosing,
-    entries_for,
     ia3_configs,
     ln_tuning_configs,
     loha_configs,
     lokr_configs,
     lora_configs,
+    plain_configs,
     prompt_encoder_configs,
     prompt_tuning_configs,
     pvera_configs,
@@ -389,30 +394,37 @@ def method_of(peft_type: str) -> Method:
     return Method(configs, cases, is_identity=bool(config_class().starts_as_identity), merges=False)
 
 
-@st.composite
-def plain_configs(draw: Any, config_class: type[PeftConfig], model: nn.Module, identity: bool) -> PeftConfig:
-    """Returns a strategy for the configs of a class that differ only in their targets.
+@contextlib.contextmanager
+def refusals_discarded() -> Iterator[None]:
+    """Discards an example that is refused, so that a property test goes on with another one.
 
-    Args:
-        draw: Given by hypothesis.
-        config_class: A class with an option `target_modules`.
-        model: The model.
-        identity: Ignored, since the class decides whether a fresh adapter is the identity.
+    A law raises AdaptError, TraceError or GuardError where it doesn't apply: as for merging a tied weight.
+
+    >>> with refusals_discarded():
+    ...     pass
     """
-    chosen = draw(st.lists(st.sampled_from(targets_of(model)), min_size=1, unique=True))
-    options: dict[str, Any] = {"target_modules": entries_for(chosen, [path for path, _ in model.named_modules()])}
-    return config_class(**options)
+    try:
+        yield
+    except (AdaptError, TraceError, GuardError):
+        reject()
 
 
 @st.composite
-def adaptations(draw: Any, peft_type: str, identity: bool = False) -> tuple[Case, PeftConfig]:
+def adaptations(
+    draw: Any,
+    peft_type: str,
+    identity: bool = False,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+) -> tuple[Case, PeftConfig]:
     """Returns a strategy for a model with a config that adapts it.
 
     Args:
         draw: Given by hypothesis.
         peft_type: The method.
         identity: Whether a fresh adapter must be the identity.
+        dtypes: The dtypes of the model.
     """
     method = method_of(peft_type)
     case = draw(method.fits())
-    return case, draw(method.configs(case.build(), identity=identity))
+    config = draw(method.configs(case.build(), identity=identity))
+    return in_dtype(case, draw(st.sampled_from(list(dtypes)))), config

@@ -19,7 +19,7 @@ from graphpeft.rules.config import PeftConfig
 from graphpeft.testing.alike import require_alike
 from graphpeft.testing.blame import Build, blames_a_site
 from graphpeft.testing.comparing import LawError, require_close, require_equal
-from graphpeft.testing.runs import perturbed, run, run_copy
+from graphpeft.testing.runs import accepted, perturbed, run, run_copy, run_each
 from graphpeft.testing.snapshots import require_unloaded, with_saved
 from graphpeft.testing.unmerging import require_unmerged_exactly
 from graphpeft.testing.variants import of_sites_that_merge, with_other_sizes
@@ -32,6 +32,7 @@ def assert_two_adapters_act_together(
     inputs: ExampleInputs,
     other: PeftConfig | None = None,
     tolerance: float = 1e-4,
+    others: Sequence[ExampleInputs] = (),
 ) -> None:
     """Law 9: two active adapters have the same outputs when merged; without them, the model is restored.
 
@@ -45,6 +46,7 @@ def assert_two_adapters_act_together(
         inputs: Inputs of the model.
         other: The second adapter's config; None for the same method with other sizes, where the model accepts them.
         tolerance: The allowed difference of outputs, as for `require_close`.
+        others: Other inputs; those that a guard refuses are left out.
 
     Raises:
         LawError: If an output differs, or `unload` leaves something.
@@ -52,37 +54,43 @@ def assert_two_adapters_act_together(
             tensor. The rest of the law holds.
     """
     second = other or with_other_sizes(config, build().eval(), inputs)
-    adapters = _require_together(build, config, second, inputs, tolerance)
+    adapters = _require_together(build, config, second, inputs, others, tolerance)
     # one unmergeable site keeps all from being merged; so check again with only the mergeable sites
     narrowed = [of_sites_that_merge(adapter, build, inputs) for adapter in adapters]
     if any(narrowed):
-        _require_together(build, narrowed[0] or config, narrowed[1] or second, inputs, tolerance)
+        _require_together(build, narrowed[0] or config, narrowed[1] or second, inputs, others, tolerance)
 
 
 def _require_together(
-    build: Build, config: PeftConfig, other: PeftConfig, inputs: ExampleInputs, tolerance: float
+    build: Build,
+    config: PeftConfig,
+    other: PeftConfig,
+    inputs: ExampleInputs,
+    others: Sequence[ExampleInputs],
+    tolerance: float,
 ) -> Sequence[Adapter]:
-    base = run(build().eval(), inputs)
     model = perturbed(get_peft_model(build().eval(), config, example_inputs=inputs))
-    alone = run(model, inputs)
+    every = accepted(inputs, others, model)
+    base = run_each(build().eval(), every)
+    alone = run_each(model, every)
     model.add_adapter("second", other, example_inputs=inputs)
-    require_equal(run(model, inputs), alone, "a second adapter that doesn't act changes the output")
+    require_equal(run_each(model, every), alone, "a second adapter that doesn't act changes the output")
     model.set_adapter("second")
-    second_alone = run(perturbed(model, seed=2), inputs)
+    second_alone = run_each(perturbed(model, seed=2), every)
     adapters = list(model._peft_adapters.by_name.values())
     refusals = []
     for order in (("default", "second"), ("second", "default")):
         try:
             model.set_adapter(order)
-            _require_both(model, inputs, base, {"default": alone, "second": second_alone}, tolerance)
-            _require_merged_alike(model, order, inputs, tolerance)
+            _require_both(model, every, base, {"default": alone, "second": second_alone}, tolerance)
+            _require_merged_alike(model, order, every, tolerance)
         except AdaptError as error:
             refusals.append(error)
     for name, expected in (("second", second_alone), ("default", alone)):
         model.set_adapter(name)
-        require_equal(run(model, inputs), expected, f"{name!r} differs after both have acted")
+        require_equal(run_each(model, every), expected, f"{name!r} differs after both have acted")
     model.delete_adapter("second")
-    require_equal(run(model, inputs), alone, "deleting the second adapter changes the first")
+    require_equal(run_each(model, every), alone, "deleting the second adapter changes the first")
     left = with_saved(build().eval(), model)
     require_unloaded(model.unload(), left, inputs)
     for refusal in refusals:
@@ -90,14 +98,16 @@ def _require_together(
     return adapters
 
 
-def _require_both(model: Any, inputs: ExampleInputs, base: Any, alone: Mapping[str, Any], tolerance: float) -> None:
+def _require_both(
+    model: Any, every: Sequence[ExampleInputs], base: Any, alone: Mapping[str, Any], tolerance: float
+) -> None:
     """Requires that two active adapters don't compute what one of them does alone, if each has an effect alone."""
     # an effect within rounding may be rounded off beside another one
     if any(_are_close(base, output, tolerance) for output in alone.values()):
         return
-    together = run(model, inputs)
+    together = run_each(model, every)
     for name, output in alone.items():
-        if _are_close(together, output, 0.0) and not _differs_in_double(model, name, inputs):
+        if _are_close(together, output, 0.0) and not _differs_in_double(model, name, every[0]):
             raise LawError(f"beside {name!r} the other adapter has no effect, and alone it has one")
 
 
@@ -141,26 +151,26 @@ def _are_close(found: Any, expected: Any, tolerance: float) -> bool:
     return True
 
 
-def _require_merged_alike(model: Any, order: Sequence[str], inputs: ExampleInputs, tolerance: float) -> None:
-    together = run(model, inputs)
+def _require_merged_alike(model: Any, order: Sequence[str], every: Sequence[ExampleInputs], tolerance: float) -> None:
+    together = run_each(model, every)
     adapters = [model._peft_adapters.by_name[name] for name in order]
     if not all(adapter.changes_weights for adapter in adapters):
         return
     if any(adapter.coded_sites for adapter in adapters):
-        require_unmerged_exactly(model, inputs)
+        require_unmerged_exactly(model, every[0])
         return
     first, last = order
-    active = functools.partial(run_copy, model, inputs)
-    merged = functools.partial(run_copy, model, inputs, lambda copied: copied.merge_and_unload())
+    active = functools.partial(run_copy, model, every)
+    merged = functools.partial(run_copy, model, every, lambda copied: copied.merge_and_unload())
     require_alike(merged, active, tolerance, f"{last!r} behind {first!r}: merged differs from active")
-    in_place = functools.partial(run_copy, model, inputs, _merged_in_place)
+    in_place = functools.partial(run_copy, model, every, _merged_in_place)
     try:
         require_alike(in_place, active, tolerance, f"{last!r} behind {first!r}: merged in place differs")
     except AdaptError:
         return  # an adapter with a residual weight can be merged only for good
     model.merge_adapter()
     model.unmerge_adapter()
-    require_equal(run(model, inputs), together, f"{last!r} behind {first!r}: unmerged differs from before")
+    require_equal(run_each(model, every), together, f"{last!r} behind {first!r}: unmerged differs from before")
 
 
 def _merged_in_place(model: Any) -> Any:

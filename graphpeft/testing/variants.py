@@ -13,27 +13,43 @@ from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.model.adapt import explain, get_peft_model
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.options import sizes_of
+from graphpeft.rules.report import Report
 
 
 def with_other_sizes(config: PeftConfig, model: nn.Module, inputs: ExampleInputs) -> PeftConfig:
     """Returns a config of the same method with each size, such as a rank, increased by one if the model accepts it.
+
+    A size counts if tensors of the adapter are larger then, and the model runs with these: a rank does, and neither a
+    number of repetitions nor the model's own number of features.
 
     Args:
         config: A config that fits the model.
         model: The model, which stays unchanged.
         inputs: Inputs of the model.
     """
-    for name, size in sizes_of(config).items():
+    sizes = sizes_of(config)
+    shapes = _shapes(_explained(config, model, inputs)) if sizes else {}
+    for name, size in sizes.items():
         try:
             other = dataclasses.replace(config, **{name: size + 1})
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                report = explain(model, other, example_inputs=inputs)
+            report = _explained(other, model, inputs)
         except ValueError:
             continue  # the size depends on other options, as a table's size on its named entries
-        if not report.refused:
-            config = other
+        fails = isinstance(report.learning, str)  # the reason why a batch can't run
+        if not report.refused and not fails and _shapes(report) != shapes:
+            config, shapes = other, _shapes(report)
     return config
+
+
+def _explained(config: PeftConfig, model: nn.Module, inputs: ExampleInputs) -> Report:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return explain(model, config, example_inputs=inputs)
+
+
+def _shapes(report: Report) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Returns the shapes of an adapter's tensors, by their sites and the rules' names."""
+    return {one.site.label: {name: tuple(spec.shape) for name, spec in one.specs.items()} for one in report.adapted}
 
 
 def of_sites_that_merge(adapter: Adapter, build: Callable[[], nn.Module], inputs: ExampleInputs) -> PeftConfig | None:

@@ -24,7 +24,7 @@ class Verdict(NamedTuple):
     Attributes:
         law: The law.
         outcome: ``"holds"``, ``"fails"`` or ``"doesn't apply"``.
-        why: Why it doesn't hold or apply, or why only a part was checked.
+        why: Why it doesn't hold or apply, why only a part was checked, or a number that was found.
         seconds: The duration of the check.
     """
 
@@ -74,15 +74,13 @@ class Law(NamedTuple):
 
     Attributes:
         text: The law's number and a short form of it.
-        check: Raises unless the law holds.
+        check: Raises unless the law holds; returns a note for the table, such as why only a part applies, or None.
         silent: The reason why the law doesn't apply to the subject, or "".
-        partly: The reason why only a part of the law applies, or "".
     """
 
     text: str
-    check: Callable[[], None]
+    check: Callable[[], str | None]
     silent: str = ""
-    partly: str = ""
 
 
 def verified(subject: str, laws: Sequence[Law], progress: bool, quiet: bool) -> Verification:
@@ -116,7 +114,7 @@ def _outcome(law: Law) -> tuple[Outcome, str]:
         with warnings.catch_warnings():
             # warnings about the model or the config were shown when it was adapted before
             warnings.simplefilter("ignore")
-            law.check()
+            note = law.check()
     except TraceError as error:
         return "doesn't apply", f"the model can't be traced: {error}"
     except GuardError as error:
@@ -125,4 +123,4 @@ def _outcome(law: Law) -> tuple[Outcome, str]:
         return "doesn't apply", f"it is refused: {error}"
     except LawError as error:
         return "fails", str(error)
-    return "holds", law.partly
+    return "holds", note or ""

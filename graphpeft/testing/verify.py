@@ -5,17 +5,23 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from graphpeft.graph.errors import TraceError
+from graphpeft.adapters.plan import AdaptError
+from graphpeft.graph.errors import GuardError, TraceError
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.model.adapt import get_peft_model
 from graphpeft.rules.given_config import ConfigLike, as_config
 from graphpeft.testing import laws
+from graphpeft.testing.comparing import LawError
+from graphpeft.testing.copies import assert_copies_stay_adapted, ways_left_out
+from graphpeft.testing.reference import Reference
+from graphpeft.testing.single_layers import Subject, single_layers
 from graphpeft.testing.two_adapters import assert_two_adapters_act_together
 from graphpeft.testing.verdicts import Law, Verification, verified
 from graphpeft.tracing.trace import trace
@@ -26,6 +32,7 @@ def verify(
     config: ConfigLike,
     example_inputs: ExampleInputs,
     *others: ExampleInputs,
+    reference: Reference | None = None,
     progress: bool = True,
     quiet: bool = False,
 ) -> Verification:
@@ -35,7 +42,13 @@ def verify(
         model: Any module that can be copied, without adapters. It is traced once, in its present mode.
         config: The config.
         example_inputs: A tuple of positional or a dict of keyword arguments of the model.
-        others: Other inputs, of other sizes, for which a trace of the model must compute the same or raise GuardError.
+        others: Other inputs, of other sizes, for which the laws must hold, too; where a trace of the model raises
+            GuardError, they don't apply.
+        reference: The method's equation in plain PyTorch, with which the third law compares the adapted model. It finds
+            a rule whose `rewrite` and `delta` are wrong alike. The function gets values by its arguments' names:
+            ``weight``, in PEFT's layout, ``bias``, ``site``, ``config``, and the rule's parameters and constants. It
+            returns the changed weight; or, if it asks for ``x``, the first input of an adapted layer, or ``inputs``,
+            all inputs by name, the output of the layer. Then it can call ``layer``, the layer without adapters.
         progress: Whether to show a progress bar, on stderr in a terminal.
         quiet: Whether not to print the table.
 
@@ -49,6 +62,11 @@ def verify(
     >>> config = LoraConfig(r=2, target_modules=["0"])
     >>> verify(nn.Sequential(nn.Linear(4, 4)), config, (torch.ones(2, 4),), progress=False, quiet=True).holds
     True
+    >>> def lora(weight, lora_A, lora_B, config):
+    ...     return weight + config.lora_alpha / config.r * lora_B @ lora_A
+    >>> model = nn.Sequential(nn.Linear(4, 4))
+    >>> verify(model, config, (torch.ones(2, 4),), reference=lora, progress=False, quiet=True).holds
+    True
     """
     ours = as_config(config)
 
@@ -56,15 +74,37 @@ def verify(
         return copy.deepcopy(model)
 
     adapted = get_peft_model(build(), ours, example_inputs=example_inputs)
-    tracer, of_adapter = _OneTrace(), (build, ours, example_inputs)
+    tracer, itself = _OneTrace(), Subject("", build, ours, example_inputs, others)
+    with warnings.catch_warnings():
+        # each was given when the model itself was adapted
+        warnings.simplefilter("ignore")
+        layers, left_out = single_layers(build, ours, example_inputs)
 
-    def checked(law: Callable[..., None], **options: Any) -> Callable[[], None]:
-        return functools.partial(law, *of_adapter, **options)
+    def checked(law: Callable[..., None], note: str = "", **options: Any) -> Callable[[], str]:
+        def check() -> str:
+            law(*itself.adaptation, **options)
+            return note
+
+        return check
+
+    def on_all(law: Callable[[Subject], None], note: str = "") -> Callable[[], str]:
+        return functools.partial(_on_all, law, (itself, *layers), note)
+
+    def is_base_with_delta(one: Subject) -> None:
+        equation = reference if one.has_reference else None
+        laws.assert_adapted_is_base_with_delta(*one.adaptation, others=one.others, reference=equation)
+
+    def copies_stay_adapted() -> str:
+        assert_copies_stay_adapted(*itself.adaptation, others)
+        return "; ".join(f"not by {way}, since the base itself: {why}" for way, why in ways_left_out(build).items())
 
     def traced_is_the_model() -> None:
         laws.assert_traced_is_the_model(
             build, example_inputs, *others, may_refuse=True, modes=(model.training,), tracer=tracer
         )
+
+    def is_trained(one: Subject) -> None:
+        laws.assert_only_the_adapter_is_trained(*one.adaptation)
 
     no_merge = _no_merge(adapted)
     found = (
@@ -72,22 +112,56 @@ def verify(
         Law("7 a traced model is the model", traced_is_the_model),
         Law(
             "1 a fresh adapter changes no output",
-            checked(laws.assert_fresh_adapter_changes_no_output),
+            on_all(lambda one: laws.assert_fresh_adapter_changes_no_output(*one.adaptation, others=one.others)),
             silent=_not_an_identity(adapted),
         ),
-        Law("2 exactly the adapter is trained", checked(laws.assert_only_the_adapter_is_trained)),
+        Law(
+            "2 exactly the adapter is trained",
+            on_all(is_trained),
+        ),
         Law(
             "3 merged is adapted, unload restores",
-            checked(laws.assert_adapted_is_base_with_delta),
-            partly=no_merge,
+            on_all(is_base_with_delta, no_merge),
         ),
-        Law("4 saved and loaded is the same", checked(laws.assert_saved_is_loaded)),
-        Law("5 a traced model is adapted alike", checked(laws.assert_traced_is_adapted_alike, tracer=tracer)),
+        Law(
+            "4 saved and loaded is the same",
+            checked(laws.assert_saved_is_loaded, others=others),
+        ),
+        Law(
+            "5 a traced model is adapted alike",
+            checked(laws.assert_traced_is_adapted_alike, tracer=tracer, others=others),
+        ),
         Law("6 dry runs and failures change nothing", checked(laws.assert_dry_runs_change_nothing)),
-        Law("8 copies stay adapted", checked(laws.assert_copies_stay_adapted)),
-        Law("9 two adapters act together", checked(assert_two_adapters_act_together), partly=no_merge),
+        Law("8 copies stay adapted", copies_stay_adapted),
+        Law(
+            "9 two adapters act together",
+            checked(assert_two_adapters_act_together, no_merge, others=others),
+        ),
     )
-    return verified(f"{type(model).__name__} with {ours.method}", found, progress, quiet)
+    subject = [f"{type(model).__name__} with {ours.method}", *_also_on(layers, left_out)]
+    return verified("\n".join(subject), found, progress, quiet)
+
+
+def _on_all(law: Callable[[Subject], None], subjects: Sequence[Subject], note: str) -> str:
+    """Checks a law on the user's model, and on single layers, of which a refusal says nothing about the model."""
+    refusal = None
+    for one in subjects:
+        try:
+            law(one)
+        except LawError as error:
+            raise LawError(f"on {one.what}: {error}" if one.what else str(error)) from error
+        except (AdaptError, GuardError, TraceError) as error:
+            refusal = refusal if one.what else error
+    if refusal is not None:
+        raise refusal
+    return note
+
+
+def _also_on(layers: Sequence[Subject], left_out: Sequence[str]) -> list[str]:
+    """Returns the lines that say on which single layers laws are checked, too."""
+    also = "; ".join(dict.fromkeys(one.what for one in layers))
+    lines = [f"laws 1 to 3 also on: {also}"] if also else []
+    return [*lines, *(f"not on {reason}" for reason in left_out)]
 
 
 def _not_an_identity(adapted: Any) -> str:

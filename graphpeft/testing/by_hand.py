@@ -1,0 +1,51 @@
+"""The base of an adapted model with what an adapter trains and changes, added by hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from graphpeft.adapters import changes
+from graphpeft.adapters.state import Adapter, Modules
+
+
+@torch.no_grad()
+def with_trained(base: nn.Module, adapter: Adapter, modules: Modules) -> nn.Module:
+    """Gives a base the tensors that an adapter trains whole, or that modules read in place of their own.
+
+    Args:
+        base: As for `with_deltas`.
+        adapter: Likewise.
+        modules: Likewise.
+
+    Returns:
+        `base`.
+    """
+    read_instead = [(path, name) for path, names in adapter.overrides.items() for name in names]
+    for path, name in (*read_instead, *((path, "weight") for path in adapter.rows)):
+        getattr(base.get_submodule(path), name).copy_(getattr(modules[path], name))
+    return base
+
+
+@torch.no_grad()
+def with_deltas(base: nn.Module, adapter: Adapter, modules: Modules) -> nn.Module:
+    """Adds the change of each weight, and of each bias, that an adapter makes.
+
+    Args:
+        base: A model like the adapted one without the adapter, which is changed in place.
+        adapter: The adapter.
+        modules: The adapted model's modules by path.
+
+    Returns:
+        `base`.
+    """
+    with_trained(base, adapter, modules)
+    for adapted in changes.changing_sites(modules, adapter):
+        base.get_parameter(adapted.site.weight).add_(changes.delta(adapted, modules))
+        # a bias that the adapter trains is there already
+        place = getattr(adapted.site, "bias", None)
+        bias = base.get_parameter(place) if place is not None else None
+        change = changes.bias_delta(adapted, modules, base_bias=bias)
+        if change is not None and bias is not None:
+            bias.add_(change)
+    return base

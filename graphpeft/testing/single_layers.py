@@ -1,0 +1,219 @@
+"""Single layers in the forms that a rule may meet, for laws that a user's own model can't break.
+
+A rule that is right on a user's model may be wrong elsewhere: without a bias, on inputs of more dimensions, for a
+weight that is stored as (in, out), in half precision, for a convolution. So laws are also checked on such layers, one
+at a time, each at the place of a layer that the config adapts, and with its sizes.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from graphpeft.adapters.plan import AdaptError
+from graphpeft.graph import ops
+from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.model.adapt import get_peft_model
+from graphpeft.rules.adapted_site import AdaptedSite
+from graphpeft.rules.config import PeftConfig
+from graphpeft.sites.site import Site
+from graphpeft.testing.runs import run, seed_generators
+
+MOST = 16
+"""The most features of a convolution, whose inputs are as wide as it has features."""
+
+
+class Subject(NamedTuple):
+    """A model with a config and inputs, on which laws are checked.
+
+    Attributes:
+        what: What it is, for errors; "" for the user's own model.
+        build: Builds the model, equal at each call.
+        config: The config.
+        inputs: Inputs of the model.
+        others: Other inputs, of other sizes.
+        has_reference: Whether an author's reference holds for it.
+    """
+
+    what: str
+    build: Callable[[], nn.Module]
+    config: PeftConfig
+    inputs: ExampleInputs
+    others: tuple[ExampleInputs, ...]
+    has_reference: bool = True
+
+    @property
+    def adaptation(self) -> tuple[Callable[[], nn.Module], PeftConfig, ExampleInputs]:
+        """The first arguments of a law."""
+        return self.build, self.config, self.inputs
+
+
+class Form(NamedTuple):
+    """A form of a layer.
+
+    Attributes:
+        what: A description.
+        layer: Makes it.
+        shapes: The shapes of its inputs.
+        dtype: Its dtype and that of its inputs.
+        has_reference: Whether an author's reference holds for it.
+        may_fail: Whether it is a kind of layer that the rule needn't know, so that only wrong values break a law.
+    """
+
+    what: str
+    layer: Callable[[], nn.Module]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype = torch.float32
+    has_reference: bool = True
+    may_fail: bool = False
+
+
+class StoredInOut(nn.Module):
+    """A linear layer that stores its weight as (in, out), as `transformers.pytorch_utils.Conv1D` does."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(in_features, out_features) / in_features**0.5)
+        self.bias = nn.Parameter(torch.randn(out_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the layer's output."""
+        return x @ self.weight + self.bias
+
+
+class Around(nn.Module):
+    """A module that only calls the one inside, which so has the path that it has in the user's model."""
+
+    def __init__(self, name: str, inner: nn.Module) -> None:
+        super().__init__()
+        self.add_module(name, inner)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """Returns the output of the module inside."""
+        [inner] = self.children()
+        return inner(x)
+
+
+def _forms_of_linear(site: Site) -> tuple[Form, ...]:
+    i, o = site.in_features, site.out_features
+    assert i is not None
+    assert o is not None
+    narrow, fewer = min(i, MOST), min(o, MOST)
+    shapes = ((2, 3, i), (3, 5, i))
+    # as wide as there are features, so that a rule that takes one dimension for the other computes something
+    images = ((2, narrow, 4, narrow), (3, narrow, 5, narrow))
+    return (
+        Form("a linear layer without a bias, on inputs of 3 dimensions", lambda: nn.Linear(i, o, bias=False), shapes),
+        # without a reference: PEFT exchanges some methods' factors for a weight that is no layer's
+        Form("a weight that is stored as (in, out)", lambda: StoredInOut(i, o), shapes, has_reference=False),
+        Form("a linear layer in bfloat16", lambda: nn.Linear(i, o), shapes, torch.bfloat16),
+        Form(
+            "a convolution",
+            lambda: nn.Conv2d(narrow, fewer, 3, padding=1),
+            images,
+            has_reference=False,
+            may_fail=True,
+        ),
+    )
+
+
+def _forms_of_convolution(layer: Any) -> tuple[Form, ...]:
+    sizes = [d * (k - 1) + 4 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+    shapes = ((2, layer.in_channels, *sizes), (3, layer.in_channels, *[size + 1 for size in sizes]))
+
+    def without_bias() -> nn.Module:
+        copied = copy.deepcopy(layer)
+        copied.bias = None
+        return copied
+
+    return (
+        Form("a convolution without a bias", without_bias, shapes),
+        Form("a convolution in bfloat16", lambda: copy.deepcopy(layer), shapes, torch.bfloat16),
+    )
+
+
+def single_layers(
+    build: Callable[[], nn.Module], config: PeftConfig, inputs: ExampleInputs
+) -> tuple[list[Subject], list[str]]:
+    """Returns layers of all forms, at the place of the first layer of each kind that each class of rules adapts.
+
+    Args:
+        build: Builds the user's model, in which the config names layers.
+        config: The config.
+        inputs: Inputs of the model.
+
+    Returns:
+        The layers, and why others are left out.
+    """
+    model = get_peft_model(build(), config, example_inputs=inputs)
+    found: dict[Any, Site] = {}
+    for one in model._peft_adapters.by_name["default"].weight_sites:
+        if _is_plain(one):
+            found.setdefault((type(one.rule), one.site.layout), one.site)
+    subjects, left_out = list[Subject](), list[str]()
+    for site in found.values():
+        narrowed = _only_at(site.name, build, config, inputs)
+        layer = build().get_submodule(site.owner)
+        forms = _forms_of_linear(site) if site.layout is ops.Linear else _forms_of_convolution(layer)
+        if narrowed is None:
+            continue
+        for form in forms:
+            subject = _subject(form, site.owner, narrowed)
+            reason = _refusal(subject, form.may_fail)
+            if reason is None:
+                subjects.append(subject)
+            else:
+                left_out.append(f"{form.what}: {reason}")
+    return subjects, left_out
+
+
+def _is_plain(one: AdaptedSite) -> bool:
+    """Returns whether a site is a layer by itself, with a rule that needs nothing but the layer."""
+    site: Any = one.site
+    if not isinstance(site, Site) or not site.is_layer or one.rule.call_inputs:
+        return False
+    is_part = site.parts or any(each is not None for each in (site.call, site.named, site.computed, site.own_code))
+    return not is_part and (site.layout is ops.Convolution or (site.layout is ops.Linear and len(site.shape) == 2))
+
+
+def _only_at(name: str, build: Callable[[], nn.Module], config: PeftConfig, inputs: ExampleInputs) -> PeftConfig | None:
+    """Returns the config that names one site; None if there is none."""
+    try:
+        model = get_peft_model(build(), config, example_inputs=inputs, where=lambda site: site.name == name)
+    except AdaptError:
+        return None
+    narrowed = model.peft_config["default"]
+    saves = getattr(narrowed, "modules_to_save", None)
+    return dataclasses.replace(narrowed, modules_to_save=None) if saves else narrowed
+
+
+def _subject(form: Form, path: str, config: PeftConfig) -> Subject:
+    def build() -> nn.Module:
+        seed_generators()
+        layer = form.layer()
+        for name in reversed(path.split(".")):
+            layer = Around(name, layer)
+        return layer.to(form.dtype)
+
+    generator = torch.Generator().manual_seed(0)
+    inputs, other = ((torch.randn(shape, generator=generator).to(form.dtype),) for shape in form.shapes)
+    return Subject(form.what, build, config, inputs, (other,), form.has_reference)
+
+
+def _refusal(subject: Subject, may_fail: bool) -> str | None:
+    """Returns the reason why the config doesn't adapt a layer, or None."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run(get_peft_model(subject.build(), subject.config, example_inputs=subject.inputs), subject.inputs)
+    except AdaptError as error:
+        return str(error).partition(chr(10))[0]
+    except Exception as error:
+        return f"{type(error).__name__}: {error}" if may_fail else None
+    return None

@@ -8,10 +8,9 @@ to inspect or edit it.
 from __future__ import annotations
 
 import functools
-import threading
 import weakref
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, ClassVar, NoReturn, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, cast
 
 import torch
 import torch.fx as fx
@@ -24,6 +23,7 @@ from graphpeft.graph.compiling import compiled
 from graphpeft.graph.contexts import closing_regions
 from graphpeft.graph.copied_graphs import as_named, by_name, copy_graph
 from graphpeft.graph.errors import GuardError
+from graphpeft.graph.last_used import LAST_USED
 from graphpeft.graph.no_wrappers import NoWrapper
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.graph.tags import TAG
@@ -49,14 +49,23 @@ OWN_FORWARD = "_graphpeft_own_forward"
 SET_FORWARD = "_graphpeft_run_set_forward"
 """The module attribute by which a graph calls a forward that was set on the module, as one operation among others."""
 
-_MOST_NODES = 20_000
-"""The most nodes, in all graphs together, of the recently used templates that are kept."""
-
 _MOST_NAMES = 64
 """The number of adapter sets for which a template caches its layers."""
 
 Graphs = tuple[fx.Graph, ...]
 """The graph of a forward, or its graphs for evaluation and for training, where these differ."""
+
+
+class Before(NamedTuple):
+    """What a module ran before its graphs were rewritten.
+
+    Attributes:
+        template: The template of these graphs.
+        is_own_code: Whether the module ran its own code, of which the template is a recording.
+    """
+
+    template: Template
+    is_own_code: bool
 
 
 class Template:
@@ -67,6 +76,7 @@ class Template:
             edited: see `derive`.
         shared: Whether many modules may wear the template.
         plain: The template before optimisation passes; the template itself if there were none.
+        before: What the module ran before rewrites changed its graphs; None without rewrites.
 
     Attributes:
         slots: The slots of the adapters that have nodes in the graphs.
@@ -74,8 +84,11 @@ class Template:
         absent: The names of parameters that a module can't get while it wears the template.
     """
 
-    def __init__(self, graphs: Graphs, shared: bool, plain: Template | None = None) -> None:
+    def __init__(
+        self, graphs: Graphs, shared: bool, plain: Template | None = None, before: Before | None = None
+    ) -> None:
         self.graphs = graphs
+        self.before = before
         self.codes = [graph.python_code(root_module="self") for graph in graphs]
         self.shared = shared
         self.plain = self if plain is None else plain
@@ -155,11 +168,12 @@ class Template:
         """Returns the template for a copy of a module that wears this template."""
         if self.shared:
             return self
-        return Template(self.copied_graphs(), False, None if self.plain is self else self.plain.for_copy())
+        plain = None if self.plain is self else self.plain.for_copy()
+        return Template(self.copied_graphs(), False, plain, self.before)
 
     def for_edit(self) -> Template:
         """Returns a copy of the template, for a module that needs graphs of its own."""
-        return Template(self.copied_graphs(), False, None if self.plain is self else self.plain)
+        return Template(self.copied_graphs(), False, None if self.plain is self else self.plain, self.before)
 
     def derive(self, key: Hashable, edit: Callable[[Graphs], None], back: Hashable | None = None) -> Template:
         """Returns the template of these graphs after `edit`, cached under `key`.
@@ -173,9 +187,9 @@ class Template:
             return self._back[1]
         derived = self._derived.get(key)
         if derived is None:
-            derived = self._derived[key] = Template(self._edited(edit), self.shared)
+            derived = self._derived[key] = Template(self._edited(edit), self.shared, before=self.before)
             derived._back = None if back is None else (back, self)
-        _LAST_USED.keep(derived)
+        LAST_USED.keep(derived)
         return derived
 
     def optimized(self, key: Hashable, edit: Callable[[Graphs], None], meta: Mapping[str, Any]) -> Template:
@@ -190,9 +204,9 @@ class Template:
         """
         known = self._derived.get(key)
         if known is None:
-            known = self._derived[key] = Template(self._edited(edit), self.shared, plain=self)
+            known = self._derived[key] = Template(self._edited(edit), self.shared, self, self.before)
             known.meta.update(meta)
-        _LAST_USED.keep(known)
+        LAST_USED.keep(known)
         return known
 
     def _edited(self, edit: Callable[[Graphs], None]) -> Graphs:
@@ -214,32 +228,7 @@ class Template:
                 node.meta.pop(LINE, None)
         # PyTorch 2.10 pickles a node's target in place of its type
         types = [[node.type for node in graph.nodes] for graph in graphs]
-        return _unpickled, (graphs, types, self.shared, None if self.plain is self else self.plain)
-
-
-class _LastUsed:
-    """Keeps the most recently used derived templates alive, for the next change of adapters.
-
-    Modules keep the templates that they wear, and these keep the templates from which they were derived.
-    """
-
-    def __init__(self) -> None:
-        self._sizes: dict[Template, int] = {}
-        self._total = 0
-        self._lock = threading.Lock()
-
-    def keep(self, template: Template) -> None:
-        with self._lock:
-            size = self._sizes.pop(template, None)
-            if size is None:
-                size = sum(len(graph.nodes) for graph in template.graphs)
-                self._total += size
-            self._sizes[template] = size
-            while self._total > _MOST_NODES and len(self._sizes) > 1:
-                self._total -= self._sizes.pop(next(iter(self._sizes)))
-
-
-_LAST_USED = _LastUsed()
+        return _unpickled, (graphs, types, self.shared, None if self.plain is self else self.plain, self.before)
 
 
 def _by_mode(evaluation: Callable[..., Any], training: Callable[..., Any]) -> Callable[..., Any]:
@@ -250,11 +239,13 @@ def _by_mode(evaluation: Callable[..., Any], training: Callable[..., Any]) -> Ca
     return forward
 
 
-def _unpickled(graphs: Graphs, types: list[list[Any]], shared: bool, plain: Template | None) -> Template:
+def _unpickled(
+    graphs: Graphs, types: list[list[Any]], shared: bool, plain: Template | None, before: Before | None
+) -> Template:
     for graph, of_nodes in zip(graphs, types, strict=True):
         for node, of_node in zip(graph.nodes, of_nodes, strict=True):
             node.type = of_node
-    return Template(tuple(copy_graph(graph, by_name) for graph in graphs), shared, plain)
+    return Template(tuple(copy_graph(graph, by_name) for graph in graphs), shared, plain, before)
 
 
 def _fixed(name: str, fixed: Any) -> property:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import linecache
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,17 +9,14 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from graphpeft.graph import guards
 from graphpeft.graph.calls import calls_of
-from graphpeft.graph.settings import expect_settings
+from graphpeft.graph.facts import line_of
+from graphpeft.graph.settings import CHECKS
 from graphpeft.graph.slots import without_slot
 from graphpeft.graph.tags import TAG, Tag
-from graphpeft.graph.template import LINE, VALUE
+from graphpeft.graph.template import VALUE
 from graphpeft.showing.picture import DrawnGraph, DrawnNode
 from graphpeft.wording import shortened
-
-CHECKS = (*guards.CHECKS, guards.expect_each, expect_settings)
-"""Functions whose nodes check decisions of a trace, and compute nothing."""
 
 MODES = ("evaluation", "training")
 
@@ -94,7 +89,7 @@ def _drawn(node: fx.Node, module: nn.Module, checks: list[str]) -> DrawnNode:
         arguments=_arguments(node),
         inputs=[source.name for source in node.all_input_nodes],
         value=_value(node, module),
-        line=_line(node),
+        line="" if node.op in ("placeholder", "output") else line_of(node),
         calls=[call.name for call in calls_of(node)],
         module=str(node.target) if node.op in ("call_module", "get_attr") else "",
         checks=checks,
@@ -150,10 +145,3 @@ def shape_of(value: Any) -> str:
         return ""
     sizes = " × ".join(map(str, value.shape)) or "scalar"
     return f"{sizes}, {str(value.dtype).removeprefix('torch.')}"
-
-
-def _line(node: fx.Node) -> str:
-    if LINE not in node.meta or node.op in ("placeholder", "output"):
-        return ""
-    file, number = node.meta[LINE]
-    return f"{os.path.basename(file)}:{number}  {linecache.getline(file, number).strip()}"

@@ -160,7 +160,7 @@ _EDGES_OF_REGIONS = (enter_autocast, leave_autocast, enter_gradients, leave_grad
 
 def line_of(node: fx.Node) -> str:
     """Returns the line of the model's code that made a node, with its file and number; "" if it isn't known."""
-    if LINE not in node.meta:
+    if LINE not in node.meta or node.op in ("placeholder", "output"):
         return ""
     file, number = node.meta[LINE]
     return f"{os.path.basename(file)}:{number}  {linecache.getline(file, number).strip()}"

@@ -13,7 +13,7 @@ from graphpeft.graph.paths import join
 from graphpeft.rewrites.matching import Occurrence
 from graphpeft.rewrites.pattern import layer
 from graphpeft.rewrites.reading import Reader
-from graphpeft.rewrites.values import Attribute, example_of
+from graphpeft.rewrites.values import PLAIN, Attribute, example_of
 
 
 class Match(Mapping[str, Any]):
@@ -26,14 +26,20 @@ class Match(Mapping[str, Any]):
     Attributes:
         module: The path of the module in whose forward it is; "" for the model.
         training: Whether it is in the graph of training mode.
+        assumed: The numbers and flags of modules that were read here, by path; each run checks that they are the same.
     """
 
     def __init__(self, occurrence: Occurrence, reader: Reader, module: str) -> None:
         self._occurrence, self._reader = occurrence, reader
         self.module, self.training = module, reader.training
+        self.assumed: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
-        return example_of(self._occurrence.values[name], self._reader.read)
+        value = self._occurrence.values[name]
+        example = example_of(value, self._reader.read)
+        if isinstance(value, Attribute) and isinstance(example, PLAIN):
+            self.assumed[value.path] = example
+        return example
 
     def __iter__(self) -> Any:
         return iter(self._occurrence.values)

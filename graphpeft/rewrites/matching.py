@@ -8,7 +8,7 @@ each step yields all states that extend it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from graphpeft.graph.tags import TAG
 from graphpeft.rewrites.pattern import Alternative, layer
 from graphpeft.rewrites.reading import Reader
 from graphpeft.rewrites.spellings import COMMUTES
-from graphpeft.rewrites.values import MISSING, Form, is_computed, is_constant, same, shown, value_of
+from graphpeft.rewrites.values import MISSING, Form, is_constant, is_tensor, same, shown, value_of
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,15 @@ class Occurrence(NamedTuple):
         values = tuple((name, shown(value)) for name, value in self.values.items())
         return self.number, self.result.name, names, values, tuple(sorted(self.state.assumes.items()))
 
+    def assuming(self, assumed: Mapping[str, Any]) -> Occurrence:
+        """Returns this occurrence, which depends on further attributes, by path."""
+        assumes = {**self.state.assumes, **assumed}
+        return self._replace(state=State(self.state.known, self.state.nodes, assumes, self.state.layers))
+
+
+Judge = Callable[[Occurrence], tuple[str | None, Mapping[str, Any]]]
+"""Returns why an occurrence doesn't count, or None, and the attributes, by path, whose values have decided on that."""
+
 
 class Stop(NamedTuple):
     """Why a pattern isn't met at a node.
@@ -124,8 +133,9 @@ class Matcher:
                     state, user, f"uses {shown(value)}, where {name} of the pattern is {shown(state.known[pattern])}"
                 )
         elif pattern.op == "placeholder":
-            if pattern.name in self._alternative.constants and is_computed(value):
-                self._missed(state, user, f"computes {shown(value)}, where the pattern has the constant {pattern.name}")
+            if pattern.name in self._alternative.constants and is_tensor(value, self._reader.read):
+                reason = f"uses {shown(value)}, which is a tensor or may be one, where {pattern.name} is none"
+                self._missed(state, user, reason)
             else:
                 yield state.knowing(pattern, value)
         elif isinstance(pattern.target, layer):
@@ -140,7 +150,7 @@ class Matcher:
         if not fitting and wanted.function == "pow":
             fitting = [square for form in forms if (square := _as_square(form)) is not None]
         if not fitting:
-            spelled = forms[0].name if forms else "a value that it is given" if is_computed(value) else shown(value)
+            spelled = forms[0].name if forms else "a value that it is given" if value is at else shown(value)
             reason = self._reader.reasons.get(at, f"is {spelled}, where the pattern has {wanted.name}")
             self._missed(state, at, reason)
         for form in fitting:
@@ -205,11 +215,16 @@ class Matcher:
         if known is not None and known.target != value.target:
             self._missed(state, at, f"calls {value.target}, where the pattern calls {known.target}")
             return
-        called = Form(wanted, dict(enumerate(value_of(value.args))) | dict(value.kwargs), {}, {})
+        called = _call(wanted, value)
         through = state.knowing(pattern, value).through(called, value)
         through = State(through.known, through.nodes, through.assumes, {**state.layers, wanted: value})
-        form = Form(wanted, dict(enumerate(value_of(pattern.args))) | dict(pattern.kwargs), {}, {})
+        form = _call(wanted, pattern)
         yield from self._arguments(form, called, [(name, name) for name in _names(form, called)], through, at)
+
+
+def _call(wanted: layer, node: fx.Node) -> Form:
+    arguments: dict[Any, Any] = dict(enumerate(value_of(node.args)))
+    return Form(wanted, arguments | {name: value_of(value) for name, value in node.kwargs.items()}, {}, {})
 
 
 def _names(wanted: Form, form: Form) -> list[Any]:
@@ -235,34 +250,34 @@ def _as_square(form: Form) -> Form | None:
 
 
 def occurrences(
-    alternatives: tuple[Alternative, ...], reader: Reader, reason_against: Any
+    alternatives: tuple[Alternative, ...], reader: Reader, judge: Judge
 ) -> tuple[list[Occurrence], list[tuple[fx.Node, int, Stop]]]:
     """Returns where a pattern is met, in the order of the graph, and where it almost is.
 
-    Of places that share an operation, the first counts.
+    Of places that share an operation, the last counts: what it computes may include what the others do.
 
     Args:
         alternatives: The ways in which the pattern can be met.
         reader: Reads the graph.
-        reason_against: Returns why an occurrence doesn't count, or None.
+        judge: Judges occurrences.
     """
     found: list[Occurrence] = []
     misses: list[tuple[fx.Node, int, Stop]] = []
     taken: dict[fx.Node, fx.Node] = {}
-    for node in reader.graph.nodes:
+    for node in reversed(reader.graph.nodes):
         if node.op == "placeholder" or TAG in node.meta:
             continue
-        occurrence, stop, size = _at(node, alternatives, reader, reason_against, taken)
+        occurrence, stop, size = _at(node, alternatives, reader, judge, taken)
         if occurrence is not None:
             found.append(occurrence)
-            taken |= dict.fromkeys(occurrence.state.nodes, node)
+            taken.update((each, node) for each in occurrence.state.nodes)
         elif stop is not None:
             misses.append((node, size, stop))
-    return found, misses
+    return found[::-1], misses[::-1]
 
 
 def _at(
-    node: fx.Node, alternatives: tuple[Alternative, ...], reader: Reader, reason_against: Any, taken: Any
+    node: fx.Node, alternatives: tuple[Alternative, ...], reader: Reader, judge: Judge, taken: Mapping[fx.Node, fx.Node]
 ) -> tuple[Occurrence | None, Stop | None, int]:
     nearest: Stop | None = None
     size = 0
@@ -270,20 +285,17 @@ def _at(
         matcher = Matcher(alternative, reader)
         for state in matcher.states(node):
             occurrence = Occurrence(node, alternative, number, state)
-            stop = _conflict(occurrence, reader, taken) or _refused(occurrence, reason_against)
-            if stop is None:
-                return occurrence, None, 0
-            matcher.stop = stop
+            matcher.stop = _conflict(occurrence, reader, taken)
+            if matcher.stop is None:
+                reason, assumed = judge(occurrence)
+                if reason is None:
+                    return occurrence.assuming(assumed), None, 0
+                matcher.stop = Stop(alternative.size, node, reason)
             break
         stop = matcher.stop
         if stop is not None and stop.matched and (nearest is None or stop.matched > nearest.matched):
             nearest, size = stop, alternative.size
     return None, nearest, size
-
-
-def _refused(occurrence: Occurrence, reason_against: Any) -> Stop | None:
-    reason = reason_against(occurrence)
-    return Stop(occurrence.alternative.size, occurrence.result, reason) if reason is not None else None
 
 
 def _conflict(occurrence: Occurrence, reader: Reader, taken: Mapping[fx.Node, fx.Node]) -> Stop | None:

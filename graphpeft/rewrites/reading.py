@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,12 +11,13 @@ from torch import fx, nn
 from graphpeft.graph import guards
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.facts import reads_metadata_only
+from graphpeft.graph.kept_forwards import has_forward, set_forward
 from graphpeft.graph.ops.linear import product_of
 from graphpeft.graph.paths import join
 from graphpeft.graph.settings import CHECKS
 from graphpeft.graph.template import SIMPLE, Template
 from graphpeft.rewrites.spellings import bound, einsum_operands, transpose, transposed_dims
-from graphpeft.rewrites.values import Attribute, Form, rank_of, value_of
+from graphpeft.rewrites.values import MISSING, Attribute, Form, is_constant, rank_of, same, value_of
 
 TemplateOf = Callable[[str], Template]
 """Returns the template of the layer at a path, or raises TraceError."""
@@ -30,6 +31,10 @@ class Reader:
         root: The module that owns it; None for the graph of a pattern.
         training: The mode.
         template_of: Returns the templates of layers that the graph calls.
+
+    Attributes:
+        reasons: Why the call of a layer isn't read as an operation.
+        read_layers: The paths of layers whose calls are read as operations.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class Reader:
         self._template_of = template_of
         self._forms: dict[fx.Node, tuple[Form, ...]] = {}
         self.reasons: dict[fx.Node, str] = {}
+        self.read_layers: set[str] = set()
 
     def read(self, path: str) -> Any:
         """Returns what the graph's module has at a path; for a flag of training, the mode."""
@@ -71,6 +77,7 @@ class Reader:
         if node.op == "call_module":
             form = self._of_layer(node)
             if form is not None:
+                self.read_layers.add(str(node.target))
                 yield form
                 yield from self._as_products(form)
             return
@@ -137,6 +144,9 @@ class Reader:
         if any(hooks):
             self.reasons[node] = f"{path} has hooks, which an operation in its place wouldn't run"
             return None
+        if set_forward(layer) is not None or has_forward(layer):
+            self.reasons[node] = f"{path} has a forward that was set on it, which an operation wouldn't run"
+            return None
         if isinstance(layer, _BATCH_NORMS):
             return self._of_batch_norm(node, path, layer)
         try:
@@ -146,23 +156,19 @@ class Reader:
             return None
         if template is None:
             return None
-        form = self._of_template(node, path, template)
-        if form is None:
-            self.reasons.setdefault(node, f"{path} computes more than one operation in its own forward")
-        return form
+        return self._of_template(node, path, template)
 
     def _of_template(self, node: fx.Node, path: str, template: Template) -> Form | None:
         """Returns the one operation of a layer's graph, with what the call gives in place of its arguments."""
         graph = template.graphs[min(int(self.training), len(template.graphs) - 1)]
         computing = [each for each in graph.nodes if each.op.startswith("call_") and not _only_checks(each)]
         if len(computing) != 1 or graph.output_node().args[0] is not computing[0] or computing[0].op == "call_module":
+            self.reasons[node] = f"{path} computes more than one operation in its own forward"
             return None
-        placeholders = [each for each in graph.nodes if each.op == "placeholder"]
-        args, kwargs = value_of(node.args), node.kwargs
-        given = dict(zip(placeholders, args, strict=False))
-        given |= {each: value_of(kwargs[each.target]) for each in placeholders if each.target in kwargs}
-        given |= {each: each.args[0] for each in placeholders if each not in given and each.args}
-        if len(given) < len(placeholders):
+        given = _given(node, graph)
+        assumes = _settings(template, graph, given, path) if given is not None else None
+        if given is None or assumes is None:
+            self.reasons[node] = f"{path} decides on its inputs"
             return None
 
         def outside(value: Any) -> Any:
@@ -174,7 +180,7 @@ class Reader:
 
         inner = bound(computing[0])
         arguments = {name: outside(value) for name, value in inner.arguments.items()}
-        return Form(inner.function, arguments, inner.defaults, _settings(graph, path))
+        return Form(inner.function, arguments, inner.defaults, assumes)
 
     def _of_batch_norm(self, node: fx.Node, path: str, layer: Any) -> Form | None:
         if self.training:
@@ -196,13 +202,37 @@ def _linear(x: Any, weight: Any, bias: Any) -> Form:
     return Form("linear", {"input": x, "weight": weight, "bias": bias}, {"bias": None}, {})
 
 
-def _settings(graph: fx.Graph, path: str) -> dict[str, Any]:
-    """Returns the attributes of a layer that its graph takes for constants, by their paths outside."""
-    found: dict[str, Any] = {}
-    for check in (node for node in graph.nodes if node.target is guards.expect_each):
-        now, values, _ = check.args
-        found |= {join(path, str(each.target)): value for each, value in zip(now, values, strict=True)}
-    return found
+def _given(node: fx.Node, graph: fx.Graph) -> dict[fx.Node, Any] | None:
+    """Returns what a call gives for the arguments of a layer's graph; None if that isn't one value for each."""
+    placeholders = [each for each in graph.nodes if each.op == "placeholder"]
+    given = dict(zip(placeholders, value_of(node.args), strict=False))
+    given |= {each: value_of(node.kwargs[each.target]) for each in placeholders if each.target in node.kwargs}
+    given |= {each: each.args[0] for each in placeholders if each not in given and each.args}
+    is_each = len(given) == len(placeholders) and len(node.args) + len(node.kwargs) <= len(given)
+    return given if is_each and not any(str(each.target).startswith("*") for each in placeholders) else None
+
+
+def _settings(template: Template, graph: fx.Graph, given: Mapping[fx.Node, Any], path: str) -> dict[str, Any] | None:
+    """Returns the attributes of a layer that its graph takes for constants, by their paths outside.
+
+    None if the graph checks more than these, on which an operation in its place would decide without a check.
+    """
+    held = {**template.fixed, **dict.fromkeys(template.absent)}
+    for check in (node for node in graph.nodes if node.target in CHECKS):
+        args: Any = check.args
+        if check.target is guards.expect_each and all(each.op == "get_attr" for each in args[0]):
+            held |= {str(each.target): value for each, value in zip(*args[:2], strict=True)}
+        elif not _is_met(check.target, args, given):
+            return None
+    return {join(path, name): value for name, value in held.items()}
+
+
+def _is_met(check: Any, args: tuple[Any, ...], given: Mapping[fx.Node, Any]) -> bool:
+    """Returns whether what a call gives meets a check in every run."""
+    value = given.get(args[0], MISSING) if isinstance(args[0], fx.Node) else MISSING
+    if check is guards.expect_present:
+        return value is not MISSING and value is not None
+    return check is guards.expect and value is not MISSING and is_constant(value) and same(value, args[1])
 
 
 def _only_checks(node: fx.Node) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 from torch.fx.proxy import TraceError as ProxyError
 
 from graphpeft._torch import fake_tensor, schemas_of
@@ -16,7 +17,7 @@ from graphpeft.graph.calls import CALLS, Call, calls_of
 from graphpeft.graph.facts import writes
 from graphpeft.graph.ops.linear import transpose_of
 from graphpeft.graph.settings import Reads, Setting, add_check
-from graphpeft.graph.template import LINE, VALUE
+from graphpeft.graph.template import ABSENT, FIXED, LINE, VALUE
 from graphpeft.rewrites.matching import Occurrence, is_written
 from graphpeft.rewrites.pattern import RewriteError, layer
 from graphpeft.rewrites.reading import Reader
@@ -72,6 +73,9 @@ def replace_all(graph: fx.Graph, reader: Reader, found: list[Occurrence], code: 
         result = nodes[occurrence.result]
         new = _emitted(graph, occurrence, nodes, code, name, reader)
         _refuse_shared_memory(result, new, occurrence)
+        for each in occurrence.state.nodes:
+            # the options on which a layer's own graph depends
+            new.meta |= {key: nodes[each].meta[key] for key in (FIXED, ABSENT) if key in nodes[each].meta}
         result.replace_all_uses_with(new)
         names[result.name] = new.name
         nodes[occurrence.result] = new
@@ -83,8 +87,8 @@ def replace_all(graph: fx.Graph, reader: Reader, found: list[Occurrence], code: 
     _rename_in_calls(graph, names)
     # the graph decides on these itself where it is one for each mode
     assumed = {path: value for each in found for path, value in each.state.assumes.items() if path != "training"}
-    line = f"the rewrite {name}"
-    add_check(graph, Reads(tuple(Setting(path, value, line) for path, value in assumed.items()), ()))
+    settings = [Setting(path, value, f"{path}, on which the rewrite {name} depends") for path, value in assumed.items()]
+    add_check(graph, Reads(tuple(settings), ()))
 
 
 def _emitted(
@@ -165,10 +169,11 @@ _SPELLED: dict[str, Callable[..., Any]] = {
 
 def _as_call(graph: fx.Graph, node: fx.Node, called: Mapping[layer, str]) -> fx.Node:
     """Puts the call of the module that was found in the place of the call of a pattern's layer."""
-    if node.target not in called:
-        raise RewriteError(f"the replacement calls layer({node.target.__name__}), and the pattern doesn't")
+    wanted: Any = node.target
+    if wanted not in called:
+        raise RewriteError(f"the replacement calls layer({wanted.__name__}), and the pattern doesn't")
     with graph.inserting_before(node):
-        call = graph.call_module(called[node.target], node.args, node.kwargs)
+        call = graph.call_module(called[wanted], node.args, node.kwargs)
     node.replace_all_uses_with(call)
     graph.erase_node(node)
     return call
@@ -213,7 +218,7 @@ def _rename_in_calls(graph: fx.Graph, names: Mapping[str, str]) -> None:
     """Lets the calls of modules that a flat graph knows give and return the new values."""
 
     def renamed(name: str | None) -> str | None:
-        while name in names:
+        while name is not None and name in names:
             name = names[name]
         return name
 
@@ -250,7 +255,7 @@ def _give_example(node: fx.Node, reader: Reader, name: str) -> None:
         is_real = isinstance(value, torch.Tensor) and not isinstance(value, fake_tensor.FakeTensor)
         return mode.from_tensor(value) if is_real else value
 
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), fake)
+    args, kwargs = map_arg((node.args, node.kwargs), fake)
     target: Any = node.target
     try:
         with mode, torch.no_grad():

@@ -233,9 +233,13 @@ class _Plan:
         self.misses: list[NearMiss] = []
         self.left: dict[str, str] = {}
         self._met: set[tuple[str, str]] = set()
+        self._called: set[str] = set()
+        self._read_as_calls: set[str] = set()
         for path in self._paths(inside):
             self._rewrite_module(path)
         self.misses = self._nearest()
+        # a layer without a graph is read where it is called
+        self.left = {path: reason for path, reason in self.left.items() if path not in self._read_as_calls}
 
     def _paths(self, inside: Iterable[str] | None) -> list[str]:
         """Returns the paths of the modules whose forwards are read, the innermost first."""
@@ -257,11 +261,19 @@ class _Plan:
         Raises:
             TraceError: If it can't have one.
         """
-        if path in self.templates:
-            return self.templates[path]
         if path not in self._read_templates:
             self._read_templates[path] = self._lifted(path)
         return self._read_templates[path]
+
+    def _of_layer(self, path: str) -> Template:
+        """Returns the template of a layer whose call is read as an operation.
+
+        Raises:
+            TraceError: If it has none, or if this rewrite has changed it, and isn't to meet what it has made itself.
+        """
+        if path in self.templates:
+            raise TraceError("it is rewritten itself")
+        return self._template(path)
 
     def _lifted(self, path: str) -> Template:
         module = self.modules[path]
@@ -294,13 +306,13 @@ class _Plan:
         read = _Read([], [])
         for training in (False, True):
             graph = template.graphs[min(int(training), len(template.graphs) - 1)]
-            reader = Reader(graph, self.modules[path], training, lambda inner: self._template(join(path, inner)))
+            reader = Reader(graph, self.modules[path], training, lambda inner: self._of_layer(join(path, inner)))
 
-            def reason_against(occurrence: Occurrence, reader: Reader = reader) -> str | None:
-                where = self._rewrite._where
-                return where(Match(occurrence, reader, path)) if where is not None else None
+            def judge(occurrence: Occurrence, reader: Reader = reader) -> tuple[str | None, Mapping[str, Any]]:
+                match = Match(occurrence, reader, path)
+                return (self._rewrite._where(match) if self._rewrite._where is not None else None), match.assumed
 
-            found, misses = occurrences(self._rewrite._alternatives, reader, reason_against)
+            found, misses = occurrences(self._rewrite._alternatives, reader, judge)
             read.readers.append(reader)
             read.found.append(found)
             for node, size, stop in misses:
@@ -330,18 +342,22 @@ class _Plan:
             self.matches.append(Matched(path, node, lines[node], "both" if len(of_node) == 2 else of_node[0]))
 
         of_modes = [occurrence for found in read.found for occurrence in found]
-        self._met |= {(path, node.name) for occurrence in of_modes for node in occurrence.state.nodes}
+        nodes = [node for occurrence in of_modes for node in occurrence.state.nodes]
+        self._read_as_calls |= {join(path, layer) for reader in read.readers for layer in reader.read_layers}
+        self._met |= {(path, node.name) for node in nodes}
+        self._called |= {join(path, str(node.target)) for node in nodes if node.op == "call_module"}
 
     def _nearest(self) -> list[NearMiss]:
         """Returns the near misses that are news: half of the pattern is met, or nothing else is known."""
-        news = [miss for miss in self.misses if (miss.module, miss.node) not in self._met]
+        misses = [miss for miss in self.misses if miss.module not in self._called]
+        news = [miss for miss in misses if (miss.module, miss.node) not in self._met]
         news.sort(key=lambda miss: miss.size - miss.matched)
         near = [miss for miss in news if 2 * miss.matched >= miss.size]
         return near if near or self.matches else news[:_FEWEST]
 
     def _note_miss(self, path: str, node: fx.Node, size: int, stop: Stop) -> None:
         if stop.node.op == "call_module" and join(path, str(stop.node.target)) in self.templates:
-            return  # what stopped it is what the rewrite itself has made
+            return
         miss = NearMiss(path, node.name, stop.matched, size, stop.node.name, line_of(stop.node), stop.reason)
         if miss not in self.misses:
             self.misses.append(miss)

@@ -54,24 +54,25 @@ class Bound(NamedTuple):
     """
 
     function: Any
-    arguments: Mapping[str, Any]
-    defaults: Mapping[str, Any]
+    arguments: Mapping[Any, Any]
+    defaults: Mapping[Any, Any]
 
 
 def bound(node: fx.Node) -> Bound:
     """Returns the call that a node makes, of a function or of a method."""
     name = _name_of(node)
     args, kwargs = value_of(node.args), {key: value_of(value) for key, value in node.kwargs.items()}
-    if name is None:
-        return Bound(node.target, dict(enumerate(args)) | kwargs, {})
+    if name is None or name == "einsum":
+        return Bound(name or node.target, {**dict(enumerate(args)), **kwargs}, {})
     if name in _CASTS and len(args) == 1 and not kwargs:
         return Bound("to", {"input": args[0], "what": getattr(torch, _CASTS[name])}, {})
     if name == "to":
         return _cast(args, kwargs)
     signature = _signature(node.target) if isinstance(node.target, types.FunctionType) else None
     found = _by_signature(signature, args, kwargs) if signature else _by_schemas(name, args, kwargs)
-    arguments, defaults = found or (dict(enumerate(args)) | kwargs, {})
-    named = {_ARGUMENTS.get(key, key): value for key, value in arguments.items() if key not in _HIDDEN}
+    as_given: dict[Any, Any] = dict(enumerate(args)) | kwargs
+    arguments, defaults = found or (as_given, {})
+    named: dict[Any, Any] = {_ARGUMENTS.get(key, key): value for key, value in arguments.items() if key not in _HIDDEN}
     others = {_ARGUMENTS.get(key, key): value for key, value in defaults.items() if key not in _HIDDEN}
     if name == "square":
         return Bound("pow", {**named, "exponent": 2}, {})
@@ -104,7 +105,7 @@ def _signature(function: Any) -> inspect.Signature | None:
         return None
 
 
-Arguments = tuple[dict[str, Any], dict[str, Any]]
+Arguments = tuple[dict[Any, Any], dict[Any, Any]]
 """Given arguments, and the defaults of the others."""
 
 
@@ -172,7 +173,7 @@ def _suits(kind: str, value: Any) -> int | None:
     return 2 if kind == "Tensor" else 1
 
 
-def transposed_dims(name: str, arguments: Mapping[str, Any], rank: int | None) -> tuple[Any, tuple[int, int]] | None:
+def transposed_dims(name: str, arguments: Mapping[Any, Any], rank: int | None) -> tuple[Any, tuple[int, int]] | None:
     """Returns what a call transposes, and the two dimensions, counted from the last one; None for another call.
 
     Args:

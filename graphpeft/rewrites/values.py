@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
 
 from graphpeft._torch import pytree
 from graphpeft.graph.settings import is_number
-from graphpeft.graph.template import VALUE
+from graphpeft.graph.template import SIMPLE, VALUE
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class Form:
 
     Attributes:
         function: The name of the function of PyTorch; of any other function, the function itself.
-        arguments: The arguments by name.
+        arguments: The arguments by name; those of a function that isn't PyTorch's, by place.
         defaults: The values of arguments that may be left out, by name.
         assumes: The attributes, by path, whose present values have decided on this form.
         inside: Other nodes whose computation the form includes.
     """
 
     function: Any
-    arguments: Mapping[str, Any]
-    defaults: Mapping[str, Any]
+    arguments: Mapping[Any, Any]
+    defaults: Mapping[Any, Any]
     assumes: Mapping[str, Any]
     inside: tuple[fx.Node, ...] = ()
 
@@ -55,7 +55,7 @@ class Form:
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(map(repr, self.arguments.values()))})"
 
-    def given(self, name: str) -> Any:
+    def given(self, name: Any) -> Any:
         """Returns an argument, or its default; `MISSING` for a name that the operation doesn't have."""
         return self.arguments.get(name, self.defaults.get(name, MISSING))
 
@@ -67,6 +67,9 @@ class _Missing:
 
 MISSING = _Missing()
 """The value of an argument that an operation doesn't have."""
+
+PLAIN = (*SIMPLE, torch.Size)
+"""Types of values that are no tensors, and hold none."""
 
 CLOSE = 1e-9
 """The relative difference up to which two numbers are taken for one, such as 0.7978845608 and sqrt(2 / pi)."""
@@ -83,10 +86,18 @@ def value_of(argument: Any) -> Any:
     return argument
 
 
-def is_computed(value: Any) -> bool:
-    """Returns whether a graph computes a value; numbers that it only reads from a module don't count."""
+def is_tensor(value: Any, read: Any) -> bool:
+    """Returns whether a value is, or holds, a tensor, or may be one."""
     leaves = pytree.tree_leaves(value)
-    return any(isinstance(leaf, Form) or (isinstance(leaf, fx.Node) and not is_number(leaf)) for leaf in leaves)
+    return any(_is_tensor(leaf, read) for leaf in leaves)
+
+
+def _is_tensor(value: Any, read: Any) -> bool:
+    if isinstance(value, Attribute):
+        return isinstance(read(value.path), torch.Tensor)
+    if isinstance(value, fx.Node):
+        return not is_number(value) and not isinstance(value.meta.get(VALUE, value), PLAIN)
+    return isinstance(value, Form)
 
 
 def is_constant(value: Any) -> bool:
@@ -121,12 +132,14 @@ def _same_parts(one: Any, other: Any) -> bool:
     return bool(one) == bool(parts) and len(one) == len(parts) and all(map(same, one, parts))
 
 
-def _is_plain_number(value: Any) -> bool:
+def _is_plain_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def example_of(value: Any, read: Any) -> Any:
-    """Returns an example of a value: what a module holds, a constant, a node's value in the trace; None if unknown.
+    """Returns an example of a value: what a module holds, a constant, a tensor of the trace; None if unknown.
+
+    A number that a graph computes may be another one in each run, so it isn't known.
 
     Args:
         value: The value.
@@ -135,7 +148,8 @@ def example_of(value: Any, read: Any) -> Any:
     if isinstance(value, Attribute):
         return read(value.path)
     if isinstance(value, fx.Node):
-        return value.meta.get(VALUE)
+        example = value.meta.get(VALUE)
+        return None if isinstance(example, PLAIN) else example
     if isinstance(value, tuple):
         return tuple(example_of(part, read) for part in value)
     return None if isinstance(value, Form) else value

@@ -89,7 +89,7 @@ def _drawn(node: fx.Node, module: nn.Module, checks: list[str]) -> DrawnNode:
         arguments=_arguments(node),
         inputs=[source.name for source in node.all_input_nodes],
         value=_value(node, module),
-        line="" if node.op in ("placeholder", "output") else line_of(node),
+        line=line_of(node),
         calls=[call.name for call in calls_of(node)],
         module=str(node.target) if node.op in ("call_module", "get_attr") else "",
         checks=checks,

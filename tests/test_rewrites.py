@@ -14,7 +14,10 @@ from torch.fx.passes.infra.pass_manager import PassManager
 
 from graphpeft import GuardError, LoraConfig, get_peft_model, trace
 from graphpeft.rewrites import Rewrite, RewriteError, either, held, layer, undo_rewrites
+from graphpeft.showing.reading import picture_of
 from graphpeft.testing import verify_rewrite
+
+pytestmark = pytest.mark.quick("rewrites")
 
 SIZE = 8
 
@@ -598,6 +601,29 @@ def test_an_interrupted_rewrite_leaves_the_model_as_it_was(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         gelu_to_tanh(model)
     assert [type(each) for each in model] == [nn.GELU, nn.GELU]
+
+
+def test_a_picture_has_the_graphs_before_and_after_also_where_an_adapter_acts():
+    model = nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU(), nn.Dropout(0.1))
+    gelu_to_tanh(model)
+    Rewrite(lambda x, *, p: F.dropout(x, p, training=False), lambda x: x, name="no_dropout")(model)
+    Rewrite(lambda x, w, b: F.linear(x, w, b), lambda x, w, b: x @ w.T + b, name="spelled_out")(model)
+    get_peft_model(model, LoraConfig(target_modules=["0"]))
+    picture = picture_of(model)
+    linear, gelu, dropout = (
+        picture.graphs[module.graphs] for module in picture.model.inside if module.graphs is not None
+    )
+    assert [(node.label, node.rewrite) for node in gelu[0].after if node.op == "call_function"] == [
+        ("gelu", "gelu_to_tanh")
+    ]
+    assert "none" in str(gelu[0].before)
+    assert not any(node.rewrite for node in gelu[0].before)
+    assert [drawn.mode for drawn in dropout] == ["evaluation", "training"]
+    assert [len(drawn.after) < len(drawn.before) for drawn in dropout] == [True, False]
+    assert {node.rewrite for node in linear[0].after if node.slot is None and node.op != "placeholder"} >= {
+        "spelled_out"
+    }
+    assert any(node.slot == 0 for node in linear[0].after)
 
 
 def test_finding_changes_nothing():

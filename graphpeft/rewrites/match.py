@@ -27,6 +27,12 @@ class Match(Mapping[str, Any]):
         module: The path of the module in whose forward it is; "" for the model.
         training: Whether it is in the graph of training mode.
         assumed: The numbers and flags of modules that were read here, by path; each run checks that they are the same.
+
+    Examples:
+        >>> wide = lambda match: None if match["w"].shape[0] > 4 else "it is narrow"
+        >>> rewrite = Rewrite(lambda x, w, b: F.linear(x, w, b), lambda x, w, b: F.linear(x, w, b), where=wide)
+        >>> [matched.module for matched in rewrite.find(nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 8)])).matches]
+        ['1']
     """
 
     def __init__(self, occurrence: Occurrence, reader: Reader, module: str) -> None:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from graphpeft.graph.facts import separates, writes
+from graphpeft.graph.facts import reads_metadata_only, separates, writes
+from graphpeft.graph.ops.linear import transpose_of
 from graphpeft.graph.tags import TAG
 from graphpeft.rewrites.pattern import Alternative, layer
 from graphpeft.rewrites.reading import Reader
@@ -309,7 +310,7 @@ def _conflict(occurrence: Occurrence, reader: Reader, taken: Mapping[fx.Node, fx
         if TAG in node.meta:
             return Stop(size, node, "belongs to an adapter; rewrite the model before you adapt it")
         others = [user.name for user in node.users if user not in nodes]
-        if node is not result and others and not _is_of_tensors_alone(node):
+        if node is not result and others and not _can_stay(node, nodes):
             return Stop(size, node, f"is used by {', '.join(others)}, too")
     for node in _between(reader.graph, nodes, result):
         if separates(node, reader.root or nn.Module()):
@@ -317,9 +318,14 @@ def _conflict(occurrence: Occurrence, reader: Reader, taken: Mapping[fx.Node, fx
     return None
 
 
-def _is_of_tensors_alone(node: fx.Node) -> bool:
-    """Returns whether a node changes only the layout of what the module holds, as ``self.weight.T`` does."""
-    return bool(node.all_input_nodes) and all(each.op == "get_attr" for each in node.all_input_nodes)
+def _can_stay(node: fx.Node, nodes: frozenset[fx.Node]) -> bool:
+    """Returns whether a node may stay for its other users, since it computes next to nothing.
+
+    Such a node reads the dtype or the shape of a value, or transposes what the module holds, as ``self.weight.T`` does.
+    """
+    if reads_metadata_only(node):
+        return nodes.isdisjoint(node.all_input_nodes)
+    return transpose_of(node) is not None and all(each.op == "get_attr" for each in node.all_input_nodes)
 
 
 def _between(graph: fx.Graph, nodes: frozenset[fx.Node], result: fx.Node) -> Iterator[fx.Node]:

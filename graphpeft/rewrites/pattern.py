@@ -15,7 +15,15 @@ from graphpeft.rewrites.values import Form
 
 
 class RewriteError(PeftError, ValueError):
-    """A rewrite can't be made; the model is as it was."""
+    """A rewrite can't be made; the model is as it was.
+
+    Examples:
+        >>> try:
+        ...     Rewrite(lambda x: F.silu(x), lambda x: F.relu(x))(nn.Sequential(nn.GELU()))
+        ... except RewriteError as error:
+        ...     print(str(error).partition(";")[0])
+        0 matches, and not at least one
+    """
 
 
 class layer:  # noqa: N801 - reads as a function, and has to be recognised
@@ -40,6 +48,13 @@ class layer:  # noqa: N801 - reads as a function, and has to be recognised
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Records a call of the module.
+
+        Args:
+            args: The positional arguments of the call.
+            kwargs: The keyword arguments of the call.
+
+        Returns:
+            The value of the call, for the code of the pattern or of the replacement.
 
         Raises:
             TypeError: Outside of a pattern and a replacement.
@@ -74,7 +89,15 @@ class either:  # noqa: N801 - as above
         self.patterns = patterns
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Computes what the pattern computes that is tried at present."""
+        """Computes what the pattern computes that is tried at present.
+
+        Args:
+            args: The positional arguments of the pattern.
+            kwargs: The keyword arguments of the pattern.
+
+        Returns:
+            Its value, for the code of the pattern around.
+        """
         chosen = _CHOICES[-1].next(len(self.patterns)) if _CHOICES else 0
         return self.patterns[chosen](*args, **kwargs)
 

@@ -17,6 +17,7 @@ from graphpeft.graph.calls import CALLS, Call, calls_of
 from graphpeft.graph.facts import writes
 from graphpeft.graph.ops.linear import transpose_of
 from graphpeft.graph.settings import Reads, Setting, add_check
+from graphpeft.graph.tags import REWRITE
 from graphpeft.graph.template import ABSENT, FIXED, LINE, VALUE
 from graphpeft.rewrites.matching import Occurrence, is_written
 from graphpeft.rewrites.pattern import RewriteError, layer
@@ -25,15 +26,15 @@ from graphpeft.rewrites.spellings import bound
 from graphpeft.rewrites.values import Attribute, Form
 from graphpeft.rules.code_in_graphs import RuleError, RuleTracer
 
-REWRITE = "graphpeft_rewrite"
-"""The key of ``node.meta`` for the name of the rewrite that made a node."""
-
 
 def held(path: str) -> Any:
-    """Returns, in a replacement, a tensor or a number that the module in whose forward it is holds.
+    """Reads, in a replacement, a tensor or a number of the module in whose forward the match is.
 
     Args:
         path: Its path in that module, such as ``"embed.weight"``.
+
+    Returns:
+        Its value, for the code of the replacement.
 
     Raises:
         RuntimeError: Outside of a replacement.

@@ -21,6 +21,11 @@ class Matched:
         node: The name of the node whose value is replaced.
         line: The line of the model's code that made the node; "" if it isn't known.
         modes: The modes in whose graph it is: "evaluation", "training" or "both".
+
+    Examples:
+        >>> gelu = Rewrite(lambda x: F.gelu(x), lambda x: F.relu(x), name="gelu")
+        >>> gelu.find(nn.GELU()).matches[0].modes
+        'both'
     """
 
     module: str
@@ -41,6 +46,11 @@ class NearMiss:
         stopped_at: The name of the node that stopped it.
         line: The line of the model's code that made this node; "" if it isn't known.
         reason: The reason.
+
+    Examples:
+        >>> gelu = Rewrite(lambda x: F.gelu(x), lambda x: F.relu(x), name="gelu")
+        >>> gelu.find(nn.GELU("tanh")).misses[0].reason
+        "has 'tanh' as approximate, where the pattern has 'none'"
     """
 
     module: str
@@ -66,6 +76,11 @@ class RewriteReport:
         matches: The places where its pattern is met, the innermost modules first.
         misses: The places where it is met in part, the nearest first.
         left: Why the forward of a module couldn't be read, by the module's path.
+
+    Examples:
+        >>> gelu = Rewrite(lambda x: F.gelu(x), lambda x: F.relu(x), name="gelu")
+        >>> print(gelu.find(nn.SiLU()))
+        gelu: 0 matches
     """
 
     name: str
@@ -100,6 +115,11 @@ class Rewritten(RewriteReport):
     Attributes:
         graph_module: The model, which is the object that it was.
         modified: Whether anything was rewritten.
+
+    Examples:
+        >>> gelu = Rewrite(lambda x: F.gelu(x), lambda x: F.relu(x), name="gelu")
+        >>> gelu(nn.Sequential(nn.GELU())).modified
+        True
     """
 
     graph_module: Any = None

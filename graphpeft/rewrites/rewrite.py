@@ -59,11 +59,8 @@ class Rewrite:
     Examples:
         >>> faster = Rewrite(lambda x: F.gelu(x), lambda x: F.gelu(x, approximate="tanh"), name="faster_gelu")
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.GELU())
-        >>> faster(model, expects=1)
-        faster_gelu: 1 match
-        module  node  mode  line
-        ──────  ────  ────  ────────────────────────────────────────────────
-        1       gelu  both  activation.py:815  return F.gelu(input, approximate=self.approximate)
+        >>> [(matched.module, matched.node) for matched in faster(model, expects=1).matches]
+        [('1', 'gelu')]
     """
 
     def __init__(
@@ -94,12 +91,16 @@ class Rewrite:
         """Returns where a model meets the pattern, and where it almost does; the model isn't changed.
 
         Args:
-            model: As for a call, as the others are.
-            inside: See there.
-            example_inputs: See there.
+            model: Any module without adapters.
+            inside: The paths of the modules whose forwards are read; None for all.
+            example_inputs: A tuple of positional or a dict of keyword arguments of the model, for forwards that decide
+                on their inputs, and for patterns that depend on shapes.
 
         Returns:
             The report.
+
+        Raises:
+            RewriteError: If the model has adapters.
         """
         plan = _Plan(self, model, inside, example_inputs)
         return RewriteReport(self.name, tuple(plan.matches), tuple(plan.misses), plan.left)
@@ -348,11 +349,11 @@ class _Plan:
         self._called |= {join(path, str(node.target)) for node in nodes if node.op == "call_module"}
 
     def _nearest(self) -> list[NearMiss]:
-        """Returns the near misses that are news: half of the pattern is met, or nothing else is known."""
+        """Returns the near misses that are news: most of the pattern is met, or nothing else is known."""
         misses = [miss for miss in self.misses if miss.module not in self._called]
         news = [miss for miss in misses if (miss.module, miss.node) not in self._met]
         news.sort(key=lambda miss: miss.size - miss.matched)
-        near = [miss for miss in news if 2 * miss.matched >= miss.size]
+        near = [miss for miss in news if 2 * miss.matched > miss.size]
         return near if near or self.matches else news[:_FEWEST]
 
     def _note_miss(self, path: str, node: fx.Node, size: int, stop: Stop) -> None:

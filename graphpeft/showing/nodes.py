@@ -13,7 +13,7 @@ from graphpeft.graph.calls import calls_of
 from graphpeft.graph.facts import line_of
 from graphpeft.graph.settings import CHECKS
 from graphpeft.graph.slots import without_slot
-from graphpeft.graph.tags import TAG, Tag
+from graphpeft.graph.tags import REWRITE, TAG, Tag
 from graphpeft.graph.template import VALUE
 from graphpeft.showing.picture import DrawnGraph, DrawnNode
 from graphpeft.wording import shortened
@@ -25,11 +25,12 @@ def drawn_graphs(before: tuple[fx.Graph, ...], after: tuple[fx.Graph, ...], modu
     """Returns the drawn graphs of a forward.
 
     Args:
-        before: The graph without adapters, or those for evaluation and training.
-        after: The same with adapters.
+        before: The graph without adapters and rewrites, or those for evaluation and training.
+        after: The same with them. A rewrite may have made two graphs of one.
         module: The module whose forward it is.
     """
     modes = ("",) if len(after) == 1 else MODES
+    before = before * len(after) if len(before) == 1 else before
     return [
         DrawnGraph(mode, drawn_nodes(without, module), drawn_nodes(with_adapters, module))
         for mode, without, with_adapters in zip(modes, before, after, strict=True)
@@ -97,6 +98,7 @@ def _drawn(node: fx.Node, module: nn.Module, checks: list[str]) -> DrawnNode:
         site="" if tag is None else tag.site,
         rule="" if tag is None or tag.rule is None else type(tag.rule).__name__,
         over="" if tag is None else tag.stands_for or "",
+        rewrite=node.meta.get(REWRITE, ""),
     )
 
 

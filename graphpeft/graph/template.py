@@ -8,22 +8,21 @@ to inspect or edit it.
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, ClassVar, NamedTuple, NoReturn, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.fx as fx
 from torch import nn
 
 from graphpeft._torch import compiler_asks, lines_of_nodes
-from graphpeft.graph import in_place, slots
+from graphpeft.graph import guards, in_place, slots
 from graphpeft.graph.around_set_forwards import own_forward
 from graphpeft.graph.compiling import compiled
 from graphpeft.graph.contexts import closing_regions
 from graphpeft.graph.copied_graphs import as_named, by_name, copy_graph
-from graphpeft.graph.errors import GuardError
-from graphpeft.graph.last_used import LAST_USED
 from graphpeft.graph.no_wrappers import NoWrapper
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.graph.tags import TAG
@@ -48,6 +47,9 @@ OWN_FORWARD = "_graphpeft_own_forward"
 
 SET_FORWARD = "_graphpeft_run_set_forward"
 """The module attribute by which a graph calls a forward that was set on the module, as one operation among others."""
+
+_MOST_NODES = 20_000
+"""The most nodes, in all graphs together, of the recently used templates that are kept."""
 
 _MOST_NAMES = 64
 """The number of adapter sets for which a template caches its layers."""
@@ -119,7 +121,7 @@ class Template:
         forward = self._forward_for(())
         # a layer further out may have a forward of its own, which reads _graphpeft_forward
         namespace = {
-            **{name: _fixed(name, value) for name, value in self.fixed.items()},
+            **{name: guards.fixed(name, value) for name, value in self.fixed.items()},
             "_graphpeft_template": self,
             "_graphpeft_slots": dict(names),
             "_graphpeft_forward": forward,
@@ -189,7 +191,7 @@ class Template:
         if derived is None:
             derived = self._derived[key] = Template(self._edited(edit), self.shared, before=self.before)
             derived._back = None if back is None else (back, self)
-        LAST_USED.keep(derived)
+        _LAST_USED.keep(derived)
         return derived
 
     def optimized(self, key: Hashable, edit: Callable[[Graphs], None], meta: Mapping[str, Any]) -> Template:
@@ -206,7 +208,7 @@ class Template:
         if known is None:
             known = self._derived[key] = Template(self._edited(edit), self.shared, self, self.before)
             known.meta.update(meta)
-        LAST_USED.keep(known)
+        _LAST_USED.keep(known)
         return known
 
     def _edited(self, edit: Callable[[Graphs], None]) -> Graphs:
@@ -231,6 +233,31 @@ class Template:
         return _unpickled, (graphs, types, self.shared, None if self.plain is self else self.plain, self.before)
 
 
+class _LastUsed:
+    """Keeps the most recently used derived templates alive, for the next change of adapters.
+
+    Modules keep the templates that they wear, and these keep the templates from which they were derived.
+    """
+
+    def __init__(self) -> None:
+        self._sizes: dict[Template, int] = {}
+        self._total = 0
+        self._lock = threading.Lock()
+
+    def keep(self, template: Template) -> None:
+        with self._lock:
+            size = self._sizes.pop(template, None)
+            if size is None:
+                size = sum(len(graph.nodes) for graph in template.graphs)
+                self._total += size
+            self._sizes[template] = size
+            while self._total > _MOST_NODES and len(self._sizes) > 1:
+                self._total -= self._sizes.pop(next(iter(self._sizes)))
+
+
+_LAST_USED = _LastUsed()
+
+
 def _by_mode(evaluation: Callable[..., Any], training: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(evaluation)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -246,27 +273,6 @@ def _unpickled(
         for node, of_node in zip(graph.nodes, of_nodes, strict=True):
             node.type = of_node
     return Template(tuple(copy_graph(graph, by_name) for graph in graphs), shared, plain, before)
-
-
-def _fixed(name: str, fixed: Any) -> property:
-    """Returns a property that refuses any other value."""
-
-    def read(module: nn.Module) -> Any:
-        return vars(module)[name]
-
-    def write(module: nn.Module, value: Any) -> None:
-        if value != fixed:
-            _refuse_other(module, name, repr(fixed), repr(value))
-        vars(module)[name] = value
-
-    return property(read, write)
-
-
-def _refuse_other(module: nn.Module, name: str, was: str, now: str) -> NoReturn:
-    raise GuardError(
-        f"{name} of a {in_place.original_class(module).__name__} was {was} when it was adapted, and is to be "
-        f"{now} now, which its graph doesn't know; set it before you adapt the model"
-    )
 
 
 def _layer_of(template: Template, names: slots.Names) -> in_place.Layer:
@@ -289,9 +295,9 @@ class GraphForward(NoWrapper, fx.GraphModule):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Registers a parameter, or raises GuardError if the graph can't read it, or an adapter can't do without it."""
         if param is not None and name in self._graphpeft_template.absent:
-            _refuse_other(self, name, "None", "a parameter")
+            guards.refuse_other(self, name, "None", "a parameter")
         if param is None and self._parameters.get(name) is not None and self._graphpeft_template.needs(name):
-            _refuse_other(self, name, "a parameter", "None")
+            guards.refuse_other(self, name, "a parameter", "None")
         super().register_parameter(name, param)
 
     # GraphModule's own methods, and torch.compile, read these attributes
@@ -397,10 +403,10 @@ def refuse_other_options(module: nn.Module, template: Template) -> None:
     """Raises GuardError if an attribute of `module` has another value than `template` fixes."""
     for name, fixed in template.fixed.items():
         if vars(module)[name] != fixed:
-            _refuse_other(module, name, repr(fixed), repr(vars(module)[name]))
+            guards.refuse_other(module, name, repr(fixed), repr(vars(module)[name]))
     for name in template.absent:
         if module._parameters.get(name) is not None:
-            _refuse_other(module, name, "None", "a parameter")
+            guards.refuse_other(module, name, "None", "a parameter")
 
 
 def names_in_slots(module: nn.Module) -> Mapping[int, str]:

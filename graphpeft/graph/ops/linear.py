@@ -8,7 +8,9 @@ ATen operators.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +19,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from graphpeft.graph.ops.reading import applied_if, arguments_of, path_of, plain_layer
-from graphpeft.graph.ops.set_forwards import function_of
 
 aten = torch.ops.aten
 
@@ -106,9 +107,13 @@ class Product(NamedTuple):
     transposed: bool
 
 
+_Spelled = tuple[Any, Any, Any, bool]
+"""The values of a `Product`, with the matrix as it is spelled."""
+
+
 def product_of(node: fx.Node) -> Product | None:
     """Returns the product that a call of a function or a method computes, whatever its operands are, or None."""
-    reader = _METHODS.get(str(node.target)) if node.op == "call_method" else _FUNCTIONS.get(function_of(node))
+    reader = _METHODS.get(str(node.target)) if node.op == "call_method" else _FUNCTIONS.get(node.target)
     spelled = reader(node) if reader is not None else None
     if spelled is None:
         return None
@@ -118,13 +123,17 @@ def product_of(node: fx.Node) -> Product | None:
     return Product(x, weight, bias, transposed)
 
 
-def _read(node: fx.Node) -> Linear | None:
+def _read(reader: Callable[[fx.Node], _Spelled | None], node: fx.Node) -> Linear | None:
     """Returns a `Linear` if the node multiplies by a stored matrix or by the transpose of one, else None."""
-    product = product_of(node)
-    path = path_of(product.matrix) if product is not None else None
-    if product is None or not isinstance(product.x, fx.Node) or path is None:
+    spelled = reader(node)
+    if spelled is None:
         return None
-    x, _, bias, transposed = product
+    x, weight, bias, transposed = spelled
+    while isinstance(weight, fx.Node) and (matrix := transpose_of(weight)) is not None:
+        weight, transposed = matrix, not transposed
+    path = path_of(weight)
+    if not isinstance(x, fx.Node) or path is None:
+        return None
     return Linear(node, x, path, path_of(bias), transposed, bias is not None and path_of(bias) is None)
 
 
@@ -148,29 +157,29 @@ def transpose_of(node: fx.Node) -> Any:
     return None
 
 
-def _read_linear(node: fx.Node) -> Product | None:
+def _read_linear(node: fx.Node) -> _Spelled | None:
     x, weight, bias = arguments_of(node, "input", "weight", "bias")
-    return Product(x, weight, bias, transposed=False)
+    return x, weight, bias, False
 
 
-def _read_matmul(node: fx.Node) -> Product | None:
+def _read_matmul(node: fx.Node) -> _Spelled | None:
     values = dict(enumerate(node.args)) | {_OF_MATMUL.get(name, name): value for name, value in node.kwargs.items()}
     # a matrix from the left, W @ x, multiplies columns, not rows
-    return Product(values[0], values[1], None, transposed=True) if values.keys() == {0, 1} else None
+    return (values[0], values[1], None, True) if values.keys() == {0, 1} else None
 
 
 _OF_MATMUL = {"input": 0, "self": 0, "other": 1, "mat2": 1, "tensor2": 1}
 """The positions of the arguments of products of matrices, by the names that PyTorch has for them."""
 
 
-def _read_addmm(node: fx.Node) -> Product | None:
+def _read_addmm(node: fx.Node) -> _Spelled | None:
     if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
         return None
     bias, x, weight = arguments_of(node, "input", "mat1", "mat2")
-    return Product(x, weight, bias, transposed=True)
+    return x, weight, bias, True
 
 
-def _read_einsum(node: fx.Node) -> Product | None:
+def _read_einsum(node: fx.Node) -> _Spelled | None:
     equation, *operands = node.args
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = list(operands[0])
@@ -187,7 +196,7 @@ def _read_einsum(node: fx.Node) -> Product | None:
     # x is (rows, in), the result (rows, out), and the letters of the weight are in and out
     if x[:-1] != rows or x[-1:] in rows or not out.isalpha() or {x[-1:], out} != set(weight) or len(weight) != 2:
         return None
-    return Product(operands[0], operands[1], None, transposed=weight == x[-1] + out)
+    return operands[0], operands[1], None, weight == x[-1] + out
 
 
 _FUNCTIONS: dict[Any, Any] = {
@@ -211,5 +220,5 @@ _METHODS: dict[str, Any] = {
     "addmm": _read_addmm,
 }
 
-FUNCTIONS: dict[Any, Any] = dict.fromkeys(_FUNCTIONS, _read)
-METHODS: dict[str, Any] = dict.fromkeys(_METHODS, _read)
+FUNCTIONS: dict[Any, Any] = {function: partial(_read, reader) for function, reader in _FUNCTIONS.items()}
+METHODS: dict[str, Any] = {name: partial(_read, reader) for name, reader in _METHODS.items()}

@@ -105,9 +105,18 @@ def test_fake_quantisation_rounds_inputs_and_weights_and_passes_gradients(rewrit
 
 
 def test_each_linear_layer_of_a_model_is_quantised(rewrites):
-    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    report = rewrites.fake_quantised(model, inside=["linear1", "linear2"], expects=2)
-    assert [matched.module for matched in report.matches] == ["linear1", "linear2"]
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)).eval()
+    ids = torch.randint(20, (2, 5))
+    before = model(ids).logits
+    report = rewrites.fake_quantised(model, expects=2 * 7 + 1)
+    assert {matched.module for matched in report.matches} > {"lm_head", "model.layers.0.self_attn.q_proj"}
+    assert not any(path.endswith("proj") for path in report.left)
+    assert 0 < (model(ids).logits - before).abs().max() < 0.1
+    undo_rewrites(model)
+    assert torch.equal(model(ids).logits, before)
 
 
 def test_the_norms_of_llama_and_t5_become_one_operation(rewrites):

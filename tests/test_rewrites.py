@@ -211,9 +211,8 @@ def test_an_argument_for_constants_is_no_tensor():
     assert report.misses[0].reason == "uses b, which is a tensor or may be one, where scale is none"
 
 
-def test_a_number_on_which_a_match_has_decided_is_checked_in_each_run():
+def test_an_option_of_a_layer_on_which_a_match_has_decided_is_checked_in_each_run():
     model = nn.Sequential(nn.Dropout(0.0))
-    Rewrite(lambda x: torch.relu(F.dropout(x, 0.0, True)), nothing).find(model)
     Rewrite(lambda x, *, training: F.dropout(x, 0.0, training), lambda x: x)(model, expects=1)
     x = inputs()
     assert model(x) is x
@@ -222,9 +221,19 @@ def test_a_number_on_which_a_match_has_decided_is_checked_in_each_run():
         model(x)
 
 
-def test_a_number_that_a_condition_has_read_is_checked_in_each_run():
-    model = model_of(lambda self, x: x * self.scale)
-    Rewrite(lambda x, *, s: x * s, lambda x: x, where=lambda match: None if match["s"] == 3 else "no 3")(model)
+@pytest.mark.parametrize("prepared", [lambda model: model, lambda model: trace(model, (inputs(),))])
+@pytest.mark.parametrize(
+    "rewrite",
+    [
+        Rewrite(lambda x, *, s: x * s, lambda x: 3 * x, where=lambda match: None if match["s"] == 3 else "no 3"),
+        Rewrite(lambda x: x * 3, lambda x: 3 * x),
+    ],
+    ids=["where", "pattern"],
+)
+def test_a_number_of_a_module_on_which_a_match_has_decided_is_checked_in_each_run(rewrite, prepared):
+    model = prepared(model_of(lambda self, x: x * self.scale))
+    rewrite(model, expects=1)
+    model(inputs())
     model.scale = 4.0
     with pytest.raises(GuardError, match=r"^scale, on which"):
         model(inputs())
@@ -425,6 +434,19 @@ def test_undoing_gives_a_trace_its_graph_back():
     assert traced.code == code
 
 
+def test_undoing_gives_a_graph_of_fx_its_class_back_and_takes_later_edits_along():
+    traced = fx.symbolic_trace(nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU()))
+    code, cls = traced.code, type(traced)
+    for _ in range(2):
+        report = Rewrite(lambda x: F.gelu(x), lambda x: F.gelu(x, approximate="tanh") + F.gelu(x))(traced, expects=1)
+        assert [matched.module for matched in report.matches] == [""]
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    undo_rewrites(traced)
+    assert type(traced) is cls
+    assert traced.code == code
+
+
 def test_equal_modules_that_share_a_graph_are_rewritten_one_by_one():
     class Block(nn.Module):
         def __init__(self):
@@ -513,6 +535,31 @@ def test_a_replacement_reads_what_the_module_holds():
         held("b")
 
 
+def test_a_layer_whose_weight_is_read_past_its_forward_is_left():
+    model = nn.TransformerEncoderLayer(SIZE, 2, 16, batch_first=True)
+    report = Rewrite(lambda x, w, b: F.linear(x, w, b), nothing).find(model)
+    assert not report.matches
+    assert report.left["linear1"] == "its weight is read by the model, which needn't call it"
+    assert report.left["self_attn.out_proj"] == "its weight is read by the model, which needn't call it"
+
+
+def test_a_value_that_is_drawn_once_is_not_drawn_twice():
+    twice = Rewrite(lambda x: F.dropout(x) + F.dropout(x), nothing)
+    twice(model_of(lambda self, x: F.dropout(x) + F.dropout(x)), expects=1)
+
+    def once(self, x):
+        h = F.dropout(x)
+        return h + h
+
+    report = twice.find(model_of(once))
+    assert not report.matches
+    assert report.misses[0].reason == "draws once, where the pattern draws twice by dropout"
+
+
+def test_a_sum_of_any_values_is_no_layer_with_a_bias():
+    assert not Rewrite(lambda x, y: x + y, nothing).find(nn.Sequential(nn.Linear(SIZE, SIZE))).matches
+
+
 def test_a_forward_that_cannot_be_read_is_named_and_others_are_rewritten():
     class Decides(nn.Module):
         def forward(self, x):
@@ -522,6 +569,26 @@ def test_a_forward_that_cannot_be_read_is_named_and_others_are_rewritten():
     report = gelu_to_tanh(model, expects=1)
     assert list(report.left) == ["0"]
     assert "couldn't be read, such as 0" in str(report)
+
+
+def test_an_example_does_not_fix_one_of_several_ways_in_which_a_module_is_called():
+    class Scaled(nn.Module):
+        def forward(self, x, by=None):
+            return F.gelu(x) if by is None else F.gelu(x) * by
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scaled, self.gelu = Scaled(), nn.GELU()
+
+        def forward(self, x):
+            return self.scaled(x) + self.scaled(x, by=2) + self.gelu(x)
+
+    model, x = Both(), inputs()
+    report = gelu_to_tanh(model, example_inputs=(x,))
+    assert [matched.module for matched in report.matches] == ["gelu"]
+    assert "both with and without by" in report.left["scaled"]
+    torch.testing.assert_close(model(x), 3 * F.gelu(x) + F.gelu(x, approximate="tanh"))
 
 
 # afterwards

@@ -63,11 +63,11 @@ class Before(NamedTuple):
 
     Attributes:
         template: The template of these graphs.
-        is_own_code: Whether the module ran its own code, of which the template is a recording.
+        is_worn: Whether the module wore it; otherwise it ran its class's forward, of which that is a recording.
     """
 
     template: Template
-    is_own_code: bool
+    is_worn: bool
 
 
 class Template:
@@ -354,7 +354,7 @@ class GraphForward(NoWrapper, fx.GraphModule):
     @graph.setter
     def graph(self, g: fx.Graph) -> None:
         self._refuse_edits_of_optimized()
-        wear_template(self, Template((g,), shared=False))
+        wear_template(self, Template((g,), False, before=self._graphpeft_template.before))
 
     def delete_all_unused_submodules(self) -> None:
         """Deletes the submodules that no graph of this module, for either mode, calls or reads."""
@@ -373,7 +373,7 @@ class GraphForward(NoWrapper, fx.GraphModule):
             RuntimeError: If the model is optimized.
         """
         self._refuse_edits_of_optimized()
-        wear_template(self, Template(self.graphs, shared=False))
+        wear_template(self, Template(self.graphs, False, before=self._graphpeft_template.before))
 
     def _refuse_edits_of_optimized(self) -> None:
         if self._graphpeft_template.plain is not self._graphpeft_template:

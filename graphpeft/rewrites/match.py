@@ -42,10 +42,10 @@ class Match(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         value = self._occurrence.values[name]
-        example = example_of(value, self._reader.read)
-        if isinstance(value, Attribute) and isinstance(example, PLAIN):
-            self.assumed[value.path] = example
-        return example
+        path, present = self._reader.path(value), self._reader.constant(value)
+        if path is not None and isinstance(present, PLAIN):
+            self.assumed[path] = present
+        return example_of(present, self._reader.read)
 
     def __iter__(self) -> Any:
         return iter(self._occurrence.values)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from graphpeft.graph.facts import reads_metadata_only, separates, writes
+from graphpeft.graph.facts import is_random, reads_metadata_only, separates, writes
 from graphpeft.graph.ops.linear import transpose_of
 from graphpeft.graph.tags import TAG
 from graphpeft.rewrites.pattern import Alternative, layer
@@ -154,6 +154,9 @@ class Matcher:
             spelled = forms[0].name if forms else "a value that it is given" if value is at else shown(value)
             reason = self._reader.reasons.get(at, f"is {spelled}, where the pattern has {wanted.name}")
             self._missed(state, at, reason)
+        if fitting and is_random(wanted.name) and any(value is known for known in state.known.values()):
+            self._missed(state, at, f"draws once, where the pattern draws twice by {wanted.name}")
+            return
         for form in fitting:
             through = state.knowing(pattern, value).through(form, value)
             for names in _orders(wanted, form):
@@ -175,7 +178,8 @@ class Matcher:
         if isinstance(wanted, fx.Node):
             if value is MISSING:
                 self._missed(state, at, f"has no {name}")
-            else:
+            # a sum of any two values is no linear layer with a bias, though that is spelled out as one
+            elif wanted.op != "placeholder" or not isinstance(value, Form) or name == "weight":
                 yield from self._value(wanted, value, state, at)
         elif isinstance(wanted, tuple) and not is_constant(wanted):
             if isinstance(value, tuple) and len(value) == len(wanted):
@@ -196,7 +200,8 @@ class Matcher:
     def _constant(self, name: Any, wanted: Any, value: Any, state: State, at: fx.Node) -> Iterator[State]:
         present = self._reader.constant(value)
         if MISSING in (wanted, present) or same(wanted, present):
-            read = {value.path: present} if present is not value else {}
+            path = self._reader.path(value) if present is not value else None
+            read = {path: present} if path is not None else {}
             yield State(state.known, state.nodes, {**state.assumes, **read}, state.layers)
         else:
             operand = f"argument {name}" if isinstance(name, int) else name

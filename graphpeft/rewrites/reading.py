@@ -14,7 +14,7 @@ from graphpeft.graph.facts import reads_metadata_only
 from graphpeft.graph.kept_forwards import has_forward, set_forward
 from graphpeft.graph.ops.linear import product_of
 from graphpeft.graph.paths import join
-from graphpeft.graph.settings import CHECKS
+from graphpeft.graph.settings import CHECKS, is_number
 from graphpeft.graph.template import SIMPLE, Template
 from graphpeft.rewrites.spellings import bound, einsum_operands, transpose, transposed_dims
 from graphpeft.rewrites.values import MISSING, Attribute, Form, is_constant, rank_of, same, value_of
@@ -55,11 +55,19 @@ class Reader:
             value = getattr(value, name, None)
         return value
 
+    def path(self, value: Any) -> str | None:
+        """Returns the path of the attribute, or of the number of a flat graph, that a value is, or None."""
+        if isinstance(value, fx.Node) and is_number(value):
+            settings = self.read(str(value.all_input_nodes[0].all_input_nodes[0].target))
+            return settings.reads.numbers[value.args[1]]
+        return value.path if isinstance(value, Attribute) else None
+
     def constant(self, value: Any) -> Any:
         """Returns the present value of an attribute that is a plain one; any other value itself."""
-        if not isinstance(value, Attribute):
+        path = self.path(value)
+        if path is None:
             return value
-        present = self.read(value.path)
+        present = self.read(path)
         is_plain = isinstance(present, SIMPLE) or (isinstance(present, tuple) and present and not _has_tensors(present))
         return value_of(present) if is_plain else value
 

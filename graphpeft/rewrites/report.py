@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from graphpeft.wording import as_html, number_of, text_table
+from graphpeft.wording import as_html, number_of, shortened, text_table
 
 _MOST_MISSES = 5
 """The number of near misses that a report shows."""
+
+_LONGEST = 300
+"""The most characters of a reason in a report."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class RewriteReport:
         if self.left:
             names = list(self.left)
             lines.append(f"{number_of(len(names), 'module')} couldn't be read, such as {names[0] or 'the model'}: ")
-            lines[-1] += self.left[names[0]]
+            lines[-1] += shortened(self.left[names[0]], _LONGEST)
         return "\n".join(line.rstrip() for line in lines)
 
     __repr__ = __str__

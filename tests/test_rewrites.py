@@ -156,6 +156,12 @@ def test_operands_that_do_not_commute_keep_their_places():
     assert [miss.reason for miss in report.misses] == ["has x as other, where the pattern has 1"]
 
 
+def test_numbers_of_other_types_are_two_where_that_decides_on_the_dtype():
+    traced = trace(model_of(lambda self, x: x * 2), (torch.ones(3, dtype=torch.int64),))
+    assert not Rewrite(lambda x: x * 2.0, nothing).find(traced).matches
+    assert Rewrite(lambda x: x * 2, nothing).find(traced).matches
+
+
 @pytest.mark.parametrize("forward", [lambda self, x: x * x, lambda self, x: x**2, lambda self, x: torch.square(x)])
 def test_a_square_is_met_in_three_spellings(forward):
     Rewrite(lambda x: x.pow(2), nothing)(model_of(forward), expects=1)

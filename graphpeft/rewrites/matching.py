@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx, nn
 
 from graphpeft.graph.facts import is_random, reads_metadata_only, separates, writes
 from graphpeft.graph.ops.linear import transpose_of
 from graphpeft.graph.tags import TAG
+from graphpeft.graph.template import VALUE
 from graphpeft.rewrites.pattern import Alternative, layer
 from graphpeft.rewrites.reading import Reader
 from graphpeft.rewrites.spellings import COMMUTES
@@ -199,7 +201,7 @@ class Matcher:
 
     def _constant(self, name: Any, wanted: Any, value: Any, state: State, at: fx.Node) -> Iterator[State]:
         present = self._reader.constant(value)
-        if MISSING in (wanted, present) or same(wanted, present):
+        if MISSING in (wanted, present) or (same(wanted, present) and not _promotes(wanted, present, at)):
             path = self._reader.path(value) if present is not value else None
             read = {path: present} if path is not None else {}
             yield State(state.known, state.nodes, {**state.assumes, **read}, state.layers)
@@ -226,6 +228,13 @@ class Matcher:
         through = State(through.known, through.nodes, through.assumes, {**state.layers, wanted: value})
         form = _call(wanted, pattern)
         yield from self._arguments(form, called, [(name, name) for name in _names(form, called)], through, at)
+
+
+def _promotes(one: Any, other: Any, node: fx.Node) -> bool:
+    """Returns whether two equal numbers give a node other dtypes, as 2 and 2.0 do with tensors of whole numbers."""
+    examples = [each.meta.get(VALUE) for each in node.all_input_nodes]
+    are_whole = [each for each in examples if isinstance(each, torch.Tensor) and not each.is_floating_point()]
+    return type(one) is not type(other) and bool(are_whole)
 
 
 def _call(wanted: layer, node: fx.Node) -> Form:

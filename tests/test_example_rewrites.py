@@ -49,7 +49,7 @@ def test_there_are_ten_of_fewer_than_thirty_lines_each():
 
 
 def test_a_norm_is_fused_into_its_convolution_in_evaluation(rewrites):
-    model = nn.Sequential(
+    model: Any = nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3, groups=2, bias=False)
     )
     model.append(nn.BatchNorm2d(4))
@@ -107,7 +107,12 @@ def test_fake_quantisation_rounds_inputs_and_weights_and_passes_gradients(rewrit
 def test_each_linear_layer_of_a_model_is_quantised(rewrites):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)).eval()
     ids = torch.randint(20, (2, 5))
     before = model(ids).logits
@@ -143,7 +148,8 @@ def test_residual_branches_are_scaled(rewrites):
         def forward(self, x):
             return self.branch(x) + x
 
-    model, x = nn.Sequential(Residual(), Residual()), torch.randn(3, 8)
+    model: Any = nn.Sequential(Residual(), Residual())
+    x = torch.randn(3, 8)
     half = x + 0.5 * model[0].branch(x)
     expected = half + 0.5 * model[1].branch(half)
     rewrites.scaled_residuals(nn.Sequential, scale=0.5)(model, expects=2)
@@ -231,7 +237,7 @@ def test_dropout_that_does_nothing_is_gone(rewrites):
         def forward(self, x):
             return F.dropout(x, 0.3, self.training) * 2
 
-    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3), Functional(), nn.Dropout(0.0))
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3), Functional(), nn.Dropout(0.0))
     assert_same(model, rewrites.dead_dropout, 3, (torch.randn(3, 8),), tolerance=0)
     report = rewrites.dead_dropout(model)
     assert [matched.modes for matched in report.matches] == ["evaluation", "evaluation", "both"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.quick("rewrites")
 SIZE = 8
 
 
-def model_of(forward, **layers: nn.Module) -> nn.Module:
+def model_of(forward, **layers: nn.Module) -> Any:
     """Returns a module with this forward, in a class of its own, with a matrix, a bias, a scale and layers."""
 
     class Model(nn.Module):
@@ -106,7 +107,7 @@ def test_a_linear_operation_is_met_in_every_spelling_by_every_spelling_of_the_pa
 
 @pytest.mark.parametrize("pattern", [lambda x, w, b: F.linear(x, w, b), lambda x, w, b: b + x @ w.T])
 def test_a_layer_in_its_own_forward_and_where_a_larger_pattern_has_it_is_a_linear_operation(pattern):
-    model = nn.Sequential(nn.Linear(SIZE, SIZE), nn.ReLU())
+    model: Any = nn.Sequential(nn.Linear(SIZE, SIZE), nn.ReLU())
     x = inputs()
     expected = F.relu(F.linear(x, model[0].weight) - model[0].bias)
     Rewrite(lambda x, w, b: F.relu(pattern(x, w, b)), lambda x, w, b: F.relu(F.linear(x, w) - b))(model, expects=1)
@@ -114,7 +115,7 @@ def test_a_layer_in_its_own_forward_and_where_a_larger_pattern_has_it_is_a_linea
 
 
 def test_a_bias_that_is_absent_is_none_in_the_replacement():
-    model = nn.Sequential(nn.Linear(SIZE, SIZE, bias=False))
+    model: Any = nn.Sequential(nn.Linear(SIZE, SIZE, bias=False))
     seen = []
     Rewrite(lambda x, w, b: F.linear(x, w, b), lambda x, w, b: (seen.append(b), F.linear(x, 2 * w))[1])(model)
     assert seen == [None]
@@ -141,7 +142,7 @@ def test_a_batched_product_is_met_in_every_spelling_where_the_number_of_dimensio
     [
         lambda self, x: (x * 2.0 + 1).sum(-1, keepdim=True),
         lambda self, x: torch.sum(torch.add(1, x.mul(2)), dim=(-1,), keepdim=True),
-        lambda self, x: (1.0 + torch.multiply(2, x)).sum(dim=[-1], keepdim=True),
+        lambda self, x: (1.0 + torch.multiply(x, 2)).sum(dim=[-1], keepdim=True),
     ],
 )
 def test_operands_that_commute_change_places_and_equal_constants_are_one(forward):
@@ -218,7 +219,7 @@ def test_an_argument_for_constants_is_no_tensor():
 
 
 def test_an_option_of_a_layer_on_which_a_match_has_decided_is_checked_in_each_run():
-    model = nn.Sequential(nn.Dropout(0.0))
+    model: Any = nn.Sequential(nn.Dropout(0.0))
     Rewrite(lambda x, *, training: F.dropout(x, 0.0, training), lambda x: x)(model, expects=1)
     x = inputs()
     assert model(x) is x
@@ -249,7 +250,7 @@ def test_a_number_of_a_module_on_which_a_match_has_decided_is_checked_in_each_ru
 
 
 def test_a_condition_says_why_a_match_does_not_count():
-    model = nn.Sequential(nn.Linear(SIZE, 2), nn.Linear(2, SIZE))
+    model: Any = nn.Sequential(nn.Linear(SIZE, 2), nn.Linear(2, SIZE))
     rewrite = Rewrite(
         lambda x, w, b: F.linear(x, w, b),
         lambda x, w, b: F.linear(x, w, b),
@@ -305,7 +306,7 @@ def test_an_operation_in_place_is_another_one():
 
 
 def test_a_layer_with_hooks_is_swallowed_by_no_match():
-    model = nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU())
+    model: Any = nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU())
     model[0].register_forward_hook(lambda *_: None)
     report = Rewrite(lambda x, w, b: F.gelu(F.linear(x, w, b)), nothing).find(model)
     assert not report.matches
@@ -346,7 +347,7 @@ def test_matches_in_a_chain_are_all_replaced():
 
 
 def test_another_number_of_matches_is_refused_with_the_near_misses_and_the_model_stays_as_it_is():
-    model = nn.Sequential(nn.GELU(), nn.GELU("tanh"))
+    model: Any = nn.Sequential(nn.GELU(), nn.GELU("tanh"))
     for expects, words in ((2, "1 match, and not 2"), (range(5, 7), "1 match, and not range")):
         with pytest.raises(RewriteError, match=words) as caught:
             gelu_to_tanh(model, expects=expects)
@@ -378,7 +379,7 @@ def test_a_replacement_that_cannot_stand_in_a_graph_is_refused_and_the_model_sta
         (lambda x: x + torch.ones(3), "tensor of shape"),
         (lambda x: unmet(x), "calls layer"),
     ):
-        model = nn.Sequential(nn.GELU())
+        model: Any = nn.Sequential(nn.GELU())
         with pytest.raises(RewriteError, match=words):
             Rewrite(lambda x: F.gelu(x), replacement)(model)
         assert type(model[0]) is nn.GELU
@@ -391,7 +392,7 @@ def test_a_replacement_that_fails_on_the_example_is_refused():
 
 
 def test_a_model_with_adapters_is_neither_rewritten_nor_are_its_rewrites_undone():
-    model = nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU())
+    model: Any = nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU())
     gelu_to_tanh(model)
     get_peft_model(model, LoraConfig(target_modules=["0"]))
     for call in (gelu_to_tanh, undo_rewrites):
@@ -403,7 +404,7 @@ def test_a_model_with_adapters_is_neither_rewritten_nor_are_its_rewrites_undone(
 
 
 def test_a_rewritten_model_is_the_object_with_the_classes_hooks_and_tensors_that_it_was():
-    model = nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU())
+    model: Any = nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU())
     called = []
     model[1].register_forward_hook(lambda *_: called.append(1))
     before, layers = model.state_dict(keep_vars=True), list(model)
@@ -417,7 +418,7 @@ def test_a_rewritten_model_is_the_object_with_the_classes_hooks_and_tensors_that
 
 
 def test_undoing_gives_the_classes_back_also_of_copies_and_of_several_rewrites():
-    model = nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU(), nn.Dropout(0.1))
+    model: Any = nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU(), nn.Dropout(0.1))
     x = inputs()
     model.eval()
     expected = model(x)
@@ -462,7 +463,7 @@ def test_equal_modules_that_share_a_graph_are_rewritten_one_by_one():
         def forward(self, x):
             return F.gelu(x @ self.w)
 
-    model = nn.Sequential(Block(), Block())
+    model: Any = nn.Sequential(Block(), Block())
     gelu_to_tanh(model, inside=["1"], expects=1)
     assert type(model[0]) is Block
     x = inputs()
@@ -472,7 +473,7 @@ def test_equal_modules_that_share_a_graph_are_rewritten_one_by_one():
 
 
 def test_each_mode_is_rewritten_by_itself():
-    model = nn.Sequential(nn.Dropout(0.5))
+    model: Any = nn.Sequential(nn.Dropout(0.5))
     report = Rewrite(lambda x, *, p: F.dropout(x, p, training=False), lambda x: x)(model)
     assert [matched.modes for matched in report.matches] == ["evaluation"]
     x = torch.ones(100)
@@ -490,7 +491,7 @@ def test_both_graphs_of_a_forward_that_decides_on_its_mode_are_rewritten():
 
 
 def test_a_layer_in_another_mode_than_the_match_has_seen_raises():
-    model = nn.Sequential(nn.Linear(SIZE, SIZE), nn.Dropout(0.5)).eval()
+    model: Any = nn.Sequential(nn.Linear(SIZE, SIZE), nn.Dropout(0.5)).eval()
     Rewrite(lambda x, w, b, *, p: F.dropout(F.linear(x, w, b), p, training=False), lambda x, w, b: F.linear(x, w, b))(
         model
     )
@@ -501,14 +502,14 @@ def test_a_layer_in_another_mode_than_the_match_has_seen_raises():
 
 
 def test_an_option_that_a_layer_can_no_longer_have_is_refused():
-    model = nn.Sequential(nn.Conv1d(2, 2, 3))
+    model: Any = nn.Sequential(nn.Conv1d(2, 2, 3))
     Rewrite(lambda x, w, b: F.conv1d(x, w, b), lambda x, w, b: F.conv1d(x, 2 * w, b))(model, expects=1)
     with pytest.raises(GuardError, match="padding_mode"):
         model[0].padding_mode = "circular"
 
 
 def test_the_forward_of_a_module_around_is_read_with_its_layers_as_calls():
-    model = nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU())
+    model: Any = nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU())
     fused = Rewrite(lambda x, w, b: F.gelu(F.linear(x, w, b)), lambda x, w, b: F.relu(F.linear(x, w, b)))
     report = fused(model, expects=1)
     assert [(matched.module, matched.node) for matched in report.matches] == [("", "_1")]
@@ -571,7 +572,7 @@ def test_a_forward_that_cannot_be_read_is_named_and_others_are_rewritten():
         def forward(self, x):
             return F.gelu(x) if x.sum() > 0 else x
 
-    model = nn.Sequential(Decides(), nn.GELU())
+    model: Any = nn.Sequential(Decides(), nn.GELU())
     report = gelu_to_tanh(model, expects=1)
     assert list(report.left) == ["0"]
     assert "couldn't be read, such as 0" in str(report)
@@ -602,7 +603,7 @@ def test_an_example_does_not_fix_one_of_several_ways_in_which_a_module_is_called
 
 def test_adapters_come_after_rewrites_and_leave_them_when_they_go():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU(), nn.Linear(SIZE, SIZE))
+    model: Any = nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU(), nn.Linear(SIZE, SIZE))
     doubled = Rewrite(lambda x, w, b: F.linear(x, w, b), lambda x, w, b: F.linear(x, 2 * w, b))
     doubled(model, expects=2)
     gelu_to_tanh(model, expects=1)
@@ -644,7 +645,8 @@ def test_a_rewritten_trace_is_adapted_at_the_boundaries_of_its_modules():
 
 
 def test_a_rewritten_model_is_exported_and_traced():
-    model, x = nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU()).eval(), inputs()
+    x = inputs()
+    model: Any = nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU()).eval()
     gelu_to_tanh(model)
     expected = model(x)
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
@@ -653,7 +655,8 @@ def test_a_rewritten_model_is_exported_and_traced():
 
 def test_a_rewrite_is_a_pass_of_fx():
     traced = trace(nn.Sequential(nn.GELU()), (inputs(),))
-    result = PassManager(passes=[gelu_to_tanh])(traced)
+    passes: Any = [gelu_to_tanh]
+    result = PassManager(passes=passes)(traced)
     assert result.modified
     assert result.graph_module is traced
 
@@ -677,7 +680,7 @@ def test_an_interrupted_rewrite_leaves_the_model_as_it_was(monkeypatch):
 
 
 def test_a_picture_has_the_graphs_before_and_after_also_where_an_adapter_acts():
-    model = nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU(), nn.Dropout(0.1))
+    model: Any = nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU(), nn.Dropout(0.1))
     gelu_to_tanh(model)
     Rewrite(lambda x, *, p: F.dropout(x, p, training=False), lambda x: x, name="no_dropout")(model)
     Rewrite(lambda x, w, b: F.linear(x, w, b), lambda x, w, b: x @ w.T + b, name="spelled_out")(model)
@@ -700,13 +703,13 @@ def test_a_picture_has_the_graphs_before_and_after_also_where_an_adapter_acts():
 
 
 def test_finding_changes_nothing():
-    model = nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU())
+    model: Any = nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU())
     assert len(gelu_to_tanh.find(model).matches) == 1
     assert [type(each) for each in model] == [nn.Linear, nn.GELU]
 
 
 def test_the_laws_of_rewrites_hold_and_undoing_is_exact():
-    model = nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU(), nn.Dropout(0.2))
+    model: Any = nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU(), nn.Dropout(0.2))
     same = Rewrite(lambda x, w, b: F.linear(x, w, b), lambda x, w, b: x @ w.T + b)
     found = verify_rewrite(
         model, same, (inputs(),), (inputs(2, 5),), undo=undo_rewrites, tolerance=1e-6, progress=False, quiet=True

@@ -92,6 +92,7 @@ __all__ = [
     "pytree",  # flattens nested containers as `fx` and `torch.export` do
     "reparametrized",  # replaces a module's tensors during its forward; `functional_call` would run hooks
     "saved_tensors_go_elsewhere",  # tells whether hooks handle tensors saved for backward
+    "schemas_of",  # the arguments of PyTorch's functions and methods, by name
     "sharded_parameter_behind",  # the same for `fully_shard`
     "storage_key",  # tells which tensors share memory, also fake ones
     "uncompiled",  # hooks and modes see what runs; with fullgraph=True, compiled code refuses them
@@ -246,6 +247,15 @@ def without_compiler(reason: str) -> Callable[[_Function], _Function]:
         return function
 
     return marked
+
+
+def schemas_of(name: str) -> list[Any]:
+    """Returns the schemas of the operators of PyTorch with a name, without those that write; [] if there are none."""
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None:
+        return []
+    schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
+    return [schema for schema in schemas if not schema.is_mutable]
 
 
 def written_arguments(function: Any) -> Mapping[str, int]:

@@ -18,11 +18,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import graphpeft
+from graphpeft import rewrites
 
-NAMES = {name: getattr(graphpeft, name) for name in graphpeft.__all__}
+NAMES = {name: getattr(home, name) for home in (graphpeft, rewrites) for name in home.__all__}
 PUBLIC = {name: value for name, value in NAMES.items() if not isinstance(value, ModuleType | Mapping)}
 CLASSES = {name: value for name, value in PUBLIC.items() if isinstance(value, type)}
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Examples")
@@ -146,7 +148,7 @@ def problems_of_text(found: dict[str, str]) -> list[str]:
 
 def problems_of_example(name: str, documented: Any) -> list[str]:
     """Runs the example in a docstring, and returns what it prints otherwise than the docstring says."""
-    known = {**PUBLIC, "torch": torch, "nn": nn}  # as after `import torch` and imports of the names
+    known = {**PUBLIC, "torch": torch, "nn": nn, "F": F}  # as after imports of PyTorch and of the names
     [example] = doctest.DocTestFinder(recurse=False, exclude_empty=False).find(documented, name, globs=known)
     problems: list[str] = [] if example.examples else ["there is no example"]
     doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=problems.append)

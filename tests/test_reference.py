@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import graphpeft
+from graphpeft import rewrites
 
 PAGES = Path(__file__).parent.parent / "docs" / "reference"
 
@@ -20,3 +21,8 @@ def test_each_public_name_is_on_one_page_of_the_reference():
         for name in re.findall(r"^::: graphpeft\.(\w+)$", page.read_text(), re.MULTILINE)
     ]
     assert sorted(told) == sorted(graphpeft.__all__)
+
+
+def test_each_name_for_rewrites_is_on_their_page_of_the_reference():
+    told = re.findall(r"^::: graphpeft\.rewrites\.(\w+)$", (PAGES / "rewrites.md").read_text(), re.MULTILINE)
+    assert sorted(told) == sorted(rewrites.__all__)

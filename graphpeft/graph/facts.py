@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import linecache
 import operator
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,9 +16,10 @@ from torch import nn
 
 from graphpeft._torch import OpOverload, pytree, storage_key, written_arguments
 from graphpeft.code.attribute_paths import METADATA_ATTRIBUTES
+from graphpeft.graph.contexts import enter_autocast, enter_gradients, leave_autocast, leave_gradients
 from graphpeft.graph.drawing_functions import draws
 from graphpeft.graph.masks import METADATA_ARGUMENTS, attention_mask
-from graphpeft.graph.template import VALUE
+from graphpeft.graph.template import LINE, VALUE
 
 
 def above(node: fx.Node) -> set[fx.Node]:
@@ -137,3 +140,27 @@ def writes(target: Any) -> bool:
 def writes_by_method(name: str) -> bool:
     """Returns whether a tensor's method of this name changes the tensor."""
     return name == "__setitem__" or name.removeprefix("__").removesuffix("__") in IN_PLACE or writes(name)
+
+
+def separates(node: fx.Node, root: nn.Module) -> bool:
+    """Returns whether the same computation may give another value after a node than before it.
+
+    Such a node writes into tensors, or is the edge of a region under autocast or with gradients.
+    """
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        return not type(module).__module__.startswith("torch.nn.") or bool(getattr(module, "inplace", False))
+    writes_there = node.op.startswith("call_") and writes(node.target)
+    is_told = bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
+    return writes_there or is_told or node.target in _EDGES_OF_REGIONS
+
+
+_EDGES_OF_REGIONS = (enter_autocast, leave_autocast, enter_gradients, leave_gradients)
+
+
+def line_of(node: fx.Node) -> str:
+    """Returns the line of the model's code that made a node, with its file and number; "" if it isn't known."""
+    if LINE not in node.meta or node.op in ("placeholder", "output"):
+        return ""
+    file, number = node.meta[LINE]
+    return f"{os.path.basename(file)}:{number}  {linecache.getline(file, number).strip()}"

@@ -103,6 +103,28 @@ def refuse(reason: str) -> NoReturn:
     raise GuardError(f"{reason}. {_WAY_OUT}")
 
 
+def fixed(name: str, value: Any) -> property:
+    """Returns a property in the place of an attribute, which refuses any other value than this one."""
+
+    def read(module: Any) -> Any:
+        return vars(module)[name]
+
+    def write(module: Any, other: Any) -> None:
+        if other != value:
+            refuse_other(module, name, repr(value), repr(other))
+        vars(module)[name] = other
+
+    return property(read, write)
+
+
+def refuse_other(module: Any, name: str, was: str, now: str) -> NoReturn:
+    """Raises `GuardError` for another value of an attribute that is a constant of a module's graph."""
+    raise GuardError(
+        f"{name} of a {type(module).__name__} was {was} when it was adapted, and is to be {now} now, which its graph "
+        "doesn't know; set it before you adapt the model"
+    )
+
+
 def _shown(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
 

@@ -172,3 +172,7 @@ def is_number(node: fx.Node) -> bool:
     """Returns whether a node of a flat graph reads a number of a module."""
     source = node.args[0] if node.target is operator.getitem else None
     return isinstance(source, fx.Node) and source.target is expect_settings
+
+
+CHECKS = (*guards.CHECKS, guards.expect_each, expect_settings)
+"""Functions whose nodes check decisions of a trace, and compute nothing else."""

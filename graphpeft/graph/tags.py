@@ -11,6 +11,9 @@ import torch.fx as fx
 TAG = "graphpeft"
 """The key of ``node.meta`` under which an adapter's node has its `Tag`."""
 
+REWRITE = "graphpeft_rewrite"
+"""The key of ``node.meta`` for the name of the rewrite that made a node; nobody takes such nodes out one by one."""
+
 
 @dataclass(frozen=True)
 class Tag:

@@ -11,19 +11,18 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, ClassVar, NoReturn, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.fx as fx
 from torch import nn
 
 from graphpeft._torch import compiler_asks, lines_of_nodes
-from graphpeft.graph import in_place, slots
+from graphpeft.graph import guards, in_place, slots
 from graphpeft.graph.around_set_forwards import own_forward
 from graphpeft.graph.compiling import compiled
 from graphpeft.graph.contexts import closing_regions
 from graphpeft.graph.copied_graphs import as_named, by_name, copy_graph
-from graphpeft.graph.errors import GuardError
 from graphpeft.graph.no_wrappers import NoWrapper
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.graph.tags import TAG
@@ -59,6 +58,18 @@ Graphs = tuple[fx.Graph, ...]
 """The graph of a forward, or its graphs for evaluation and for training, where these differ."""
 
 
+class Before(NamedTuple):
+    """What a module ran before its graphs were rewritten.
+
+    Attributes:
+        template: The template of these graphs.
+        is_worn: Whether the module wore it; otherwise it ran its class's forward, of which that is a recording.
+    """
+
+    template: Template
+    is_worn: bool
+
+
 class Template:
     """The graphs of a forward with their compiled code.
 
@@ -67,6 +78,7 @@ class Template:
             edited: see `derive`.
         shared: Whether many modules may wear the template.
         plain: The template before optimisation passes; the template itself if there were none.
+        before: What the module ran before rewrites changed its graphs; None without rewrites.
 
     Attributes:
         slots: The slots of the adapters that have nodes in the graphs.
@@ -74,8 +86,11 @@ class Template:
         absent: The names of parameters that a module can't get while it wears the template.
     """
 
-    def __init__(self, graphs: Graphs, shared: bool, plain: Template | None = None) -> None:
+    def __init__(
+        self, graphs: Graphs, shared: bool, plain: Template | None = None, before: Before | None = None
+    ) -> None:
         self.graphs = graphs
+        self.before = before
         self.codes = [graph.python_code(root_module="self") for graph in graphs]
         self.shared = shared
         self.plain = self if plain is None else plain
@@ -106,7 +121,7 @@ class Template:
         forward = self._forward_for(())
         # a layer further out may have a forward of its own, which reads _graphpeft_forward
         namespace = {
-            **{name: _fixed(name, value) for name, value in self.fixed.items()},
+            **{name: guards.fixed(name, value) for name, value in self.fixed.items()},
             "_graphpeft_template": self,
             "_graphpeft_slots": dict(names),
             "_graphpeft_forward": forward,
@@ -155,11 +170,12 @@ class Template:
         """Returns the template for a copy of a module that wears this template."""
         if self.shared:
             return self
-        return Template(self.copied_graphs(), False, None if self.plain is self else self.plain.for_copy())
+        plain = None if self.plain is self else self.plain.for_copy()
+        return Template(self.copied_graphs(), False, plain, self.before)
 
     def for_edit(self) -> Template:
         """Returns a copy of the template, for a module that needs graphs of its own."""
-        return Template(self.copied_graphs(), False, None if self.plain is self else self.plain)
+        return Template(self.copied_graphs(), False, None if self.plain is self else self.plain, self.before)
 
     def derive(self, key: Hashable, edit: Callable[[Graphs], None], back: Hashable | None = None) -> Template:
         """Returns the template of these graphs after `edit`, cached under `key`.
@@ -173,7 +189,7 @@ class Template:
             return self._back[1]
         derived = self._derived.get(key)
         if derived is None:
-            derived = self._derived[key] = Template(self._edited(edit), self.shared)
+            derived = self._derived[key] = Template(self._edited(edit), self.shared, before=self.before)
             derived._back = None if back is None else (back, self)
         _LAST_USED.keep(derived)
         return derived
@@ -190,7 +206,7 @@ class Template:
         """
         known = self._derived.get(key)
         if known is None:
-            known = self._derived[key] = Template(self._edited(edit), self.shared, plain=self)
+            known = self._derived[key] = Template(self._edited(edit), self.shared, self, self.before)
             known.meta.update(meta)
         _LAST_USED.keep(known)
         return known
@@ -214,7 +230,7 @@ class Template:
                 node.meta.pop(LINE, None)
         # PyTorch 2.10 pickles a node's target in place of its type
         types = [[node.type for node in graph.nodes] for graph in graphs]
-        return _unpickled, (graphs, types, self.shared, None if self.plain is self else self.plain)
+        return _unpickled, (graphs, types, self.shared, None if self.plain is self else self.plain, self.before)
 
 
 class _LastUsed:
@@ -250,32 +266,13 @@ def _by_mode(evaluation: Callable[..., Any], training: Callable[..., Any]) -> Ca
     return forward
 
 
-def _unpickled(graphs: Graphs, types: list[list[Any]], shared: bool, plain: Template | None) -> Template:
+def _unpickled(
+    graphs: Graphs, types: list[list[Any]], shared: bool, plain: Template | None, before: Before | None
+) -> Template:
     for graph, of_nodes in zip(graphs, types, strict=True):
         for node, of_node in zip(graph.nodes, of_nodes, strict=True):
             node.type = of_node
-    return Template(tuple(copy_graph(graph, by_name) for graph in graphs), shared, plain)
-
-
-def _fixed(name: str, fixed: Any) -> property:
-    """Returns a property that refuses any other value."""
-
-    def read(module: nn.Module) -> Any:
-        return vars(module)[name]
-
-    def write(module: nn.Module, value: Any) -> None:
-        if value != fixed:
-            _refuse_other(module, name, repr(fixed), repr(value))
-        vars(module)[name] = value
-
-    return property(read, write)
-
-
-def _refuse_other(module: nn.Module, name: str, was: str, now: str) -> NoReturn:
-    raise GuardError(
-        f"{name} of a {in_place.original_class(module).__name__} was {was} when it was adapted, and is to be "
-        f"{now} now, which its graph doesn't know; set it before you adapt the model"
-    )
+    return Template(tuple(copy_graph(graph, by_name) for graph in graphs), shared, plain, before)
 
 
 def _layer_of(template: Template, names: slots.Names) -> in_place.Layer:
@@ -298,9 +295,9 @@ class GraphForward(NoWrapper, fx.GraphModule):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Registers a parameter, or raises GuardError if the graph can't read it, or an adapter can't do without it."""
         if param is not None and name in self._graphpeft_template.absent:
-            _refuse_other(self, name, "None", "a parameter")
+            guards.refuse_other(self, name, "None", "a parameter")
         if param is None and self._parameters.get(name) is not None and self._graphpeft_template.needs(name):
-            _refuse_other(self, name, "a parameter", "None")
+            guards.refuse_other(self, name, "a parameter", "None")
         super().register_parameter(name, param)
 
     # GraphModule's own methods, and torch.compile, read these attributes
@@ -357,7 +354,7 @@ class GraphForward(NoWrapper, fx.GraphModule):
     @graph.setter
     def graph(self, g: fx.Graph) -> None:
         self._refuse_edits_of_optimized()
-        wear_template(self, Template((g,), shared=False))
+        wear_template(self, Template((g,), False, before=self._graphpeft_template.before))
 
     def delete_all_unused_submodules(self) -> None:
         """Deletes the submodules that no graph of this module, for either mode, calls or reads."""
@@ -376,7 +373,7 @@ class GraphForward(NoWrapper, fx.GraphModule):
             RuntimeError: If the model is optimized.
         """
         self._refuse_edits_of_optimized()
-        wear_template(self, Template(self.graphs, shared=False))
+        wear_template(self, Template(self.graphs, False, before=self._graphpeft_template.before))
 
     def _refuse_edits_of_optimized(self) -> None:
         if self._graphpeft_template.plain is not self._graphpeft_template:
@@ -406,10 +403,10 @@ def refuse_other_options(module: nn.Module, template: Template) -> None:
     """Raises GuardError if an attribute of `module` has another value than `template` fixes."""
     for name, fixed in template.fixed.items():
         if vars(module)[name] != fixed:
-            _refuse_other(module, name, repr(fixed), repr(vars(module)[name]))
+            guards.refuse_other(module, name, repr(fixed), repr(vars(module)[name]))
     for name in template.absent:
         if module._parameters.get(name) is not None:
-            _refuse_other(module, name, "None", "a parameter")
+            guards.refuse_other(module, name, "None", "a parameter")
 
 
 def names_in_slots(module: nn.Module) -> Mapping[int, str]:

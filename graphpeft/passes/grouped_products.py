@@ -12,9 +12,10 @@ import operator
 
 from torch import fx, nn
 
+from graphpeft.graph.facts import separates
 from graphpeft.passes.outcome import Outcome
 from graphpeft.passes.products import products
-from graphpeft.passes.reading import FirstProduct, cast_from, first_products, put_in_place_of, separates
+from graphpeft.passes.reading import FirstProduct, cast_from, first_products, put_in_place_of
 
 
 def grouped_products(graph: fx.Graph, root: nn.Module) -> list[Outcome]:

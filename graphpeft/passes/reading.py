@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from graphpeft.graph import ops
-from graphpeft.graph.contexts import enter_autocast, enter_gradients, leave_autocast, leave_gradients
-from graphpeft.graph.facts import reads_metadata_only, writes
+from graphpeft.graph.facts import reads_metadata_only
 from graphpeft.graph.ops.reading import arguments_of
 from graphpeft.graph.tags import TAG
 from graphpeft.passes.products import cast_again, product
@@ -101,22 +100,6 @@ def cast_from(node: fx.Node) -> fx.Node | None:
 def is_read_by(value: fx.Node, reader: fx.Node) -> bool:
     """Returns whether `reader` alone reads the elements of a value; other nodes may read its metadata."""
     return all(user is reader or reads_metadata_only(user) for user in value.users)
-
-
-def separates(node: fx.Node, root: nn.Module) -> bool:
-    """Returns whether the same computation may give another value after a node than before it.
-
-    Such a node writes into tensors, or is the edge of a region under autocast or with gradients.
-    """
-    if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
-        return not type(module).__module__.startswith("torch.nn.") or bool(getattr(module, "inplace", False))
-    writes_there = node.op.startswith("call_") and writes(node.target)
-    is_told = bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
-    return writes_there or is_told or node.target in _EDGES_OF_REGIONS
-
-
-_EDGES_OF_REGIONS = (enter_autocast, leave_autocast, enter_gradients, leave_gradients)
 
 
 def put_in_place_of(old: fx.Node, new: fx.Node) -> None:

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from graphpeft.graph.facts import reads_metadata_only
+from graphpeft.graph.facts import reads_metadata_only, separates
 from graphpeft.graph.tags import TAG
 from graphpeft.passes.outcome import Outcome
 from graphpeft.passes.products import product, products
-from graphpeft.passes.reading import FirstProduct, first_products, put_in_place_of, separates
+from graphpeft.passes.reading import FirstProduct, first_products, put_in_place_of
 from graphpeft.passes.recipes import FUNCTIONS, KEEP_THEIR_INPUTS, LAYERS, METHODS, recipe, run
 
 _METHODS_THAT_KEEP_THEIR_INPUTS = frozenset(("bmm", "matmul", "mul", "pow"))

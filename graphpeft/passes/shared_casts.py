@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from torch import fx, nn
 
+from graphpeft.graph.facts import separates
 from graphpeft.graph.tags import TAG
 from graphpeft.passes.outcome import Outcome
 from graphpeft.passes.products import cast_again
-from graphpeft.passes.reading import cast_from, put_in_place_of, separates
+from graphpeft.passes.reading import cast_from, put_in_place_of
 
 
 def shared_casts(graph: fx.Graph, root: nn.Module) -> list[Outcome]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import linecache
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,17 +9,14 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from graphpeft.graph import guards
 from graphpeft.graph.calls import calls_of
-from graphpeft.graph.settings import expect_settings
+from graphpeft.graph.facts import line_of
+from graphpeft.graph.settings import CHECKS
 from graphpeft.graph.slots import without_slot
-from graphpeft.graph.tags import TAG, Tag
-from graphpeft.graph.template import LINE, VALUE
+from graphpeft.graph.tags import REWRITE, TAG, Tag
+from graphpeft.graph.template import VALUE
 from graphpeft.showing.picture import DrawnGraph, DrawnNode
 from graphpeft.wording import shortened
-
-CHECKS = (*guards.CHECKS, guards.expect_each, expect_settings)
-"""Functions whose nodes check decisions of a trace, and compute nothing."""
 
 MODES = ("evaluation", "training")
 
@@ -30,11 +25,12 @@ def drawn_graphs(before: tuple[fx.Graph, ...], after: tuple[fx.Graph, ...], modu
     """Returns the drawn graphs of a forward.
 
     Args:
-        before: The graph without adapters, or those for evaluation and training.
-        after: The same with adapters.
+        before: The graph without adapters and rewrites, or those for evaluation and training.
+        after: The same with them. A rewrite may have made two graphs of one.
         module: The module whose forward it is.
     """
     modes = ("",) if len(after) == 1 else MODES
+    before = before * len(after) if len(before) == 1 else before
     return [
         DrawnGraph(mode, drawn_nodes(without, module), drawn_nodes(with_adapters, module))
         for mode, without, with_adapters in zip(modes, before, after, strict=True)
@@ -94,7 +90,7 @@ def _drawn(node: fx.Node, module: nn.Module, checks: list[str]) -> DrawnNode:
         arguments=_arguments(node),
         inputs=[source.name for source in node.all_input_nodes],
         value=_value(node, module),
-        line=_line(node),
+        line=line_of(node),
         calls=[call.name for call in calls_of(node)],
         module=str(node.target) if node.op in ("call_module", "get_attr") else "",
         checks=checks,
@@ -102,6 +98,7 @@ def _drawn(node: fx.Node, module: nn.Module, checks: list[str]) -> DrawnNode:
         site="" if tag is None else tag.site,
         rule="" if tag is None or tag.rule is None else type(tag.rule).__name__,
         over="" if tag is None else tag.stands_for or "",
+        rewrite=node.meta.get(REWRITE, ""),
     )
 
 
@@ -150,10 +147,3 @@ def shape_of(value: Any) -> str:
         return ""
     sizes = " × ".join(map(str, value.shape)) or "scalar"
     return f"{sizes}, {str(value.dtype).removeprefix('torch.')}"
-
-
-def _line(node: fx.Node) -> str:
-    if LINE not in node.meta or node.op in ("placeholder", "output"):
-        return ""
-    file, number = node.meta[LINE]
-    return f"{os.path.basename(file)}:{number}  {linecache.getline(file, number).strip()}"

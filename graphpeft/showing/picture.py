@@ -32,6 +32,7 @@ class DrawnNode:
         site: The name of the operation that its adapter adapts.
         rule: The rule that made it.
         over: The name of the node in whose place it stands.
+        rewrite: The name of the rewrite that made it.
     """
 
     name: str
@@ -48,15 +49,16 @@ class DrawnNode:
     site: str = ""
     rule: str = ""
     over: str = ""
+    rewrite: str = ""
 
 
 @dataclass(frozen=True)
 class DrawnGraph:
-    """A graph of a forward without adapters, and the same with them.
+    """A graph of a forward without adapters and rewrites, and the same with them.
 
     Attributes:
         mode: The mode in which it runs, or "" if it runs in both.
-        before: The nodes without adapters.
+        before: The nodes without adapters and rewrites.
         after: The nodes with them; those of the base model have the names that they have in `before`.
     """
 

@@ -67,13 +67,18 @@ def _of_model(model: nn.Module, example_inputs: ExampleInputs | None) -> Picture
         for name, adapted in sites.get(path, []):
             one = drawn_site(adapted, names.index(name), state.slots[name], modules)
             here.append(one if name in state.merged else with_change(one, adapted, modules, originals))
-        drawn[path] = Drawn(gallery.place_of(without_any(template.plain), template.plain, module), slots, here)
+        drawn[path] = Drawn(gallery.place_of(_before(template.plain), template.plain, module), slots, here)
     adapters = [
         _drawn_adapter(name, adapter, _state_of(name, state), modules) for name, adapter in state.by_name.items()
     ]
     tree_of_all = tree(modules, drawn, _trained(state.by_name.values()), costs)
     remark = _why_nothing_is_kept(model, names) if tree_of_all.kept == 0 else ""
     return Picture(_title(model), tree_of_all, gallery.graphs, adapters, remark=remark)
+
+
+def _before(template: Template) -> Template:
+    """Returns a template without adapters and rewrites."""
+    return without_any(template) if template.before is None else template.before.template
 
 
 def _why_nothing_is_kept(model: nn.Module, adapters: list[str]) -> str:

@@ -36,6 +36,20 @@ def inputs_of(model: nn.Module, module: nn.Module, example_inputs: ExampleInputs
     return seen[0]
 
 
+def inputs_of_each(
+    model: nn.Module, modules: Mapping[str, nn.Module], example_inputs: ExampleInputs
+) -> dict[str, ExampleInputs]:
+    """Runs a copy of the model once, and returns the inputs of the first call of each module that it reaches."""
+    seen: dict[str, ExampleInputs] = {}
+
+    def note(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if path not in seen:
+            seen[path] = _given(module, args, kwargs)
+
+    _run_with_hooks(model, modules, example_inputs, note)
+    return seen
+
+
 Way = frozenset[tuple[str, Any]]
 """The optional arguments of a call that haven't their defaults: names, with the value of a flag or else its type."""
 
@@ -64,6 +78,14 @@ def ways_of_calling(
         if way not in known:
             known.append(way)
 
+    _run_with_hooks(model, modules, example_inputs, note)
+    return ways
+
+
+def _run_with_hooks(
+    model: nn.Module, modules: Mapping[str, nn.Module], example_inputs: ExampleInputs, note: Callable[..., None]
+) -> None:
+    """Runs a copy of the model; `note` is given the path, the module and the arguments of each call of the modules."""
     # a copy, since modules may change themselves when they run
     copied, inside = copy.deepcopy((model, dict(modules)))
     for path, module in inside.items():
@@ -71,7 +93,6 @@ def ways_of_calling(
     args, kwargs = split_inputs(example_inputs)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         copied(*(args or ()), **kwargs)
-    return ways
 
 
 def defaults(forward: Callable[..., Any]) -> dict[str, Any]:

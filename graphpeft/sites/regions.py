@@ -142,7 +142,7 @@ class Regions:
             return template
         assert self.example_inputs is not None
         # without inputs, the graph has the defaults of arguments that the model itself passes
-        ways = self._ways.get(path, [])
+        ways = self.ways.get(path, [])
         if len(ways) > 1:
             names = sorted({name for way in ways for name, _ in way})
             raise TraceError(f"the model calls it both with and without {', '.join(names)}")
@@ -151,7 +151,7 @@ class Regions:
         return self.recordings.lift(module, example_runs.inputs_of(model, module, self.example_inputs))
 
     @functools.cached_property
-    def _ways(self) -> dict[str, list[example_runs.Way]]:
+    def ways(self) -> dict[str, list[example_runs.Way]]:
         """The ways in which the model calls its modules in a run on the example inputs."""
         assert self.example_inputs is not None
         called = {path: module for path, module in self.modules.items() if self.is_called(path)}

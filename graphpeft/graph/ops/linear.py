@@ -8,8 +8,10 @@ ATen operators.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx as fx
@@ -89,8 +91,44 @@ def of_module(node: fx.Node, root: nn.Module) -> Linear | None:
     return Linear(node, x, f"{node.target}.weight", bias, transposed=False)
 
 
-def _linear(node: fx.Node, x: Any, weight: Any, bias: Any, transposed: bool) -> Linear | None:
-    """Returns a `Linear` if `weight` is a stored matrix or the transpose of one, else None."""
+class Product(NamedTuple):
+    """A product with a matrix, as a node spells it: ``x @ matrix`` or ``x @ matrixᵀ``, plus a bias.
+
+    Attributes:
+        x: The input.
+        matrix: The matrix; transposes around it are taken off.
+        bias: What is added; None if nothing is.
+        transposed: Whether the matrix is (in, out).
+    """
+
+    x: Any
+    matrix: Any
+    bias: Any
+    transposed: bool
+
+
+_Spelled = tuple[Any, Any, Any, bool]
+"""The values of a `Product`, with the matrix as it is spelled."""
+
+
+def product_of(node: fx.Node) -> Product | None:
+    """Returns the product that a call of a function or a method computes, whatever its operands are, or None."""
+    reader = _METHODS.get(str(node.target)) if node.op == "call_method" else _FUNCTIONS.get(node.target)
+    spelled = reader(node) if reader is not None else None
+    if spelled is None:
+        return None
+    x, weight, bias, transposed = spelled
+    while isinstance(weight, fx.Node) and (matrix := transpose_of(weight)) is not None:
+        weight, transposed = matrix, not transposed
+    return Product(x, weight, bias, transposed)
+
+
+def _read(reader: Callable[[fx.Node], _Spelled | None], node: fx.Node) -> Linear | None:
+    """Returns a `Linear` if the node multiplies by a stored matrix or by the transpose of one, else None."""
+    spelled = reader(node)
+    if spelled is None:
+        return None
+    x, weight, bias, transposed = spelled
     while isinstance(weight, fx.Node) and (matrix := transpose_of(weight)) is not None:
         weight, transposed = matrix, not transposed
     path = path_of(weight)
@@ -119,29 +157,29 @@ def transpose_of(node: fx.Node) -> Any:
     return None
 
 
-def _read_linear(node: fx.Node) -> Linear | None:
+def _read_linear(node: fx.Node) -> _Spelled | None:
     x, weight, bias = arguments_of(node, "input", "weight", "bias")
-    return _linear(node, x, weight, bias, transposed=False)
+    return x, weight, bias, False
 
 
-def _read_matmul(node: fx.Node) -> Linear | None:
+def _read_matmul(node: fx.Node) -> _Spelled | None:
     values = dict(enumerate(node.args)) | {_OF_MATMUL.get(name, name): value for name, value in node.kwargs.items()}
     # a matrix from the left, W @ x, multiplies columns, not rows
-    return _linear(node, values[0], values[1], None, transposed=True) if values.keys() == {0, 1} else None
+    return (values[0], values[1], None, True) if values.keys() == {0, 1} else None
 
 
 _OF_MATMUL = {"input": 0, "self": 0, "other": 1, "mat2": 1, "tensor2": 1}
 """The positions of the arguments of products of matrices, by the names that PyTorch has for them."""
 
 
-def _read_addmm(node: fx.Node) -> Linear | None:
+def _read_addmm(node: fx.Node) -> _Spelled | None:
     if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
         return None
     bias, x, weight = arguments_of(node, "input", "mat1", "mat2")
-    return _linear(node, x, weight, bias, transposed=True)
+    return x, weight, bias, True
 
 
-def _read_einsum(node: fx.Node) -> Linear | None:
+def _read_einsum(node: fx.Node) -> _Spelled | None:
     equation, *operands = node.args
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = list(operands[0])
@@ -158,10 +196,10 @@ def _read_einsum(node: fx.Node) -> Linear | None:
     # x is (rows, in), the result (rows, out), and the letters of the weight are in and out
     if x[:-1] != rows or x[-1:] in rows or not out.isalpha() or {x[-1:], out} != set(weight) or len(weight) != 2:
         return None
-    return _linear(node, operands[0], operands[1], None, transposed=weight == x[-1] + out)
+    return operands[0], operands[1], None, weight == x[-1] + out
 
 
-FUNCTIONS: dict[Any, Any] = {
+_FUNCTIONS: dict[Any, Any] = {
     F.linear: _read_linear,
     aten.linear.default: _read_linear,
     operator.matmul: _read_matmul,
@@ -175,9 +213,12 @@ FUNCTIONS: dict[Any, Any] = {
     torch.functional.einsum: _read_einsum,
     aten.einsum.default: _read_einsum,
 }
-METHODS: dict[str, Any] = {
+_METHODS: dict[str, Any] = {
     "matmul": _read_matmul,
     "mm": _read_matmul,
     "__matmul__": _read_matmul,
     "addmm": _read_addmm,
 }
+
+FUNCTIONS: dict[Any, Any] = {function: partial(_read, reader) for function, reader in _FUNCTIONS.items()}
+METHODS: dict[str, Any] = {name: partial(_read, reader) for name, reader in _METHODS.items()}

@@ -173,7 +173,7 @@ function drawGraph(module, graph, place) {
 }
 
 async function drawPair(module, graph, place, open) {
-  const changed = graph.after.some((node) => node.slot !== undefined);
+  const changed = graph.after.some((node) => node.slot !== undefined || node.rewrite);
   const sides = changed ? [["before", graph.before], ["after", graph.after]] : [["after", graph.after]];
   const engine = await graphviz;
   const figures = sides.map(([side, nodes]) => {
@@ -294,7 +294,7 @@ function nodeAttributes(module, node, tensors) {
   const kept = module.kept_by[node.name];
   if (kept) lines.push(`keeps ${bytes(kept)}`);
   const own = node.slot === undefined ? undefined : module.slots[node.slot];
-  const classes = [node.op, ...(own === undefined ? [] : ["adapter", `a${own}`])];
+  const classes = [node.op, ...(own === undefined ? [] : ["adapter", `a${own}`]), ...(node.rewrite ? ["rewritten"] : [])];
   return { id: node.name, class: classes.join(" "), label: lines.join("\n"), ...SHAPES[node.op] };
 }
 
@@ -325,6 +325,7 @@ function choose(module, node, place) {
   const called = node.op === "call_module" && modules.get(module.path ? `${module.path}.${node.module}` : node.module);
   if (called && called.seconds !== undefined) tell("the call", `takes ${duration(called.seconds)}, keeps ${bytes(called.kept ?? 0)}`);
   if (node.over) tell("in the place of", code(node.over));
+  if (node.rewrite) tell("rewrite", code(node.rewrite));
   for (const check of node.checks ?? []) tell("checked in each run", check);
   const site = siteOf(module, node);
   if (site) {

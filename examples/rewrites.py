@@ -68,9 +68,14 @@ def norm_in_float(x, eps):
     return norm_of(x.to(torch.float32), eps).to(x.dtype)
 
 
+def norm_by_variance_in_float(x, eps):
+    return x * torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + eps)
+
+
 spelled_norm = either(
     lambda x, w, *, eps: w * norm_of(x, eps),
     lambda x, w, *, eps: w * norm_in_float(x, eps),
+    lambda x, w, *, eps: w * norm_by_variance_in_float(x, eps),
 )
 one_norm = Rewrite(spelled_norm, lambda x, w, eps: F.rms_norm(x, w.shape, w, eps), name="one_norm")
 

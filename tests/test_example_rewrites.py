@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from graphpeft.rewrites import undo_rewrites
 from graphpeft.testing import verify_rewrite
@@ -124,11 +126,10 @@ def test_each_linear_layer_of_a_model_is_quantised(rewrites):
     assert torch.equal(model(ids).logits, before)
 
 
-def test_the_norms_of_llama_and_t5_become_one_operation(rewrites):
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-    for dtype in (torch.float32, torch.bfloat16):
-        norm = LlamaRMSNorm(8, eps=1e-5)
+@pytest.mark.parametrize("make", [LlamaRMSNorm, T5LayerNorm])
+def test_the_norms_of_llama_and_t5_become_one_operation(rewrites, make):
+    for dtype in (torch.float32, torch.bfloat16) if make is LlamaRMSNorm else (torch.float32,):
+        norm = make(8, eps=1e-5)
         nn.init.normal_(norm.weight)
         norm = norm.to(dtype)
         tolerance = 1e-6 if dtype is torch.float32 else 2e-2

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 import graphpeft
 from graphpeft.testing import laws
-from graphpeft.testing.snapshots import with_saved
+from graphpeft.testing.snapshots import require_restored, with_saved
 
 # kinds of layers, and of models
 
@@ -312,7 +312,7 @@ def require_base(feature: Feature, model: Any, kind: Kind) -> None:
     for module in unloaded.modules():
         for measured in ("_graphpeft_corda", "_graphpeft_lora_ga"):
             vars(module).pop(measured, None)  # which the caller had measured, and may use again
-    laws.require_restored(unloaded, left)
+    require_restored(unloaded, left)
     laws.require_equal(dict(unloaded.named_parameters()), dict(left.named_parameters()), "unload leaves other weights")
 
 

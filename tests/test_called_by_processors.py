@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from graphpeft import AdaptError, LoraConfig, PeftModel, explain, get_peft_model
+from graphpeft import LoraConfig, PeftModel, explain, get_peft_model
 from graphpeft.testing import laws
 
 pytestmark = pytest.mark.quick("code", "sites")
@@ -178,10 +178,17 @@ def test_the_report_names_modules_that_run_their_own_code_on_changed_weights():
     assert [row.site.own_code for row in report.adapted] == ["it hands its inner to processor, which may read weight"]
 
 
-def test_dropout_is_refused_where_an_operation_is_not_known():
-    model = _seeded(lambda: Attention(ReadingModule()))
-    with pytest.raises(AdaptError, match=r"lora_dropout=0\.1 drops elements of an operation.s input"):
-        get_peft_model(model, LoraConfig(**OPTIONS, lora_dropout=0.1))
+def test_dropout_acts_on_what_a_processor_multiplies_by_the_weight():
+    model: Any = _seeded(lambda: Attention(ReadingModule()))
+    get_peft_model(model, LoraConfig(**OPTIONS, lora_dropout=0.5)).train()
+    torch.manual_seed(3)
+    found = model(X)
+    torch.manual_seed(3)
+    tensors = model.inner.default
+    branch = F.dropout(X, 0.5) @ tensors.lora_A.T @ tensors.lora_B.T
+    laws.require_close(found, F.linear(X, model.inner.weight) + tensors.lora_scaling * branch, 1e-6, "dropout")
+    adapted = model.eval()(X)
+    laws.require_close(model.merge_and_unload()(X), adapted, 1e-6, "merged and adapted")
 
 
 class CallingAndReading(nn.Module):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +18,15 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from graphpeft import AdaptError, LoraConfig, PromptTuningConfig, TaskType, TrainableTokensConfig, get_peft_model
+from graphpeft import (
+    AdaptError,
+    LoraConfig,
+    PeftWarning,
+    PromptTuningConfig,
+    TaskType,
+    TrainableTokensConfig,
+    get_peft_model,
+)
 from graphpeft.graph.paths import modules_by_path
 
 ON_THE_TABLE: dict[str, Any] = {
@@ -522,26 +530,22 @@ def test_pytorchs_fusion_of_an_adapted_layer_is_refused_and_of_a_merged_one_righ
     torch.testing.assert_close(fuse(model[0], model[1])(x), expected, atol=1e-5, rtol=1e-4)
 
 
-def quantised(model: Any, inplace: bool) -> Any:
-    """Returns a model with layers that multiply integers, by PyTorch's eager quantisation."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PyTorch, which has deprecated it
-        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=inplace)
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-def test_eager_quantisation_of_adapted_layers_is_refused_and_of_merged_ones_finds_them(inplace: bool) -> None:
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_eager_quantisation_tells_that_it_leaves_adapted_layers_and_finds_merged_ones() -> None:
     base = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)).eval()
     x = torch.randn(5, 4)
     expected = model(x)
-    with pytest.raises(RuntimeError, match=r"leave an adapted layer as it is.*merge_and_unload\(\) before"):
-        quantised(model, inplace)
+    quantise: Any = functools.partial(
+        torch.ao.quantization.quantize_dynamic, qconfig_spec={nn.Linear}, dtype=torch.qint8
+    )
+    with pytest.warns(PeftWarning, match=r"leaves adapted layers as they are.*merge_and_unload\(\) before"):
+        quantised = quantise(model)
+    whose = "torch.ao.nn.quantized.dynamic.modules.linear"
+    assert [type(layer).__module__ for layer in quantised][::2] == ["torch.nn.modules.linear", whose]
+    torch.testing.assert_close(quantised(x), expected, atol=0.1, rtol=0.1)
     assert torch.equal(model(x), expected)
-    found = quantised(model.merge_and_unload(), inplace)
-    assert [type(layer).__module__ for layer in found] == [
-        "torch.ao.nn.quantized.dynamic.modules.linear",
-        "torch.nn.modules.activation",
-        "torch.ao.nn.quantized.dynamic.modules.linear",
-    ]
-    torch.testing.assert_close(found(x), expected, atol=0.1, rtol=0.1)
+    merged = quantise(model.merge_and_unload())
+    assert [type(layer).__module__ for layer in merged][::2] == [whose, whose]
+    torch.testing.assert_close(merged(x), expected, atol=0.1, rtol=0.1)

@@ -348,6 +348,7 @@ ON_THE_VOCABULARY: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.filterwarnings("ignore:Setting config.tie_word_embeddings to False")
 @pytest.mark.parametrize("options", ON_THE_VOCABULARY.values(), ids=ON_THE_VOCABULARY.keys())
 @pytest.mark.parametrize("tied", [False, True])

@@ -301,6 +301,7 @@ def test_a_model_whose_hooks_were_removed_is_adapted_like_any_other() -> None:
     close(logits(adapted(model, CONFIGS["dora"])), logits(adapted(base(), CONFIGS["dora"])))
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize("head", ["cpu", "disk"])
 def test_a_trained_copy_of_a_tied_weight_is_not_tied_by_accelerate(head: str, tmp_path: Path) -> None:
     model = tied()

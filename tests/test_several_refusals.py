@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import graphpeft
 from graphpeft import AdaptError, CheckpointError, LoraConfig, get_peft_model
 from graphpeft.testing import laws
+from graphpeft.testing.snapshots import require_restored
 
 pytestmark = pytest.mark.quick("adapters", "rules")
 
@@ -198,7 +199,7 @@ def test_rows_that_cannot_be_told_are_an_error_and_forgotten(sums: bool, reason:
         with pytest.raises(ValueError, match=reason):
             model(x, adapter_names=["plain", "__base__", "plain"])
         assert torch.equal(model(x), before)
-    laws.require_restored(model.unload(), Around(sums))
+    require_restored(model.unload(), Around(sums))
 
 
 def test_parts_are_mixed_as_rows_by_themselves() -> None:
@@ -227,7 +228,7 @@ def test_rows_are_merged_in_place_and_unmerged_bit_for_bit(tied: bool, active: l
     model.unmerge_adapter()
     assert torch.equal(output(model, IDS), expected)
     laws.require_equal(dict(model.state_dict()), before, "unmerging leaves other weights")
-    laws.require_restored(model.unload(), llama(tied))
+    require_restored(model.unload(), llama(tied))
 
 
 def test_one_is_merged_beside_rows_that_go_on_acting() -> None:
@@ -362,7 +363,7 @@ def test_any_adapter_is_swapped_for_another_and_back(options: dict[str, Any], tm
     for folder in (odd, odd, plain):
         graphpeft.hotswap_adapter(model, folder, "default")
         assert torch.equal(output(model, IDS), expected[folder])
-    laws.require_restored(model.unload(), llama())
+    require_restored(model.unload(), llama())
 
 
 # slices and groups
@@ -421,7 +422,7 @@ def test_nothing_is_lost_when_the_active_adapter_is_deleted() -> None:
     model.delete_adapter("plain")
     assert model.active_adapters == []
     assert torch.equal(output(model, IDS), output(llama().requires_grad_(False), IDS))
-    laws.require_restored(model.unload(), llama())
+    require_restored(model.unload(), llama())
 
 
 @pytest.mark.parametrize("names", [["odd", "nobody"], ["nobody"], [3]], ids=str)

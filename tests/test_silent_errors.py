@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
+import graphpeft
 from graphpeft import (
     AdamssConfig,
     AdaptError,
@@ -264,9 +266,23 @@ def test_layers_that_torch_reads_without_calling_them_are_adapted_in_what_reads_
 
 
 def test_dropout_where_a_weight_has_no_input_is_refused():
-    encoder = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
     with pytest.raises(AdaptError, match=r"lora_dropout=0\.5 drops elements.*set lora_dropout=0"):
-        get_peft_model(encoder, lora("linear1", lora_dropout=0.5))
+        get_peft_model(module_of(lambda self, x: x * self.w.sigmoid(), w=weight()), lora("w", lora_dropout=0.5))
+
+
+def test_dropout_at_a_layer_of_an_encoder_is_pefts_though_that_has_a_fast_path():
+    torch.manual_seed(0)
+    encoder, found = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), []
+    for library in (peft, graphpeft):
+        torch.manual_seed(1)
+        config = library.LoraConfig(r=2, target_modules=["linear1"], lora_dropout=0.5, init_lora_weights=False)
+        model = library.get_peft_model(copy.deepcopy(encoder), config).train()
+        torch.manual_seed(2)
+        found.append(model(X))
+    torch.testing.assert_close(found[1], found[0])
+    with torch.no_grad():
+        adapted = model.eval()(X)
+        torch.testing.assert_close(model.merge_and_unload()(X), adapted)
 
 
 def test_a_method_that_uses_the_weight_beside_the_forward_is_warned_of():

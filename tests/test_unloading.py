@@ -20,7 +20,11 @@ import graphpeft
 from graphpeft import AdaptError, LoraConfig, PeftModel, PeftWarning, export, get_peft_model, trace
 from graphpeft.testing.snapshots import require_restored
 
-pytestmark = [pytest.mark.filterwarnings("ignore:::peft"), pytest.mark.quick("model")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:::peft"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
+    pytest.mark.quick("model"),
+]
 
 IDS = torch.tensor([[1, 4, 2], [3, 3, 6]])
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
 
 from graphpeft.absent_names import ABSENT_MEMBERS
 from graphpeft.graph.holders import Holder
+from graphpeft.peft_errors import PeftWarning
 
 _ADVICE = {name: reason for names, reason in ABSENT_MEMBERS["layers"].items() for name in names.split(", ")}
 
@@ -26,21 +28,24 @@ class NoWrapper(nn.Module):
 
     @property
     def qconfig(self) -> Any:
-        """The options of ``torch.ao.quantization``, which finds layers by their very class, and so no adapted one.
-
-        Raises:
-            RuntimeError: If it is set while the module has adapters.
-        """
+        """The options of ``torch.ao.quantization``, which finds layers by their very class, and so no adapted one."""
         return vars(self)["qconfig"] if "qconfig" in vars(self) else self.__getattr__("qconfig")
 
     @qconfig.setter
     def qconfig(self, options: Any) -> None:
         if _has_adapters(self):
-            raise RuntimeError(
-                "torch.ao.quantization would leave an adapted layer as it is, without a word; call merge_and_unload() "
-                "before, or quantise what torch.export makes of the model, as torchao.quantization.pt2e does"
+            warnings.warn(
+                "torch.ao.quantization leaves adapted layers as they are; to have them quantised, call "
+                "merge_and_unload() before, or quantise what torch.export makes of the model, as "
+                "torchao.quantization.pt2e does",
+                PeftWarning,
+                stacklevel=3,
             )
         vars(self)["qconfig"] = options
+
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        del vars(self)["qconfig"]
 
 
 def _has_adapters(module: nn.Module) -> bool:

@@ -174,9 +174,10 @@ call_with_hooks: Any = nn.Module._call_impl
 """``nn.Module.__call__`` with its hooks, by a name that no tracer replaces."""
 
 
-def call_modules_by(function: Callable[..., Any]) -> None:
-    """Lets all modules be called by a function in place of `call_with_hooks`."""
-    nn.Module._call_impl = function  # pyright: ignore[reportAttributeAccessIssue]
+def call_modules_by(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets all modules be called by a function, and returns by which they were called: `call_with_hooks` if by none."""
+    before, nn.Module._call_impl = nn.Module._call_impl, function  # pyright: ignore[reportAttributeAccessIssue]
+    return before
 
 
 FORWARD_HOOKS_OF_ALL: tuple[Any, Any] = (_hooks._global_forward_hooks, _hooks._global_forward_pre_hooks)

@@ -1,4 +1,4 @@
-"""Dry runs: changes of a model that no other thread sees, and that are undone in the end.
+"""Dry runs: changes of a model that no call of another thread sees, and that are undone in the end.
 
 A forward asks for no lock, since that would cost each call its time. So a dry run exchanges how modules are called, and
 begins when the stack of no other thread shows a call that began before.
@@ -42,7 +42,13 @@ def alone(model: nn.Module) -> Iterator[None]:
     Raises:
         RuntimeError: If a call of another thread doesn't end; or, in the other threads, if the context doesn't.
     """
-    with lock_of(model), _ONE_AT_A_TIME, contextlib.ExitStack() as stack:
+    with lock_of(model), contextlib.ExitStack() as stack:
+        if not _ONE_AT_A_TIME.acquire(timeout=_PATIENCE):
+            raise RuntimeError(
+                f"another thread runs a model alone, as check_learning does, and this one has waited {_PATIENCE:g} "
+                "seconds for the end of that; run them one after the other"
+            )
+        stack.callback(_ONE_AT_A_TIME.release)
         if not any(gate.model is model for gate in _GATES):
             gate = _Gate(model)
             at_end_of(stack, gate.open)
@@ -57,11 +63,12 @@ class _Gate:
         self.model, self._owner = model, threading.get_ident()
         self._modules = {id(module) for module in model.modules()}
         self._is_closed, self._opened = False, threading.Event()
+        self.before: Any = call_with_hooks
 
     def close(self) -> None:
         """Holds new calls, and waits for those that have begun."""
         _GATES.append(self)
-        call_modules_by(_call_through_gates)
+        self.before = call_modules_by(_call_through_gates)
         ends = time.monotonic() + _PATIENCE
         while self._is_called_elsewhere():
             if time.monotonic() > ends:
@@ -75,9 +82,8 @@ class _Gate:
     def open(self) -> None:
         """Lets all calls go on."""
         if self in _GATES:
+            call_modules_by(self.before)
             _GATES.remove(self)
-        if not _GATES:
-            call_modules_by(call_with_hooks)
         self._opened.set()
 
     def hold(self, module: nn.Module) -> None:
@@ -114,13 +120,14 @@ _GATES: list[_Gate] = []
 
 
 def _call_through_gates(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    for gate in [*_GATES]:
+    gates = [*_GATES]
+    for gate in gates:
         gate.hold(module)
-    return call_with_hooks(module, *args, **kwargs)
+    return (gates[0].before if gates else call_with_hooks)(module, *args, **kwargs)
 
 
 def _open_all() -> None:
-    for gate in [*_GATES]:
+    for gate in reversed([*_GATES]):
         gate.open()
     _ONE_AT_A_TIME.release()
 

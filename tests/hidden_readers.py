@@ -257,4 +257,11 @@ def _called(net, fast, x):
     return functional_call(net, {"inner.weight": fast}, (x,))
 
 
-REPLACED = [WithOtherWeights, WithOtherWeightsInside]
+class WithOtherWeightsByAnotherName(WithOtherWeights):
+    def forward(self, x):
+        return fast_call(self.inner, {"weight": self.fast}, (x,))
+
+
+fast_call = functional_call
+
+REPLACED = [WithOtherWeights, WithOtherWeightsInside, WithOtherWeightsByAnotherName]

@@ -476,6 +476,10 @@ def test_exported_it_computes_the_same(contract: Contract, adapters: str, suffix
     assert_close(found, outputs(model, case), 1e-5)
 
 
+NEEDS_NUMBERS = frozenset({"adamss", "frod", "osf", "psoft"})
+"""The methods with tensors that follow from the base's numbers, and aren't in files."""
+
+
 @each_method
 def test_an_adapter_is_loaded_onto_a_base_without_numbers_or_refused(contract: Contract, tmp_path: Path) -> None:
     case = contract.cases[0]
@@ -483,11 +487,11 @@ def test_an_adapter_is_loaded_onto_a_base_without_numbers_or_refused(contract: C
     with torch.device("meta"):
         base = case.make()
     before = [(path, type(module), [*module._parameters]) for path, module in base.named_modules()]
-    refused = None
-    try:
-        PeftModel.from_pretrained(base, tmp_path)
-    except AdaptError as error:
-        refused = str(error)
-    if refused is not None:
-        assert "load the model" in refused
+    if str(contract) in NEEDS_NUMBERS:
+        with pytest.raises(AdaptError, match="load the model"):
+            PeftModel.from_pretrained(base, tmp_path)
         assert [(path, type(module), [*module._parameters]) for path, module in base.named_modules()] == before
+        return
+    loaded: Any = PeftModel.from_pretrained(base, tmp_path)
+    loaded.save_pretrained(str(tmp_path / "again"))
+    assert_same_file(tmp_path / "again", tmp_path)

@@ -138,6 +138,38 @@ def test_a_dry_run_waits_for_a_call_of_another_thread_that_has_begun(name: str, 
     assert torch.equal(call.output, expected), call.error
 
 
+def test_two_threads_that_read_without_merged_adapters_leave_them_merged() -> None:
+    model = adapted()
+    model.merge_adapter()
+    expected, weight = model(X), model.layer.weight.detach().clone()
+    run = threading.Thread(target=lambda: _read(model), daemon=True)
+    with with_originals(modules_of(model), known_adapters(model)):
+        run.start()
+        run.join(0.05)
+    run.join()
+    assert torch.equal(model.layer.weight, weight)
+    assert torch.equal(model(X), expected)
+
+
+def _read(model: Any) -> None:
+    with with_originals(modules_of(model), known_adapters(model)):
+        pass
+
+
+def test_the_call_of_modules_that_somebody_has_exchanged_stays_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, called = Meeting(), list[str]()
+
+    def counted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        called.append(type(module).__name__)
+        return call_with_hooks(module, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "_call_impl", counted)
+    with alone(model):
+        model(X)
+    model(X)
+    assert called == ["Meeting", "Linear"] * 2
+
+
 def test_calls_of_other_threads_wait_while_merged_adapters_are_out_of_the_weights() -> None:
     model = adapted()
     model.merge_adapter()

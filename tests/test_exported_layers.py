@@ -58,6 +58,16 @@ def test_the_layers_inside_of_a_module_with_a_graph_have_their_own_paths() -> No
     assert layers_of(model, torch.ones(1, 8)) == [*[("0", block)] * 3, *of_layer, *of_layer]
 
 
+def test_a_layer_with_a_computed_weight_and_a_model_inside_of_another_one_are_exported() -> None:
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    inner = get_peft_model(nn.Sequential(normed, nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0", "1"]))
+    outer = get_peft_model(nn.Sequential(inner, nn.Linear(4, 4)), LoraConfig(r=2, target_modules=r"1"), "outer")
+    layers = [path for path, _ in layers_of(outer, torch.ones(1, 4))]
+    assert layers[-3:] == ["1", "1.outer.lora_A", "1.outer.lora_B"]
+    assert layers[-6:-3] == ["0.1", "0.1.default.lora_A", "0.1.default.lora_B"]
+    assert {"0.0.default.lora_A", "0.0.default.lora_B"} <= {*layers}
+
+
 def test_a_quantiser_finds_as_many_layers_as_beside_peft() -> None:
     pt2e = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
     quantizers = pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")

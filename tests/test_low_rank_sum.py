@@ -187,9 +187,7 @@ def test_dropout_acts_on_the_input_of_the_branch_alone(spelling: str) -> None:
 
 @pytest.mark.parametrize("spelling", OTHERS)
 def test_other_uses_of_a_stack_are_refused_where_dropout_would_act(spelling: str) -> None:
-    with pytest.raises(
-        RuntimeError, match="lora_dropout drops elements of what a stack of matrices is multiplied with"
-    ):
+    with pytest.raises(RuntimeError, match="lora_dropout drops elements of what a weight is multiplied with"):
         OTHERS[spelling](plus_product(*made(), SCALE, 0.25, True))
 
 

@@ -219,15 +219,16 @@ def _by_weight(modules: Modules, adapters: Adapters, names: list[str]) -> dict[s
 def with_originals(modules: Modules, adapters: Adapters) -> Iterator[None]:
     """Takes merged adapters out of the weights for the time of a block, which computes in the model's precision."""
     changed: Tensors = {}
-    originals = _present(modules, adapters, adapters.originals)
-    for path, name in originals:
-        with loaded(modules[path], name):
-            changed[path, name] = own_parameter(modules[path], name).detach().clone()
-    codes = merged_codes.merged_now(modules, adapters)
+    # from the first look on, since a second thread would take the originals for weights that have changed
     with alone(modules[""]):
-        _restore(modules, originals)
-        merged_codes.put(modules, adapters.codes)
+        originals = _present(modules, adapters, adapters.originals)
+        for path, name in originals:
+            with loaded(modules[path], name):
+                changed[path, name] = own_parameter(modules[path], name).detach().clone()
+        codes = merged_codes.merged_now(modules, adapters)
         try:
+            _restore(modules, originals)
+            merged_codes.put(modules, adapters.codes)
             with in_own_precision(modules):
                 yield
         finally:

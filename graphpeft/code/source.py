@@ -21,8 +21,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import nn
 from torch.autograd.function import FunctionMeta
+from torch.nn.utils import stateless
 
 from graphpeft.code.attribute_paths import ANY, paths_in, paths_in_bytecode
 
@@ -277,6 +279,7 @@ def _reached(starts: Iterable[Any], cls: type) -> Reached:
             found[function] = is_named and found.get(function, True) and function.__name__ not in _CALLED_BY
             if is_known or _is_excluded(function):
                 continue
+            # the name, since the values of `torch.func.functional_call` aren't looked up; and the function by any name
             replaces_weights |= "functional_call" in names_in(function.__code__).read
             named = _named_in(function, cls)
             values += named
@@ -287,8 +290,12 @@ def _reached(starts: Iterable[Any], cls: type) -> Reached:
         set(map(type, values)),
         {name for getter in getters for path in getter.__reduce__()[1] for name in path.split(".")},
         any(is_table_of_modules(value) for value in values if type(value) in _CONTAINERS),
-        replaces_weights,
+        replaces_weights or not _FUNCTIONAL_CALLS.isdisjoint(map(id, values)),
     )
+
+
+_FUNCTIONAL_CALLS = frozenset(map(id, (torch.func.functional_call, stateless.functional_call)))
+"""The functions that call a module with other weights than its own."""
 
 
 def is_table_of_modules(value: Any) -> bool:

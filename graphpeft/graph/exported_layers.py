@@ -36,7 +36,7 @@ def with_exported_layers(call: Callable[..., Any]) -> Callable[..., Any]:
         return call
 
     def noting(*args: Any, **kwargs: Any) -> Any:
-        own = tracer.call_module
+        own, before = tracer.call_module, vars(tracer).get("call_module")
 
         def call_module(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             if not isinstance(module, GraphForward) or module not in tracer.submodule_paths:
@@ -51,6 +51,8 @@ def with_exported_layers(call: Callable[..., Any]) -> Callable[..., Any]:
             return call(*args, **kwargs)
         finally:
             del tracer.call_module
+            if before is not None:  # the model is inside of another adapted one
+                tracer.call_module = before
 
     return noting
 
@@ -81,7 +83,7 @@ class _Products(TorchFunctionMode):
         if func not in _LAYERS:
             return None
         outer = self._tracer.submodule_paths[self._module]
-        if isinstance(self._module, _LAYERS[func]) and self._module._parameters["weight"] is weight:
+        if isinstance(self._module, _LAYERS[func]) and self._module._parameters.get("weight") is weight:
             return outer, in_place.original_class(self._module)
         for name, holder in self._module._modules.items():
             if isinstance(holder, Holder):

@@ -123,8 +123,8 @@ class LowRankSum(Tensor):
         """The sum; raises RuntimeError where elements of what it would be multiplied with are to be dropped."""
         if self.dropped:
             raise RuntimeError(
-                "lora_dropout drops elements of what a stack of matrices is multiplied with, and the model's code uses "
-                "an adapted stack in another way: set lora_dropout=0, or leave this weight out of the targets"
+                "lora_dropout drops elements of what a weight is multiplied with, and the model's code uses an adapted "
+                "weight in another way: set lora_dropout=0, or leave this weight out of the targets"
             )
         weight = whole(self.weight)
         return add_scaled(weight, (self.first @ self.second).to(weight.dtype), self.scale)

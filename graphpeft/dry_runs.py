@@ -23,8 +23,11 @@ from graphpeft.transaction import at_end_of, lock_of, recorded, undo
 _PATIENCE = 600.0
 """Seconds after which a thread that waits for another one gives up: they may wait for each other."""
 
-_PAUSE = 0.001
-"""Seconds between two looks at the other threads."""
+_BLOCKED = 5.0
+"""Seconds for which a thread that runs a model alone may wait for others before their calls of the model give up."""
+
+_PAUSE, _LOOK = 0.001, 0.1
+"""Seconds between two looks at other threads: of one that waits for the end of calls, and of a call that is held."""
 
 
 @contextlib.contextmanager
@@ -40,7 +43,7 @@ def alone(model: nn.Module) -> Iterator[None]:
     """Lets other threads wait that change `model`, or call it or a module inside.
 
     Raises:
-        RuntimeError: If a call of another thread doesn't end; or, in the other threads, if the context doesn't.
+        RuntimeError: If a call of another thread doesn't end; or, in such a call, if the context waits for threads.
     """
     with lock_of(model), contextlib.ExitStack() as stack:
         if not _ONE_AT_A_TIME.acquire(timeout=_PATIENCE):
@@ -93,11 +96,20 @@ class _Gate:
             return
         if not self._is_closed and self._is_called_in(sys._getframe()):
             return  # a part of a call that has begun
-        if not self._opened.wait(_PATIENCE):
-            raise RuntimeError(
-                f"another thread runs the model of this {type(module).__name__} alone, as check_learning does, and "
-                f"this call has waited for the end of that for {_PATIENCE:g} seconds; run them one after the other"
-            )
+        blocked = 0
+        while not self._opened.wait(_LOOK):
+            blocked = blocked + 1 if self._is_owner_waiting() else 0
+            if blocked * _LOOK > _BLOCKED:
+                raise RuntimeError(
+                    f"another thread runs the model of this {type(module).__name__} alone, as check_learning does, and "
+                    f"has waited for threads itself for {_BLOCKED:g} seconds, maybe for this call: such a run can't be "
+                    "made of a forward that calls its modules in threads of its own"
+                )
+
+    def _is_owner_waiting(self) -> bool:
+        """Returns whether the thread that runs the model alone waits for another thread."""
+        frame = sys._current_frames().get(self._owner)
+        return frame is not None and frame.f_code.co_filename == threading.__file__
 
     def _is_called_elsewhere(self) -> bool:
         frames = sys._current_frames()

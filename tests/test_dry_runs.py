@@ -232,13 +232,20 @@ def test_two_dry_runs_wait_for_each_other_at_a_module_that_both_models_have() ->
     assert isinstance(reports[0].learning, LearningReport)
 
 
-def test_a_call_that_waits_too_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dry_runs, "_PATIENCE", 0.05)
-    model = Meeting()
-    with alone(model):
-        call = Call(model)
-        call.join()
-    assert "another thread runs the model of this Meeting alone" in call.error
+def test_a_forward_that_calls_its_modules_in_threads_of_its_own_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_runs, "_BLOCKED", 0.2)
+    model, calls = adapted(), list[Call]()
+
+    def meet() -> None:
+        calls.append(Call(model.layer))
+        calls[-1].join(3)
+        if calls[-1].error:
+            raise RuntimeError(calls[-1].error)
+
+    model.meet = meet
+    with pytest.raises(RuntimeError, match="a forward that calls its modules in threads of its own"):
+        check_learning(model, (X,))
+    assert torch.equal(model(X), calls[-1].model(X))
 
 
 def test_a_dry_run_that_waits_too_long_is_told_and_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

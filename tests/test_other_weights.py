@@ -225,3 +225,22 @@ def test_a_parameter_of_the_model_itself_is_found_again_and_no_other_of_its_name
     assert {site.site.weight for site in loaded.adapter_report().adapted} == wanted
     x = torch.randn(2, 4)
     assert torch.equal(loaded(x), model(x))
+
+
+class Experts(nn.Module):
+    """Multiplies by a stack of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 4, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bd,edf->bef", x, self.w)
+
+
+def test_dropout_and_dora_together_are_refused_at_a_stack_as_in_peft():
+    options: dict[str, Any] = {"r": 2, "target_parameters": ["0.w"], "lora_dropout": 0.5, "use_dora": True}
+    with pytest.raises(AdaptError, match=r"lora_dropout=0\.5 drops elements"):
+        get_peft_model(nn.Sequential(Experts()), LoraConfig(**options))
+    with pytest.raises(ValueError, match="does not work with"):
+        peft.get_peft_model(nn.Sequential(Experts()), peft.LoraConfig(**options))

@@ -28,7 +28,7 @@ from graphpeft.methods.lora.factors import scaling_of
 from graphpeft.methods.lora.init.initialisation import traits_of
 from graphpeft.methods.lora.kernels import LoraKernels
 from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
-from graphpeft.methods.lora.rule import LoraBranch
+from graphpeft.methods.lora.rule import LoraBranch, dropout_refusal
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.rule import Mergeable, OperationRule, ReplacesWeight
 from graphpeft.sites.site import Site
@@ -59,8 +59,11 @@ class Dora(OperationRule, Mergeable, ReplacesWeight):
     across_groups: bool = False
 
     def check(self, site: Site, config: Any) -> str | None:
-        """Refuses the same as LoRA, and transposed convolutions in groups, whose features are in two dimensions."""
-        reason = self.direction.check(site, config)
+        """Refuses the same as LoRA, dropout where the weight as such is changed, and transposed convolutions in groups.
+
+        Their features are in two dimensions.
+        """
+        reason = dropout_refusal(site, config) or self.direction.check(site, config)
         if reason is None and site.groups != 1 and site.transposed:
             return f"its features are in {site.groups} groups, and use_dora=True isn't for a transposed one's"
         return reason

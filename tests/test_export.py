@@ -25,6 +25,7 @@ from exports import (
 from safetensors.torch import load_file
 
 import graphpeft
+from graphpeft.exporting.formats.tensor_arguments import of_tensors
 
 WAYS = ("merged", "baked", "inputs")
 TENSOR = torch.randn(3, 4)
@@ -366,6 +367,32 @@ def test_one_tensor_that_is_given_twice_is_two_inputs_of_a_graph_in_onnx(adapter
     for other in (y, y[:1]):
         [found] = session.run(None, {"x": x.numpy(), "y": other.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), model(x, other).detach(), rtol=1e-5, atol=1e-5)
+
+
+class Choosing(torch.nn.Module):
+    """Takes options before tensors, behind them and beside them in a container."""
+
+    def forward(self, sign, pair, y, *, twice=False):
+        x = pair[1] if sign else -pair[1]
+        return {"sum": (x + x if twice else x) + y, "first": x.relu()}
+
+
+def test_a_program_of_tensors_has_no_other_arguments_and_computes_the_same():
+    x, y = torch.randn(3, 4), torch.randn(3, 4)
+    dynamic = {"sign": None, "pair": (None, {0: torch.export.Dim.AUTO}), "y": {0: torch.export.Dim.AUTO}, "twice": None}
+    program = torch.export.export(
+        Choosing(), (False, ("unread", x), y), {"twice": True}, dynamic_shapes=dynamic, strict=True
+    )
+    nodes = len(program.graph.nodes)
+    alone = of_tensors(program)
+    assert alone.graph_signature.user_inputs == ("pair_1", "y")
+    for rows in (3, 7):
+        x, y = torch.randn(rows, 4), torch.randn(rows, 4)
+        expected = Choosing()(False, ("unread", x), y, twice=True)
+        for found in (alone.module()(x, y), program.module()(False, ("unread", x), y, twice=True)):
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert len(program.graph.nodes) == nodes
 
 
 class Sum(torch.nn.Module):

@@ -177,6 +177,57 @@ def test_executorch_takes_sizes_up_to_the_example_s_or_to_a_given_limit(tmp_path
     assert_near(by_executorch(tmp_path / "limited.pte", more, {}), output(model, more))
 
 
+class Options(nn.Module):
+    """Takes arguments of all kinds beside tensors, also inside of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, mask: Any, pair: Any, *, negative: bool = True, more: Any = None) -> Any:
+        scale, bias = pair
+        y = self.layer(x) * scale + bias
+        y = y if mask is None else y * mask
+        return (-y if negative else y) + (more["bias"] if more["kind"] == "sum" else 0)
+
+
+@each_format
+@pytest.mark.parametrize("way", ["merged", "inputs"])
+def test_arguments_that_are_no_tensors_are_fixed_and_the_file_takes_the_tensors(
+    format: str, way: str, tmp_path: Path
+) -> None:
+    _, suffix, _ = FORMATS[format]
+    model = graphpeft.get_peft_model(Options(), LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False))
+    bias, more = torch.randn(3, 8), {"kind": "sum", "unread": 7, "bias": torch.randn(3, 8)}
+    example = {"x": torch.randn(3, 8), "mask": None, "pair": (2.5, bias), "negative": False, "more": more}
+    report = graphpeft.export(model, example, tmp_path / f"model{suffix}", format, way)
+    assert list(report.inputs) == ["x", "pair.1", "more.bias"]
+    assert max(one.difference for one in report.checked) <= 1e-5
+
+
+class Halves(nn.Module):
+    """Calls an operator that returns a list of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.layer(x).chunk(2, -1)
+        return first * second
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_executorch_takes_batches_from_one_to_the_limit(rows: int, tmp_path: Path) -> None:
+    model: Any = graphpeft.get_peft_model(Halves(), LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False))
+    limit = {"x": {0: torch.export.Dim("batch", max=6)}}
+    report = graphpeft.export(model, (torch.randn(rows, 8),), tmp_path / "model.pte", "executorch", dynamic=limit)
+    assert report.inputs == {"x": "(a ≤ 6, 8)"}
+    for batch in range(1, 7):
+        x = torch.randn(batch, 8)
+        assert_near(by_executorch(tmp_path / "model.pte", x, {}), output(model, x))
+
+
 class Resizing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -188,7 +239,10 @@ class Resizing(nn.Module):
 
 @pytest.mark.parametrize(
     ("format", "reason"),
-    [("openvino", "has nothing for aten._upsample_bicubic2d_aa"), ("executorch", "can't lower the model")],
+    [
+        ("openvino", "has nothing for aten._upsample_bicubic2d_aa"),
+        ("executorch", "its runtime has nothing for aten::_upsample_bicubic2d_aa.out"),
+    ],
 )
 def test_an_operator_that_is_missing_is_named_and_nothing_is_written(format: str, reason: str, tmp_path: Path) -> None:
     _, suffix, _ = FORMATS[format]

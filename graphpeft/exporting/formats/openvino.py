@@ -20,6 +20,7 @@ from graphpeft.exporting.example import Example
 from graphpeft.exporting.formats.format import Export, Runner
 from graphpeft.exporting.formats.output_names import output_names
 from graphpeft.exporting.formats.pt2 import write_safetensors
+from graphpeft.exporting.formats.tensor_arguments import of_tensors
 
 _ABOUT = "graphpeft"
 
@@ -38,7 +39,7 @@ class OpenVino:
         program = export.program
         names = output_names(program, "OpenVINO")
         try:
-            model = openvino.convert_model(program.exported)
+            model = openvino.convert_model(of_tensors(program.exported))
         except Exception as error:  # OpenVINO's errors have no common class
             missing = str(error).partition("No conversion rule found for operations:")[2].split("\n")[0].strip()
             lacks = f"it has nothing for {missing}" if missing else in_short(error)

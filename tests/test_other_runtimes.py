@@ -205,6 +205,34 @@ def test_arguments_that_are_no_tensors_are_fixed_and_the_file_takes_the_tensors(
     assert max(one.difference for one in report.checked) <= 1e-5
 
 
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.deep = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, groups=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.deep(self.wide(x).relu()).mean((2, 3))
+
+
+@each_format
+def test_kernels_of_convolutions_are_inputs_of_the_sizes_that_the_program_fixes(format: str, tmp_path: Path) -> None:
+    _, suffix, run = FORMATS[format]
+    config = LoraConfig(r=2, target_modules=["wide", "deep"], init_lora_weights=False)
+    model: Any = graphpeft.get_peft_model(Convolutions(), config)
+    graphpeft.export(model, (torch.randn(2, 3, 8, 8),), tmp_path / f"model{suffix}", format, "inputs")
+    x = torch.randn(1, 3, 8, 8)
+    assert_near(run(tmp_path / f"model{suffix}", x, load_file(tmp_path / "model.default.safetensors")), output(model, x))
+
+
+def test_openvino_s_inputs_have_the_sizes_that_the_program_fixes(tmp_path: Path) -> None:
+    model, x = adapted("hand-written")
+    graphpeft.export(model, (x,), tmp_path / "model.xml", "openvino", "inputs")
+    inputs = importlib.import_module("openvino").Core().read_model(tmp_path / "model.xml").inputs
+    shapes = {port.get_any_name(): str(port.partial_shape) for port in inputs}
+    adapter = load_file(tmp_path / "model.first.safetensors")
+    assert shapes == {"x": "[?,12]", **{key: str(list(one.shape)).replace(" ", "") for key, one in adapter.items()}}
+
+
 class Halves(nn.Module):
     """Calls an operator that returns a list of tensors."""
 

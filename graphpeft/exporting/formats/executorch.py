@@ -54,7 +54,8 @@ class ExecuTorch:
         except Exception as error:
             raise ExportError(
                 f"ExecuTorch can't lower the model: {in_short(error)}. XNNPACK lets few sizes change: dynamic=False "
-                "keeps all sizes, and a torch.export.Dim for the batch alone keeps the others; format='pt2' needs no lowering"
+                "keeps all sizes, and a torch.export.Dim for the batch alone keeps the others; format='pt2' needs no "
+                "lowering"
             ) from error
         missing = _missing_operators(lowered)
         if missing:

@@ -220,8 +220,8 @@ def test_kernels_of_convolutions_are_inputs_of_the_sizes_that_the_program_fixes(
     config = LoraConfig(r=2, target_modules=["wide", "deep"], init_lora_weights=False)
     model: Any = graphpeft.get_peft_model(Convolutions(), config)
     graphpeft.export(model, (torch.randn(2, 3, 8, 8),), tmp_path / f"model{suffix}", format, "inputs")
-    x = torch.randn(1, 3, 8, 8)
-    assert_near(run(tmp_path / f"model{suffix}", x, load_file(tmp_path / "model.default.safetensors")), output(model, x))
+    x, adapter = torch.randn(1, 3, 8, 8), load_file(tmp_path / "model.default.safetensors")
+    assert_near(run(tmp_path / f"model{suffix}", x, adapter), output(model, x))
 
 
 def test_openvino_s_inputs_have_the_sizes_that_the_program_fixes(tmp_path: Path) -> None:
@@ -231,6 +231,20 @@ def test_openvino_s_inputs_have_the_sizes_that_the_program_fixes(tmp_path: Path)
     shapes = {port.get_any_name(): str(port.partial_shape) for port in inputs}
     adapter = load_file(tmp_path / "model.first.safetensors")
     assert shapes == {"x": "[?,12]", **{key: str(list(one.shape)).replace(" ", "") for key, one in adapter.items()}}
+
+
+def test_the_batches_of_ids_and_their_mask_are_one_dim_in_openvino(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    base = transformers.BertModel(transformers.BertConfig(vocab_size=40, num_attention_heads=2, **sizes))
+    config = LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)
+    model: Any = graphpeft.get_peft_model(base, config).eval()
+    example = {"input_ids": torch.randint(1, 40, (2, 6)), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+    with pytest.raises(ExportError, match=r"right where input_ids\.shape\[0\] == attention_mask\.shape\[0\]") as error:
+        graphpeft.export(model, example, tmp_path / "model.xml", "openvino")
+    dynamic = eval(str(error.value).partition("dynamic=")[2].partition(", or use")[0])
+    report = graphpeft.export(model, example, tmp_path / "model.xml", "openvino", dynamic=dynamic)
+    assert report.inputs == {"input_ids": "(a, b ≤ 512)", "attention_mask": "(a, b)"}
 
 
 class Halves(nn.Module):

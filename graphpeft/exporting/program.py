@@ -175,7 +175,7 @@ def _spec(prepared: Prepared, example: Example, full: Example, dynamic: Dynamic)
     if isinstance(dynamic, bool):
         spec = pytree.tree_map(_open if dynamic else _fixed, own)
     elif isinstance(dynamic, Mapping):
-        spec = dict(dynamic)
+        spec = {name: None for name, value in own.items() if not Example((value,), {}).tensors} | dict(dynamic)
     elif len(dynamic) == len(own):
         spec = dict(zip(own, dynamic, strict=True))
     else:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import TensorArgument
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from graphpeft._torch import OpOverload, argument_names, pytree
 from graphpeft.exporting.carriers import Prepared
@@ -145,8 +146,7 @@ def exported(prepared: Prepared, example: Example, dynamic: Dynamic) -> Program:
     prepared.root.name_arguments(full.kwargs)
     shapes = _spec(prepared, example, full, dynamic)
     try:
-        with torch.no_grad(), quiet():
-            program = torch.export.export(prepared.root, full.args, full.kwargs, dynamic_shapes=shapes, strict=False)
+        program = _traced(prepared.root, full, shapes)
     except (GuardError, TraceError):
         raise
     except Exception as error:
@@ -159,6 +159,20 @@ def exported(prepared: Prepared, example: Example, dynamic: Dynamic) -> Program:
     given = [spec.arg.name for spec in specs if spec.kind.name == "USER_INPUT" and isinstance(spec.arg, TensorArgument)]
     inputs = [Input(own, tuple(map(_size, values[node].shape))) for own, node in zip(found, given, strict=True)]
     return Program(program, tuple(inputs))
+
+
+def _traced(root: nn.Module, full: Example, shapes: Any) -> ExportedProgram:
+    def run(strict: bool) -> ExportedProgram:
+        with torch.no_grad(), quiet():
+            return torch.export.export(root, full.args, full.kwargs, dynamic_shapes=shapes, strict=strict)
+
+    try:
+        return run(strict=False)
+    except GuardOnDataDependentSymNode:
+        # Python's int() needs a number; read from its bytecode, int(lengths.max().item()) can be a symbol
+        with contextlib.suppress(Exception):
+            return run(strict=True)
+        raise
 
 
 def _size(size: Any) -> Any:

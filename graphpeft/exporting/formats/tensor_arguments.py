@@ -24,6 +24,7 @@ def of_tensors(program: ExportedProgram) -> ExportedProgram:
     graph, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
     graph.output(graph.graph_copy(program.graph, nodes))
     for node, copied in nodes.items():
+        copied.name = node.name  # a copy would rename an argument that is called as a builtin, such as input
         if node.name in fixed:
             graph.erase_node(copied)
     taken = [spec for spec in signature.input_specs if spec.arg.name not in fixed]

@@ -396,7 +396,7 @@ def test_a_program_of_tensors_has_no_other_arguments_and_computes_the_same():
     assert len(program.graph.nodes) == nodes
 
 
-class Masked(torch.nn.Module):
+class OfLengths(torch.nn.Module):
     """Makes a mask from lengths, as torchaudio's Conformer does."""
 
     def __init__(self):
@@ -413,7 +413,7 @@ class Masked(torch.nn.Module):
 def test_a_size_that_python_reads_from_a_tensor_stays_open(way, tmp_path):
     torch.manual_seed(0)
     config = graphpeft.LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False)
-    model: Any = graphpeft.get_peft_model(Masked(), config)
+    model: Any = graphpeft.get_peft_model(OfLengths(), config)
     graphpeft.export(model, (torch.randn(2, 6, 4), torch.tensor([6, 3])), tmp_path / "model.pt2", adapters=way)
     given = {"adapters": load_file(tmp_path / "model.default.safetensors")} if way == "inputs" else {}
     x, lengths = torch.randn(3, 9, 4), torch.tensor([2, 9, 5])

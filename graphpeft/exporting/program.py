@@ -170,7 +170,9 @@ def _traced(root: nn.Module, full: Example, shapes: Any) -> ExportedProgram:
         return run(strict=False)
     except GuardOnDataDependentSymNode:
         # Python's int() needs a number; read from its bytecode, int(lengths.max().item()) can be a symbol
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception), warnings.catch_warnings():
+            # during a call, the adapter's attributes hold the arguments
+            warnings.filterwarnings("ignore", "While compiling, we found certain side effects", UserWarning)
             return run(strict=True)
         raise
 

@@ -19,6 +19,7 @@ from torch.export.graph_signature import TensorArgument
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from graphpeft._torch import OpOverload, argument_names, pytree
+from graphpeft.exporting import caches
 from graphpeft.exporting.carriers import Prepared
 from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example, names
@@ -151,6 +152,7 @@ def exported(prepared: Prepared, example: Example, dynamic: Dynamic) -> Program:
         raise
     except Exception as error:
         raise ExportError(_refusal(error, prepared.model)) from error
+    _limit_symbols_alone(program)
     more = full.kwargs.keys() - example.kwargs.keys()
     found = names(prepared.root.forward, full, [name for name in more if isinstance(full.kwargs[name], Mapping)])
     nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
@@ -177,6 +179,13 @@ def _traced(root: nn.Module, full: Example, shapes: Any) -> ExportedProgram:
         raise
 
 
+def _limit_symbols_alone(program: ExportedProgram) -> None:
+    """Takes the limits of sums and products off, which PyTorch has of sizes that it takes for 2 or more."""
+    limits: dict[Any, Any] = program.range_constraints
+    for size in [size for size in limits if not size.is_Symbol]:
+        del limits[size]
+
+
 def _size(size: Any) -> Any:
     """Returns a fixed size as a number, and a dynamic size as it is."""
     return int(size) if isinstance(size, torch.SymInt) and size.node.expr.is_Integer else size
@@ -190,6 +199,7 @@ def _spec(prepared: Prepared, example: Example, full: Example, dynamic: Dynamic)
     own = {name: value for name, value in arguments.items() if name not in more}
     if isinstance(dynamic, bool):
         spec = pytree.tree_map(_open if dynamic else _fixed, own)
+        spec = caches.open_sizes(own, spec) if dynamic else spec
     elif isinstance(dynamic, Mapping):
         spec = {name: None for name, value in own.items() if not Example((value,), {}).tensors} | dict(dynamic)
     elif len(dynamic) == len(own):

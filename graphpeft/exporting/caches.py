@@ -1,8 +1,8 @@
 """Caches of keys and values as tensors, for generation token by token.
 
 A model of Transformers takes a ``DynamicCache``, and returns it with the positions of the call added. Its program takes
-tensors ``past_key_values.0.key``, ``past_key_values.0.value``, and so on, and returns ``present.0.key``, and so on. Each
-has the shape (batch, heads, positions, size of a head). A first call has empty ones, of 0 positions.
+tensors ``past_key_values.0.key``, ``past_key_values.0.value``, and so on, and returns ``present.0.key``, and so on, of
+the shape (batch, heads, positions, size of a head). A first call has empty ones, of 0 positions.
 """
 
 from __future__ import annotations

@@ -160,11 +160,12 @@ def _join(kind: Any, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dic
     layers = kwargs.pop(PAST)
     past, new = layers[0]["key"].shape[2], kwargs[IDS].shape[1]
     # conditions of a program; without them, its sizes would be apart, and those of a mask of another length be a way
-    if MASK in kwargs:
-        torch._check(kwargs[MASK].shape[1] == past + new, lambda: f"{MASK} is to have positions of {PAST} and {IDS}")
+    if MASK in kwargs and kwargs[MASK].shape[1] != past + new:
+        raise ValueError(f"{MASK} is to have as many positions as {PAST} and {IDS} together")
     cache = kind()  # of full layers, also where a window is shorter: the mask leaves out what is outside of it
     for number, layer in enumerate(layers):
-        torch._check(layer["key"].shape[2] == past, lambda: f"{PAST} is to have equally many positions in all layers")
+        if layer["key"].shape[2] != past:
+            raise ValueError(f"{PAST} is to have as many positions in each layer")
         cache.update(layer["key"], layer["value"], number)
     return args, {"use_cache": True, **kwargs, name: cache}
 

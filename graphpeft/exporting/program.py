@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import TensorArgument
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from graphpeft._torch import OpOverload, argument_names, pytree
 from graphpeft.exporting import caches
@@ -164,13 +163,17 @@ def exported(prepared: Prepared, example: Example, dynamic: Dynamic) -> Program:
 
 
 def _traced(root: nn.Module, full: Example, shapes: Any) -> ExportedProgram:
+    """Returns PyTorch's program, made by running the model's code or, where this fails, by reading its bytecode."""
+
     def run(strict: bool) -> ExportedProgram:
         with torch.no_grad(), quiet():
             return torch.export.export(root, full.args, full.kwargs, dynamic_shapes=shapes, strict=strict)
 
     try:
         return run(strict=False)
-    except GuardOnDataDependentSymNode:
+    except Exception as error:
+        if not _depends_on_values(error):
+            raise
         # Python's int() needs a number; read from its bytecode, int(lengths.max().item()) can be a symbol
         with contextlib.suppress(Exception), warnings.catch_warnings():
             # during a call, the adapter's attributes hold the arguments
@@ -235,7 +238,7 @@ def _refusal(error: Exception, model: nn.Module) -> str:
             "returns tensors alone, such as use_cache=False"
         )
     refused = f"torch.export can't export the model: {in_short(error)}{_place(error, model)}"
-    if "data-dependent" in text:
+    if _depends_on_values(error):
         return (
             f"{refused}. The model decides by values of tensors there, and a program has one way: let it compute both, "
             "as by torch.where, or call torch.cond"
@@ -244,6 +247,10 @@ def _refusal(error: Exception, model: nn.Module) -> str:
         f"{refused}. Its example_inputs must be of the kind that the model is called with; dynamic=False keeps all "
         "sizes as they are"
     )
+
+
+def _depends_on_values(error: Exception) -> bool:
+    return "data-dependent" in str(error)
 
 
 def _place(error: Exception, model: nn.Module) -> str:

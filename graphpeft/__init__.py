@@ -18,7 +18,7 @@ from graphpeft.auto import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
-from graphpeft.exporting import ExportError, ExportReport, export, export_adapter
+from graphpeft.exporting import ExportError, ExportReport, export, export_adapter, generation_inputs
 from graphpeft.graph import ops
 from graphpeft.graph.errors import GuardError, NeedsInputsError, TraceError
 from graphpeft.graph.recorded import recorded
@@ -151,6 +151,7 @@ __all__ = [
     "export_adapter",
     "feeding",
     "find_kappa_target_modules",
+    "generation_inputs",
     "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",

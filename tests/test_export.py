@@ -25,6 +25,7 @@ from exports import (
 from safetensors.torch import load_file
 
 import graphpeft
+from graphpeft.exporting.formats.tensor_arguments import of_tensors
 
 WAYS = ("merged", "baked", "inputs")
 TENSOR = torch.randn(3, 4)
@@ -366,6 +367,58 @@ def test_one_tensor_that_is_given_twice_is_two_inputs_of_a_graph_in_onnx(adapter
     for other in (y, y[:1]):
         [found] = session.run(None, {"x": x.numpy(), "y": other.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), model(x, other).detach(), rtol=1e-5, atol=1e-5)
+
+
+class Choosing(torch.nn.Module):
+    """Takes options before tensors, behind them and beside them in a container."""
+
+    def forward(self, sign, pair, input, *, twice=False):
+        x = pair[1] if sign else -pair[1]
+        return {"sum": (x + x if twice else x) + input, "first": x.relu()}
+
+
+def test_a_program_of_tensors_has_no_other_arguments_and_computes_the_same():
+    x, y = torch.randn(3, 4), torch.randn(3, 4)
+    rows = {0: torch.export.Dim.AUTO}
+    dynamic = {"sign": None, "pair": (None, rows), "input": rows, "twice": None}
+    program = torch.export.export(
+        Choosing(), (False, ("unread", x), y), {"twice": True}, dynamic_shapes=dynamic, strict=True
+    )
+    nodes = len(program.graph.nodes)
+    alone = of_tensors(program)
+    assert alone.graph_signature.user_inputs == ("pair_1", "input")
+    for rows in (3, 7):
+        x, y = torch.randn(rows, 4), torch.randn(rows, 4)
+        expected = Choosing()(False, ("unread", x), y, twice=True)
+        for found in (alone.module()(x, y), program.module()(False, ("unread", x), y, twice=True)):
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert len(program.graph.nodes) == nodes
+
+
+class OfLengths(torch.nn.Module):
+    """Makes a mask from lengths, as torchaudio's Conformer does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 4)
+
+    def forward(self, x, lengths):
+        frames = torch.arange(int(lengths.max().item()))
+        return self.layer(x).masked_fill((frames >= lengths[:, None])[..., None], 0.0)
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("way", ["merged", "inputs"])
+def test_a_size_that_python_reads_from_a_tensor_stays_open(way, tmp_path):
+    torch.manual_seed(0)
+    config = graphpeft.LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False)
+    model: Any = graphpeft.get_peft_model(OfLengths(), config)
+    graphpeft.export(model, (torch.randn(2, 6, 4), torch.tensor([6, 3])), tmp_path / "model.pt2", adapters=way)
+    given = {"adapters": load_file(tmp_path / "model.default.safetensors")} if way == "inputs" else {}
+    x, lengths = torch.randn(3, 9, 4), torch.tensor([2, 9, 5])
+    found = torch.export.load(tmp_path / "model.pt2").module()(x, lengths, **given)
+    assert torch.allclose(found, model(x, lengths), atol=TOLERANCE)
 
 
 class Sum(torch.nn.Module):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import onnx
 import onnxruntime
 import peft
 import pytest
 import serving
 import torch
 from exports import BERT, HAND_WRITTEN, LLAMA, RESNET, SUFFIXES, TIMM_VIT, TOLERANCE, TORCHVISION_VIT
+from onnxruntime.quantization import QuantType, quantize_dynamic
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -96,6 +98,39 @@ def test_rows_of_one_batch_have_adapters_of_their_own_in_one_session_and_in_one_
         assert close(loaded(HAND_WRITTEN.tensor(which), adapters=together, adapter_rows=numbers), expected)
         [found] = running.run(None, {**feed(HAND_WRITTEN, which), "adapter_rows": numbers.numpy()})
         assert close(torch.from_numpy(found), expected)
+
+
+class Hearing(nn.Module):
+    """A convolution, a matrix and an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head, self.table = nn.Conv1d(4, 8, 3), nn.Linear(8, 6), nn.Embedding(5, 6)
+
+    def forward(self, x: Tensor, kind: Tensor) -> Tensor:
+        return self.head(self.conv(x).relu().mean(-1)) + self.table(kind)
+
+
+@pytest.mark.parametrize(("way", "targets"), [("inputs", ["conv", "head", "table"]), ("rows", ["head"])])
+def test_a_quantised_graph_takes_adapters_as_they_are(way, targets, tmp_path):
+    model: Any = Hearing()
+    for name in ("first", "second"):
+        config = graphpeft.LoraConfig(r=2, lora_alpha=6, target_modules=targets, init_lora_weights=False)
+        graphpeft.get_peft_model(model, config, name)
+    model.eval()
+    x, kind = torch.randn(3, 4, 9), torch.tensor([1, 4, 2])
+    report = graphpeft.export(model, (x, kind), tmp_path / "m.onnx", "onnx", way, check=False)
+    quantize_dynamic(tmp_path / "m.onnx", tmp_path / "m8.onnx", weight_type=QuantType.QInt8)
+    operators = {node.op_type for node in onnx.load(tmp_path / "m8.onnx").graph.node}
+    assert "MatMulInteger" in operators
+    loaded, outputs = session(tmp_path / "m8.onnx"), []
+    for name in ("first", "second"):
+        model.set_adapter(name)
+        expected = model(x, kind).detach()
+        rows = {"adapter_rows": torch.zeros(3, dtype=torch.long).numpy()} if way == "rows" else {}
+        outputs.append(with_adapter(loaded, {"x": x.numpy(), "kind": kind.numpy(), **rows}, report.adapter_files[name]))
+        assert (outputs[-1] - expected).abs().max() < 0.03 * expected.abs().max()
+    assert (outputs[0] - outputs[1]).abs().max() > 0.3
 
 
 def test_rows_can_have_more_adapters_than_the_model_had(tmp_path):

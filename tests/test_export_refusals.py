@@ -7,6 +7,7 @@ import importlib
 import os
 from typing import Any
 
+import onnxruntime
 import pytest
 import sympy
 import torch
@@ -258,13 +259,51 @@ def test_the_condition_under_which_a_file_is_right_is_told(function, tmp_path):
         graphpeft.export(By(function), example, tmp_path / "checked.pt2")
 
 
+def mend_of(model, example, path) -> Any:
+    """Returns the argument `dynamic` that a refusal names."""
+    with pytest.raises(ExportError) as error:
+        graphpeft.export(model, example, path, "onnx")
+    return eval(str(error.value).partition("dynamic=")[2].partition(", or use")[0])
+
+
 @pytest.mark.parametrize("function", [many, some], ids=lambda function: function.__name__)
 def test_a_file_is_exported_with_the_limit_that_the_refusal_names(function, tmp_path):
     example = (torch.randn(4, 5), torch.randn(5))
-    with pytest.raises(ExportError) as error:
-        graphpeft.export(By(function), example, tmp_path / "m.onnx", "onnx")
-    dynamic = str(error.value).partition("dynamic=")[2].partition(", or use")[0]
-    assert graphpeft.export(By(function), example, tmp_path / "m.onnx", "onnx", dynamic=eval(dynamic)).checked
+    dynamic = mend_of(By(function), example, tmp_path / "m.onnx")
+    assert graphpeft.export(By(function), example, tmp_path / "m.onnx", "onnx", dynamic=dynamic).checked
+
+
+class ByRows(nn.Module):
+    """Adds up rows, with a number for each of them, or with twice a number for all."""
+
+    def __init__(self, limit: int | None) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def forward(self, x, y, scale=None):
+        rows, numbers = x.shape[0], y.shape[0]
+        if self.limit is not None and rows > self.limit:
+            raise ValueError
+        if numbers == 1 < rows:
+            y = 2 * y
+        elif 2 * numbers <= rows:
+            raise ValueError
+        return y[torch.arange(rows).clamp(max=numbers - 1)] @ x
+
+
+@pytest.mark.parametrize(("limit", "rows"), [(None, "a"), (40, "a ≤ 40")])
+def test_sizes_that_must_be_equal_are_one_dim_in_the_refusal_with_which_the_file_is_exported(limit, rows, tmp_path):
+    model, example = ByRows(limit), {"x": torch.randn(4, 5), "y": torch.randn(4), "scale": None}
+    dynamic = mend_of(model, example, tmp_path / "m.onnx")
+    report = graphpeft.export(model, example, tmp_path / "m.onnx", "onnx", dynamic=dynamic)
+    assert report.inputs == {"x": f"({rows}, b)", "y": "(a,)"}
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    for size in (1, 7):
+        x, y = torch.randn(size, 5), torch.randn(size)
+        [found] = session.run(None, {"x": x.numpy(), "y": y.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model(x, y))
+    with pytest.raises(Exception, match=r"dimension mismatch|out of data bounds"):
+        session.run(None, {"x": torch.randn(4, 5).numpy(), "y": torch.randn(1).numpy()})
 
 
 def test_further_ways_than_are_tried_are_told(tmp_path):

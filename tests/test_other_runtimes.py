@@ -177,6 +177,99 @@ def test_executorch_takes_sizes_up_to_the_example_s_or_to_a_given_limit(tmp_path
     assert_near(by_executorch(tmp_path / "limited.pte", more, {}), output(model, more))
 
 
+class Options(nn.Module):
+    """Takes arguments of all kinds beside tensors, also inside of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, mask: Any, pair: Any, *, negative: bool = True, more: Any = None) -> Any:
+        scale, bias = pair
+        y = self.layer(x) * scale + bias
+        y = y if mask is None else y * mask
+        return (-y if negative else y) + (more["bias"] if more["kind"] == "sum" else 0)
+
+
+@each_format
+@pytest.mark.parametrize("way", ["merged", "inputs"])
+def test_arguments_that_are_no_tensors_are_fixed_and_the_file_takes_the_tensors(
+    format: str, way: str, tmp_path: Path
+) -> None:
+    _, suffix, _ = FORMATS[format]
+    model = graphpeft.get_peft_model(Options(), LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False))
+    bias, more = torch.randn(3, 8), {"kind": "sum", "unread": 7, "bias": torch.randn(3, 8)}
+    example = {"x": torch.randn(3, 8), "mask": None, "pair": (2.5, bias), "negative": False, "more": more}
+    report = graphpeft.export(model, example, tmp_path / f"model{suffix}", format, way)
+    assert list(report.inputs) == ["x", "pair.1", "more.bias"]
+    assert max(one.difference for one in report.checked) <= 1e-5
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.deep = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, groups=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.deep(self.wide(x).relu()).mean((2, 3))
+
+
+@each_format
+def test_kernels_of_convolutions_are_inputs_of_the_sizes_that_the_program_fixes(format: str, tmp_path: Path) -> None:
+    _, suffix, run = FORMATS[format]
+    config = LoraConfig(r=2, target_modules=["wide", "deep"], init_lora_weights=False)
+    model: Any = graphpeft.get_peft_model(Convolutions(), config)
+    graphpeft.export(model, (torch.randn(2, 3, 8, 8),), tmp_path / f"model{suffix}", format, "inputs")
+    x, adapter = torch.randn(1, 3, 8, 8), load_file(tmp_path / "model.default.safetensors")
+    assert_near(run(tmp_path / f"model{suffix}", x, adapter), output(model, x))
+
+
+def test_openvino_s_inputs_have_the_sizes_that_the_program_fixes(tmp_path: Path) -> None:
+    model, x = adapted("hand-written")
+    graphpeft.export(model, (x,), tmp_path / "model.xml", "openvino", "inputs")
+    inputs = importlib.import_module("openvino").Core().read_model(tmp_path / "model.xml").inputs
+    shapes = {port.get_any_name(): str(port.partial_shape) for port in inputs}
+    adapter = load_file(tmp_path / "model.first.safetensors")
+    assert shapes == {"x": "[?,12]", **{key: str(list(one.shape)).replace(" ", "") for key, one in adapter.items()}}
+
+
+def test_the_batches_of_ids_and_their_mask_are_one_dim_in_openvino(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    base = transformers.BertModel(transformers.BertConfig(vocab_size=40, num_attention_heads=2, **sizes))
+    config = LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)
+    model: Any = graphpeft.get_peft_model(base, config).eval()
+    example = {"input_ids": torch.randint(1, 40, (2, 6)), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+    with pytest.raises(ExportError, match=r"right where input_ids\.shape\[0\] == attention_mask\.shape\[0\]") as error:
+        graphpeft.export(model, example, tmp_path / "model.xml", "openvino")
+    dynamic = eval(str(error.value).partition("dynamic=")[2].partition(", or use")[0])
+    report = graphpeft.export(model, example, tmp_path / "model.xml", "openvino", dynamic=dynamic)
+    assert report.inputs == {"input_ids": "(a, b ≤ 512)", "attention_mask": "(a, b)"}
+
+
+class Halves(nn.Module):
+    """Calls an operator that returns a list of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.layer(x).chunk(2, -1)
+        return first * second
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_executorch_takes_batches_from_one_to_the_limit(rows: int, tmp_path: Path) -> None:
+    model: Any = graphpeft.get_peft_model(Halves(), LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False))
+    limit = {"x": {0: torch.export.Dim("batch", max=6)}}
+    report = graphpeft.export(model, (torch.randn(rows, 8),), tmp_path / "model.pte", "executorch", dynamic=limit)
+    assert report.inputs == {"x": "(a ≤ 6, 8)"}
+    for batch in range(1, 7):
+        x = torch.randn(batch, 8)
+        assert_near(by_executorch(tmp_path / "model.pte", x, {}), output(model, x))
+
+
 class Resizing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -188,7 +281,10 @@ class Resizing(nn.Module):
 
 @pytest.mark.parametrize(
     ("format", "reason"),
-    [("openvino", "has nothing for aten._upsample_bicubic2d_aa"), ("executorch", "can't lower the model")],
+    [
+        ("openvino", "has nothing for aten._upsample_bicubic2d_aa"),
+        ("executorch", "its runtime has nothing for aten::_upsample_bicubic2d_aa.out"),
+    ],
 )
 def test_an_operator_that_is_missing_is_named_and_nothing_is_written(format: str, reason: str, tmp_path: Path) -> None:
     _, suffix, _ = FORMATS[format]

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from graphpeft.adapters.adapter_names import name_like
-from graphpeft.exporting import adapter_inputs, copies
+from graphpeft.exporting import adapter_inputs, caches, copies
 from graphpeft.exporting import check as checks
 from graphpeft.exporting.adapter_inputs import AdapterInput, AdapterInputs
 from graphpeft.exporting.atomic_export import staged_beside
 from graphpeft.exporting.base_alone import with_that_of_base
+from graphpeft.exporting.caches import generation_inputs
 from graphpeft.exporting.carriers import CARRIERS, Prepared
 from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example
@@ -34,7 +35,16 @@ from graphpeft.passes.optimization import optimize
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.progress import steps
 
-__all__ = ["CARRIERS", "FORMATS", "ExportError", "ExportReport", "export", "export_adapter", "formats_of"]
+__all__ = [
+    "CARRIERS",
+    "FORMATS",
+    "ExportError",
+    "ExportReport",
+    "export",
+    "export_adapter",
+    "formats_of",
+    "generation_inputs",
+]
 
 
 def export(
@@ -91,6 +101,7 @@ def export(
         raise ExportError(
             "the model is a ScriptModule, of which torch.export makes no graph; export the module that it was made from"
         )
+    model, given = caches.taken_apart(model, given)
     with steps(3) as step, _generators_kept(model), staged_beside(target) as folder:
         step("copying the model")
         source, probe = copies.sharing_weights(model), copies.sharing_weights(model)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from graphpeft._torch import pytree
-from graphpeft.exporting import sizes
+from graphpeft.exporting import caches, sizes
 from graphpeft.exporting.carriers import Case
 from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example, Shape, can_call
@@ -60,9 +60,37 @@ def checked(form: Format, export: Export, path: Any, example: Example) -> list[C
             if not difference <= tolerance:
                 raise ExportError(_of_difference(form, export, difference, tolerance, _where(case, sized)))
             found.append(Checked(case.name, sized.shapes, difference))
+    if form.has_graph and caches.has_cache(example) and export.dynamic is True:
+        found += [_generated(form, export, run, case, caches.first_call(example)) for case in export.prepared.cases]
     if form.has_graph and not form.checks_inputs and export.dynamic is not False:
         _refuse_unchecked_decisions(run, export, example, tolerance)
     return found
+
+
+def _generated(form: Format, export: Export, run: Runner, case: Case, start: Example) -> Checked:
+    """Compares a file and the model while they generate, each with the cache that it returns, from an empty one on.
+
+    The tokens are those that the model chooses.
+    """
+    tolerance, greatest = _tolerance(export.source), 0.0
+    of_file = of_model = start
+    for _ in range(_TOKENS):
+        expected = case.expected(export.source, of_model)
+        found = run(case, of_file)
+        difference = _differences(found, expected, _where(case, of_model))
+        if not difference <= tolerance:
+            raise ExportError(_of_difference(form, export, difference, tolerance, _where(case, of_model)))
+        greatest = max(greatest, difference)
+        tokens = expected["logits"][:, -1:].argmax(-1)
+        spec = pytree.tree_structure(expected["present"])
+        present = pytree.tree_unflatten(_leaves(found)[0][-spec.num_leaves :], spec)
+        of_file = caches.next_call(of_model, tokens, present)
+        of_model = caches.next_call(of_model, tokens, expected["present"])
+    return Checked(f"{case.name or 'the model'}, {_TOKENS} tokens", start.shapes, greatest)
+
+
+_TOKENS = 10
+"""How many tokens a file that has a cache generates in a check."""
 
 
 def _loaded(form: Format, export: Export, path: Any) -> Runner:

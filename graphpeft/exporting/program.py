@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import TensorArgument
 
 from graphpeft._torch import OpOverload, argument_names, pytree
+from graphpeft.exporting import caches
 from graphpeft.exporting.carriers import Prepared
 from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example, names
@@ -145,12 +146,12 @@ def exported(prepared: Prepared, example: Example, dynamic: Dynamic) -> Program:
     prepared.root.name_arguments(full.kwargs)
     shapes = _spec(prepared, example, full, dynamic)
     try:
-        with torch.no_grad(), quiet():
-            program = torch.export.export(prepared.root, full.args, full.kwargs, dynamic_shapes=shapes, strict=False)
+        program = _traced(prepared.root, full, shapes)
     except (GuardError, TraceError):
         raise
     except Exception as error:
         raise ExportError(_refusal(error, prepared.model)) from error
+    _limit_symbols_alone(program)
     more = full.kwargs.keys() - example.kwargs.keys()
     found = names(prepared.root.forward, full, [name for name in more if isinstance(full.kwargs[name], Mapping)])
     nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
@@ -159,6 +160,33 @@ def exported(prepared: Prepared, example: Example, dynamic: Dynamic) -> Program:
     given = [spec.arg.name for spec in specs if spec.kind.name == "USER_INPUT" and isinstance(spec.arg, TensorArgument)]
     inputs = [Input(own, tuple(map(_size, values[node].shape))) for own, node in zip(found, given, strict=True)]
     return Program(program, tuple(inputs))
+
+
+def _traced(root: nn.Module, full: Example, shapes: Any) -> ExportedProgram:
+    """Returns PyTorch's program, made by running the model's code or, where this fails, by reading its bytecode."""
+
+    def run(strict: bool) -> ExportedProgram:
+        with torch.no_grad(), quiet():
+            return torch.export.export(root, full.args, full.kwargs, dynamic_shapes=shapes, strict=strict)
+
+    try:
+        return run(strict=False)
+    except Exception as error:
+        if not _depends_on_values(error):
+            raise
+        # Python's int() needs a number; read from its bytecode, int(lengths.max().item()) can be a symbol
+        with contextlib.suppress(Exception), warnings.catch_warnings():
+            # during a call, the adapter's attributes hold the arguments
+            warnings.filterwarnings("ignore", "While compiling, we found certain side effects", UserWarning)
+            return run(strict=True)
+        raise
+
+
+def _limit_symbols_alone(program: ExportedProgram) -> None:
+    """Takes the limits of sums and products off, which PyTorch has of sizes that it takes for 2 or more."""
+    limits: dict[Any, Any] = program.range_constraints
+    for size in [size for size in limits if not size.is_Symbol]:
+        del limits[size]
 
 
 def _size(size: Any) -> Any:
@@ -174,8 +202,9 @@ def _spec(prepared: Prepared, example: Example, full: Example, dynamic: Dynamic)
     own = {name: value for name, value in arguments.items() if name not in more}
     if isinstance(dynamic, bool):
         spec = pytree.tree_map(_open if dynamic else _fixed, own)
+        spec = caches.open_sizes(own, spec) if dynamic else spec
     elif isinstance(dynamic, Mapping):
-        spec = dict(dynamic)
+        spec = {name: None for name, value in own.items() if not Example((value,), {}).tensors} | dict(dynamic)
     elif len(dynamic) == len(own):
         spec = dict(zip(own, dynamic, strict=True))
     else:
@@ -209,7 +238,7 @@ def _refusal(error: Exception, model: nn.Module) -> str:
             "returns tensors alone, such as use_cache=False"
         )
     refused = f"torch.export can't export the model: {in_short(error)}{_place(error, model)}"
-    if "data-dependent" in text:
+    if _depends_on_values(error):
         return (
             f"{refused}. The model decides by values of tensors there, and a program has one way: let it compute both, "
             "as by torch.where, or call torch.cond"
@@ -218,6 +247,10 @@ def _refusal(error: Exception, model: nn.Module) -> str:
         f"{refused}. Its example_inputs must be of the kind that the model is called with; dynamic=False keeps all "
         "sizes as they are"
     )
+
+
+def _depends_on_values(error: Exception) -> bool:
+    return "data-dependent" in str(error)
 
 
 def _place(error: Exception, model: nn.Module) -> str:

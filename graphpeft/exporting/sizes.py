@@ -83,8 +83,7 @@ def breaks(program: Program, shapes: Sequence[Shape], are_given: bool) -> tuple[
     found += _apart(inputs)
     if not are_given:
         found += _beyond_fixed(inputs)
-        # PyTorch takes a size that is open for more than 1, which is no condition that it tells
-        found += [Break(inputs.with_({symbol: 1})) for symbol in inputs.sizes]
+        found += [_of_one(inputs, symbol) for symbol in inputs.sizes]
     by_shapes = {one.shapes: one for one in reversed(found) if one.shapes != inputs.shapes}
     return list(reversed(by_shapes.values())), too_large
 
@@ -182,6 +181,31 @@ def _apart(inputs: _Inputs) -> Iterator[Break]:
             yield Break(inputs.with_one(place, 1), condition)  # which operations broadcast
 
 
+def _of_one(inputs: _Inputs, symbol: Any) -> Break:
+    """Returns shapes with a size of 1: PyTorch takes an open size for more than 1, which is no condition that it tells.
+
+    Where other inputs have this size at the same place, as a mask has the batch of its ids, they may have to be one.
+    """
+    tried, places = inputs.with_({symbol: 1}), inputs.places[symbol]
+    alike = {
+        other: found[0]
+        for other, found in inputs.places.items()
+        if found and inputs.sizes[other] == inputs.sizes[symbol] and places and found[0].dim == places[0].dim
+    }
+    if len(alike) < 2:
+        return Break(tried)
+    return Break(tried, " == ".join(map(inputs.name, alike.values())), _as_one(inputs, alike))
+
+
+def _as_one(inputs: _Inputs, alike: Mapping[Any, Place]) -> str:
+    """Returns the argument ``dynamic`` with one ``Dim`` for several sizes, within the limits of all of them."""
+    ranges = inputs.exported.range_constraints
+    limits = [ranges[symbol] for symbol in alike if symbol in ranges]
+    least = max((int(limit.lower) for limit in limits if limit.lower > 2), default=None)
+    most = min((int(limit.upper) for limit in limits if limit.upper.is_Integer), default=None)
+    return _dynamic(inputs, alike.values(), least, most)
+
+
 def _places(symbolic: Sequence[tuple[Any, ...]], symbol: Any) -> list[Place]:
     return [
         Place(number, dim)
@@ -197,15 +221,22 @@ def _mend(inputs: _Inputs, symbol: Any, broken: set[int]) -> str:
     above = min((size for size in broken if size > example), default=None)
     below = max((size for size in broken if size < example), default=None)
     is_one_size = above is not None and below is not None and above - below <= 2
-    if not places or is_one_size or any("." in one.name for one in inputs.own):
+    if not places or is_one_size:
         return ""
-    limits = [f"min={below + 1}"] if below is not None else []
-    limits += [f"max={above - 1}"] if above is not None else []
+    least, most = below + 1 if below is not None else None, above - 1 if above is not None else None
+    return _dynamic(inputs, places[:1], least, most)
+
+
+def _dynamic(inputs: _Inputs, places: Iterable[Place], least: int | None, most: int | None) -> str:
+    """Returns the argument ``dynamic`` with a ``Dim`` at some places; empty if inputs are inside of arguments."""
+    if any("." in one.name for one in inputs.own):
+        return ""
+    limits = [f", {name}={limit}" for name, limit in (("min", least), ("max", most)) if limit is not None]
+    named = f'torch.export.Dim("size"{"".join(limits)})'
     entries = []
     for number, one in enumerate(inputs.own):
         dims = dict.fromkeys(one.dynamic, "torch.export.Dim.AUTO")
-        if number == places[0].input:
-            dims[places[0].dim] = f'torch.export.Dim("size", {", ".join(limits)})'
+        dims |= {place.dim: named for place in places if place.input == number}
         spec = ", ".join(f"{dim}: {text}" for dim, text in dims.items())
         entries.append(f'"{one.name}": {{{spec}}}' if dims else f'"{one.name}": None')
     return f"{{{', '.join(entries)}}}"

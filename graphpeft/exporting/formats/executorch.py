@@ -19,7 +19,9 @@ from graphpeft.exporting.example import Example
 from graphpeft.exporting.formats.format import Export, Runner
 from graphpeft.exporting.formats.output_names import output_names
 from graphpeft.exporting.formats.pt2 import write_safetensors
+from graphpeft.exporting.formats.tensor_arguments import of_tensors
 from graphpeft.exporting.program import quiet
+from graphpeft.wording import joined
 
 _ABOUT = "graphpeft"
 """The method of a program that returns the text for `export_adapter`."""
@@ -43,13 +45,24 @@ class ExecuTorch:
         try:
             with quiet():
                 lowered = exir.to_edge_transform_and_lower(
-                    program.exported, partitioner=[xnnpack.XnnpackPartitioner()], constant_methods={_ABOUT: about}
+                    of_tensors(program.exported),
+                    partitioner=[xnnpack.XnnpackPartitioner()],
+                    constant_methods={_ABOUT: about},
+                    # this check of operators fixes the first size of tensors in lists, as chunk returns
+                    compile_config=exir.EdgeCompileConfig(_check_ir_validity=False),
                 ).to_executorch()
         except Exception as error:
             raise ExportError(
-                f"ExecuTorch can't lower the model: {in_short(error)}. dynamic=False keeps all sizes, of which "
-                "XNNPACK lets few change; format='pt2' needs no lowering"
+                f"ExecuTorch can't lower the model: {in_short(error)}. XNNPACK lets few sizes change: dynamic=False "
+                "keeps all sizes, and a torch.export.Dim for the batch alone keeps the others; format='pt2' needs no "
+                "lowering"
             ) from error
+        missing = _missing_operators(lowered)
+        if missing:
+            raise ExportError(
+                f"ExecuTorch can't lower the model: its runtime has nothing for {joined(missing)}. Replace the "
+                "operation in the model, or export with format='pt2', which holds any operator"
+            )
         with staged.open("wb") as file:
             lowered.write_to_file(file)
 
@@ -75,9 +88,21 @@ class ExecuTorch:
         write_safetensors(tensors, staged)
 
 
+def _missing_operators(lowered: Any) -> list[str]:
+    """Returns the operators of a lowered program for which the runtime has no kernel."""
+    plans = lowered.executorch_program.execution_plan
+    operators = [one for plan in plans for one in plan.operators]
+    names = [f"{one.name}.{one.overload}".removesuffix(".") for one in operators]
+    known = _runtime().operator_registry.operator_names
+    return [name for name in dict.fromkeys(names) if name not in known]
+
+
 def _program(path: Path) -> Any:
-    runtime = _library("executorch.runtime").Runtime.get()
-    return runtime.load_program(path)
+    return _runtime().load_program(path)
+
+
+def _runtime() -> Any:
+    return _library("executorch.runtime").Runtime.get()
 
 
 def _library(name: str) -> Any:

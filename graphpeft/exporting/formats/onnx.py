@@ -13,7 +13,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +157,12 @@ def _fix_sizes(value: Any, given: Input) -> None:
 def _make_optional(graph: Any, value: Any, default: Tensor) -> None:
     """Adds a default value to an input; an input of shape () gets the shape (1,)."""
     ir = importlib.import_module("onnx_ir")
-    if not default.ndim:
+    if default.ndim:
+        # quantisers take an operation's own initialiser for a constant: they would fix the adapter, and drop the input
+        _read_behind(graph, value, "Identity", default.shape)
+    else:
         if any(user.op_type not in _ELEMENTWISE for user, _ in value.uses()):
-            _squeeze(graph, value)
+            _read_behind(graph, value, "Squeeze", ())
         value.shape = ir.Shape([1])
     value.const_value = ir.tensor(_with_dimensions(default).contiguous(), name=value.name)
     graph.register_initializer(value)
@@ -169,15 +172,16 @@ _ELEMENTWISE = ("Add", "Sub", "Mul", "Div")
 """Operators for which a tensor of shape (1,) acts as a number, if the other operand has dimensions."""
 
 
-def _squeeze(graph: Any, value: Any) -> None:
+def _read_behind(graph: Any, value: Any, operator: str, shape: Sequence[int]) -> None:
+    """Lets the graph read an input only behind an operator, whose result has the shape."""
     ir = importlib.import_module("onnx_ir")
-    squeezed = ir.node("Squeeze", [value])
-    [number] = squeezed.outputs
-    number.name, number.type, number.shape = f"{value.name}.number", value.type, ir.Shape([])
+    node = ir.node(operator, [value])
+    [result] = node.outputs
+    result.name, result.type, result.shape = f"{value.name}.read", value.type, ir.Shape(shape)
     for user, index in value.uses():
-        if user is not squeezed:
-            user.replace_input_with(index, number)
-    graph.insert_before(graph[0], squeezed)
+        if user is not node:
+            user.replace_input_with(index, result)
+    graph.insert_before(graph[0], node)
 
 
 def _translated(export: Export) -> Any:

@@ -6,7 +6,7 @@ The inputs have the names of the model's arguments; those of an adapter have the
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -20,6 +20,8 @@ from graphpeft.exporting.example import Example
 from graphpeft.exporting.formats.format import Export, Runner
 from graphpeft.exporting.formats.output_names import output_names
 from graphpeft.exporting.formats.pt2 import write_safetensors
+from graphpeft.exporting.formats.tensor_arguments import of_tensors
+from graphpeft.exporting.program import Input
 
 _ABOUT = "graphpeft"
 
@@ -38,7 +40,7 @@ class OpenVino:
         program = export.program
         names = output_names(program, "OpenVINO")
         try:
-            model = openvino.convert_model(program.exported)
+            model = openvino.convert_model(of_tensors(program.exported))
         except Exception as error:  # OpenVINO's errors have no common class
             missing = str(error).partition("No conversion rule found for operations:")[2].split("\n")[0].strip()
             lacks = f"it has nothing for {missing}" if missing else in_short(error)
@@ -46,8 +48,9 @@ class OpenVino:
                 f"OpenVINO can't translate the model: {lacks}. dynamic=False spares what changing sizes need, and "
                 "OpenVINO reads what format='onnx' writes with merged adapters, too"
             ) from error
-        for name, port in zip([one.name for one in program.inputs], model.inputs, strict=True):
-            port.get_tensor().set_names({name})
+        for one, port in zip(program.inputs, model.inputs, strict=True):
+            port.get_tensor().set_names({one.name})
+        _fix_sizes(model, program.inputs)
         for name, port in zip(names, model.outputs, strict=True):
             port.get_tensor().set_names({name})
         model.set_rt_info(about, [_ABOUT])
@@ -76,6 +79,12 @@ class OpenVino:
     def write_adapter(self, tensors: Mapping[str, Tensor], staged: Path) -> None:
         """Writes safetensors."""
         write_safetensors(tensors, staged)
+
+
+def _fix_sizes(model: Any, inputs: Sequence[Input]) -> None:
+    """Gives inputs the sizes that the program fixes, since OpenVINO's convolutions need those of their kernels."""
+    shapes = {one.name: [size if isinstance(size, int) else -1 for size in one.shape] for one in inputs}
+    model.reshape({port: shapes[port.get_any_name()] for port in model.inputs})
 
 
 def _library() -> Any:

@@ -25,7 +25,7 @@ from exports import (
 from safetensors.torch import load_file
 
 import graphpeft
-from graphpeft.exporting.formats.tensor_arguments import of_tensors
+from graphpeft.exporting.formats.tensors_alone import of_tensors
 
 WAYS = ("merged", "baked", "inputs")
 TENSOR = torch.randn(3, 4)

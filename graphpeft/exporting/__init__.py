@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from graphpeft.adapters.adapter_names import name_like
-from graphpeft.exporting import adapter_inputs, caches, copies
+from graphpeft.adapters.state import adapters_of
+from graphpeft.exporting import adapter_inputs, caches, carriers, copies
 from graphpeft.exporting import check as checks
 from graphpeft.exporting.adapter_inputs import AdapterInput, AdapterInputs
 from graphpeft.exporting.atomic_export import staged_beside
-from graphpeft.exporting.base_alone import with_that_of_base
 from graphpeft.exporting.caches import generation_inputs
 from graphpeft.exporting.carriers import CARRIERS, Prepared
 from graphpeft.exporting.errors import ExportError, in_short
@@ -115,7 +115,7 @@ def export(
             found = checks.checked(form, made, unfinished, given) if check else []
         except ExportError as error:
             with tempfile.TemporaryDirectory() as scratch:
-                raise with_that_of_base(error, model, form, given, dynamic, Path(scratch) / target.name) from error
+                raise _with_that_of_base(error, model, form, given, dynamic, Path(scratch) / target.name) from error
         if form.has_graph and dynamic is True:
             _warn_of_fixed_batch(made.program, len(given.tensors))
         files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
@@ -285,3 +285,21 @@ def _without_passes(copied: Any) -> Any:
     """Removes optimisation passes from an adapted copy, since they would change the digests of computations."""
     optimize(copied, [])
     return copied
+
+
+def _with_that_of_base(
+    error: ExportError, model: Any, form: Format, given: Example, dynamic: Dynamic, path: Path
+) -> ExportError:
+    """Returns the refusal of an export, which says so if the base without its adapters is refused, too."""
+    if adapters_of(model) is None or not form.has_graph:
+        return error
+    base = copies.base_of(model)
+    made = Export(base, copies.sharing_weights(base), carriers.merged(base), given, dynamic)
+    try:
+        form.write(made, path, "{}")
+        checks.checked(form, made, path, given)
+    except Exception as of_base:
+        reason = str(of_base) if isinstance(of_base, ExportError) else in_short(of_base)
+        why = "for the same reason" if reason == str(error) else f"since {reason}"
+        return ExportError(f"{error}. The base without its adapters can't be exported so either, {why}")
+    return error

@@ -25,7 +25,7 @@ from graphpeft.exporting.carriers import Case
 from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example
 from graphpeft.exporting.formats.format import Export, Runner
-from graphpeft.exporting.formats.output_names import output_names
+from graphpeft.exporting.formats.tensors_alone import output_names
 from graphpeft.exporting.program import Input, path_of
 from graphpeft.graph.calls import calls_of
 from graphpeft.graph.paths import join

@@ -18,9 +18,8 @@ from graphpeft.exporting.carriers import Case
 from graphpeft.exporting.errors import ExportError, in_short
 from graphpeft.exporting.example import Example
 from graphpeft.exporting.formats.format import Export, Runner
-from graphpeft.exporting.formats.output_names import output_names
 from graphpeft.exporting.formats.pt2 import write_safetensors
-from graphpeft.exporting.formats.tensor_arguments import of_tensors
+from graphpeft.exporting.formats.tensors_alone import of_tensors, output_names
 from graphpeft.exporting.program import Input
 
 _ABOUT = "graphpeft"

@@ -120,6 +120,8 @@ class _Gate:
         while frame is not None:
             if frame.f_code is call_with_hooks.__code__ and id(frame.f_locals["self"]) in self._modules:
                 return True
+            if frame.f_code is _call_through_gates.__code__ and frame.f_locals.get("is_through"):
+                return True
             frame = frame.f_back
         return False
 
@@ -132,9 +134,15 @@ _GATES: list[_Gate] = []
 
 
 def _call_through_gates(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    gates = [*_GATES]
-    for gate in gates:
-        gate.hold(module)
+    is_through, gates = False, [*_GATES]
+    while not is_through:
+        gates = [*_GATES]
+        for gate in gates:
+            gate.hold(module)
+        # a gate that closes from here on sees that in this frame, and one that has closed is held at
+        is_through = True
+        if gates != _GATES:
+            is_through = False
     return (gates[0].before if gates else call_with_hooks)(module, *args, **kwargs)
 
 

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import gc
 import random
+import sys
 import threading
 import types
 import weakref
@@ -1538,3 +1539,52 @@ def test_a_mode_of_a_config_that_is_compared_is_checked():
     model[0].config.mode = "b"
     with pytest.raises(GuardError, match=r"self\.config\.mode: that was 'a'"):
         model(X)
+
+
+class Deciding(nn.Module):
+    """Decides on its input, so that it runs its own code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x @ self.w
+        return y if x.sum() > -1e9 else -y
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), "self_attn"),
+        (lambda: nn.Sequential(nn.GRU(4, 4, batch_first=True)), "0"),
+        (Deciding, "w"),
+    ],
+    ids=["attention", "recurrent", "deciding"],
+)
+def test_two_threads_run_a_module_on_changed_weights_one_after_the_other(
+    make: Callable[[], nn.Module], name: str
+) -> None:
+    interval = sys.getswitchinterval()
+    model: Any = make().eval()
+    before = copy.deepcopy(model.state_dict())
+    get_peft_model(model, lora(name, init_lora_weights=False)).eval()
+
+    def run() -> torch.Tensor:
+        with torch.no_grad():
+            output = model(X)
+        return output[0] if isinstance(output, tuple) else output
+
+    expected, found = run(), list[torch.Tensor]()
+    threads = [threading.Thread(target=lambda: found.extend(run() for _ in range(60))) for _ in range(3)]
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(found) == 180
+    assert all(torch.equal(each, expected) for each in found)
+    assert all(torch.equal(model.unload().state_dict()[key], tensor) for key, tensor in before.items())

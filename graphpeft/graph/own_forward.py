@@ -22,6 +22,7 @@ from graphpeft.graph import in_place, overrides
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.forward_classes import class_of_forward, holds_own_tensor
 from graphpeft.graph.kept_forwards import name_of, set_forward
+from graphpeft.graph.one_at_a_time import alone_with
 from graphpeft.graph.recomputing import taken_along
 from graphpeft.graph.template import OWN_FORWARD, SIMPLE, Template
 
@@ -157,7 +158,7 @@ def call(
 def on_tensors(own_forward: functools.partial[Any], tensors: dict[str, torch.Tensor]) -> Callable[..., Any]:
     """Returns a module's own forward on `tensors`, by path, in place of the module's own."""
     module: nn.Module = own_forward.args[0]
-    swap = functools.partial(_reading, module, tensors)
+    swap = functools.partial(_reading_alone, module, tensors)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -167,6 +168,13 @@ def on_tensors(own_forward: functools.partial[Any], tensors: dict[str, torch.Ten
             return own_forward(*args, **kwargs)
 
     return forward
+
+
+@contextlib.contextmanager
+def _reading_alone(module: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Does the same as `_reading`, alone: a checkpoint may run a forward again in another thread."""
+    with alone_with(module, {path.rpartition(".")[0] for path in tensors}), _reading(module, tensors):
+        yield
 
 
 @contextlib.contextmanager

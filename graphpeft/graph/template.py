@@ -24,6 +24,7 @@ from graphpeft.graph.compiling import compiled
 from graphpeft.graph.contexts import closing_regions
 from graphpeft.graph.copied_graphs import as_named, by_name, copy_graph
 from graphpeft.graph.no_wrappers import NoWrapper
+from graphpeft.graph.one_at_a_time import run_alone
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.graph.tags import TAG
 
@@ -138,7 +139,7 @@ class Template:
 
     def _forward_with(self, names: slots.Names) -> Callable[..., Any]:
         forwards = [
-            closing_regions(graph, slots.named(forward, names))
+            run_alone(graph, OWN_FORWARD, closing_regions(graph, slots.named(forward, names)))
             for graph, forward in zip(self.graphs, self._forwards, strict=True)
         ]
         return forwards[0] if len(forwards) == 1 else _by_mode(*forwards)

@@ -295,3 +295,29 @@ def test_a_fingerprint_tells_one_changed_number_and_two_exchanged_ones(
         exchanged = flat.clone()
         exchanged[0], exchanged[unlike] = flat[unlike], flat[0]
         assert fingerprint(exchanged) != first
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["1"], "modules_to_save": ["0"]},
+        {"target_modules": ["0"], "init_lora_weights": "pissa"},
+        {"target_modules": ["0"], "init_lora_weights": "olora"},
+        {"target_modules": ["0"]},
+    ],
+    ids=["modules_to_save", "pissa", "olora", "plain"],
+)
+def test_an_adapter_with_a_weight_of_its_own_is_merged_beside_one_that_is_in_that_weight(
+    options: dict[str, Any],
+) -> None:
+    torch.manual_seed(0)
+    x, base = torch.randn(4, 6), nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8))
+    model: Any = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False), "a")
+    model.add_adapter("b", LoraConfig(**{"r": 2, **options}))
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    both = copy.deepcopy(model)
+    both.set_adapter(["a", "b"])
+    model.set_adapter("a")
+    model.merge_adapter(["a"])
+    torch.testing.assert_close(model.merge_and_unload(adapter_names=["b"])(x), both(x), atol=1e-5, rtol=1e-4)

@@ -1587,4 +1587,5 @@ def test_two_threads_run_a_module_on_changed_weights_one_after_the_other(
         sys.setswitchinterval(interval)
     assert len(found) == 180
     assert all(torch.equal(each, expected) for each in found)
-    assert all(torch.equal(model.unload().state_dict()[key], tensor) for key, tensor in before.items())
+    after = model.unload().state_dict()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())

@@ -92,7 +92,17 @@ def _beside_those_in_the_weights(modules: Modules, adapters: Adapters, names: li
     """Returns the adapters that are to be merged beside those that are in the weights and may stay there; or all."""
     count = len(adapters.merged)
     may_stay = names[:count] == adapters.merged and not adapters.codes
+    # what is written over a weight would be written over the change that is in it
+    may_stay = may_stay and adapters.originals.keys().isdisjoint(_overwritten(adapters, names[count:]))
     return names[count:] if may_stay and merged_weights.are_as_merged(modules, adapters) else names
+
+
+def _overwritten(adapters: Adapters, names: list[str]) -> Iterator[tuple[str, str]]:
+    """Yields the places of the tensors that adapters have others for, or rows of."""
+    for name in names:
+        adapter = adapters.by_name[name]
+        yield from ((path, own) for path, own_names in adapter.overrides.items() for own in own_names)
+        yield from ((path, "weight") for path in adapter.rows)
 
 
 def _read_as_base(adapters: Adapters, names: list[str]) -> list[tuple[str, str]]:

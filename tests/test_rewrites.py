@@ -190,6 +190,78 @@ def test_an_argument_of_one_alternative_alone_has_its_default_in_the_replacement
         torch.testing.assert_close(model(x), expected)
 
 
+# which calls are the same
+
+NOT_MET = {
+    "a mean over a dimension": (lambda x: x.mean(), lambda self, x: x.mean(-1)),
+    "a sum over a dimension": (lambda x: x.sum(), lambda self, x: x.sum(dim=-1)),
+    "a maximum over a dimension": (lambda x: x.max(), lambda self, x: x.max(-1)),
+    "amax over a dimension": (lambda x: x.amax(), lambda self, x: x.amax(-1)),
+    "a product over a dimension": (lambda x: x.prod(), lambda self, x: x.prod(-1)),
+    "any over a dimension": (lambda x: x.any(), lambda self, x: x.any(-1)),
+    "a variance over a dimension": (lambda x: x.var(), lambda self, x: x.var(dim=0)),
+    "a variance without correction": (lambda x: x.var(), lambda self, x: x.var(correction=0)),
+    "squeezing one dimension": (lambda x: x.squeeze(), lambda self, x: x.squeeze(0)),
+    "the minimum of two": (lambda x: torch.min(x), lambda self, x: torch.min(x, x)),
+    "a rounded quotient": (lambda x: torch.div(x, 2), lambda self, x: torch.div(x, 2, rounding_mode="floor")),
+    "decimals": (lambda x: torch.round(x), lambda self, x: torch.round(x, decimals=1)),
+    "two indices": (lambda x: x[0], lambda self, x: x[0, 0]),
+    "an index of a tuple": (lambda x: x[0], lambda self, x: x[(0, 0),]),
+    "an index of a list": (lambda x: x[0, 1], lambda self, x: x[[0, 1]]),
+    "two repeats": (lambda x: x.repeat(2), lambda self, x: x.repeat(2, 2)),
+    "two tiles": (lambda x: x.tile(2), lambda self, x: x.tile(2, 2)),
+    "two sizes": (lambda x: x.expand(4), lambda self, x: x.expand(4, 4)),
+    "two sizes of a shape": (lambda x: x.reshape(2), lambda self, x: x.reshape(2, 2)),
+    "another dimension of a list": (lambda x: torch.cat([x, x], -1), lambda self, x: torch.cat([x, x], 0)),
+    "another order of a list": (lambda x: torch.cat([x, x * 2]), lambda self, x: torch.cat([x * 2, x])),
+    "as many operands of a list": (lambda x: torch.stack([x, x]), lambda self, x: torch.stack([x, x, x])),
+}
+
+
+@pytest.mark.parametrize("case", NOT_MET)
+def test_a_call_with_other_arguments_is_another_one(case):
+    pattern, forward = NOT_MET[case]
+    assert not Rewrite(pattern, nothing).find(model_of(forward)).matches
+
+
+MET = {
+    "a function and a method": (lambda x: x.mean(), lambda self, x: torch.mean(x)),
+    "one dimension as a tuple": (lambda x: x.mean(-1), lambda self, x: x.mean(dim=(-1,), keepdim=False)),
+    "dimensions as a list": (lambda x: x.sum((0, 1)), lambda self, x: x.sum([0, 1])),
+    "an argument that one spelling lacks": (
+        lambda x: F.dropout(x),
+        lambda self, x: torch.ops.aten.dropout.default(x, 0.5, True),
+    ),
+    "a quotient as an operator": (lambda x: torch.div(x, 2), lambda self, x: x / 2),
+    "a quotient as a function": (lambda x: x / 2, lambda self, x: torch.true_divide(x, 2)),
+    "sizes one by one": (lambda x: x.view(2, -1), lambda self, x: x.reshape((2, -1))),
+    "one size": (lambda x: x.repeat(2), lambda self, x: x.repeat((2,))),
+    "two indices": (lambda x: x[0, 1], lambda self, x: x[(0, 1)]),
+    "an index of a list": (lambda x: x[[0, 1]], lambda self, x: x[[0, 1]]),
+    "one number for each side": (lambda x: F.avg_pool2d(x, 2), lambda self, x: F.avg_pool2d(x, (2, 2))),
+    "a list": (lambda x: torch.cat([x, x], -1), lambda self, x: torch.cat((x, x), dim=-1)),
+    "a list of what is computed": (lambda x: torch.stack((x, 2 * x)), lambda self, x: torch.stack([x, x * 2])),
+}
+
+
+@pytest.mark.parametrize("case", MET)
+def test_a_call_with_the_same_arguments_is_met_in_every_spelling(case):
+    pattern, forward = MET[case]
+    assert len(Rewrite(pattern, nothing).find(model_of(forward)).matches) == 1
+
+
+def test_one_number_of_a_layer_stands_for_each_side():
+    pooled = Rewrite(lambda x: F.avg_pool2d(x, (2, 2), (2, 2)), nothing)
+    assert pooled.find(nn.AvgPool2d(2)).matches
+    assert not pooled.find(nn.AvgPool2d(3)).matches
+
+
+def test_a_list_is_an_argument_of_the_pattern():
+    model, x = model_of(lambda self, x: torch.cat([x, 2 * x], -1)), inputs()
+    Rewrite(lambda parts: torch.cat(parts, -1), lambda parts: torch.cat(parts, 0))(model, expects=1)
+    assert torch.equal(model(x), torch.cat([x, 2 * x]))
+
+
 # what arguments stand for
 
 

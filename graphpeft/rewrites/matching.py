@@ -22,7 +22,7 @@ from graphpeft.graph.template import VALUE
 from graphpeft.rewrites.pattern import Alternative, layer
 from graphpeft.rewrites.reading import Reader
 from graphpeft.rewrites.spellings import COMMUTES
-from graphpeft.rewrites.values import MISSING, Form, is_constant, is_tensor, same, shown, value_of
+from graphpeft.rewrites.values import MISSING, Form, is_constant, is_tensor, same, shown, spread, value_of
 
 
 @dataclass(frozen=True)
@@ -172,10 +172,14 @@ class Matcher:
             yield state
             return
         (name, other), *rest = names
-        for following in self._argument(name, wanted.given(name), form.given(other), state, at):
+        # an argument that one of them doesn't have is the other's default
+        sought, value = _given(name, wanted, other, form), _given(other, form, name, wanted)
+        for following in self._argument(name, sought, value, state, at, wanted.lengths.get(name)):
             yield from self._arguments(wanted, form, rest, following, at)
 
-    def _argument(self, name: Any, wanted: Any, value: Any, state: State, at: fx.Node) -> Iterator[State]:
+    def _argument(
+        self, name: Any, wanted: Any, value: Any, state: State, at: fx.Node, length: int | None = None
+    ) -> Iterator[State]:
         wanted = value_of(wanted)
         if isinstance(wanted, fx.Node):
             if value is MISSING:
@@ -190,7 +194,7 @@ class Matcher:
             else:
                 self._missed(state, at, f"has {shown(value)} as {name}, where the pattern has {len(wanted)} values")
         else:
-            yield from self._constant(name, wanted, value, state, at)
+            yield from self._constant(name, wanted, value, state, at, length)
 
     def _parts(self, name: Any, pairs: list[tuple[Any, Any]], state: State, at: fx.Node) -> Iterator[State]:
         if not pairs:
@@ -199,9 +203,12 @@ class Matcher:
         for following in self._argument(name, *pairs[0], state, at):
             yield from self._parts(name, pairs[1:], following, at)
 
-    def _constant(self, name: Any, wanted: Any, value: Any, state: State, at: fx.Node) -> Iterator[State]:
+    def _constant(
+        self, name: Any, wanted: Any, value: Any, state: State, at: fx.Node, length: int | None
+    ) -> Iterator[State]:
         present = self._reader.constant(value)
-        if MISSING in (wanted, present) or (same(wanted, present) and not _promotes(wanted, present, at)):
+        each, present_each = spread(wanted, length), spread(present, length)
+        if same(each, present_each) and not _promotes(each, present_each, at):
             path = self._reader.path(value) if present is not value else None
             read = {path: present} if path is not None else {}
             yield State(state.known, state.nodes, {**state.assumes, **read}, state.layers)
@@ -235,6 +242,11 @@ def _promotes(one: Any, other: Any, node: fx.Node) -> bool:
     examples = [each.meta.get(VALUE) for each in node.all_input_nodes]
     are_whole = [each for each in examples if isinstance(each, torch.Tensor) and not each.is_floating_point()]
     return type(one) is not type(other) and bool(are_whole)
+
+
+def _given(name: Any, form: Form, other_name: Any, other: Form) -> Any:
+    value = form.given(name)
+    return other.defaults.get(other_name, MISSING) if value is MISSING else value
 
 
 def _call(wanted: layer, node: fx.Node) -> Form:

@@ -91,12 +91,12 @@ class Reader:
             return
         if node.target in CHECKS:
             return
-        function, arguments, defaults = bound(node)
+        function, arguments, defaults, lengths = bound(node)
         x = arguments.get("input", arguments.get(0))
         swapped = transposed_dims(function, arguments, rank_of(x, self.read)) if isinstance(function, str) else None
         if swapped is not None:
             yield transpose(*swapped)
-        spelled = Form(function, arguments, defaults, {})
+        spelled = Form(function, arguments, defaults, {}, lengths=lengths)
         yield spelled
         operands = einsum_operands(arguments.get(0), tuple(arguments.values())[1:]) if function == "einsum" else None
         if operands is not None:

@@ -214,6 +214,12 @@ NOT_MET = {
     "two sizes of a shape": (lambda x: x.reshape(2), lambda self, x: x.reshape(2, 2)),
     "another dimension of a list": (lambda x: torch.cat([x, x], -1), lambda self, x: torch.cat([x, x], 0)),
     "another order of a list": (lambda x: torch.cat([x, x * 2]), lambda self, x: torch.cat([x * 2, x])),
+    "a sum of shapes in another order": (
+        lambda x: x.reshape(x.shape + (1,)),  # noqa: RUF005 - a sum
+        lambda self, x: x.reshape((1,) + x.shape),  # noqa: RUF005 - a sum
+    ),
+    "a transpose that may have three dimensions": (lambda x, y: x @ y.T, lambda self, x: x @ (2 * x).mT),
+    "all dimensions reversed": (lambda x, y: x @ y.mT, lambda self, x: x @ self.cube.T),
     "as many operands of a list": (lambda x: torch.stack([x, x]), lambda self, x: torch.stack([x, x, x])),
 }
 
@@ -221,7 +227,9 @@ NOT_MET = {
 @pytest.mark.parametrize("case", NOT_MET)
 def test_a_call_with_other_arguments_is_another_one(case):
     pattern, forward = NOT_MET[case]
-    assert not Rewrite(pattern, nothing).find(model_of(forward)).matches
+    model = model_of(forward)
+    model.cube = nn.Parameter(torch.randn(3, 3, 3))
+    assert not Rewrite(pattern, nothing).find(model).matches
 
 
 MET = {
@@ -239,6 +247,10 @@ MET = {
     "two indices": (lambda x: x[0, 1], lambda self, x: x[(0, 1)]),
     "an index of a list": (lambda x: x[[0, 1]], lambda self, x: x[[0, 1]]),
     "one number for each side": (lambda x: F.avg_pool2d(x, 2), lambda self, x: F.avg_pool2d(x, (2, 2))),
+    "a transpose of a matrix": (lambda x, y: x @ y.mT, lambda self, x: x @ (2 * x).t()),
+    "a transpose of any value": (lambda x, y: x @ y.T, lambda self, x: x @ (2 * x).T),
+    "dimensions in another order": (lambda x, y: x @ y.mT, lambda self, x: x @ x.permute(0, 2, 1)),
+    "sizes of a shape": (lambda x, n: x.reshape(1 + n), lambda self, x: x.reshape(x.shape[0] + 1)),
     "a list": (lambda x: torch.cat([x, x], -1), lambda self, x: torch.cat((x, x), dim=-1)),
     "a list of what is computed": (lambda x: torch.stack((x, 2 * x)), lambda self, x: torch.stack([x, x * 2])),
 }
@@ -355,20 +367,76 @@ def test_a_write_amid_the_operations_stops_a_match():
     assert report.misses[0].stopped_at == "add_"
 
 
-def test_a_replacement_that_shares_memory_is_refused_where_a_write_follows():
+def _adds(self, h):
+    h.add_(1)
+
+
+WRITES = {
+    "by a method": _adds,
+    "by a function": lambda self, h: F.relu(h, inplace=True),
+    "by a function, by place": lambda self, h: F.relu(h, True),
+    "into out": lambda self, h: torch.add(h, 1, out=h),
+    "by a layer": lambda self, h: self.act(h),
+    "by a layer inside another": lambda self, h: self.several(h),
+    "by a module of another class": lambda self, h: self.own(h),
+}
+
+SHARING = {
+    "an argument": lambda x: x,
+    "a view": lambda x: x.view(-1, SIZE),
+    "dropout that does nothing": lambda x: F.dropout(x, 0.5, False),
+    "einsum": lambda x: torch.einsum("ij->ij", x),
+    "an operator": lambda x: torch.ops.aten.alias.default(x),
+}
+
+
+@pytest.mark.parametrize("replacement", SHARING)
+@pytest.mark.parametrize("write", WRITES)
+def test_a_replacement_that_shares_memory_is_copied_where_a_write_follows(write, replacement):
     def forward(self, x):
-        h = x * 1
+        h = x.neg().neg()
+        WRITES[write](self, h)
+        return h + x
+
+    layers = {"act": nn.ReLU(inplace=True), "several": nn.Sequential(nn.ReLU(inplace=True)), "own": model_of(_adds)}
+    model, x = model_of(forward, **layers), inputs()
+    expected = model(x.clone())
+    Rewrite(lambda x: x.neg().neg(), SHARING[replacement])(model, inside=[""], expects=1)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("replacement", SHARING)
+def test_a_replacement_that_shares_memory_is_copied_where_other_modules_have_its_value(replacement):
+    def forward(self, x):
+        h = self.inner(x)
         h.add_(1)
         return h + x
 
-    for replacement in (lambda x: x, lambda x: x.view(-1, SIZE)):
-        model = model_of(forward)
-        with pytest.raises(RewriteError, match=r"add_ writes to tensors in place afterwards"):
-            Rewrite(lambda x: x * 1, replacement)(model)
-        assert not isinstance(model, fx.GraphModule)
-    model, x = model_of(forward), inputs()
-    Rewrite(lambda x: x * 1, lambda x: x.clone())(model, expects=1)
-    torch.testing.assert_close(model(x.clone()), 2 * x + 1)
+    model, x = model_of(forward, inner=model_of(lambda self, x: x.neg().neg().view(-1, SIZE))), inputs()
+    expected = model(x.clone())
+    Rewrite(lambda x: x.neg().neg(), SHARING[replacement])(model, expects=1)
+    assert torch.equal(model(x), expected)
+
+
+def test_a_replacement_is_not_copied_where_nothing_can_write_to_it():
+    model, x = model_of(lambda self, x: x.neg().neg()), inputs()
+    Rewrite(lambda x: x.neg().neg(), lambda x: x)(model, expects=1)
+    assert model(x) is x
+    inner = nn.Sequential(nn.Dropout(0.5))
+    Rewrite(lambda x, *, p: F.dropout(x, p, training=False), lambda x: x)(inner)
+    assert inner.eval()(x) is x
+
+
+def test_several_views_are_refused_where_a_write_follows():
+    def forward(self, x):
+        parts = torch.tensor_split(x.cos(), 2)
+        parts[0].add_(1)
+        return parts[0] + x
+
+    model = model_of(forward)
+    with pytest.raises(RewriteError, match=r"add_ writes to tensors in place afterwards"):
+        Rewrite(lambda x: torch.tensor_split(x.cos(), 2), lambda x: torch.chunk(x, 2))(model)
+    assert not isinstance(model, fx.GraphModule)
 
 
 def test_an_operation_in_place_is_another_one():
@@ -504,6 +572,15 @@ def test_undoing_gives_the_classes_back_also_of_copies_and_of_several_rewrites()
         assert torch.equal(rewritten(x), expected)
 
 
+def test_undone_copies_have_graphs_of_their_own():
+    traced = trace(nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU()), (inputs(),))
+    gelu_to_tanh(traced)
+    copied = copy.deepcopy(traced)
+    for each in (traced, copied):
+        undo_rewrites(each)
+    assert copied.graph is not traced.graph
+
+
 def test_undoing_gives_a_trace_its_graph_back():
     traced = trace(nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU()), (inputs(),))
     code = traced.code
@@ -571,6 +648,18 @@ def test_a_layer_in_another_mode_than_the_match_has_seen_raises():
     model[1].train()
     with pytest.raises(GuardError, match=r"^1\.training, on which"):
         model(inputs())
+
+
+def test_a_weight_that_a_norm_gets_later_is_refused():
+    model: Any = nn.Sequential(nn.Conv1d(2, 2, 1), nn.BatchNorm1d(2, affine=False)).eval()
+    Rewrite(
+        lambda x, mean, variance, w, b, *, eps: F.batch_norm(x, mean, variance, w, b, False, 0.1, eps),
+        lambda x, mean, variance, eps: F.batch_norm(x, mean, variance, eps=eps),
+    )(model, inside=[""], expects=1)
+    model(torch.randn(2, 2, 3))
+    model[1].weight = nn.Parameter(torch.ones(2))
+    with pytest.raises(GuardError, match=r"^1\.weight, on which"):
+        model(torch.randn(2, 2, 3))
 
 
 def test_an_option_that_a_layer_can_no_longer_have_is_refused():

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from graphpeft.graph.facts import is_random, reads_metadata_only, separates, writes
+from graphpeft.graph.facts import is_random, reads_metadata_only, separates
 from graphpeft.graph.ops.linear import transpose_of
 from graphpeft.graph.tags import TAG
 from graphpeft.graph.template import VALUE
@@ -161,7 +161,7 @@ class Matcher:
             return
         for form in fitting:
             through = state.knowing(pattern, value).through(form, value)
-            for names in _orders(wanted, form):
+            for names in _orders(wanted, form, self._reader):
                 yield from self._arguments(wanted, form, names, through, at)
 
     def _arguments(
@@ -258,12 +258,14 @@ def _names(wanted: Form, form: Form) -> list[Any]:
     return list(dict.fromkeys((*wanted.arguments, *form.arguments)))
 
 
-def _orders(wanted: Form, form: Form) -> Iterator[list[tuple[Any, Any]]]:
+def _orders(wanted: Form, form: Form, reader: Reader) -> Iterator[list[tuple[Any, Any]]]:
     """Yields which argument of the pattern is which of the graph's: as they are; with the operands exchanged."""
     names = _names(wanted, form)
     yield [(name, name) for name in names]
     operands = [name for name in names if name not in ("alpha", "out")]
-    if wanted.function in COMMUTES and len(operands) == 2 and wanted.given("alpha") in (1, MISSING):
+    values = [each.given(name) for each in (wanted, form) for name in operands]
+    has_order = wanted.given("alpha") not in (1, MISSING) or any(reader.is_sequence(value) for value in values)
+    if wanted.function in COMMUTES and len(operands) == 2 and not has_order:
         exchanged = {operands[0]: operands[1], operands[1]: operands[0]}
         yield [(name, exchanged.get(name, name)) for name in names]
 
@@ -363,11 +365,3 @@ def _between(graph: fx.Graph, nodes: frozenset[fx.Node], result: fx.Node) -> Ite
         is_inside = is_inside or node in nodes
         if is_inside and node not in nodes:
             yield node
-
-
-def is_written(node: fx.Node) -> bool:
-    """Returns whether another node writes to the value of a node in place."""
-    return any(
-        user.op.startswith("call_") and writes(user.target) and user.args and user.args[0] is node
-        for user in node.users
-    )

@@ -188,7 +188,7 @@ class Plan:
         if not any(read.found):
             return
         before = template.before or Before(template, template_of(module) is not None)
-        self.templates[path] = Template(self._rewritten(template, read), False, before=before)
+        self.templates[path] = Template(self._rewritten(template, read, path), False, before=before)
 
     def _read_past(self, path: str) -> str | None:
         """Returns that other code computes with a module's tensors without calling it, if it does."""
@@ -218,14 +218,15 @@ class Plan:
                 self._note_miss(path, node, size, stop)
         return read
 
-    def _rewritten(self, template: Template, read: _Read) -> Graphs:
+    def _rewritten(self, template: Template, read: _Read, path: str) -> Graphs:
         """Returns the new graphs: one for each mode if they differ."""
         same = len(template.graphs) == 1 and read.keys[0] == read.keys[1]
         modes = (0,) if same else (0, 1)
         graphs = []
         for mode in modes:
             graph = copy_graph(read.readers[mode].graph)
-            replace_all(graph, read.readers[mode], read.found[mode], self._example.replacement, self._example.name)
+            found, example = read.found[mode], self._example
+            replace_all(graph, read.readers[mode], found, example.replacement, example.name, is_root=not path)
             graph.lint()
             graphs.append(copy_graph(graph))
         return tuple(graphs)

@@ -157,6 +157,7 @@ def undo_rewrites(model: nn.Module) -> None:
             if before is None:
                 continue
             if before.is_worn:
-                wear_template(module, before.template)
+                # a copy of the model knows the same template, and graphs may be edited
+                wear_template(module, before.template.for_copy())
             else:
                 in_place.take_off(module, "graph")

@@ -189,8 +189,8 @@ def _suits(kind: str, value: Any) -> int | None:
     return 2 if kind == "Tensor" else 1
 
 
-def transposed_dims(name: str, arguments: Mapping[Any, Any], rank: int | None) -> tuple[Any, tuple[int, int]] | None:
-    """Returns what a call transposes, and the two dimensions, counted from the last one; None for another call.
+def as_transpose(name: str, arguments: Mapping[Any, Any], rank: int | None) -> Form | None:
+    """Returns the form of a call that transposes two dimensions, counted from the last one; None for another call.
 
     Args:
         name: The function's name.
@@ -198,10 +198,14 @@ def transposed_dims(name: str, arguments: Mapping[Any, Any], rank: int | None) -
         rank: The number of dimensions; None if it isn't known.
     """
     x = arguments.get("input", arguments.get(0))
-    if name == "getattr" and arguments.get(1) in ("T", "mT"):
-        return x, (-2, -1)
-    if name == "t":
-        return x, (-2, -1)
+    about = arguments.get(1) if name == "getattr" else name
+    if about == "mT":
+        return transpose(x, rank=rank)
+    if about == "T" and rank is None:
+        # the last two dimensions of a matrix alone; of other values, T exchanges all
+        return Form("transpose", {"input": x, "dims": (-2, -1), "rank": 2}, {}, {})
+    if about in ("T", "t"):
+        return transpose(x) if rank in (None, 2) else None
     if name in ("transpose", "swapaxes", "swapdims"):
         dims = [arguments.get(key) for key in ("dim0", "dim1", "axis0", "axis1") if key in arguments]
     elif name == "permute":
@@ -215,16 +219,16 @@ def transposed_dims(name: str, arguments: Mapping[Any, Any], rank: int | None) -
     if len(counted) != 2 or not all(isinstance(dim, int) for dim in counted):
         return None
     first, second = sorted(counted)
-    return x, (first, second)
+    return transpose(x, (first, second), rank)
 
 
 def _from_last(dim: Any, rank: int | None) -> Any:
     return dim - rank if isinstance(dim, int) and dim >= 0 and rank is not None else dim
 
 
-def transpose(x: Any, dims: tuple[int, int] = (-2, -1)) -> Form:
-    """Returns the transpose of a value as a form."""
-    return Form("transpose", {"input": x, "dims": dims}, {}, {})
+def transpose(x: Any, dims: tuple[int, int] = (-2, -1), rank: int | None = 2) -> Form:
+    """Returns the transpose of a value of so many dimensions, if that is known, as a form."""
+    return Form("transpose", {"input": x, "dims": dims}, {"rank": rank} if rank is not None else {}, {})
 
 
 def einsum_operands(equation: Any, operands: tuple[Any, ...]) -> tuple[Any, Any] | None:
@@ -241,4 +245,4 @@ def einsum_operands(equation: Any, operands: tuple[Any, ...]) -> tuple[Any, Any]
     batch, summed, out = rows[:-1], one[-1], result[-1]
     if other == batch + summed + out:
         return operands[0], operands[1]
-    return (operands[0], transpose(operands[1])) if other == batch + out + summed else None
+    return (operands[0], transpose(operands[1], rank=len(other))) if other == batch + out + summed else None

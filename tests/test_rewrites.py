@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -218,18 +220,22 @@ NOT_MET = {
         lambda x: x.reshape(x.shape + (1,)),  # noqa: RUF005 - a sum
         lambda self, x: x.reshape((1,) + x.shape),  # noqa: RUF005 - a sum
     ),
+    "a transpose that may not be of a matrix": (lambda x, y: x @ y.t(), lambda self, x: x @ (2 * x).mT),
     "a transpose that may have three dimensions": (lambda x, y: x @ y.T, lambda self, x: x @ (2 * x).mT),
     "all dimensions reversed": (lambda x, y: x @ y.mT, lambda self, x: x @ self.cube.T),
     "as many operands of a list": (lambda x: torch.stack([x, x]), lambda self, x: torch.stack([x, x, x])),
 }
 
 
+@pytest.mark.filterwarnings("ignore:The use of `x.T` on tensors")
 @pytest.mark.parametrize("case", NOT_MET)
 def test_a_call_with_other_arguments_is_another_one(case):
     pattern, forward = NOT_MET[case]
     model = model_of(forward)
     model.cube = nn.Parameter(torch.randn(3, 3, 3))
-    assert not Rewrite(pattern, nothing).find(model).matches
+    report = Rewrite(pattern, nothing).find(model)
+    assert not report.matches
+    assert not report.left
 
 
 MET = {
@@ -331,6 +337,20 @@ def test_a_number_of_a_module_on_which_a_match_has_decided_is_checked_in_each_ru
 
 
 # what stops a match
+
+
+def test_another_reading_is_tried_where_the_first_one_is_refused():
+    def forward(self, x):
+        h = torch.exp(x)
+        return h * torch.exp(2 * x), h
+
+    model, x = model_of(forward), inputs()
+    expected = model(x)
+    Rewrite(lambda x, y: torch.exp(y) * x, lambda x, y: x * torch.exp(y))(model, expects=1)
+    torch.testing.assert_close(model(x), expected)
+
+    chosen = Rewrite(lambda x, b: x + b, nothing, where=lambda match: None if match.path("x") == "b" else "no bias")
+    assert chosen.find(model_of(lambda self, x: x + self.b)).matches
 
 
 def test_a_condition_says_why_a_match_does_not_count():
@@ -506,9 +526,41 @@ def test_a_pattern_that_says_nothing_is_refused():
         (lambda x, y: F.relu(x), "doesn't use its argument y"),
         (lambda *x: F.relu(x[0]), r"can't have \*args"),
         (lambda x: x + own, "tensor of shape"),
+        (lambda x: F.relu(x) if x.sum() > 0 else x, "the pattern can't be read"),
+        (lambda x: F.relu(x) * len(x), "the pattern can't be read"),
     ):
         with pytest.raises(RewriteError, match=words):
             Rewrite(pattern, nothing)
+
+
+def test_wrong_types_are_refused_with_what_is_wanted():
+    gelu: Any = gelu_to_tanh
+    for call, words in (
+        (lambda: gelu(3), "a rewrite takes a module, and not a int"),
+        (lambda: gelu.find("model"), "a rewrite takes a module, and not a str"),
+        (lambda: undo_rewrites(None), "a rewrite takes a module, and not a NoneType"),  # pyright: ignore
+        (lambda: gelu(nn.GELU(), expects="1"), "expects is a number of matches"),
+        (lambda: gelu(nn.GELU(), expects=True), "expects is a number of matches"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            call()
+
+
+def test_a_condition_returns_a_reason_or_none():
+    where: Any = lambda match: match["x"] is None  # noqa: E731
+    with pytest.raises(TypeError, match="where of nothing returns True; it returns why a match doesn't count"):
+        Rewrite(lambda x: F.gelu(x), nothing, where=where).find(nn.GELU())
+
+
+def test_a_condition_that_asks_for_what_the_pattern_lacks_is_told_what_there_is():
+    other = layer(nn.Linear)
+    for where, words in (
+        (lambda match: match["scale"], "no argument scale; its arguments are x"),
+        (lambda match: match.path("scale"), "no argument scale; its arguments are x"),
+        (lambda match: match.called(other), r"doesn't call this layer\(Linear\)"),
+    ):
+        with pytest.raises(KeyError, match=words):
+            Rewrite(lambda x: F.gelu(x), nothing, where=where).find(nn.GELU())
 
 
 def test_a_replacement_that_cannot_stand_in_a_graph_is_refused_and_the_model_stays_as_it_is():
@@ -518,6 +570,7 @@ def test_a_replacement_that_cannot_stand_in_a_graph_is_refused_and_the_model_sta
         (lambda x: None, "returns a NoneType"),
         (lambda x: x + torch.ones(3), "tensor of shape"),
         (lambda x: unmet(x), "calls layer"),
+        (lambda x: x * held("scale.weight"), r"held\('scale.weight'\), and GELU has no scale.weight"),
     ):
         model: Any = nn.Sequential(nn.GELU())
         with pytest.raises(RewriteError, match=words):
@@ -692,6 +745,38 @@ def test_a_layer_of_a_pattern_is_the_module_that_the_replacement_calls():
     model.branch.register_forward_hook(lambda *_: called.append(1))
     torch.testing.assert_close(model(x), x + 0.5 * F.linear(x, model.branch.weight, model.branch.bias) + F.gelu(x))
     assert called
+
+
+def test_rewrites_in_several_threads_have_graphs_of_their_own():
+    waiting = threading.Barrier(2, timeout=60)
+
+    def replacement(x):
+        waiting.wait()
+        value = x + held("b")
+        waiting.wait()
+        return value
+
+    def rewritten(number: int) -> bool:
+        model, x = model_of(lambda self, x: torch.exp(x)), torch.ones(SIZE)
+        # the modes of a model with one graph have one replacement
+        Rewrite(lambda x: torch.exp(x), replacement)(model, expects=1)
+        return torch.equal(model(x), x + model.b)
+
+    with ThreadPoolExecutor(2) as threads:
+        assert all(threads.map(rewritten, range(2)))
+
+
+def test_alternatives_in_several_threads_are_chosen_by_themselves():
+    waiting = threading.Barrier(2, timeout=60)
+    choice = either(lambda x: x.sin(), lambda x: x.cos())
+
+    def pattern(x):
+        waiting.wait()
+        return choice(x) * choice(x)
+
+    with ThreadPoolExecutor(2) as threads:
+        rewrites = list(threads.map(lambda _: Rewrite(pattern, nothing), range(2)))
+    assert [rewrite.alternatives for rewrite in rewrites] == [4, 4]
 
 
 def test_a_replacement_reads_what_the_module_holds():

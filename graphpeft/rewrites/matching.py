@@ -8,6 +8,7 @@ each step yields all states that extend it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -83,6 +84,9 @@ class Occurrence(NamedTuple):
         assumes = {**self.state.assumes, **assumed}
         return self._replace(state=State(self.state.known, self.state.nodes, assumes, self.state.layers))
 
+
+_MOST_STATES = 100
+"""The most ways of meeting a pattern at one node that are tried; operands that commute double them."""
 
 Judge = Callable[[Occurrence], tuple[str | None, Mapping[str, Any]]]
 """Returns why an occurrence doesn't count, or None, and the attributes, by path, whose values have decided on that."""
@@ -311,17 +315,17 @@ def _at(
     nearest: Stop | None = None
     size = 0
     for number, alternative in enumerate(alternatives):
-        matcher = Matcher(alternative, reader)
-        for state in matcher.states(node):
+        matcher, refused = Matcher(alternative, reader), None
+        for state in itertools.islice(matcher.states(node), _MOST_STATES):
             occurrence = Occurrence(node, alternative, number, state)
-            matcher.stop = _conflict(occurrence, reader, taken)
-            if matcher.stop is None:
+            conflict = _conflict(occurrence, reader, taken)
+            if conflict is None:
                 reason, assumed = judge(occurrence)
                 if reason is None:
                     return occurrence.assuming(assumed), None, 0
-                matcher.stop = Stop(alternative.size, node, reason)
-            break
-        stop = matcher.stop
+                conflict = Stop(alternative.size, node, reason)
+            refused = refused or conflict
+        stop = refused or matcher.stop
         if stop is not None and stop.matched and (nearest is None or stop.matched > nearest.matched):
             nearest, size = stop, alternative.size
     return None, nearest, size

@@ -209,7 +209,7 @@ class Plan:
 
             def judge(occurrence: Occurrence, reader: Reader = reader) -> tuple[str | None, Mapping[str, Any]]:
                 match = Match(occurrence, reader, path)
-                return (self._example.where(match) if self._example.where is not None else None), match.assumed
+                return _reason(self._example, match), match.assumed
 
             found, misses = occurrences(self._example.alternatives, reader, judge)
             read.readers.append(reader)
@@ -261,6 +261,16 @@ class Plan:
         miss = NearMiss(path, node.name, stop.matched, size, stop.node.name, line_of(stop.node), stop.reason)
         if miss not in self.misses:
             self.misses.append(miss)
+
+
+def _reason(example: Example, match: Match) -> str | None:
+    """Returns why the condition of a rewrite refuses a match, or None if it doesn't."""
+    reason = example.where(match) if example.where is not None else None
+    if reason is not None and not isinstance(reason, str):
+        raise TypeError(
+            f"where of {example.name} returns {reason!r}; it returns why a match doesn't count, or None if it does"
+        )
+    return reason
 
 
 def _is_graph(module: nn.Module) -> bool:

@@ -56,6 +56,14 @@ class Reader:
             value = getattr(value, name, None)
         return value
 
+    def has(self, path: str) -> bool:
+        """Returns whether the graph's module has something at a path."""
+        try:
+            operator.attrgetter(path)(self.root)
+        except AttributeError:
+            return False
+        return True
+
     def path(self, value: Any) -> str | None:
         """Returns the path of the attribute, or of the number of a flat graph, that a value is, or None."""
         if isinstance(value, fx.Node) and is_number(value):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def held(path: str) -> Any:
         Its value, for the code of the replacement.
 
     Raises:
+        RewriteError: If the module has nothing at this path.
         RuntimeError: Outside of a replacement.
 
     Examples:
@@ -45,14 +47,17 @@ def held(path: str) -> Any:
         >>> len(tied(model, inside=[""]).matches)
         1
     """
-    if not _TRACERS:
+    running = _RUNNING.get()
+    if running is None:
         raise RuntimeError("held() is called in replacements")
-    tracer = _TRACERS[-1]
+    tracer, reader = running
+    if not reader.has(path):
+        raise RewriteError(f"the replacement reads held({path!r}), and {type(reader.root).__name__} has no {path}")
     return fx.Proxy(tracer.graph.create_node("get_attr", path), tracer)
 
 
-_TRACERS: list[RuleTracer] = []
-"""The tracers of the replacements that run at present, the innermost last."""
+_RUNNING: ContextVar[tuple[RuleTracer, Reader] | None] = ContextVar("running", default=None)
+"""The tracer of the replacement that runs at present in this thread, and the reader of its match."""
 
 
 def replace_all(
@@ -113,14 +118,14 @@ def _emitted(
     called = {wanted: str(node.target) for wanted, node in occurrence.state.layers.items()}
     with graph.inserting_before(result):
         given = {key: _as_proxy(value, nodes, tracer) for key, value in _asked(code, occurrence).items()}
-        _TRACERS.append(tracer)
+        token = _RUNNING.set((tracer, reader))
         try:
             with torch.enable_grad():
                 value = code(**given)
         except (RuleError, ProxyError) as error:
             raise RewriteError(f"the replacement of {name} can't stand in a graph: {error}") from error
         finally:
-            _TRACERS.pop()
+            _RUNNING.reset(token)
     if not isinstance(value, fx.Proxy):
         raise RewriteError(f"the replacement of {name} returns a {type(value).__name__}, and no value of the graph")
     new = value.node

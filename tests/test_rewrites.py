@@ -703,6 +703,21 @@ def test_a_layer_in_another_mode_than_the_match_has_seen_raises():
         model(inputs())
 
 
+def test_a_hook_that_a_swallowed_layer_gets_later_raises():
+    model: Any = nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU())
+    Rewrite(lambda x, w, b: F.gelu(F.linear(x, w, b)), lambda x, w, b: F.relu(F.linear(x, w, b)))(model, expects=1)
+    x = inputs()
+    expected = model(x)
+    for rewritten in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), trace(model, (x,))):
+        assert torch.equal(rewritten(x), expected)
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
+    hook = model[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(GuardError, match=r"^0\._forward_hooks, on which"):
+        model(x)
+    hook.remove()
+    assert torch.equal(model(x), expected)
+
+
 def test_a_weight_that_a_norm_gets_later_is_refused():
     model: Any = nn.Sequential(nn.Conv1d(2, 2, 1), nn.BatchNorm1d(2, affine=False)).eval()
     Rewrite(

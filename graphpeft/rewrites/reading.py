@@ -175,8 +175,7 @@ class Reader:
         assert self.root is not None
         path = str(node.target)
         layer = self.root.get_submodule(path)
-        hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-        if any(hooks):
+        if any(getattr(layer, name) for name in _HOOKS):
             self.reasons[node] = f"{path} has hooks, which an operation in its place wouldn't run"
             return None
         if set_forward(layer) is not None or has_forward(layer):
@@ -215,7 +214,7 @@ class Reader:
 
         inner = bound(computing[0])
         arguments = {name: outside(value) for name, value in inner.arguments.items()}
-        return Form(inner.function, arguments, inner.defaults, assumes)
+        return Form(inner.function, arguments, inner.defaults, assumes | _without_hooks(path))
 
     def _of_batch_norm(self, node: fx.Node, path: str, layer: Any) -> Form | None:
         if self.training:
@@ -227,7 +226,14 @@ class Reader:
         tensors = {name: Attribute(f"{path}.{name}") if getattr(layer, name) is not None else None for name in names}
         arguments = {"input": value_of(node.args[0]), **tensors, "training": Attribute(f"{path}.training")}
         absent = {f"{path}.{name}": None for name, tensor in tensors.items() if tensor is None}
-        return Form("batch_norm", {**arguments, "eps": Attribute(f"{path}.eps")}, {"momentum": 0.1}, absent)
+        return Form("batch_norm", {**arguments, "eps": Attribute(f"{path}.eps")}, {"momentum": 0.1}, absent | _without_hooks(path))
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _without_hooks(path: str) -> dict[str, Any]:
+    return {f"{path}.{name}": {} for name in _HOOKS}
 
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

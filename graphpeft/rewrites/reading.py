@@ -93,7 +93,7 @@ class Reader:
         if value.target is operator.getitem:
             return isinstance(value.args[1], slice) and self.is_sequence(value.args[0])
         is_shape = value.target is getattr and value.args[1] == "shape"
-        return is_shape or (value.target is operator.add and any(map(self.is_sequence, value.args)))
+        return bool(is_shape) or (value.target is operator.add and any(map(self.is_sequence, value.args)))
 
     def forms(self, value: Any) -> tuple[Form, ...]:
         """Returns the forms of a value, as the graph spells it first; () for a value that no operation computes."""
@@ -226,7 +226,12 @@ class Reader:
         tensors = {name: Attribute(f"{path}.{name}") if getattr(layer, name) is not None else None for name in names}
         arguments = {"input": value_of(node.args[0]), **tensors, "training": Attribute(f"{path}.training")}
         absent = {f"{path}.{name}": None for name, tensor in tensors.items() if tensor is None}
-        return Form("batch_norm", {**arguments, "eps": Attribute(f"{path}.eps")}, {"momentum": 0.1}, absent | _without_hooks(path))
+        return Form(
+            "batch_norm",
+            {**arguments, "eps": Attribute(f"{path}.eps")},
+            {"momentum": 0.1},
+            absent | _without_hooks(path),
+        )
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

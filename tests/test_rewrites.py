@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -190,6 +192,94 @@ def test_an_argument_of_one_alternative_alone_has_its_default_in_the_replacement
         torch.testing.assert_close(model(x), expected)
 
 
+# which calls are the same
+
+NOT_MET = {
+    "a mean over a dimension": (lambda x: x.mean(), lambda self, x: x.mean(-1)),
+    "a sum over a dimension": (lambda x: x.sum(), lambda self, x: x.sum(dim=-1)),
+    "a maximum over a dimension": (lambda x: x.max(), lambda self, x: x.max(-1)),
+    "amax over a dimension": (lambda x: x.amax(), lambda self, x: x.amax(-1)),
+    "a product over a dimension": (lambda x: x.prod(), lambda self, x: x.prod(-1)),
+    "any over a dimension": (lambda x: x.any(), lambda self, x: x.any(-1)),
+    "a variance over a dimension": (lambda x: x.var(), lambda self, x: x.var(dim=0)),
+    "a variance without correction": (lambda x: x.var(), lambda self, x: x.var(correction=0)),
+    "squeezing one dimension": (lambda x: x.squeeze(), lambda self, x: x.squeeze(0)),
+    "the minimum of two": (lambda x: torch.min(x), lambda self, x: torch.min(x, x)),
+    "a rounded quotient": (lambda x: torch.div(x, 2), lambda self, x: torch.div(x, 2, rounding_mode="floor")),
+    "decimals": (lambda x: torch.round(x), lambda self, x: torch.round(x, decimals=1)),
+    "two indices": (lambda x: x[0], lambda self, x: x[0, 0]),
+    "an index of a tuple": (lambda x: x[0], lambda self, x: x[(0, 0),]),
+    "an index of a list": (lambda x: x[0, 1], lambda self, x: x[[0, 1]]),
+    "two repeats": (lambda x: x.repeat(2), lambda self, x: x.repeat(2, 2)),
+    "two tiles": (lambda x: x.tile(2), lambda self, x: x.tile(2, 2)),
+    "two sizes": (lambda x: x.expand(4), lambda self, x: x.expand(4, 4)),
+    "two sizes of a shape": (lambda x: x.reshape(2), lambda self, x: x.reshape(2, 2)),
+    "another dimension of a list": (lambda x: torch.cat([x, x], -1), lambda self, x: torch.cat([x, x], 0)),
+    "another order of a list": (lambda x: torch.cat([x, x * 2]), lambda self, x: torch.cat([x * 2, x])),
+    "a sum of shapes in another order": (
+        lambda x: x.reshape(x.shape + (1,)),  # noqa: RUF005 - a sum
+        lambda self, x: x.reshape((1,) + x.shape),  # noqa: RUF005 - a sum
+    ),
+    "a transpose that may not be of a matrix": (lambda x, y: x @ y.t(), lambda self, x: x @ (2 * x).mT),
+    "a transpose that may have three dimensions": (lambda x, y: x @ y.T, lambda self, x: x @ (2 * x).mT),
+    "all dimensions reversed": (lambda x, y: x @ y.mT, lambda self, x: x @ self.cube.T),
+    "as many operands of a list": (lambda x: torch.stack([x, x]), lambda self, x: torch.stack([x, x, x])),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The use of `x.T` on tensors")
+@pytest.mark.parametrize("case", NOT_MET)
+def test_a_call_with_other_arguments_is_another_one(case):
+    pattern, forward = NOT_MET[case]
+    model = model_of(forward)
+    model.cube = nn.Parameter(torch.randn(3, 3, 3))
+    report = Rewrite(pattern, nothing).find(model)
+    assert not report.matches
+    assert not report.left
+
+
+MET = {
+    "a function and a method": (lambda x: x.mean(), lambda self, x: torch.mean(x)),
+    "one dimension as a tuple": (lambda x: x.mean(-1), lambda self, x: x.mean(dim=(-1,), keepdim=False)),
+    "dimensions as a list": (lambda x: x.sum((0, 1)), lambda self, x: x.sum([0, 1])),
+    "an argument that one spelling lacks": (
+        lambda x: F.dropout(x),
+        lambda self, x: torch.ops.aten.dropout.default(x, 0.5, True),
+    ),
+    "a quotient as an operator": (lambda x: torch.div(x, 2), lambda self, x: x / 2),
+    "a quotient as a function": (lambda x: x / 2, lambda self, x: torch.true_divide(x, 2)),
+    "sizes one by one": (lambda x: x.view(2, -1), lambda self, x: x.reshape((2, -1))),
+    "one size": (lambda x: x.repeat(2), lambda self, x: x.repeat((2,))),
+    "two indices": (lambda x: x[0, 1], lambda self, x: x[(0, 1)]),
+    "an index of a list": (lambda x: x[[0, 1]], lambda self, x: x[[0, 1]]),
+    "one number for each side": (lambda x: F.avg_pool2d(x, 2), lambda self, x: F.avg_pool2d(x, (2, 2))),
+    "a transpose of a matrix": (lambda x, y: x @ y.mT, lambda self, x: x @ (2 * x).t()),
+    "a transpose of any value": (lambda x, y: x @ y.T, lambda self, x: x @ (2 * x).T),
+    "dimensions in another order": (lambda x, y: x @ y.mT, lambda self, x: x @ x.permute(0, 2, 1)),
+    "sizes of a shape": (lambda x, n: x.reshape(1 + n), lambda self, x: x.reshape(x.shape[0] + 1)),
+    "a list": (lambda x: torch.cat([x, x], -1), lambda self, x: torch.cat((x, x), dim=-1)),
+    "a list of what is computed": (lambda x: torch.stack((x, 2 * x)), lambda self, x: torch.stack([x, x * 2])),
+}
+
+
+@pytest.mark.parametrize("case", MET)
+def test_a_call_with_the_same_arguments_is_met_in_every_spelling(case):
+    pattern, forward = MET[case]
+    assert len(Rewrite(pattern, nothing).find(model_of(forward)).matches) == 1
+
+
+def test_one_number_of_a_layer_stands_for_each_side():
+    pooled = Rewrite(lambda x: F.avg_pool2d(x, (2, 2), (2, 2)), nothing)
+    assert pooled.find(nn.AvgPool2d(2)).matches
+    assert not pooled.find(nn.AvgPool2d(3)).matches
+
+
+def test_a_list_is_an_argument_of_the_pattern():
+    model, x = model_of(lambda self, x: torch.cat([x, 2 * x], -1)), inputs()
+    Rewrite(lambda parts: torch.cat(parts, -1), lambda parts: torch.cat(parts, 0))(model, expects=1)
+    assert torch.equal(model(x), torch.cat([x, 2 * x]))
+
+
 # what arguments stand for
 
 
@@ -249,6 +339,20 @@ def test_a_number_of_a_module_on_which_a_match_has_decided_is_checked_in_each_ru
 # what stops a match
 
 
+def test_another_reading_is_tried_where_the_first_one_is_refused():
+    def forward(self, x):
+        h = torch.exp(x)
+        return h * torch.exp(2 * x), h
+
+    model, x = model_of(forward), inputs()
+    expected = model(x)
+    Rewrite(lambda x, y: torch.exp(y) * x, lambda x, y: x * torch.exp(y))(model, expects=1)
+    torch.testing.assert_close(model(x), expected)
+
+    chosen = Rewrite(lambda x, b: x + b, nothing, where=lambda match: None if match.path("x") == "b" else "no bias")
+    assert chosen.find(model_of(lambda self, x: x + self.b)).matches
+
+
 def test_a_condition_says_why_a_match_does_not_count():
     model: Any = nn.Sequential(nn.Linear(SIZE, 2), nn.Linear(2, SIZE))
     rewrite = Rewrite(
@@ -283,20 +387,76 @@ def test_a_write_amid_the_operations_stops_a_match():
     assert report.misses[0].stopped_at == "add_"
 
 
-def test_a_replacement_that_shares_memory_is_refused_where_a_write_follows():
+def _adds(self, h):
+    h.add_(1)
+
+
+WRITES = {
+    "by a method": _adds,
+    "by a function": lambda self, h: F.relu(h, inplace=True),
+    "by a function, by place": lambda self, h: F.relu(h, True),
+    "into out": lambda self, h: torch.add(h, 1, out=h),
+    "by a layer": lambda self, h: self.act(h),
+    "by a layer inside another": lambda self, h: self.several(h),
+    "by a module of another class": lambda self, h: self.own(h),
+}
+
+SHARING = {
+    "an argument": lambda x: x,
+    "a view": lambda x: x.view(-1, SIZE),
+    "dropout that does nothing": lambda x: F.dropout(x, 0.5, False),
+    "einsum": lambda x: torch.einsum("ij->ij", x),
+    "an operator": lambda x: torch.ops.aten.alias.default(x),
+}
+
+
+@pytest.mark.parametrize("replacement", SHARING)
+@pytest.mark.parametrize("write", WRITES)
+def test_a_replacement_that_shares_memory_is_copied_where_a_write_follows(write, replacement):
     def forward(self, x):
-        h = x * 1
+        h = x.neg().neg()
+        WRITES[write](self, h)
+        return h + x
+
+    layers = {"act": nn.ReLU(inplace=True), "several": nn.Sequential(nn.ReLU(inplace=True)), "own": model_of(_adds)}
+    model, x = model_of(forward, **layers), inputs()
+    expected = model(x.clone())
+    Rewrite(lambda x: x.neg().neg(), SHARING[replacement])(model, inside=[""], expects=1)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("replacement", SHARING)
+def test_a_replacement_that_shares_memory_is_copied_where_other_modules_have_its_value(replacement):
+    def forward(self, x):
+        h = self.inner(x)
         h.add_(1)
         return h + x
 
-    for replacement in (lambda x: x, lambda x: x.view(-1, SIZE)):
-        model = model_of(forward)
-        with pytest.raises(RewriteError, match=r"add_ writes to tensors in place afterwards"):
-            Rewrite(lambda x: x * 1, replacement)(model)
-        assert not isinstance(model, fx.GraphModule)
-    model, x = model_of(forward), inputs()
-    Rewrite(lambda x: x * 1, lambda x: x.clone())(model, expects=1)
-    torch.testing.assert_close(model(x.clone()), 2 * x + 1)
+    model, x = model_of(forward, inner=model_of(lambda self, x: x.neg().neg().view(-1, SIZE))), inputs()
+    expected = model(x.clone())
+    Rewrite(lambda x: x.neg().neg(), SHARING[replacement])(model, expects=1)
+    assert torch.equal(model(x), expected)
+
+
+def test_a_replacement_is_not_copied_where_nothing_can_write_to_it():
+    model, x = model_of(lambda self, x: x.neg().neg()), inputs()
+    Rewrite(lambda x: x.neg().neg(), lambda x: x)(model, expects=1)
+    assert model(x) is x
+    inner = nn.Sequential(nn.Dropout(0.5))
+    Rewrite(lambda x, *, p: F.dropout(x, p, training=False), lambda x: x)(inner)
+    assert inner.eval()(x) is x
+
+
+def test_several_views_are_refused_where_a_write_follows():
+    def forward(self, x):
+        parts = torch.tensor_split(x.cos(), 2)
+        parts[0].add_(1)
+        return parts[0] + x
+
+    model = model_of(forward)
+    with pytest.raises(RewriteError, match=r"add_ writes to tensors in place afterwards"):
+        Rewrite(lambda x: torch.tensor_split(x.cos(), 2), lambda x: torch.chunk(x, 2))(model)
+    assert not isinstance(model, fx.GraphModule)
 
 
 def test_an_operation_in_place_is_another_one():
@@ -366,9 +526,41 @@ def test_a_pattern_that_says_nothing_is_refused():
         (lambda x, y: F.relu(x), "doesn't use its argument y"),
         (lambda *x: F.relu(x[0]), r"can't have \*args"),
         (lambda x: x + own, "tensor of shape"),
+        (lambda x: F.relu(x) if x.sum() > 0 else x, "the pattern can't be read"),
+        (lambda x: F.relu(x) * len(x), "the pattern can't be read"),
     ):
         with pytest.raises(RewriteError, match=words):
             Rewrite(pattern, nothing)
+
+
+def test_wrong_types_are_refused_with_what_is_wanted():
+    gelu: Any = gelu_to_tanh
+    for call, words in (
+        (lambda: gelu(3), "a rewrite takes a module, and not a int"),
+        (lambda: gelu.find("model"), "a rewrite takes a module, and not a str"),
+        (lambda: undo_rewrites(None), "a rewrite takes a module, and not a NoneType"),  # pyright: ignore
+        (lambda: gelu(nn.GELU(), expects="1"), "expects is a number of matches"),
+        (lambda: gelu(nn.GELU(), expects=True), "expects is a number of matches"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            call()
+
+
+def test_a_condition_returns_a_reason_or_none():
+    where: Any = lambda match: match["x"] is None  # noqa: E731
+    with pytest.raises(TypeError, match="where of nothing returns True; it returns why a match doesn't count"):
+        Rewrite(lambda x: F.gelu(x), nothing, where=where).find(nn.GELU())
+
+
+def test_a_condition_that_asks_for_what_the_pattern_lacks_is_told_what_there_is():
+    other = layer(nn.Linear)
+    for where, words in (
+        (lambda match: match["scale"], "no argument scale; its arguments are x"),
+        (lambda match: match.path("scale"), "no argument scale; its arguments are x"),
+        (lambda match: match.called(other), r"doesn't call this layer\(Linear\)"),
+    ):
+        with pytest.raises(KeyError, match=words):
+            Rewrite(lambda x: F.gelu(x), nothing, where=where).find(nn.GELU())
 
 
 def test_a_replacement_that_cannot_stand_in_a_graph_is_refused_and_the_model_stays_as_it_is():
@@ -378,6 +570,7 @@ def test_a_replacement_that_cannot_stand_in_a_graph_is_refused_and_the_model_sta
         (lambda x: None, "returns a NoneType"),
         (lambda x: x + torch.ones(3), "tensor of shape"),
         (lambda x: unmet(x), "calls layer"),
+        (lambda x: x * held("scale.weight"), r"held\('scale.weight'\), and GELU has no scale.weight"),
     ):
         model: Any = nn.Sequential(nn.GELU())
         with pytest.raises(RewriteError, match=words):
@@ -430,6 +623,15 @@ def test_undoing_gives_the_classes_back_also_of_copies_and_of_several_rewrites()
         undo_rewrites(rewritten)
         assert [type(each) for each in rewritten] == [nn.Linear, nn.GELU, nn.Dropout]
         assert torch.equal(rewritten(x), expected)
+
+
+def test_undone_copies_have_graphs_of_their_own():
+    traced = trace(nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU()), (inputs(),))
+    gelu_to_tanh(traced)
+    copied = copy.deepcopy(traced)
+    for each in (traced, copied):
+        undo_rewrites(each)
+    assert copied.graph is not traced.graph
 
 
 def test_undoing_gives_a_trace_its_graph_back():
@@ -501,6 +703,33 @@ def test_a_layer_in_another_mode_than_the_match_has_seen_raises():
         model(inputs())
 
 
+def test_a_hook_that_a_swallowed_layer_gets_later_raises():
+    model: Any = nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU())
+    Rewrite(lambda x, w, b: F.gelu(F.linear(x, w, b)), lambda x, w, b: F.relu(F.linear(x, w, b)))(model, expects=1)
+    x = inputs()
+    expected = model(x)
+    for rewritten in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), trace(model, (x,))):
+        assert torch.equal(rewritten(x), expected)
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
+    hook = model[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(GuardError, match=r"^0\._forward_hooks, on which"):
+        model(x)
+    hook.remove()
+    assert torch.equal(model(x), expected)
+
+
+def test_a_weight_that_a_norm_gets_later_is_refused():
+    model: Any = nn.Sequential(nn.Conv1d(2, 2, 1), nn.BatchNorm1d(2, affine=False)).eval()
+    Rewrite(
+        lambda x, mean, variance, w, b, *, eps: F.batch_norm(x, mean, variance, w, b, False, 0.1, eps),
+        lambda x, mean, variance, eps: F.batch_norm(x, mean, variance, eps=eps),
+    )(model, inside=[""], expects=1)
+    model(torch.randn(2, 2, 3))
+    model[1].weight = nn.Parameter(torch.ones(2))
+    with pytest.raises(GuardError, match=r"^1\.weight, on which"):
+        model(torch.randn(2, 2, 3))
+
+
 def test_an_option_that_a_layer_can_no_longer_have_is_refused():
     model: Any = nn.Sequential(nn.Conv1d(2, 2, 3))
     Rewrite(lambda x, w, b: F.conv1d(x, w, b), lambda x, w, b: F.conv1d(x, 2 * w, b))(model, expects=1)
@@ -531,6 +760,38 @@ def test_a_layer_of_a_pattern_is_the_module_that_the_replacement_calls():
     model.branch.register_forward_hook(lambda *_: called.append(1))
     torch.testing.assert_close(model(x), x + 0.5 * F.linear(x, model.branch.weight, model.branch.bias) + F.gelu(x))
     assert called
+
+
+def test_rewrites_in_several_threads_have_graphs_of_their_own():
+    waiting = threading.Barrier(2, timeout=60)
+
+    def replacement(x):
+        waiting.wait()
+        value = x + held("b")
+        waiting.wait()
+        return value
+
+    def rewritten(number: int) -> bool:
+        model, x = model_of(lambda self, x: torch.exp(x)), torch.ones(SIZE)
+        # the modes of a model with one graph have one replacement
+        Rewrite(lambda x: torch.exp(x), replacement)(model, expects=1)
+        return torch.equal(model(x), x + model.b)
+
+    with ThreadPoolExecutor(2) as threads:
+        assert all(threads.map(rewritten, range(2)))
+
+
+def test_alternatives_in_several_threads_are_chosen_by_themselves():
+    waiting = threading.Barrier(2, timeout=60)
+    choice = either(lambda x: x.sin(), lambda x: x.cos())
+
+    def pattern(x):
+        waiting.wait()
+        return choice(x) * choice(x)
+
+    with ThreadPoolExecutor(2) as threads:
+        rewrites = list(threads.map(lambda _: Rewrite(pattern, nothing), range(2)))
+    assert [rewrite.alternatives for rewrite in rewrites] == [4, 4]
 
 
 def test_a_replacement_reads_what_the_module_holds():

@@ -148,11 +148,14 @@ def separates(node: fx.Node, root: nn.Module) -> bool:
     Such a node writes into tensors, or is the edge of a region under autocast or with gradients.
     """
     if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
-        return not type(module).__module__.startswith("torch.nn.") or bool(getattr(module, "inplace", False))
+        return any(_may_write(module) for module in root.get_submodule(str(node.target)).modules())
     writes_there = node.op.startswith("call_") and writes(node.target)
     is_told = bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
     return writes_there or is_told or node.target in _EDGES_OF_REGIONS
+
+
+def _may_write(module: nn.Module) -> bool:
+    return not type(module).__module__.startswith("torch.nn.") or bool(getattr(module, "inplace", False))
 
 
 _EDGES_OF_REGIONS = (enter_autocast, leave_autocast, enter_gradients, leave_gradients)

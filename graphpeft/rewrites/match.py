@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
-from graphpeft.graph.calls import calls_of
-from graphpeft.graph.facts import above
 from graphpeft.graph.paths import join
 from graphpeft.rewrites.matching import Occurrence
 from graphpeft.rewrites.pattern import layer
@@ -41,11 +39,28 @@ class Match(Mapping[str, Any]):
         self.assumed: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
-        value = self._occurrence.values[name]
+        """Returns the value of an argument of the pattern.
+
+        Args:
+            name: The name of the argument.
+
+        Returns:
+            What a module holds, a constant, or an example; None if none is known.
+
+        Raises:
+            KeyError: If the pattern has no such argument.
+        """
+        value = self._value(name)
         path, present = self._reader.path(value), self._reader.constant(value)
         if path is not None and isinstance(present, PLAIN):
             self.assumed[path] = present
         return example_of(present, self._reader.read)
+
+    def _value(self, name: str) -> Any:
+        values = self._occurrence.values
+        if name not in values:
+            raise KeyError(f"the pattern has no argument {name}; its arguments are {', '.join(values)}")
+        return values[name]
 
     def __iter__(self) -> Any:
         return iter(self._occurrence.values)
@@ -54,34 +69,33 @@ class Match(Mapping[str, Any]):
         return len(self._occurrence.values)
 
     def path(self, name: str) -> str | None:
-        """Returns the path in the model of the tensor or number that an argument of the pattern is, or None.
+        """Returns the path in the model of the value of an argument.
 
         Args:
             name: The name of the argument.
+
+        Returns:
+            The path of a tensor or a number that a module holds; None for any other value.
+
+        Raises:
+            KeyError: If the pattern has no such argument.
         """
-        value = self._occurrence.values[name]
+        value = self._value(name)
         return join(self.module, value.path) if isinstance(value, Attribute) else None
 
     def called(self, wanted: layer) -> nn.Module:
-        """Returns the module that a layer of the pattern is.
+        """Returns the module that a layer of the pattern stands for.
 
         Args:
             wanted: The layer.
+
+        Returns:
+            The module of the model.
+
+        Raises:
+            KeyError: If the pattern doesn't call this layer.
         """
+        if wanted not in self._occurrence.state.layers:
+            raise KeyError(f"the pattern doesn't call this layer({wanted.__name__})")
         assert self._reader.root is not None
         return self._reader.root.get_submodule(str(self._occurrence.state.layers[wanted].target))
-
-    def depends(self, name: str, on: str) -> bool:
-        """Returns whether the value of one argument of the pattern is computed from that of another.
-
-        Args:
-            name: The name of the argument that may be computed.
-            on: The name of the other one.
-        """
-        value, source = self._occurrence.values[name], self._occurrence.values[on]
-        return isinstance(value, fx.Node) and isinstance(source, fx.Node) and source in above(value)
-
-    @property
-    def calls(self) -> tuple[str, ...]:
-        """The paths of the modules in whose calls a flat graph recorded the result, the outermost first."""
-        return tuple(call.path for call in calls_of(self._occurrence.result))

@@ -8,6 +8,7 @@ each step yields all states that extend it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,14 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from graphpeft.graph.facts import is_random, reads_metadata_only, separates, writes
+from graphpeft.graph.facts import is_random, reads_metadata_only, separates
 from graphpeft.graph.ops.linear import transpose_of
 from graphpeft.graph.tags import TAG
 from graphpeft.graph.template import VALUE
 from graphpeft.rewrites.pattern import Alternative, layer
 from graphpeft.rewrites.reading import Reader
 from graphpeft.rewrites.spellings import COMMUTES
-from graphpeft.rewrites.values import MISSING, Form, is_constant, is_tensor, same, shown, value_of
+from graphpeft.rewrites.values import MISSING, Form, is_constant, is_tensor, same, shown, spread, value_of
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,9 @@ class Occurrence(NamedTuple):
         assumes = {**self.state.assumes, **assumed}
         return self._replace(state=State(self.state.known, self.state.nodes, assumes, self.state.layers))
 
+
+_MOST_STATES = 100
+"""The most ways of meeting a pattern at one node that are tried; operands that commute double them."""
 
 Judge = Callable[[Occurrence], tuple[str | None, Mapping[str, Any]]]
 """Returns why an occurrence doesn't count, or None, and the attributes, by path, whose values have decided on that."""
@@ -161,7 +165,7 @@ class Matcher:
             return
         for form in fitting:
             through = state.knowing(pattern, value).through(form, value)
-            for names in _orders(wanted, form):
+            for names in _orders(wanted, form, self._reader):
                 yield from self._arguments(wanted, form, names, through, at)
 
     def _arguments(
@@ -172,10 +176,14 @@ class Matcher:
             yield state
             return
         (name, other), *rest = names
-        for following in self._argument(name, wanted.given(name), form.given(other), state, at):
+        # an argument that one of them doesn't have is the other's default
+        sought, value = _given(name, wanted, other, form), _given(other, form, name, wanted)
+        for following in self._argument(name, sought, value, state, at, wanted.lengths.get(name)):
             yield from self._arguments(wanted, form, rest, following, at)
 
-    def _argument(self, name: Any, wanted: Any, value: Any, state: State, at: fx.Node) -> Iterator[State]:
+    def _argument(
+        self, name: Any, wanted: Any, value: Any, state: State, at: fx.Node, length: int | None = None
+    ) -> Iterator[State]:
         wanted = value_of(wanted)
         if isinstance(wanted, fx.Node):
             if value is MISSING:
@@ -190,7 +198,7 @@ class Matcher:
             else:
                 self._missed(state, at, f"has {shown(value)} as {name}, where the pattern has {len(wanted)} values")
         else:
-            yield from self._constant(name, wanted, value, state, at)
+            yield from self._constant(name, wanted, value, state, at, length)
 
     def _parts(self, name: Any, pairs: list[tuple[Any, Any]], state: State, at: fx.Node) -> Iterator[State]:
         if not pairs:
@@ -199,9 +207,12 @@ class Matcher:
         for following in self._argument(name, *pairs[0], state, at):
             yield from self._parts(name, pairs[1:], following, at)
 
-    def _constant(self, name: Any, wanted: Any, value: Any, state: State, at: fx.Node) -> Iterator[State]:
+    def _constant(
+        self, name: Any, wanted: Any, value: Any, state: State, at: fx.Node, length: int | None
+    ) -> Iterator[State]:
         present = self._reader.constant(value)
-        if MISSING in (wanted, present) or (same(wanted, present) and not _promotes(wanted, present, at)):
+        each, present_each = spread(wanted, length), spread(present, length)
+        if same(each, present_each) and not _promotes(each, present_each, at):
             path = self._reader.path(value) if present is not value else None
             read = {path: present} if path is not None else {}
             yield State(state.known, state.nodes, {**state.assumes, **read}, state.layers)
@@ -237,6 +248,11 @@ def _promotes(one: Any, other: Any, node: fx.Node) -> bool:
     return type(one) is not type(other) and bool(are_whole)
 
 
+def _given(name: Any, form: Form, other_name: Any, other: Form) -> Any:
+    value = form.given(name)
+    return other.defaults.get(other_name, MISSING) if value is MISSING else value
+
+
 def _call(wanted: layer, node: fx.Node) -> Form:
     arguments: dict[Any, Any] = dict(enumerate(value_of(node.args)))
     return Form(wanted, arguments | {name: value_of(value) for name, value in node.kwargs.items()}, {}, {})
@@ -246,12 +262,14 @@ def _names(wanted: Form, form: Form) -> list[Any]:
     return list(dict.fromkeys((*wanted.arguments, *form.arguments)))
 
 
-def _orders(wanted: Form, form: Form) -> Iterator[list[tuple[Any, Any]]]:
+def _orders(wanted: Form, form: Form, reader: Reader) -> Iterator[list[tuple[Any, Any]]]:
     """Yields which argument of the pattern is which of the graph's: as they are; with the operands exchanged."""
     names = _names(wanted, form)
     yield [(name, name) for name in names]
     operands = [name for name in names if name not in ("alpha", "out")]
-    if wanted.function in COMMUTES and len(operands) == 2 and wanted.given("alpha") in (1, MISSING):
+    values = [each.given(name) for each in (wanted, form) for name in operands]
+    has_order = wanted.given("alpha") not in (1, MISSING) or any(reader.is_sequence(value) for value in values)
+    if wanted.function in COMMUTES and len(operands) == 2 and not has_order:
         exchanged = {operands[0]: operands[1], operands[1]: operands[0]}
         yield [(name, exchanged.get(name, name)) for name in names]
 
@@ -297,17 +315,17 @@ def _at(
     nearest: Stop | None = None
     size = 0
     for number, alternative in enumerate(alternatives):
-        matcher = Matcher(alternative, reader)
-        for state in matcher.states(node):
+        matcher, refused = Matcher(alternative, reader), None
+        for state in itertools.islice(matcher.states(node), _MOST_STATES):
             occurrence = Occurrence(node, alternative, number, state)
-            matcher.stop = _conflict(occurrence, reader, taken)
-            if matcher.stop is None:
+            conflict = _conflict(occurrence, reader, taken)
+            if conflict is None:
                 reason, assumed = judge(occurrence)
                 if reason is None:
                     return occurrence.assuming(assumed), None, 0
-                matcher.stop = Stop(alternative.size, node, reason)
-            break
-        stop = matcher.stop
+                conflict = Stop(alternative.size, node, reason)
+            refused = refused or conflict
+        stop = refused or matcher.stop
         if stop is not None and stop.matched and (nearest is None or stop.matched > nearest.matched):
             nearest, size = stop, alternative.size
     return None, nearest, size
@@ -351,11 +369,3 @@ def _between(graph: fx.Graph, nodes: frozenset[fx.Node], result: fx.Node) -> Ite
         is_inside = is_inside or node in nodes
         if is_inside and node not in nodes:
             yield node
-
-
-def is_written(node: fx.Node) -> bool:
-    """Returns whether another node writes to the value of a node in place."""
-    return any(
-        user.op.startswith("call_") and writes(user.target) and user.args and user.args[0] is node
-        for user in node.users
-    )

@@ -1,13 +1,15 @@
-"""Patterns: functions in plain PyTorch whose arguments are what they leave open."""
+"""Patterns: functions in plain PyTorch, whose arguments stand for any values."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
+from torch.fx.proxy import TraceError as ProxyError
 
 from graphpeft.peft_errors import PeftError
 from graphpeft.rewrites.reading import Reader
@@ -71,8 +73,8 @@ class either:  # noqa: N801 - as above
     It stands for a pattern, or is called inside one.
 
     Args:
-        patterns: Functions. Each has arguments of its own; what the one that matches lacks has its default in the
-            replacement.
+        patterns: Functions. Each has arguments of its own. In the replacement, an argument that the matching one lacks
+            has its default.
 
     Raises:
         TypeError: If there are fewer than two.
@@ -89,7 +91,7 @@ class either:  # noqa: N801 - as above
         self.patterns = patterns
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Computes what the pattern computes that is tried at present.
+        """Calls one of the patterns: the one that is tried at present, or outside of a pattern the first.
 
         Args:
             args: The positional arguments of the pattern.
@@ -97,8 +99,12 @@ class either:  # noqa: N801 - as above
 
         Returns:
             Its value, for the code of the pattern around.
+
+        Raises:
+            TypeError: If that pattern takes other arguments.
         """
-        chosen = _CHOICES[-1].next(len(self.patterns)) if _CHOICES else 0
+        choices = _CHOICES.get()
+        chosen = choices.next(len(self.patterns)) if choices is not None else 0
         return self.patterns[chosen](*args, **kwargs)
 
 
@@ -129,8 +135,8 @@ class _Choices:
         return bool(self._digits)
 
 
-_CHOICES: list[_Choices] = []
-"""The choices of the patterns that are being read, the innermost last."""
+_CHOICES: ContextVar[_Choices | None] = ContextVar("choices", default=None)
+"""The choices of the pattern that is being read in this thread."""
 
 
 class Alternative(NamedTuple):
@@ -159,7 +165,8 @@ def alternatives_of(pattern: Callable[..., Any]) -> tuple[Alternative, ...]:
     """Returns the ways in which a pattern can be met, in the order in which they are tried.
 
     Raises:
-        RewriteError: If the pattern computes nothing, several values, or with tensors of its own.
+        RewriteError: If the pattern computes nothing or several values, computes with tensors of its own, or decides on
+            values.
     """
     patterns = pattern.patterns if isinstance(pattern, either) else (pattern,)
     return tuple(alternative for each in patterns for alternative in _readings(each))
@@ -168,11 +175,12 @@ def alternatives_of(pattern: Callable[..., Any]) -> tuple[Alternative, ...]:
 def _readings(pattern: Callable[..., Any]) -> Iterator[Alternative]:
     choices, is_more = _Choices(), True
     while is_more:
-        _CHOICES.append(choices)
+        token = _CHOICES.set(choices)
         try:
-            yield _read(pattern)
+            alternative = _read(pattern)
         finally:
-            _CHOICES.pop()
+            _CHOICES.reset(token)
+        yield alternative
         is_more = choices.advance()
 
 
@@ -196,7 +204,13 @@ def _read(pattern: Callable[..., Any]) -> Alternative:
     given = {name: fx.Proxy(node, tracer) for name, node in nodes.items()}
     of_constants = frozenset(name for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY)
     by_name = {name: given[name] for name in of_constants}
-    result = pattern(*(given[name] for name in parameters if name not in of_constants), **by_name)
+    try:
+        result = pattern(*(given[name] for name in parameters if name not in of_constants), **by_name)
+    except (ProxyError, RuntimeError) as error:
+        raise RewriteError(
+            f"the pattern can't be read, since its arguments have no values yet: {error}; write a pattern for each "
+            "case, and join them by either()"
+        ) from error
     if not isinstance(result, fx.Proxy) or result.node.op == "placeholder":
         what = "an argument" if isinstance(result, fx.Proxy) else f"a {type(result).__name__}"
         raise RewriteError(f"a pattern returns one value that it computes, and this one returns {what}")

@@ -188,7 +188,7 @@ class Plan:
         if not any(read.found):
             return
         before = template.before or Before(template, template_of(module) is not None)
-        self.templates[path] = Template(self._rewritten(template, read), False, before=before)
+        self.templates[path] = Template(self._rewritten(template, read, path), False, before=before)
 
     def _read_past(self, path: str) -> str | None:
         """Returns that other code computes with a module's tensors without calling it, if it does."""
@@ -209,7 +209,7 @@ class Plan:
 
             def judge(occurrence: Occurrence, reader: Reader = reader) -> tuple[str | None, Mapping[str, Any]]:
                 match = Match(occurrence, reader, path)
-                return (self._example.where(match) if self._example.where is not None else None), match.assumed
+                return _reason(self._example, match), match.assumed
 
             found, misses = occurrences(self._example.alternatives, reader, judge)
             read.readers.append(reader)
@@ -218,14 +218,15 @@ class Plan:
                 self._note_miss(path, node, size, stop)
         return read
 
-    def _rewritten(self, template: Template, read: _Read) -> Graphs:
+    def _rewritten(self, template: Template, read: _Read, path: str) -> Graphs:
         """Returns the new graphs: one for each mode if they differ."""
         same = len(template.graphs) == 1 and read.keys[0] == read.keys[1]
         modes = (0,) if same else (0, 1)
         graphs = []
         for mode in modes:
             graph = copy_graph(read.readers[mode].graph)
-            replace_all(graph, read.readers[mode], read.found[mode], self._example.replacement, self._example.name)
+            found, example = read.found[mode], self._example
+            replace_all(graph, read.readers[mode], found, example.replacement, example.name, is_root=not path)
             graph.lint()
             graphs.append(copy_graph(graph))
         return tuple(graphs)
@@ -260,6 +261,16 @@ class Plan:
         miss = NearMiss(path, node.name, stop.matched, size, stop.node.name, line_of(stop.node), stop.reason)
         if miss not in self.misses:
             self.misses.append(miss)
+
+
+def _reason(example: Example, match: Match) -> str | None:
+    """Returns why the condition of a rewrite refuses a match, or None if it doesn't."""
+    reason = example.where(match) if example.where is not None else None
+    if reason is not None and not isinstance(reason, str):
+        raise TypeError(
+            f"where of {example.name} returns {reason!r}; it returns why a match doesn't count, or None if it does"
+        )
+    return reason
 
 
 def _is_graph(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,8 +16,8 @@ from graphpeft.graph.kept_forwards import has_forward, set_forward
 from graphpeft.graph.ops.linear import product_of
 from graphpeft.graph.paths import join
 from graphpeft.graph.settings import CHECKS, is_number
-from graphpeft.graph.template import SIMPLE, Template
-from graphpeft.rewrites.spellings import bound, einsum_operands, transpose, transposed_dims
+from graphpeft.graph.template import SIMPLE, VALUE, Template
+from graphpeft.rewrites.spellings import as_transpose, bound, einsum_operands, transpose
 from graphpeft.rewrites.values import MISSING, Attribute, Form, is_constant, rank_of, same, value_of
 
 TemplateOf = Callable[[str], Template]
@@ -55,6 +56,14 @@ class Reader:
             value = getattr(value, name, None)
         return value
 
+    def has(self, path: str) -> bool:
+        """Returns whether the graph's module has something at a path."""
+        try:
+            operator.attrgetter(path)(self.root)
+        except AttributeError:
+            return False
+        return True
+
     def path(self, value: Any) -> str | None:
         """Returns the path of the attribute, or of the number of a flat graph, that a value is, or None."""
         if isinstance(value, fx.Node) and is_number(value):
@@ -70,6 +79,21 @@ class Reader:
         present = self.read(path)
         is_plain = isinstance(present, SIMPLE) or (isinstance(present, tuple) and present and not _has_tensors(present))
         return value_of(present) if is_plain else value
+
+    def is_sequence(self, value: Any) -> bool:
+        """Returns whether a value is a sequence, such as a shape, of which a sum has an order."""
+        if isinstance(value, Attribute):
+            value = self.read(value.path)
+        if not isinstance(value, fx.Node):
+            return isinstance(value, list | tuple | str)
+        if VALUE in value.meta:
+            return isinstance(value.meta[VALUE], list | tuple)
+        if value.op == "call_method" and value.target == "size":
+            return len(value.args) + len(value.kwargs) == 1
+        if value.target is operator.getitem:
+            return isinstance(value.args[1], slice) and self.is_sequence(value.args[0])
+        is_shape = value.target is getattr and value.args[1] == "shape"
+        return bool(is_shape) or (value.target is operator.add and any(map(self.is_sequence, value.args)))
 
     def forms(self, value: Any) -> tuple[Form, ...]:
         """Returns the forms of a value, as the graph spells it first; () for a value that no operation computes."""
@@ -91,12 +115,15 @@ class Reader:
             return
         if node.target in CHECKS:
             return
-        function, arguments, defaults = bound(node)
+        function, arguments, defaults, lengths = bound(node)
         x = arguments.get("input", arguments.get(0))
-        swapped = transposed_dims(function, arguments, rank_of(x, self.read)) if isinstance(function, str) else None
-        if swapped is not None:
-            yield transpose(*swapped)
-        spelled = Form(function, arguments, defaults, {})
+        swapped = as_transpose(function, arguments, rank_of(x, self.read)) if isinstance(function, str) else None
+        if swapped is not None and self.root is None:
+            # a pattern that says how many dimensions there are asks for as many
+            yield Form("transpose", {**swapped.defaults, **swapped.arguments}, {}, {})
+        elif swapped is not None:
+            yield swapped
+        spelled = Form(function, arguments, defaults, {}, lengths=lengths)
         yield spelled
         operands = einsum_operands(arguments.get(0), tuple(arguments.values())[1:]) if function == "einsum" else None
         if operands is not None:
@@ -148,8 +175,7 @@ class Reader:
         assert self.root is not None
         path = str(node.target)
         layer = self.root.get_submodule(path)
-        hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-        if any(hooks):
+        if any(getattr(layer, name) for name in _HOOKS):
             self.reasons[node] = f"{path} has hooks, which an operation in its place wouldn't run"
             return None
         if set_forward(layer) is not None or has_forward(layer):
@@ -188,7 +214,7 @@ class Reader:
 
         inner = bound(computing[0])
         arguments = {name: outside(value) for name, value in inner.arguments.items()}
-        return Form(inner.function, arguments, inner.defaults, assumes)
+        return Form(inner.function, arguments, inner.defaults, assumes | _without_hooks(path))
 
     def _of_batch_norm(self, node: fx.Node, path: str, layer: Any) -> Form | None:
         if self.training:
@@ -199,7 +225,20 @@ class Reader:
         names = ("running_mean", "running_var", "weight", "bias")
         tensors = {name: Attribute(f"{path}.{name}") if getattr(layer, name) is not None else None for name in names}
         arguments = {"input": value_of(node.args[0]), **tensors, "training": Attribute(f"{path}.training")}
-        return Form("batch_norm", {**arguments, "eps": Attribute(f"{path}.eps")}, {"momentum": 0.1}, {})
+        absent = {f"{path}.{name}": None for name, tensor in tensors.items() if tensor is None}
+        return Form(
+            "batch_norm",
+            {**arguments, "eps": Attribute(f"{path}.eps")},
+            {"momentum": 0.1},
+            absent | _without_hooks(path),
+        )
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _without_hooks(path: str) -> dict[str, Any]:
+    return {f"{path}.{name}": {} for name in _HOOKS}
 
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -12,16 +13,16 @@ from torch import fx
 from torch.fx.node import map_arg
 from torch.fx.proxy import TraceError as ProxyError
 
-from graphpeft._torch import fake_tensor, schemas_of
+from graphpeft._torch import fake_tensor
 from graphpeft.graph.calls import CALLS, Call, calls_of
-from graphpeft.graph.facts import writes
 from graphpeft.graph.ops.linear import transpose_of
 from graphpeft.graph.settings import Reads, Setting, add_check
 from graphpeft.graph.tags import REWRITE
 from graphpeft.graph.template import ABSENT, FIXED, LINE, VALUE
-from graphpeft.rewrites.matching import Occurrence, is_written
+from graphpeft.rewrites.matching import Occurrence
 from graphpeft.rewrites.pattern import RewriteError, layer
 from graphpeft.rewrites.reading import Reader
+from graphpeft.rewrites.sharing import needs_copy
 from graphpeft.rewrites.spellings import bound
 from graphpeft.rewrites.values import Attribute, Form
 from graphpeft.rules.code_in_graphs import RuleError, RuleTracer
@@ -37,6 +38,7 @@ def held(path: str) -> Any:
         Its value, for the code of the replacement.
 
     Raises:
+        RewriteError: If the module has nothing at this path.
         RuntimeError: Outside of a replacement.
 
     Examples:
@@ -45,17 +47,22 @@ def held(path: str) -> Any:
         >>> len(tied(model, inside=[""]).matches)
         1
     """
-    if not _TRACERS:
+    running = _RUNNING.get()
+    if running is None:
         raise RuntimeError("held() is called in replacements")
-    tracer = _TRACERS[-1]
+    tracer, reader = running
+    if not reader.has(path):
+        raise RewriteError(f"the replacement reads held({path!r}), and {type(reader.root).__name__} has no {path}")
     return fx.Proxy(tracer.graph.create_node("get_attr", path), tracer)
 
 
-_TRACERS: list[RuleTracer] = []
-"""The tracers of the replacements that run at present, the innermost last."""
+_RUNNING: ContextVar[tuple[RuleTracer, Reader] | None] = ContextVar("running", default=None)
+"""The tracer of the replacement that runs at present in this thread, and the reader of its match."""
 
 
-def replace_all(graph: fx.Graph, reader: Reader, found: list[Occurrence], code: Callable[..., Any], name: str) -> None:
+def replace_all(
+    graph: fx.Graph, reader: Reader, found: list[Occurrence], code: Callable[..., Any], name: str, is_root: bool
+) -> None:
     """Replaces all occurrences in a graph, which must be a copy that nothing else uses.
 
     Args:
@@ -64,6 +71,7 @@ def replace_all(graph: fx.Graph, reader: Reader, found: list[Occurrence], code: 
         found: The occurrences in the original.
         code: The replacement.
         name: The name of the rewrite.
+        is_root: Whether the graph is the forward of the whole model.
 
     Raises:
         RewriteError: If the replacement can't be put there.
@@ -72,8 +80,9 @@ def replace_all(graph: fx.Graph, reader: Reader, found: list[Occurrence], code: 
     names: dict[str, str] = {}
     for occurrence in found:
         result = nodes[occurrence.result]
-        new = _emitted(graph, occurrence, nodes, code, name, reader)
-        _refuse_shared_memory(result, new, occurrence)
+        new, added = _emitted(graph, occurrence, nodes, code, name, reader)
+        if needs_copy(occurrence, new, nodes, added, reader, is_root):
+            new = _copied(result, new, name, reader)
         for each in occurrence.state.nodes:
             # the options on which a layer's own graph depends
             new.meta |= {key: nodes[each].meta[key] for key in (FIXED, ABSENT) if key in nodes[each].meta}
@@ -99,20 +108,24 @@ def _emitted(
     code: Callable[..., Any],
     name: str,
     reader: Reader,
-) -> fx.Node:
-    """Runs the replacement on the values of an occurrence, in front of its result; returns the node of its value."""
+) -> tuple[fx.Node, set[fx.Node]]:
+    """Runs the replacement on the values of an occurrence, in front of its result.
+
+    Returns:
+        The node of its value, and its nodes.
+    """
     result, tracer, before = nodes[occurrence.result], RuleTracer(graph), set(graph.nodes)
     called = {wanted: str(node.target) for wanted, node in occurrence.state.layers.items()}
     with graph.inserting_before(result):
         given = {key: _as_proxy(value, nodes, tracer) for key, value in _asked(code, occurrence).items()}
-        _TRACERS.append(tracer)
+        token = _RUNNING.set((tracer, reader))
         try:
             with torch.enable_grad():
                 value = code(**given)
         except (RuleError, ProxyError) as error:
             raise RewriteError(f"the replacement of {name} can't stand in a graph: {error}") from error
         finally:
-            _TRACERS.pop()
+            _RUNNING.reset(token)
     if not isinstance(value, fx.Proxy):
         raise RewriteError(f"the replacement of {name} returns a {type(value).__name__}, and no value of the graph")
     new = value.node
@@ -124,9 +137,21 @@ def _emitted(
         if not node.users and node is not new:
             graph.erase_node(node)
             continue
-        node.meta = {REWRITE: name, CALLS: calls_of(result), **_where(result)}
-        _give_example(node, reader, name)
-    return new
+        _describe(node, result, name, reader)
+    return new, set(graph.nodes) - before
+
+
+def _copied(result: fx.Node, new: fx.Node, name: str, reader: Reader) -> fx.Node:
+    with result.graph.inserting_before(result):
+        copy = result.graph.call_method("clone", (new,))
+    _describe(copy, result, name, reader)
+    return copy
+
+
+def _describe(node: fx.Node, result: fx.Node, name: str, reader: Reader) -> None:
+    """Gives a new node what is known of it."""
+    node.meta = {REWRITE: name, CALLS: calls_of(result), **_where(result)}
+    _give_example(node, reader, name)
 
 
 def _where(result: fx.Node) -> dict[str, Any]:
@@ -184,35 +209,6 @@ def _erase(graph: fx.Graph, nodes: set[fx.Node]) -> None:
     for node in reversed(graph.nodes):
         if node in nodes and not node.users:
             graph.erase_node(node)
-
-
-def _refuse_shared_memory(result: fx.Node, new: fx.Node, occurrence: Occurrence) -> None:
-    """Raises RewriteError if the new value may share memory with another one, and one of them is written in place."""
-    if not _may_share(new):
-        return
-    writers = [node for node in _after(result) if node.op.startswith("call_") and writes(node.target)]
-    if writers or is_written(result):
-        name = writers[0].name if writers else result.name
-        raise RewriteError(
-            f"the replacement's value at {occurrence.result.name} is one of its arguments or a view, and {name} writes "
-            "to tensors in place afterwards, which could change both; return a copy, as x.clone() is"
-        )
-
-
-def _may_share(node: fx.Node) -> bool:
-    """Returns whether a node's value may be that of another node, or a view of it."""
-    if REWRITE not in node.meta or node.op in ("placeholder", "get_attr"):
-        return True
-    function = bound(node).function if node.op != "call_module" else None
-    schemas = schemas_of(function) if isinstance(function, str) else []
-    return function in ("getattr", "getitem", "to") or any(
-        given.alias_info is not None for schema in schemas for given in schema.returns
-    )
-
-
-def _after(node: fx.Node) -> list[fx.Node]:
-    nodes = list(node.graph.nodes)
-    return nodes[nodes.index(node) + 1 :]
 
 
 def _rename_in_calls(graph: fx.Graph, names: Mapping[str, str]) -> None:

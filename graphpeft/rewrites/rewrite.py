@@ -39,7 +39,8 @@ class Rewrite:
         alternatives: The number of ways in which the pattern can be met.
 
     Raises:
-        RewriteError: If the pattern computes nothing, several values, or with tensors of its own.
+        RewriteError: If the pattern computes nothing or several values, computes with tensors of its own, or decides on
+            values.
 
     Examples:
         >>> faster = Rewrite(lambda x: F.gelu(x), lambda x: F.gelu(x, approximate="tanh"), name="faster_gelu")
@@ -85,7 +86,10 @@ class Rewrite:
 
         Raises:
             RewriteError: If the model has adapters.
+            TypeError: If the model is no module, if `where` returns neither a text nor None, or if the model doesn't
+                take the example inputs.
         """
+        _check_module(model)
         plan = Plan(self._example, model, inside, example_inputs)
         return RewriteReport(self.name, tuple(plan.matches), tuple(plan.misses), plan.left)
 
@@ -114,7 +118,11 @@ class Rewrite:
         Raises:
             RewriteError: If the number of matches is another one, if the model has adapters, or if the replacement
                 can't stand in a graph; the model is as it was.
+            TypeError: As `find`, and if `expects` is neither a number nor a range.
         """
+        _check_module(model)
+        if expects is not None and (isinstance(expects, bool) or not isinstance(expects, int | range)):
+            raise TypeError(f"expects is a number of matches, or a range of numbers, and not {expects!r}")
         with transaction(model):
             plan = Plan(self._example, model, inside, example_inputs)
             report = Rewritten(self.name, tuple(plan.matches), tuple(plan.misses), plan.left, model)
@@ -124,6 +132,11 @@ class Rewrite:
             for path, template in plan.templates.items():
                 wear_template(plan.modules[path], template)
         return report
+
+
+def _check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a rewrite takes a module, and not a {type(model).__name__}")
 
 
 def _is_expected(number: int, expects: Expected | None) -> bool:
@@ -140,6 +153,7 @@ def undo_rewrites(model: nn.Module) -> None:
 
     Raises:
         RewriteError: If the model has adapters; the model is as it was.
+        TypeError: If the model is no module.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.GELU())
@@ -148,6 +162,7 @@ def undo_rewrites(model: nn.Module) -> None:
         >>> type(model[1])
         <class 'torch.nn.modules.activation.GELU'>
     """
+    _check_module(model)
     with transaction(model):
         modules = modules_by_path(model)
         refuse_adapters(modules)
@@ -157,6 +172,7 @@ def undo_rewrites(model: nn.Module) -> None:
             if before is None:
                 continue
             if before.is_worn:
-                wear_template(module, before.template)
+                # a copy of the model knows the same template, and graphs may be edited
+                wear_template(module, before.template.for_copy())
             else:
                 in_place.take_off(module, "graph")

@@ -37,7 +37,7 @@ COMMUTES = frozenset(
 _CASTS = {"float": "float32", "double": "float64", "half": "float16", "bfloat16": "bfloat16"}
 """The dtypes to which methods of these names cast."""
 
-_ARGUMENTS = {"self": "input", "train": "training", "mat2": "other", "tensor2": "other"}
+_ARGUMENTS = {"self": "input", "train": "training", "mat2": "other", "tensor2": "other", "size": "shape"}
 """Names of arguments of PyTorch's operators, in their one form."""
 
 _HIDDEN = ("_stacklevel",)
@@ -51,11 +51,13 @@ class Bound(NamedTuple):
         function: The name of the function, or a function that isn't PyTorch's.
         arguments: The given arguments.
         defaults: The values of the others.
+        lengths: The numbers of values of the arguments for which one number may stand.
     """
 
     function: Any
     arguments: Mapping[Any, Any]
     defaults: Mapping[Any, Any]
+    lengths: Mapping[Any, int] = {}
 
 
 def bound(node: fx.Node) -> Bound:
@@ -63,20 +65,38 @@ def bound(node: fx.Node) -> Bound:
     name = _name_of(node)
     args, kwargs = value_of(node.args), {key: value_of(value) for key, value in node.kwargs.items()}
     if name is None or name == "einsum":
-        return Bound(name or node.target, {**dict(enumerate(args)), **kwargs}, {})
+        return Bound(name or node.target, {**dict(enumerate(args)), **kwargs} if name else _as_given(node), {})
     if name in _CASTS and len(args) == 1 and not kwargs:
         return Bound("to", {"input": args[0], "what": getattr(torch, _CASTS[name])}, {})
     if name == "to":
         return _cast(args, kwargs)
     signature = _signature(node.target) if isinstance(node.target, types.FunctionType) else None
     found = _by_signature(signature, args, kwargs) if signature else _by_schemas(name, args, kwargs)
-    as_given: dict[Any, Any] = dict(enumerate(args)) | kwargs
-    arguments, defaults = found or (as_given, {})
-    named: dict[Any, Any] = {_ARGUMENTS.get(key, key): value for key, value in arguments.items() if key not in _HIDDEN}
-    others = {_ARGUMENTS.get(key, key): value for key, value in defaults.items() if key not in _HIDDEN}
+    alias = ALIASES.get(name, name)
+    found = found or (_by_schemas(alias, args, kwargs) if alias != name else None)
+    named, others, lengths = map(_named, found or (_as_given(node), {}, {}))
     if name == "square":
         return Bound("pow", {**named, "exponent": 2}, {})
-    return Bound(ALIASES.get(name, name), named, others)
+    return Bound(alias, named, others, lengths)
+
+
+def _named(arguments: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {_ARGUMENTS.get(key, key): value for key, value in arguments.items() if key not in _HIDDEN}
+
+
+def _as_given(node: fx.Node) -> dict[Any, Any]:
+    """Returns the arguments by place and by name; x[[0, 1]] is no x[0, 1], so the places of lists are one, too."""
+    given = dict(enumerate(node.args)) | node.kwargs
+    lists = tuple(key for key, value in given.items() if isinstance(value, list))
+    inner = tuple(
+        (key, place)
+        for key, value in given.items()
+        if isinstance(value, tuple)
+        for place, part in enumerate(value)
+        if isinstance(part, list)
+    )
+    of_lists = {"lists": lists + inner} if lists or inner else {}
+    return {key: value_of(value) for key, value in given.items()} | of_lists
 
 
 def _name_of(node: fx.Node) -> str | None:
@@ -105,8 +125,8 @@ def _signature(function: Any) -> inspect.Signature | None:
         return None
 
 
-Arguments = tuple[dict[Any, Any], dict[Any, Any]]
-"""Given arguments, and the defaults of the others."""
+Arguments = tuple[dict[Any, Any], dict[Any, Any], dict[Any, int]]
+"""Given arguments, the defaults of the others, and the numbers of values for which one number may stand."""
 
 
 def _by_signature(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments | None:
@@ -115,21 +135,18 @@ def _by_signature(signature: inspect.Signature, args: tuple[Any, ...], kwargs: M
     except TypeError:
         return None
     parameters = signature.parameters.values()
-    return given, {each.name: value_of(each.default) for each in parameters if each.default is not each.empty}
+    return given, {each.name: value_of(each.default) for each in parameters if each.default is not each.empty}, {}
 
 
 def _by_schemas(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments | None:
     """Returns the arguments by the overload that suits them best."""
     found = [
-        (suits, given, defaults)
+        suiting
         for schema in schemas_of(name)
         for packed in _packings(args)
-        for suits, given, defaults in _by_schema(schema, packed, kwargs)
+        for suiting in _by_schema(schema, packed, kwargs)
     ]
-    if not found:
-        return None
-    _, given, defaults = max(found, key=operator.itemgetter(0))
-    return given, defaults
+    return max(found, key=operator.itemgetter(0))[1] if found else None
 
 
 def _packings(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
@@ -138,10 +155,8 @@ def _packings(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     return [args] if packed is args else [args, packed]
 
 
-def _by_schema(
-    schema: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
-    """Yields how well an overload suits, the given arguments and the defaults; nothing if it takes others."""
+def _by_schema(schema: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[int, Arguments]]:
+    """Yields how well an overload suits, and the arguments; nothing if it takes others."""
     takes = [each for each in schema.arguments if not each.kwarg_only]
     names = {each.name: each for each in schema.arguments}
     by_other_names = {_ARGUMENTS.get(name, name): name for name in names}
@@ -155,7 +170,8 @@ def _by_schema(
     if lacking or None in suits:
         return
     defaults = {each.name: value_of(each.default_value) for each in schema.arguments if each.has_default_value()}
-    yield sum(filter(None, suits)), given, defaults
+    lengths = {name: each.N or 1 for name, each in names.items() if "List[" in str(each.type)}
+    yield sum(filter(None, suits)), (given, defaults, lengths)
 
 
 def _suits(kind: str, value: Any) -> int | None:
@@ -173,8 +189,8 @@ def _suits(kind: str, value: Any) -> int | None:
     return 2 if kind == "Tensor" else 1
 
 
-def transposed_dims(name: str, arguments: Mapping[Any, Any], rank: int | None) -> tuple[Any, tuple[int, int]] | None:
-    """Returns what a call transposes, and the two dimensions, counted from the last one; None for another call.
+def as_transpose(name: str, arguments: Mapping[Any, Any], rank: int | None) -> Form | None:
+    """Returns the form of a call that transposes two dimensions, counted from the last one; None for another call.
 
     Args:
         name: The function's name.
@@ -182,10 +198,14 @@ def transposed_dims(name: str, arguments: Mapping[Any, Any], rank: int | None) -
         rank: The number of dimensions; None if it isn't known.
     """
     x = arguments.get("input", arguments.get(0))
-    if name == "getattr" and arguments.get(1) in ("T", "mT"):
-        return x, (-2, -1)
-    if name == "t":
-        return x, (-2, -1)
+    about = arguments.get(1) if name == "getattr" else name
+    if about == "mT":
+        return transpose(x, rank=rank)
+    if about == "T" and rank is None:
+        # the last two dimensions of a matrix alone; of other values, T exchanges all
+        return Form("transpose", {"input": x, "dims": (-2, -1), "rank": 2}, {}, {})
+    if about in ("T", "t"):
+        return transpose(x) if rank in (None, 2) else None
     if name in ("transpose", "swapaxes", "swapdims"):
         dims = [arguments.get(key) for key in ("dim0", "dim1", "axis0", "axis1") if key in arguments]
     elif name == "permute":
@@ -199,16 +219,16 @@ def transposed_dims(name: str, arguments: Mapping[Any, Any], rank: int | None) -
     if len(counted) != 2 or not all(isinstance(dim, int) for dim in counted):
         return None
     first, second = sorted(counted)
-    return x, (first, second)
+    return transpose(x, (first, second), rank)
 
 
 def _from_last(dim: Any, rank: int | None) -> Any:
     return dim - rank if isinstance(dim, int) and dim >= 0 and rank is not None else dim
 
 
-def transpose(x: Any, dims: tuple[int, int] = (-2, -1)) -> Form:
-    """Returns the transpose of a value as a form."""
-    return Form("transpose", {"input": x, "dims": dims}, {}, {})
+def transpose(x: Any, dims: tuple[int, int] = (-2, -1), rank: int | None = 2) -> Form:
+    """Returns the transpose of a value of so many dimensions, if that is known, as a form."""
+    return Form("transpose", {"input": x, "dims": dims}, {"rank": rank} if rank is not None else {}, {})
 
 
 def einsum_operands(equation: Any, operands: tuple[Any, ...]) -> tuple[Any, Any] | None:
@@ -225,4 +245,4 @@ def einsum_operands(equation: Any, operands: tuple[Any, ...]) -> tuple[Any, Any]
     batch, summed, out = rows[:-1], one[-1], result[-1]
     if other == batch + summed + out:
         return operands[0], operands[1]
-    return (operands[0], transpose(operands[1])) if other == batch + out + summed else None
+    return (operands[0], transpose(operands[1], rank=len(other))) if other == batch + out + summed else None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 import torch
@@ -39,6 +39,7 @@ class Form:
         defaults: The values of arguments that may be left out, by name.
         assumes: The attributes, by path, whose present values have decided on this form.
         inside: Other nodes whose computation the form includes.
+        lengths: The numbers of values of the arguments for which one number may stand, by name.
     """
 
     function: Any
@@ -46,6 +47,7 @@ class Form:
     defaults: Mapping[Any, Any]
     assumes: Mapping[str, Any]
     inside: tuple[fx.Node, ...] = ()
+    lengths: Mapping[Any, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -79,7 +81,8 @@ def value_of(argument: Any) -> Any:
     """Returns an argument of a node as a value: an attribute in place of a node that reads one."""
     if isinstance(argument, fx.Node):
         return Attribute(str(argument.target)) if argument.op == "get_attr" else argument
-    if type(argument) in (list, tuple):
+    # a graph of fx has its own class of lists
+    if isinstance(argument, list) or type(argument) is tuple:
         return tuple(value_of(part) for part in argument)
     if isinstance(argument, slice):
         return slice(*(value_of(part) for part in (argument.start, argument.stop, argument.step)))
@@ -106,17 +109,14 @@ def is_constant(value: Any) -> bool:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Returns whether two values are one: the same node or attribute, or equal constants.
-
-    A number equals a tuple of such numbers, as in ``stride=2`` and ``stride=(2, 2)``.
-    """
+    """Returns whether two values are one: the same node or attribute, or equal constants."""
     if isinstance(one, fx.Node | Attribute) or isinstance(other, fx.Node | Attribute):
         return one is other or (isinstance(one, Attribute) and one == other)
     if isinstance(one, Form) and isinstance(other, Form):
         return one.function == other.function and all(
             same(one.given(name), other.given(name)) for name in {*one.arguments, *other.arguments}
         )
-    if isinstance(one, list | tuple) or isinstance(other, list | tuple):
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return _same_parts(one, other)
     if isinstance(one, slice) and isinstance(other, slice):
         return _same_parts((one.start, one.stop, one.step), (other.start, other.stop, other.step))
@@ -125,11 +125,13 @@ def same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and bool(one == other)
 
 
-def _same_parts(one: Any, other: Any) -> bool:
-    if not isinstance(one, list | tuple):
-        one, other = other, one
-    parts = other if isinstance(other, list | tuple) else [other] * len(one)
-    return bool(one) == bool(parts) and len(one) == len(parts) and all(map(same, one, parts))
+def _same_parts(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    return len(one) == len(other) and all(map(same, one, other))
+
+
+def spread(value: Any, length: int | None) -> Any:
+    """Returns the values for which a number stands where a function takes `length` of them, as for ``stride=2``."""
+    return (value,) * length if length is not None and _is_plain_number(value) else value
 
 
 def _is_plain_number(value: Any) -> TypeGuard[float]:

@@ -976,3 +976,10 @@ def test_the_laws_of_rewrites_hold_and_undoing_is_exact():
         model, same, (inputs(),), (inputs(2, 5),), undo=undo_rewrites, tolerance=1e-6, progress=False, quiet=True
     )
     assert found.holds, found
+
+
+def test_a_part_of_an_adapted_model_is_not_rewritten():
+    model = get_peft_model(nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.GELU())), LoraConfig(target_modules=["0.0"]))
+    for act in (Rewrite(lambda x: F.gelu(x), lambda x: F.relu(x)), undo_rewrites):
+        with pytest.raises(RewriteError, match="has adapters"):
+            act(model[0])

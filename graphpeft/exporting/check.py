@@ -76,7 +76,7 @@ def _generated(form: Format, export: Export, run: Runner, case: Case, start: Exa
     of_file = of_model = start
     for _ in range(_TOKENS):
         expected = case.expected(export.source, of_model)
-        found = run(case, of_file)
+        found = _ran(run, case, of_file)
         difference = _differences(found, expected, _where(case, of_model))
         if not difference <= tolerance:
             raise ExportError(_of_difference(form, export, difference, tolerance, _where(case, of_model)))
@@ -219,17 +219,19 @@ def _where(case: Case, example: Example) -> str:
 
 
 def _compared(run: Runner, case: Case, example: Example, expected: Any) -> float:
-    where = _where(case, example)
+    return _differences(_ran(run, case, example), expected, _where(case, example))
+
+
+def _ran(run: Runner, case: Case, example: Example) -> Any:
     try:
-        found = run(case, example)
+        return run(case, example)
     except ExportError:
         raise
     except Exception as error:
         raise ExportError(
-            f"what was exported can't be run for {where}, which the model itself can: {in_short(error)}. Give "
-            "example_inputs of such shapes, or dynamic=False"
+            f"what was exported can't be run for {_where(case, example)}, which the model itself can: "
+            f"{in_short(error)}. Give example_inputs of such shapes, or dynamic=False"
         ) from error
-    return _differences(found, expected, where)
 
 
 def _differences(found: Any, expected: Any, where: str) -> float:

@@ -13,6 +13,7 @@ from graphpeft.graph import in_place
 from graphpeft.graph.copied_graphs import copy_graph
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.facts import line_of
+from graphpeft.graph.holders import has_holders
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.paths import STATE, join, modules_by_path
 from graphpeft.graph.template import Before, Graphs, Template, template_of
@@ -52,7 +53,7 @@ class Example(NamedTuple):
 
 def refuse_adapters(modules: Mapping[str, nn.Module]) -> None:
     """Raises RewriteError if a model has adapters."""
-    adapted = [path for path, module in modules.items() if STATE in vars(module)]
+    adapted = [path for path, module in modules.items() if STATE in vars(module) or has_holders(module)]
     if adapted:
         raise RewriteError(
             f"{adapted[0] or 'the model'} has adapters, whose nodes stand in its graphs; rewrite a model before you "

@@ -195,7 +195,7 @@ class FirstCallApart(nn.Module):
         super().__init__()
         self.model = LLAMA.base()
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):
+    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values: Any = None, use_cache=None):
         bias = 1 if past_key_values.get_seq_length() == 0 else 0
         name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
         given = {"attention_mask": attention_mask, "position_ids": position_ids, name: past_key_values}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from graphpeft import (
     LoHaConfig,
@@ -272,7 +273,7 @@ def test_a_dry_run_that_waits_too_long_is_told_and_holds_nothing(monkeypatch: py
 def test_a_recomputation_in_a_backward_isnt_held() -> None:
     model = Meeting()
     x = X.clone().requires_grad_()
-    output = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+    output: Any = checkpoint(model, x, use_reentrant=False)
     with alone(model):
         run = threading.Thread(target=output.sum().backward, daemon=True)
         run.start()

@@ -247,6 +247,30 @@ def test_the_batches_of_ids_and_their_mask_are_one_dim_in_openvino(tmp_path: Pat
     assert report.inputs == {"input_ids": "(a, b ≤ 512)", "attention_mask": "(a, b)"}
 
 
+def generating() -> tuple[Any, dict[str, Any]]:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 40}
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_attention_heads=2, **sizes))
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model: Any = graphpeft.get_peft_model(base, config).eval()
+    return model, graphpeft.generation_inputs(model, torch.randint(1, 40, (2, 6)))
+
+
+@pytest.mark.parametrize("way", ["merged", "baked", "inputs", "rows"])
+def test_openvino_generates_with_a_cache(way: str, tmp_path: Path) -> None:
+    model, inputs = generating()
+    report = graphpeft.export(model, inputs, tmp_path / "model.xml", "openvino", way)
+    assert report.checked[-1].case.endswith(", 10 tokens")
+    assert report.checked[-1].difference < 1e-4
+
+
+def test_a_cache_that_grows_beyond_what_executorch_has_planned_is_refused(tmp_path: Path) -> None:
+    model, inputs = generating()
+    with pytest.raises(ExportError, match="can't be run for the model on inputs of the shapes"):
+        graphpeft.export(model, inputs, tmp_path / "model.pte", "executorch")
+    assert not list(tmp_path.iterdir())
+
+
 class Halves(nn.Module):
     """Calls an operator that returns a list of tensors."""
 

@@ -124,7 +124,8 @@ def taken_apart(model: nn.Module, example: Example) -> tuple[nn.Module, Example]
     [(name, cache)] = caches.items()
     layers = _layers_of(cache)
     copied = copies.sharing_weights(model)
-    copied.register_forward_pre_hook(functools.partial(_join, type(cache), name), with_kwargs=True)
+    join = functools.partial(_join, type(cache), type(cache.layers[0]), name)
+    copied.register_forward_pre_hook(join, with_kwargs=True)
     copied.register_forward_hook(_split)
     others = {other: value for other, value in example.kwargs.items() if other != name}
     return copied, Example((), {**others, PAST: layers})
@@ -155,19 +156,24 @@ def _layers_of(cache: Any) -> Layers:
     return [{"key": layer.keys.detach(), "value": layer.values.detach()} for layer in cache.layers]
 
 
-def _join(kind: Any, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _join(cache: Any, layer: Any, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Gives a model a cache with the tensors, in a hook before its forward."""
     layers = kwargs.pop(PAST)
-    past, new = layers[0]["key"].shape[2], kwargs[IDS].shape[1]
-    # conditions of a program; without them, its sizes would be apart, and those of a mask of another length be a way
-    if MASK in kwargs and kwargs[MASK].shape[1] != past + new:
-        raise ValueError(f"{MASK} is to have as many positions as {PAST} and {IDS} together")
-    cache = kind()  # of full layers, also where a window is shorter: the mask leaves out what is outside of it
-    for number, layer in enumerate(layers):
-        if layer["key"].shape[2] != past:
+    (rows, new), past = kwargs[IDS].shape, layers[0]["key"].shape[2]
+    # conditions of a program; without them, its sizes would be apart, and those of other masks a way of their own
+    for own, shape in ((MASK, (rows, past + new)), (POSITIONS, (rows, new))):
+        if own in kwargs and tuple(kwargs[own].shape) != shape:
+            raise ValueError(f"{own} is to have the shape {shape} beside these {IDS} and {PAST}")
+    whole = cache()
+    for given in layers:
+        if given["key"].shape[2] != past:
             raise ValueError(f"{PAST} is to have as many positions in each layer")
-        cache.update(layer["key"], layer["value"], number)
-    return args, {"use_cache": True, **kwargs, name: cache}
+        held = layer()  # of all positions, also where a window is shorter: the mask leaves out what is outside of it
+        # not by its update, which concatenates an empty tensor of another rank, as OpenVINO can't
+        held.keys, held.values, held.is_initialized = given["key"], given["value"], True
+        held.device, held.dtype = given["key"].device, given["key"].dtype
+        whole.layers.append(held)
+    return args, {"use_cache": True, **kwargs, name: whole}
 
 
 def _split(module: nn.Module, _: tuple[Any, ...], output: Any) -> dict[str, Any]:
@@ -215,8 +221,14 @@ def first_call(example: Example) -> Example:
     """Returns the call that begins to generate: the ids, their part of the mask, and an empty cache."""
     ids, past = example.kwargs[IDS], example.kwargs[PAST]
     mask = example.kwargs.get(MASK, torch.ones_like(ids))[:, : ids.shape[1]]
-    empty = [{name: tensor[:, :, :0] for name, tensor in layer.items()} for layer in past]
+    # new tensors, since ExecuTorch ends the process for an empty slice, which has the strides of the whole
+    empty = [{name: _without_positions(tensor) for name, tensor in layer.items()} for layer in past]
     return Example((), {**example.kwargs, **_call_with(ids, mask, _positions(mask), example.kwargs), PAST: empty})
+
+
+def _without_positions(tensor: Tensor) -> Tensor:
+    rows, heads, _, size = tensor.shape
+    return tensor.new_zeros(rows, heads, 0, size)
 
 
 def next_call(example: Example, tokens: Tensor, present: Layers) -> Example:

@@ -18,6 +18,7 @@ from graphpeft._torch import OpOverload, pytree, storage_key, written_arguments
 from graphpeft.code.attribute_paths import METADATA_ATTRIBUTES
 from graphpeft.graph.contexts import enter_autocast, enter_gradients, leave_autocast, leave_gradients
 from graphpeft.graph.drawing_functions import draws
+from graphpeft.graph.holders import Holder
 from graphpeft.graph.masks import METADATA_ARGUMENTS, attention_mask
 from graphpeft.graph.template import LINE, VALUE
 
@@ -155,6 +156,8 @@ def separates(node: fx.Node, root: nn.Module) -> bool:
 
 
 def _may_write(module: nn.Module) -> bool:
+    if isinstance(module, Holder):
+        return False  # nothing calls it
     return not type(module).__module__.startswith("torch.nn.") or bool(getattr(module, "inplace", False))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
@@ -29,21 +29,16 @@ def alone_with(module: nn.Module, owners: Iterable[str]) -> Iterator[None]:
         yield
 
 
-def run_alone(graph: fx.Graph, own_forward: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the forward of a graph, alone if that runs the module's own forward on other tensors.
+def run_alone(exchanged: Iterable[str], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the forward of a graph that runs the module's own forward on other tensors, alone.
 
-    From its first node on, since a graph would read those that another thread has put there.
+    From its first node on, since a graph would read the tensors that another thread has put there.
 
     Args:
-        graph: The graph.
-        own_forward: The attribute by which graphs call the own forward.
-        forward: Its compiled code.
+        exchanged: The paths of the tensors for which there are others.
+        forward: The compiled code of the graph.
     """
-    calls = [user for node in graph.nodes if node.target == own_forward for user in node.users]
-    exchanged = [path for user in calls for given in user.args if isinstance(given, dict) for path in given]
-    owners = frozenset(path.rpartition(".")[0] for path in exchanged if isinstance(path, str))
-    if not owners:
-        return forward
+    owners = frozenset(path.rpartition(".")[0] for path in exchanged)
 
     @functools.wraps(forward)
     def alone(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

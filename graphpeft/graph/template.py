@@ -95,13 +95,14 @@ class Template:
         self.codes = [graph.python_code(root_module="self") for graph in graphs]
         self.shared = shared
         self.plain = self if plain is None else plain
-        self.facts: dict[Hashable, Any] = {}
-        self.meta: dict[str, Any] = {}
+        self.facts, self.meta = dict[Hashable, Any](), dict[str, Any]()
         self.slots = frozenset(node.meta[TAG].slot for graph in graphs for node in graph.nodes if TAG in node.meta)
-        self.fixed: dict[str, Any] = {}
+        self.fixed, self._exchanged = dict[str, Any](), list[str]()
         for graph in graphs:
             for node in graph.nodes:
                 self.fixed |= node.meta.get(FIXED, {})
+                if node.target == OWN_FORWARD:
+                    self._exchanged += [p for u in node.users for a in u.args[1:2] if isinstance(a, dict) for p in a]
         self.absent = frozenset[str]().union(*(n.meta.get(ABSENT, ()) for graph in graphs for n in graph.nodes))
         self._back: tuple[Hashable, Template] | None = None
         self._derived: weakref.WeakValueDictionary[Hashable, Template] = weakref.WeakValueDictionary()
@@ -139,10 +140,11 @@ class Template:
 
     def _forward_with(self, names: slots.Names) -> Callable[..., Any]:
         forwards = [
-            run_alone(graph, OWN_FORWARD, closing_regions(graph, slots.named(forward, names)))
+            closing_regions(graph, slots.named(forward, names))
             for graph, forward in zip(self.graphs, self._forwards, strict=True)
         ]
-        return forwards[0] if len(forwards) == 1 else _by_mode(*forwards)
+        forward = forwards[0] if len(forwards) == 1 else _by_mode(*forwards)
+        return run_alone(self._exchanged, forward) if self._exchanged else forward
 
     def needs(self, name: str) -> bool:
         """Returns whether an adapter's nodes read an attribute of the module."""

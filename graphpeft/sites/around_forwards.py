@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Set
-from types import MethodType
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from graphpeft._torch import FORWARD_HOOKS_OF_ALL
-from graphpeft.code.around_forward import functions_around, read_by_any
-from graphpeft.code.attribute_paths import ANY
-from graphpeft.code.source import cached_by_class
+from graphpeft.code.attribute_paths import ANY, paths_in
+from graphpeft.code.source import cached_by_class, functions_called, read_by
 from graphpeft.graph import in_place
 from graphpeft.graph.kept_forwards import name_of
 from graphpeft.graph.paths import within
@@ -100,13 +99,13 @@ class AroundForwards:
     def _of_hook(
         self, path: str | None, description: str, way_out: str, hook: Any, cls: type, paths: Mapping[int, str]
     ) -> Around:
-        functions = functions_around(hook, _without_forward(cls))
+        functions = _functions_around(hook, _without_forward(cls))
         held = self._held(hook) if functions else []
         places = {paths[id(value)] for value in held if id(value) in paths}
         if path is not None:
             places.add(path)
         in_hand = {id(value) for value in held if isinstance(value, nn.Parameter)}
-        return Around(path, f"{description} ({name_of(hook)})", way_out, read_by_any(functions), places, in_hand)
+        return Around(path, f"{description} ({name_of(hook)})", way_out, _read_by_any(functions), places, in_hand)
 
     def _held(self, hook: Any) -> list[Any]:
         """Returns all that a hook leads to; one walk serves all methods of an object, which may have much."""
@@ -140,10 +139,55 @@ def _reads(around: Around, owner: str, attribute: str) -> bool:
 def _read_by_call(cls: Any) -> set[str]:
     if cls.__call__ is nn.Module.__call__:
         return set()
-    return read_by_any(functions_around(cls.__call__, _without_forward(cls)))
+    return _read_by_any(_functions_around(cls.__call__, _without_forward(cls)))
 
 
 @cached_by_class
 def _without_forward(cls: type) -> type:
     """Returns a class for readers of code, without the forward, where adapters act."""
     return in_place.quiet_subclass(cls, {"forward": nn.Module.forward})
+
+
+def _functions_around(start: Any, cls: type) -> set[FunctionType]:
+    """Returns the functions that a hook or a ``__call__`` may run beside the forward, but for PyTorch's.
+
+    Args:
+        start: The hook, or the ``__call__``: a function, a method, a partial function, or an object that is called.
+        cls: The class of the module with which it runs, without its forward.
+    """
+    found: set[FunctionType] = set()
+    waiting = [*_parts(start)]
+    classes = dict.fromkeys([cls, *map(type, waiting)])
+    while waiting:
+        new = {function for each in classes for function in functions_called(waiting, each)} - found
+        found |= new
+        waiting = [*new]
+    return found
+
+
+def _read_by_any(functions: Iterable[FunctionType]) -> set[str]:
+    """Returns the names of attributes that functions read from any value, with `ANY` if a name is unknown."""
+    return set[str]().union(*map(_read_by, functions))
+
+
+def _parts(start: Any) -> Iterator[Any]:
+    """Yields the functions that run in a call of an object, and the objects that hold them."""
+    kind = type(start)
+    if issubclass(kind, functools.partial):
+        yield from start.args
+        yield from start.keywords.values()
+        yield from _parts(start.func)
+    elif issubclass(kind, MethodType):
+        yield start.__self__
+        yield start.__func__
+    elif issubclass(kind, FunctionType):
+        yield start
+    else:
+        yield start
+        yield from _parts(kind.__call__)
+
+
+def _read_by(function: FunctionType) -> set[str]:
+    in_source = {path.removeprefix("*.") for path, _ in paths_in(function, has_self=False)}
+    # Python has a lambda's source by lines, with the code around it
+    return in_source & read_by(function) if function.__name__ == "<lambda>" else in_source

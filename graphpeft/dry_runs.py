@@ -96,14 +96,15 @@ class _Gate:
             return
         if not self._is_closed and self._is_called_in(sys._getframe()):
             return  # a part of a call that has begun
-        blocked = 0
+        began = blocked = time.monotonic()
         while not self._opened.wait(_LOOK):
-            blocked = blocked + 1 if self._is_owner_waiting() else 0
-            if blocked * _LOOK > _BLOCKED:
+            now = time.monotonic()
+            blocked = blocked if self._is_owner_waiting() else now
+            if now - blocked > _BLOCKED or now - began > _PATIENCE:
                 raise RuntimeError(
                     f"another thread runs the model of this {type(module).__name__} alone, as check_learning does, and "
-                    f"has waited for threads itself for {_BLOCKED:g} seconds, maybe for this call: such a run can't be "
-                    "made of a forward that calls its modules in threads of its own"
+                    f"hasn't ended that for {now - began:.0f} seconds: run them one after the other. A forward that "
+                    "calls its modules in threads of its own waits for such a call, and can't be run so"
                 )
 
     def _is_owner_waiting(self) -> bool:
@@ -118,9 +119,12 @@ class _Gate:
     def _is_called_in(self, frame: FrameType | None) -> bool:
         """Returns whether a frame, or one around it, is a call of one of the modules."""
         while frame is not None:
-            if frame.f_code is call_with_hooks.__code__ and id(frame.f_locals["self"]) in self._modules:
-                return True
-            if frame.f_code is _call_through_gates.__code__ and frame.f_locals.get("is_through"):
+            called: Any = None
+            if frame.f_code is call_with_hooks.__code__:
+                called = frame.f_locals["self"]
+            elif frame.f_code is _call_through_gates.__code__ and frame.f_locals.get("is_through"):
+                called = frame.f_locals["module"]
+            if id(called) in self._modules:
                 return True
             frame = frame.f_back
         return False

@@ -244,7 +244,7 @@ def test_a_forward_that_calls_its_modules_in_threads_of_its_own_is_told(monkeypa
             raise RuntimeError(calls[-1].error)
 
     model.meet = meet
-    with pytest.raises(RuntimeError, match="a forward that calls its modules in threads of its own"):
+    with pytest.raises(RuntimeError, match="A forward that calls its modules in threads of its own"):
         check_learning(model, (X,))
     assert torch.equal(model(X), calls[-1].model(X))
 

@@ -178,19 +178,19 @@ class WritesIntoTheBase(Rows):
 # 2: exactly the adapter is trained
 
 
-@fault("2", "no gradient, or one of zeros, for 0.factors: ")
+@fault("2", "no gradient, or one of zeros, for 0.factors, 2.factors: ")
 class ReadsNoParameter(Rows):
     def rewrite(self, y: Any, factors: Any = None) -> Any:
         return y * 1
 
 
-@fault("2", "no gradient, or one of zeros, for 0.factors: ")
+@fault("2", "no gradient, or one of zeros, for 0.factors, 2.factors: ")
 class StopsTheGradient(Rows):
     def rewrite(self, y: Any, factors: Any) -> Any:
         return (y * factors.detach()).to(y.dtype)
 
 
-@fault("2", "no gradient, or one of zeros, for 0.factors: ")
+@fault("2", "no gradient, or one of zeros, for 0.factors, 2.factors: ")
 class MultipliesByZero(Rows):
     def rewrite(self, y: Any, factors: Any) -> Any:
         return (y + 0 * y * factors).to(y.dtype)
@@ -222,7 +222,7 @@ class WaitsBehindAGate(Branch):
         return gate * (B @ A)
 
 
-@fault("2", "no gradient, or one of zeros, for 0.factors: ")
+@fault("2", "no gradient, or one of zeros, for 0.factors, 2.factors: ")
 class ActsInEvaluationAlone(Rows):
     def rewrite(self, y: Any, factors: Any, training: Any) -> Any:
         return unless_training(y, factors, training)
@@ -283,6 +283,12 @@ def written_into(x: Tensor, y: Tensor, factors: Tensor) -> Tensor:
 class MergesWithoutItsScale(Branch):
     def rewrite(self, x: Any, y: Any, A: Any, B: Any) -> Any:
         return y + 2 * (x.to(A.dtype) @ A.T @ B.T).to(y.dtype)
+
+
+@fault("3", "delta gives a change of shape (1, 8), and the weight has (8, 8)")
+class ChangesAllRowsAlike(Product):
+    def delta(self, A: Any, B: Any) -> Any:
+        return (B @ A)[:1]
 
 
 @fault("3", "two runs in evaluation differ")

@@ -50,7 +50,8 @@ def _delta(
     values |= _weights(adapted, modules, weight, base)
     change = adapted.rule.change({name: values[name] for name in asked.among(values)})
     if change.shape != values["weight"].shape:
-        raise AdaptError(
+        # a fault of the rule, where AdaptError is a refusal
+        raise TypeError(
             f"{type(adapted.rule).__name__} at {adapted.site.label}: delta gives a change of shape "
             f"{tuple(change.shape)}, and the weight has {tuple(values['weight'].shape)}"
         )

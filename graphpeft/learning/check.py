@@ -102,9 +102,13 @@ def check_learning(model: nn.Module, batch: ExampleInputs, loss: Loss | None = N
             if _any_dead(now, stepped):
                 moved, watch = runs.moved(trained, step)
         for _ in range(_AGAIN if runs.drawn else 0):
-            if not _left_out(now, moved):
+            if not _left_out(now, moved) and not _any_dead(now, stepped):
                 break
+            # a first run may have dropped what its tensors would have moved
             now = _joined(now, runs.gradients())
+            with trial(model):
+                _move([tensor for tensor in trained if id(tensor) in runs.reached])
+                stepped = _joined(_joined(stepped, now), runs.gradients())
         sites = tuple(
             _told(place, modules, watch, *gradients)
             for place, *gradients in zip(places, now, stepped, moved, strict=True)

@@ -63,8 +63,8 @@ def _new(found: Mapping[str, Tensor], seen: set[int]) -> dict[str, Tensor]:
 
 
 def _trained(modules: Mapping[str, nn.Module], path: str, names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Returns those of a module's tensors that are trained, by the names under which they are told."""
+    """Returns those of a module's tensors that are trained and not empty, by the names under which they are told."""
     if path not in modules:
         return {}
     held = {told: tensor_at(modules[path], name) for told, name in names.items() if has_tensor(modules[path], name)}
-    return {told: tensor for told, tensor in held.items() if tensor.requires_grad}
+    return {told: tensor for told, tensor in held.items() if tensor.requires_grad and tensor.numel()}

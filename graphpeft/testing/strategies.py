@@ -264,7 +264,7 @@ METHODS: dict[str, Method] = {
             {"init_weights": True},
             r=[1, 2, 4],
             stride_A=[1, 2],
-            num_B=[1, 2, 3],
+            num_B=[2, 3],  # a router to one alone learns nothing
             scaling=[1.0, 0.5],
             init_weights=[True, False],
         ),
@@ -312,7 +312,7 @@ METHODS: dict[str, Method] = {
         merges=True,
     ),
     PeftType.PEANUT: Method(
-        choosing(PeanutConfig, NOT_DRAWN, r=[1, 2], depth=[0, 2], act_fn=["relu", "gelu"], scaling=[1.0, 3], **DRAWN),
+        choosing(PeanutConfig, NOT_DRAWN, r=[2, 3], depth=[0, 2], act_fn=["relu", "gelu"], scaling=[1.0, 3], **DRAWN),
         cases,
         is_identity=True,
         merges=True,

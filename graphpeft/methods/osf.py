@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +107,7 @@ class Osf(Factored, BranchRule):
         return self.product(v, u * osf_S_low[..., None, :]) - first
 
     def branch(self, h: Any, osf_S_low: Any, osf_S_init: Any, osf_U_init: Any, osf_V_init: Any, **others: Any) -> Any:
-        """Returns h Vᵀ S Uᵀ − h V₀ᵀ S₀ U₀ᵀ, which is 0 at first, bit for bit."""
+        """Returns h Vᵀ S Uᵀ − h V₀ᵀ S₀ U₀ᵀ, which is 0 at first, within rounding."""
         u, v = _steered(osf_U_init, osf_V_init, **others)
         first = F.linear(F.linear(h, osf_V_init) * osf_S_init, osf_U_init)
         return F.linear(F.linear(h, v) * osf_S_low, u) - first
@@ -170,9 +170,9 @@ class OSFConfig(TargetedConfig):
     target_svd_config: dict[str, int] | None = None
 
     @property
-    def starts_as_identity(self) -> bool:
-        """Whether the trained directions are the weight's."""
-        return self.init_weights is not False
+    def starts_as_identity(self) -> Literal["within rounding"] | bool:
+        """Whether the trained directions are the weight's; PyTorch multiplies by them otherwise than by frozen ones."""
+        return "within rounding" if self.init_weights is not False else False
 
     def targets_by_default(self, model: nn.Module) -> set[str] | str:
         """Returns the default `target_modules` of a model: all its linear layers, if its type has no others."""

@@ -202,6 +202,19 @@ def test_adapters_in_half_precision_give_pefts_outputs(contract: Contract, dtype
     torch.testing.assert_close(*found, atol=5e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@each_method
+def test_it_is_made_and_computes_where_this_is_the_default_dtype(contract: Contract, dtype: torch.dtype) -> None:
+    case = (*contract.cases, *contract.beyond)[0]
+    inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in case.inputs())
+    torch.set_default_dtype(dtype)
+    try:
+        model = graphpeft.get_peft_model(case.build().to(dtype), contract.our_config(case))
+        assert result(model(*inputs)).isfinite().all()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def assert_every_law_holds(contract: Contract, case: Case) -> None:
     config = contract.our_config(case)
     verification = verify(case.build(), config, case.inputs(), progress=False, quiet=True)

@@ -74,8 +74,9 @@ class Deft(DeltaRule):
             return
         weight = read_weight(module, site.attribute)
         assert weight is not None
-        matrices = as_matrices(self.layout.turned(weight.detach().float()), site)
-        _, taken = self._directions(P.to(matrices.device))
+        precise = torch.promote_types(P.dtype, torch.float32)
+        matrices = as_matrices(self.layout.turned(weight.detach().to(precise)), site)
+        _, taken = self._directions(P.to(matrices))
         parameters["deft_R"].copy_(taken.mT @ matrices / self.constants(site, config)["scale"])
 
     def constants(self, site: Any, config: Any) -> Mapping[str, float]:
@@ -132,8 +133,8 @@ def in_rows(weight: Tensor, directions: Tensor) -> Tensor:
 
 @recorded
 def orthogonal(P: Tensor) -> Tensor:
-    """Returns the first factor of the QR decomposition, in single precision, since there is none in half."""
-    return torch.linalg.qr(P.float())[0].to(P.dtype)
+    """Returns the first factor of the QR decomposition, of which there is none in half precision."""
+    return torch.linalg.qr(P.to(torch.promote_types(P.dtype, torch.float32)))[0].to(P.dtype)
 
 
 @register

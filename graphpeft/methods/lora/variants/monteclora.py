@@ -139,7 +139,9 @@ def _draw_ahead(ahead: int, samples: int, shape: Sequence[int], dtype: torch.dty
     rank, features = shape
     torch.randn(ahead, samples, features, rank, dtype=dtype)
     torch.randn(ahead, samples, dtype=dtype)
-    lengths = Chi2(rank - torch.arange(rank, dtype=torch.get_default_dtype()))
+    # PyTorch draws none in half precision
+    precise = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    lengths = Chi2(rank - torch.arange(rank, dtype=precise))
     for _ in range(ahead):
         lengths.sample()
         torch.randn(rank * (rank - 1) // 2)

@@ -21,7 +21,7 @@ from refusals import refused
 from torch import nn
 
 import graphpeft
-from graphpeft import AdaptError, CheckpointError, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from graphpeft import AdaptError, CheckpointError, GuardError, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from graphpeft.adapters.base_names import warn_of_other_base
 
 
@@ -650,6 +650,20 @@ def test_weights_of_a_container_are_adapted_beside_others_without_an_example(ent
     plain.load_state_dict(model.merge_and_unload().state_dict())
     for x, y in zip(given, adapted, strict=True):
         torch.testing.assert_close(plain(x), y)
+
+
+def test_a_length_that_an_example_has_fixed_is_free_without_it_as_the_error_says() -> None:
+    config = LoraConfig(r=2, target_parameters=["step"], init_lora_weights=False)
+    given: Any = get_peft_model(Recurrent(), config, example_inputs=(torch.randn(3, 2, 4),))
+    with pytest.raises(GuardError, match="Or adapt it without example_inputs"):
+        given(torch.randn(3, 5, 4))
+    free: Any = get_peft_model(Recurrent(), config)
+    free.load_state_dict(given.state_dict())
+    inputs = [torch.randn(3, length, 4) for length in (1, 2, 5)]
+    outputs = [free(x) for x in inputs]
+    torch.testing.assert_close(given(inputs[1]), outputs[1])
+    merged = free.merge_and_unload()
+    torch.testing.assert_close([merged(x) for x in inputs], outputs)
 
 
 @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])

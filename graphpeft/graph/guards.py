@@ -24,7 +24,8 @@ from graphpeft.graph.errors import GuardError
 from graphpeft.wording import shortened
 
 _WAY_OUT = (
-    "Trace or adapt the model again, with example_inputs like this call's and its modules in their present modes."
+    "Trace or adapt the model again, with example_inputs like this call's and its modules in their present modes. Or "
+    "adapt it without example_inputs: then code that decides by its inputs runs by itself, on changed weights."
 )
 
 

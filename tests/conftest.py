@@ -23,6 +23,7 @@ import pytest
 import tiers
 import torch
 
+from graphpeft.rules import registry
 from graphpeft.testing.profiles import load_profile
 
 torch.set_num_threads(1)
@@ -74,6 +75,12 @@ def _seed() -> None:
 def _compiler() -> None:
     """Forgets the compilations of the tests before, since a process has only eight of a function's code."""
     torch.compiler.reset()
+
+
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forgets the methods that a test registers."""
+    monkeypatch.setattr(registry, "_REGISTRY", registry.registered())
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,18 +11,11 @@ from faulty_rules import FAULTS, Branch, Fault, OutputFactors, Product, Rows, lo
 from torch import nn
 
 import graphpeft
-from graphpeft.rules import registry
 from graphpeft.testing import verify
 
+pytestmark = pytest.mark.usefixtures("own_registry")
+
 X = (torch.randn(2, 8, generator=torch.Generator().manual_seed(0)),)
-
-
-@pytest.fixture(autouse=True)
-def _registers_for_one_test() -> Iterator[None]:
-    before = registry.registered()
-    yield
-    registry._REGISTRY.clear()
-    registry._REGISTRY.update(before)
 
 
 def model() -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,20 +13,13 @@ from torch import nn
 
 import graphpeft
 from graphpeft import AdaptError, BoundaryRule, DeltaRule, ParameterSpec
-from graphpeft.rules import registry
 from graphpeft.testing import LawError, assert_traced_is_adapted_alike
 from graphpeft.testing.generated_models import Model, cases
 from graphpeft.testing.strategies import adaptations, refusals_discarded
 
+pytestmark = pytest.mark.usefixtures("own_registry")
+
 quick = settings(max_examples=300, database=None, derandomize=True, phases=(Phase.generate,))
-
-
-@pytest.fixture(autouse=True)
-def _registers_for_one_test() -> Iterator[None]:
-    before = registry.registered()
-    yield
-    registry._REGISTRY.clear()
-    registry._REGISTRY.update(before)
 
 
 def registered(name: str, rule: type, **options: Any) -> str:

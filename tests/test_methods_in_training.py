@@ -179,9 +179,8 @@ class NumberedConfig(TargetedConfig):
 
 
 @pytest.fixture(autouse=True)
-def _methods(monkeypatch: pytest.MonkeyPatch) -> None:
+def _methods(own_registry: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Registers both methods for the time of a test."""
-    monkeypatch.setattr(registry, "_REGISTRY", registry.registered())
     for config_class in (AdaLoraConfig, NumberedConfig):
         registry._REGISTRY.pop(config_class.peft_type, None)
         monkeypatch.setattr(config_class, "__init__", config_class.__init__)

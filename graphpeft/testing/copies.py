@@ -68,11 +68,11 @@ def ways_left_out(build: Build) -> dict[str, str]:
     return left_out
 
 
-def _by_pickle(model: Any, build: Callable[[], Any]) -> Any:  # noqa: ARG001
+def _by_pickle(model: Any, _: Callable[[], Any]) -> Any:
     return pickle.loads(pickle.dumps(model))
 
 
-def _by_save(model: Any, build: Callable[[], Any]) -> Any:  # noqa: ARG001
+def _by_save(model: Any, _: Callable[[], Any]) -> Any:
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
@@ -85,11 +85,11 @@ def _by_state_dict(model: Any, build: Callable[[], Any]) -> Any:
     return other
 
 
-def _by_deepcopy(model: Any, build: Callable[[], Any]) -> Any:  # noqa: ARG001
+def _by_deepcopy(model: Any, _: Callable[[], Any]) -> Any:
     return copy.deepcopy(model)
 
 
-def _to_and_back(model: Any, build: Callable[[], Any]) -> Any:  # noqa: ARG001
+def _to_and_back(model: Any, _: Callable[[], Any]) -> Any:
     """Converts a copy to double precision and back; tensors in half precision, via single precision."""
     copied = copy.deepcopy(model)
     tensors = [*copied.named_parameters(), *copied.named_buffers()]

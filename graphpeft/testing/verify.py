@@ -143,18 +143,25 @@ def verify(
 
 
 def _on_all(law: Callable[[Subject], None], subjects: Sequence[Subject], note: str) -> str:
-    """Checks a law on the user's model, and on single layers, of which a refusal says nothing about the model."""
-    refusal = None
+    """Checks a law on the user's model, and on single layers, of which a refusal says nothing about the model.
+
+    Returns:
+        The note, with the layers that refuse.
+    """
+    notes, refusal = [note] if note else [], None
     for one in subjects:
         try:
             law(one)
         except LawError as error:
             raise LawError(f"on {one.what}: {error}" if one.what else str(error)) from error
         except (AdaptError, GuardError, TraceError) as error:
-            refusal = refusal if one.what else error
+            if one.what:
+                notes.append(f"not on {one.what}: {str(error).partition(chr(10))[0]}")
+            else:
+                refusal = error
     if refusal is not None:
         raise refusal
-    return note
+    return "; ".join(notes)
 
 
 def _also_on(layers: Sequence[Subject], left_out: Sequence[str]) -> list[str]:

@@ -174,3 +174,12 @@ def test_sites_where_a_method_does_more_are_refused(direction: Any, reason: str)
     with pytest.raises(AdaptError, match=reason):
         decomposed(model, direction)
     laws.require_equal(model.state_dict(), before, "a refused config changed the model")
+
+
+def test_the_digest_of_its_config_leaves_out_what_says_nothing_of_the_tensors() -> None:
+    config = WeightDecomposedConfig(direction=LoKrConfig(r=2, target_modules=["0"]))
+    other = WeightDecomposedConfig(
+        direction=LoKrConfig(r=2, target_modules=["0"], module_dropout=0.5), base_model_name_or_path="mine"
+    )
+    assert config.digest() == other.digest()
+    assert config.digest() != WeightDecomposedConfig(direction=LoKrConfig(r=3, target_modules=["0"])).digest()

@@ -197,6 +197,19 @@ def test_of_several_adapters_none_is_written_if_one_cant_be(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_of_several_adapters_all_stay_if_one_cant_be_replaced(tmp_path: Path) -> None:
+    model = adapted("a")
+    model.add_adapter("other", LoraConfig(target_modules=["0"]))
+    model.save_pretrained(tmp_path)
+    (tmp_path / "other" / WEIGHTS).unlink()
+    (tmp_path / "other" / WEIGHTS).mkdir()
+    model = adapted("b")
+    model.add_adapter("other", LoraConfig(target_modules=["0"]))
+    with pytest.raises(IsADirectoryError):
+        model.save_pretrained(tmp_path)
+    assert found_in(tmp_path) == "a"
+
+
 # links, and what writers leave behind
 
 
@@ -226,6 +239,33 @@ def test_what_dead_writers_left_is_ignored_and_taken_away_after_a_day(tmp_path: 
     assert [folder.exists() for folder in left] == [False, True]
 
 
+@pytest.mark.parametrize("is_safe", [True, False], ids=["safetensors", "pickle"])
+def test_a_config_that_a_dead_writer_has_left_is_found_until_another_one_takes_its_place(
+    is_safe: bool, tmp_path: Path
+) -> None:
+    weights = WEIGHTS if is_safe else "adapter_model.bin"
+    adapted("a").save_pretrained(tmp_path, safe_serialization=is_safe)
+    left = tmp_path / ".graphpeft-aaaaaaaa"
+    adapted("b").save_pretrained(left / "new", safe_serialization=is_safe)
+    (left / "new" / weights).replace(tmp_path / weights)
+    (left / "begun").touch()
+    os.utime(left, (0, time.time() - 25 * 60 * 60))
+    adapted("b").create_or_update_model_card(tmp_path)
+    assert found_in(tmp_path) == "b"
+    adapted("c").save_pretrained(tmp_path, safe_serialization=is_safe)
+    assert found_in(tmp_path) == "c"
+    assert not left.exists()
+
+
+def test_what_a_dead_writer_has_left_beside_an_outer_folder_is_found(tmp_path: Path) -> None:
+    folder = tmp_path / "model" / "adapters" / "mine"
+    adapted("a").save_pretrained(folder)
+    staged = tmp_path / ".graphpeft-aaaaaaaa" / "new" / "model" / "adapters" / "mine"
+    adapted("b").save_pretrained(staged)
+    (staged / WEIGHTS).replace(folder / WEIGHTS)
+    assert found_in(folder) == "b"
+
+
 # a config and tensors that don't belong together
 
 
@@ -242,11 +282,13 @@ def test_an_edited_config_is_refused_unless_it_is_given(values: dict[str, Any], 
     edit(tmp_path, **values)
     model = base()
     before = laws.snapshot(model)
-    with pytest.raises(CheckpointError, match=r"was saved with another adapter_config\.json"):
+    with pytest.raises(CheckpointError, match=r"were saved with another adapter_config\.json"):
         PeftModel.from_pretrained(model, tmp_path)
     laws.require_unchanged(model, before, "loading")
-    with pytest.raises(CheckpointError, match=r"was saved with another adapter_config\.json"):
+    with pytest.raises(CheckpointError, match=r"were saved with another adapter_config\.json"):
         hotswap_adapter(adapted("b"), tmp_path, "default")
+    with pytest.raises((CheckpointError, AdaptError)):
+        adapted("a").load_adapter(tmp_path, "default")
     loaded: Any = PeftModel.from_pretrained(model, tmp_path, config=PeftConfig.from_pretrained(tmp_path))
     name, value = next(iter(values.items()))
     assert getattr(loaded.peft_config["default"], name) == value
@@ -271,6 +313,18 @@ def test_a_config_that_is_given_stays_as_it_was_if_its_adapter_can_not_be_loaded
     with pytest.raises(AdaptError, match="nothing in Identity matches"):
         PeftModel.from_pretrained(nn.Identity(), tmp_path, config=given)
     assert vars(given) == before
+
+
+def test_tensors_of_another_config_are_not_given_to_an_adapter_of_the_model(tmp_path: Path) -> None:
+    adapted("a").save_pretrained(tmp_path / "a")
+    adapted("b").save_pretrained(tmp_path / "b")
+    (tmp_path / "b" / WEIGHTS).replace(tmp_path / "a" / WEIGHTS)
+    model = adapted("a")
+    before = laws.snapshot(model)
+    for load in (model.load_adapter, lambda *args: PeftModel.from_pretrained(model, *args)):
+        with pytest.raises(CheckpointError, match=r"were saved with another adapter_config\.json"):
+            load(tmp_path / "a", "default")
+    laws.require_unchanged(model, before, "loading")
 
 
 def test_what_says_nothing_of_the_tensors_may_be_edited(tmp_path: Path) -> None:

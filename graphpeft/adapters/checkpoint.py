@@ -19,7 +19,7 @@ from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.saved_adapter import DIGEST, OPERATIONS, load
 from graphpeft.adapters.state import Adapter, Modules, Tensors
 from graphpeft.adapters.tensors import is_same
-from graphpeft.files.foreign_files import CheckpointError
+from graphpeft.files.foreign_files import CheckpointError, note_in_pickle
 from graphpeft.files.hub import CONFIG_NAME, PICKLED_WEIGHTS_NAME, WEIGHTS_NAME
 from graphpeft.graph import overrides
 from graphpeft.graph.holders import tensor_at
@@ -137,7 +137,7 @@ def fitted(
     misshapen += [
         f"other values in {copy} than in {of}, of which it is a copy"
         for copy, of in copied.items()
-        if of in values and not torch.equal(values[copy], values[of])
+        if of in values and not is_same(values[copy], values[of])
     ]
     problems = [f"lacks {joined(lacking)}"] if lacking else []
     problems += [f"has what the model has no place for: {joined(needless)}"] if needless else []
@@ -382,14 +382,15 @@ def write(
     # safetensors refuses tensors that share memory
     tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     (staged / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
-    if not safe_serialization:
-        torch.save(tensors, staged / PICKLED_WEIGHTS_NAME)
-        return
     digest = PeftConfig.from_pretrained(staged).digest()  # of what a reader has, to whom a set may be a list
-    metadata = {"format": "pt", DIGEST: digest}
+    metadata = {DIGEST: digest}
     if operations:
         metadata[OPERATIONS] = json.dumps(dict(operations))
-    save_file(tensors, staged / WEIGHTS_NAME, metadata=metadata)
+    if safe_serialization:
+        save_file(tensors, staged / WEIGHTS_NAME, metadata={"format": "pt", **metadata})
+    else:
+        torch.save(tensors, staged / PICKLED_WEIGHTS_NAME)
+        note_in_pickle(staged / PICKLED_WEIGHTS_NAME, metadata)
 
 
 def _operations(adapter: Adapter) -> dict[str, str]:

@@ -212,6 +212,7 @@ def load_again(
     """
     _refuse_arguments(model_id, ephemeral_gpu_offload)
     saved = _read(model_id, config, use_safetensors, hub_options)
+    saved.refuse_two_saves(model_id)
     adapter = known_adapter(model, adapter_name)
     own = checkpoint.file_config(model, adapter)
     vars(own).update(saved.config.changes)

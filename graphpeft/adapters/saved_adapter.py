@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from graphpeft.files.atomic_files import read_together, waiting
-from graphpeft.files.foreign_files import CheckpointError, read_pickle, read_safetensors, unreadable
-from graphpeft.files.hub import CONFIG_NAME, PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file, weights_file
+from graphpeft.files.foreign_files import CheckpointError, noted_in_pickle, read_pickle, read_safetensors, unreadable
+from graphpeft.files.hub import CONFIG_NAME, PICKLED_WEIGHTS_NAME, adapter_file, weights_file
 from graphpeft.rules.config import PeftConfig
 
 DIGEST = "graphpeft_config"
@@ -46,8 +46,8 @@ class SavedAdapter(NamedTuple):
         """
         if not self.is_of_one_save:
             raise CheckpointError(
-                f"{path_or_repo}: {WEIGHTS_NAME} was saved with another {CONFIG_NAME}, with which its tensors mean "
-                "something else: the config was edited, or two programs have saved there at once. Save the adapter "
+                f"{path_or_repo}: the tensors were saved with another {CONFIG_NAME}, with which they mean something "
+                "else: the config was edited, or two programs have saved there at once. Save the adapter "
                 "again; or give the config that you want, as "
                 f"from_pretrained(…, config=PeftConfig.from_pretrained({str(path_or_repo)!r}))"
             )
@@ -139,6 +139,6 @@ def load(
 def _read(path: str) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
     """Returns an adapter's tensors, and what else the file says of them."""
     if Path(path).name == PICKLED_WEIGHTS_NAME:
-        return read_pickle(path), {}
+        return read_pickle(path), noted_in_pickle(path)
     saved = read_safetensors(path)
     return saved.tensors, saved.metadata

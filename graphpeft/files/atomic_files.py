@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
@@ -48,7 +48,7 @@ class Staging:
             self._own = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=ground))
         except OSError as error:
             raise type(error)(error.errno, error.strerror, str(ground)) from None  # not the staging folder's name
-        self.folder, self._old = self._own / "new", self._own / "old"
+        self.folder, self._old, self._begun = self._own / "new", self._own / "old", self._own / _BEGUN
         self.folder.mkdir()
         self._old.mkdir()
 
@@ -70,23 +70,24 @@ class Staging:
         files = sorted((file for file in self.folder.rglob("*") if file.is_file()), reverse=True)
         for file in files:
             _sync(file)
-        targets = [self._place / file.relative_to(self.folder) for file in files]
-        self._exchange(files, targets)
+        names = [file.relative_to(self.folder) for file in files]
+        targets = [self._place / name for name in names]
+        self._exchange(files, targets, [self._old / name for name in names])
         for folder in dict.fromkeys(target.parent for target in targets):
             with contextlib.suppress(OSError):  # some systems can't sync a folder
                 _sync(folder)
-        _remove_abandoned(self._own.parent)
+        _remove_abandoned(self._own.parent, set(names))
         return targets
 
-    def _exchange(self, files: list[Path], targets: list[Path]) -> None:
+    def _exchange(self, files: list[Path], targets: list[Path], backups: list[Path]) -> None:
         moves: list[_Move] = []
         made: list[Path] = []
         try:
             _make_folder(self._place, made)
             with _alone_in(self._place):
-                for file, target in zip(files, targets, strict=True):
+                open(self._begun, "xb").close()
+                for file, target, kept in zip(files, targets, backups, strict=True):
                     _make_folder(target.parent, made)
-                    kept = self._old / file.relative_to(self.folder)
                     if os.path.lexists(target):
                         kept.parent.mkdir(parents=True, exist_ok=True)
                         link_or_copy(target, kept)
@@ -99,6 +100,10 @@ class Staging:
                 with contextlib.suppress(OSError):  # another process has written files there
                     folder.rmdir()
             raise
+
+
+_BEGUN = "begun"
+"""The name of the file in a staging folder that says that files may be in their places already."""
 
 
 class _Move(NamedTuple):
@@ -119,7 +124,14 @@ class _Move(NamedTuple):
 
 def waiting(place: Path, name: str) -> list[Path]:
     """Returns the staged files of this name for a folder, from running or killed processes."""
-    return sorted(place.glob(f"{_PREFIX}*/new/{name}"))
+    place = place.absolute()
+    grounds = (place, *place.parents[:_LEVELS])
+    staged = [own / "new" / place.relative_to(ground) for ground in grounds for own in ground.glob(f"{_PREFIX}*")]
+    return sorted(folder / name for folder in staged if (folder / name).is_file())
+
+
+_LEVELS = 3
+"""How far above the folder of a file that file may be staged: ``model/adapters/name`` beside ``model``."""
 
 
 def read_together(paths: Sequence[str | os.PathLike[str]], read: Callable[[], T]) -> T:
@@ -203,8 +215,17 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _remove_abandoned(ground: Path) -> None:
+def _remove_abandoned(ground: Path, placed: Set[Path]) -> None:
+    """Removes what killed processes have left, but for files that belong to some that they have put into place."""
     for folder in ground.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
-            if time.time() - folder.lstat().st_mtime > _ABANDONED and folder.is_dir() and not folder.is_symlink():
+            is_old = time.time() - folder.lstat().st_mtime > _ABANDONED
+            if is_old and folder.is_dir() and not folder.is_symlink() and _is_needless(folder, placed):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_needless(folder: Path, placed: Set[Path]) -> bool:
+    """Returns whether none of a staging folder's files is in its place, or all others have been replaced since."""
+    new = folder / "new"
+    left = {file.relative_to(new) for file in new.rglob("*") if file.is_file()}
+    return not (folder / _BEGUN).exists() or left <= placed

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,6 +171,27 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
             "save it as safetensors."
         ) from error
     return _checked(found, path)
+
+
+def note_in_pickle(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    """Adds metadata to a file of ``torch.save``, which is an archive; readers that don't know of them see none."""
+    with zipfile.ZipFile(path, "a") as archive:
+        folder = archive.namelist()[0].partition("/")[0]
+        archive.writestr(f"{folder}/{_METADATA}", json.dumps(dict(metadata)))
+
+
+def noted_in_pickle(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Returns the metadata that `note_in_pickle` has added to a file, or {}."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith(f"/{_METADATA}")]
+            found = json.loads(archive.read(names[0])) if names else {}
+    except (zipfile.BadZipFile, ValueError, RecursionError):
+        found = {}
+    return found if isinstance(found, dict) else {}
+
+
+_METADATA = "graphpeft.json"
 
 
 def _checked(found: Any, path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 import warnings
@@ -109,13 +108,9 @@ class SavingMethods(AdapterInfo):
                 f"{joined(list(map(str, older)))} would be loaded in place of the adapter_model.bin that "
                 "safe_serialization=False writes; remove it, or save into another folder"
             )
-        with contextlib.ExitStack() as stack:
-            staged = {
-                folder: stack.enter_context(Staging(folder))
-                for folder in dict.fromkeys((Path(save_directory), *map(folder_of, names)))
-            }
+        with Staging(Path(save_directory)) as staging:
             for name, adapter in selected.items():
-                folder = staged[folder_of(name)].folder
+                folder = staging.folder / folder_of(name).relative_to(save_directory)
                 first = path_initial_model_for_weight_conversion
                 originals = merged_weights.Originals(self, self._peft_adapters)
                 checkpoint.save(
@@ -131,11 +126,10 @@ class SavingMethods(AdapterInfo):
                 )
                 is_checkpoint = safe_serialization and trainer.is_trainer_checkpoint(Path(save_directory))
                 if name in self.active_adapters[:1] and is_checkpoint:
-                    self._save_for_trainer(name, folder, staged[Path(save_directory)].folder, state_dict)
+                    self._save_for_trainer(name, folder, staging.folder, state_dict)
             if names:
-                self._stage_card(staged[Path(save_directory)], Path(save_directory), list(selected.values()))
-            for staging in staged.values():
-                staging.put()
+                self._stage_card(staging, Path(save_directory), list(selected.values()))
+            staging.put()
         if len(self.active_adapters) > 1 and trainer.is_trainer_checkpoint(Path(save_directory)):
             warnings.warn(
                 f"a Trainer resumes the first active adapter alone, {self.active_adapters[0]!r}; load the others from "

@@ -184,7 +184,7 @@ class ConfigJson:
         """
         default = {field.name: default_of(field) for field in options(self)}
         values = {
-            name: value
+            name: own.digest() if isinstance(own := getattr(self, name, None), ConfigJson) else value
             for name, value in self.to_dict().items()
             if name not in self.not_of_tensors and (name not in default or value != default[name])
         }

@@ -120,7 +120,6 @@ class LoraConfig(TargetedConfig):
         "fan_in_fan_out",
         "lora_dropout",
         "merged_quantiser",
-        "target_parts",  # without, they are the same tensors of stock LoRA
     }
 
     r: Size = 8

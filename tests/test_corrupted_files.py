@@ -18,6 +18,7 @@ import torch
 from corruption import CONFIG, PICKLE, SAVED, WEIGHTS, Damage, Saved
 from counting import counted
 from models import MLP
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -52,6 +53,46 @@ def faults(seeds: range, folder: Path) -> list[str]:
             found.append(f"{seed}: {saved}, {damage.about}: {verdict.fault}")
         shutil.rmtree(place)
     return found
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        (graphpeft.ShiraConfig(r=1, target_modules=["0"]), "shira_indices"),
+        (graphpeft.SupertuningConfig(sparsity=0.5, target_modules=["0"]), "supertuning_indices"),
+    ],
+    ids=["shira", "supertuning"],
+)
+@pytest.mark.parametrize(
+    ("damaged", "reason"),
+    [
+        (lambda places: places.fill_(-1), "beyond those of the weight"),
+        (lambda places: places.fill_(64), "beyond those of the weight"),
+        (lambda places: places.fill_(0), "place of an element twice"),
+    ],
+    ids=["before", "behind", "twice"],
+)
+def test_places_of_elements_that_can_not_be_are_refused(
+    config: Any, key: str, damaged: Callable[[Any], Any], reason: str, tmp_path: Path
+) -> None:
+    get_peft_model(nn.Sequential(nn.Linear(8, 8)), config).save_pretrained(tmp_path)
+    with safe_open(tmp_path / WEIGHTS, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(tmp_path / WEIGHTS)
+    damaged(tensors[f"base_model.model.0.{key}"])
+    save_file(tensors, tmp_path / WEIGHTS, metadata=metadata)
+    with pytest.raises(CheckpointError, match=reason):
+        PeftModel.from_pretrained(nn.Sequential(nn.Linear(8, 8)), tmp_path)
+
+
+def test_a_copied_projection_of_another_dtype_is_told(tmp_path: Path) -> None:
+    config = graphpeft.RandLoraConfig(r=2, target_modules=["0", "1"])
+    get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors["base_model.randlora_A"] = tensors["base_model.randlora_A"].to(torch.float8_e5m2)
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(CheckpointError, match="other values in base_model"):
+        PeftModel.from_pretrained(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), tmp_path)
 
 
 def test_sixty_damaged_folders_are_refused_clearly_or_loaded_right(tmp_path: Path) -> None:

@@ -219,6 +219,17 @@ def test_a_file_with_some_trained_experts_alone_is_refused(tmp_path: Path) -> No
         PeftModel.from_pretrained(LLAMA.build(), tmp_path)
 
 
+def test_a_file_with_a_trained_expert_of_another_shape_is_refused(tmp_path: Path) -> None:
+    ours(use_trainable_adapters=True).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.endswith("q_proj.lora_A.1.weight"))
+    for damaged in (tensors[key][:, 1:], tensors[key][0, 0], tensors[key].to(torch.float8_e5m2)):
+        save_file({**tensors, key: damaged.contiguous()}, file)
+        with pytest.raises(CheckpointError, match=r"q_proj\.lora_A\.1\.weight is of shape"):
+            PeftModel.from_pretrained(LLAMA.build(), tmp_path)
+
+
 def test_an_embedding_has_experts(tmp_path: Path) -> None:
     given = {
         "adapters": {

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from graphpeft.graph.changed_products import plus_branch
 from graphpeft.graph.recorded import recorded
@@ -50,6 +51,19 @@ class Placed(DeltaRule):
             own: The rule's parameters, by name.
         """
         ...
+
+    def complete(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
+        """Refuses places outside of the weight, and one that is there twice."""
+        places = self.elements(parameters)[1]
+        if places.is_meta or not places.numel():
+            return
+        size = math.prod(self.shape)
+        sides = (size // self.columns, self.columns) if places.ndim > 1 else (size,)
+        for each, side in zip(places.reshape(len(sides), -1), sides, strict=True):
+            if not 0 <= each.min() <= each.max() < side:
+                raise ValueError(f"it has places of elements beyond those of the weight, {tuple(self.shape)}")
+        if len(_flat(places, self.columns).unique()) < places.shape[-1]:
+            raise ValueError("it has the place of an element twice")
 
     def adds_to_weight(self, operation: Any) -> bool:
         """Returns whether an operation is a product with a weight whose elements are in the order of the places."""

@@ -67,8 +67,13 @@ def side_by_side(tensors: Mapping[str, Tensor], experts: Experts, trained: Mappi
         there = [found.pop(name) for name in wanted if name in found]
         if there and len(there) < len(wanted):
             raise ValueError(f"it lacks some of {', '.join(wanted)}")
+        kept = experts.side_by_side(label)[axis]
+        for name, part in zip(wanted, there, strict=False):
+            sides = part.shape[:axis] + part.shape[axis + 1 :]
+            if part.ndim != 2 or sides != kept.shape[:axis] + kept.shape[axis + 1 :] or part.dtype != there[0].dtype:
+                raise ValueError(f"{name} is of shape {tuple(part.shape)} and {part.dtype}, as no factor there is")
         # PEFT's file has none, where the experts are those that were read
-        found[own] = torch.cat(there, dim=axis) if there else experts.side_by_side(label)[axis]
+        found[own] = torch.cat(there, dim=axis) if there else kept
     return found
 
 

@@ -95,6 +95,8 @@ def transaction(model: nn.Module) -> Iterator[None]:
     with recorded(model) as begin:
         try:
             yield
+        except GeneratorExit:
+            raise  # the context was never left, and its thread may be at other changes by now
         except BaseException:
             undo(begin)
             raise

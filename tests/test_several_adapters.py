@@ -559,6 +559,15 @@ def test_what_a_row_does_not_drop_is_scaled_up_by_its_own_probability():
     assert (added[0].abs() > 0.5).all()
 
 
+def test_a_row_whose_adapter_has_the_scale_zero_is_that_of_the_base():
+    base, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 8)
+    options: list[dict[str, Any]] = [{"r": 2, "lora_alpha": alpha, "target_modules": ["0"]} for alpha in (0, 8)]
+    model = with_adapters(graphpeft, base, *options)
+    rows = model(x, adapter_names=["u", "v"])
+    assert equal(rows[0], base(x)[0])
+    assert not equal(rows[1], base(x)[1])
+
+
 def test_rows_in_half_precision_have_scales_of_their_own():
     options: list[dict[str, Any]] = [{"r": 2, "lora_alpha": alpha, "target_modules": ["0"]} for alpha in (8, 3)]
     model = with_adapters(graphpeft, nn.Sequential(nn.Linear(8, 8)), *options).bfloat16()

@@ -21,7 +21,6 @@ from graphpeft.graph import ops
 from graphpeft.graph.errors import GuardError
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.paths import join
-from graphpeft.learning import check_learning
 from graphpeft.model.adapt import explain, get_peft_model
 from graphpeft.model.peft_model import PeftModel
 from graphpeft.model.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
@@ -33,7 +32,17 @@ from graphpeft.testing.comparing import ROUNDING, LawError, require_close, requi
 from graphpeft.testing.failing import RuleError, with_failing_rules
 from graphpeft.testing.first_difference import first_difference
 from graphpeft.testing.reference import Reference, require_reference
-from graphpeft.testing.runs import accepted, differentiable, draw_otherwise, left_by, loss_of, perturbed, run, run_copy
+from graphpeft.testing.runs import (
+    accepted,
+    dead_tensors,
+    differentiable,
+    draw_otherwise,
+    left_by,
+    loss_of,
+    perturbed,
+    run,
+    run_copy,
+)
 from graphpeft.testing.snapshots import require_unchanged, require_unloaded, snapshot, with_saved
 from graphpeft.testing.steady import require_steady
 from graphpeft.testing.unmerging import require_no_merge, require_unmerged_exactly
@@ -121,11 +130,11 @@ def assert_only_the_adapter_is_trained(build: Build, config: PeftConfig, inputs:
     frozen = {path for path, _ in model.named_parameters()}
     adapted = get_peft_model(model, config, example_inputs=inputs)
     frozen |= {join(*name) for name in adapted._peft_adapters.by_name["default"].frozen_names("default")}
-    dead = _dead(adapted, inputs)
+    dead = dead_tensors(adapted, inputs)
     for seed in range(_DRAWS if dead else 0):
         model = build().train()
         torch.manual_seed(seed)
-        still = _dead(get_peft_model(model, config, example_inputs=inputs), inputs)
+        still = dead_tensors(get_peft_model(model, config, example_inputs=inputs), inputs)
         dead = {tensor: reason for tensor, reason in dead.items() if tensor in still}
     for reason in dead.values():
         tensors = joined([tensor for tensor in dead if dead[tensor] == reason])
@@ -138,16 +147,6 @@ def assert_only_the_adapter_is_trained(build: Build, config: PeftConfig, inputs:
             raise LawError(f"{path} gets no gradient")
         if not parameter.requires_grad and parameter.grad is not None:
             raise LawError(f"{path} gets a gradient, though it is frozen")
-
-
-def _dead(model: Any, inputs: ExampleInputs) -> dict[str, str]:
-    """Returns the trained tensors that learn nothing, and why."""
-    return {
-        f"{site.label}.{name}": site.reason
-        for site in check_learning(model, inputs).dead
-        for name, tensor in site.tensors.items()
-        if tensor.state == "dead"
-    }
 
 
 @blames_a_site

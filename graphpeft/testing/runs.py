@@ -12,6 +12,7 @@ from torch import nn
 from graphpeft._torch import pytree
 from graphpeft.graph.errors import GuardError
 from graphpeft.graph.inputs import ExampleInputs, split_inputs
+from graphpeft.learning import check_learning
 
 
 def run(model: nn.Module, inputs: ExampleInputs) -> Any:
@@ -171,3 +172,13 @@ def loss_of(outputs: Any) -> torch.Tensor:
     """
     leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
     return sum((leaf.square().sum() for leaf in leaves), torch.zeros(()))
+
+
+def dead_tensors(model: Any, inputs: ExampleInputs) -> dict[str, str]:
+    """Returns the trained tensors that learn nothing, and why."""
+    return {
+        f"{site.label}.{name}": site.reason
+        for site in check_learning(model, inputs).dead
+        for name, tensor in site.tensors.items()
+        if tensor.state == "dead"
+    }

@@ -78,11 +78,7 @@ class Supertuning(Placed):
 
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
         """Chooses the places by the weight, and sets the elements and B to zero, or draws them."""
-        weight = read_weight(module, site.attribute)
-        assert weight is not None
-        sizes = self.layout.turned(weight.detach()).abs().flatten()
-        places = torch.topk(sizes, len(parameters["supertuning_indices"]), largest=config.select_top).indices
-        parameters["supertuning_indices"].copy_(places)
+        self._choose_places(parameters["supertuning_indices"], site, config, module)
         values = parameters["supertuning_values"]
         values.zero_() if config.init_weights else values.normal_()
         if self.has_product:
@@ -91,6 +87,19 @@ class Supertuning(Placed):
             for factor in (A, B, A):
                 draw(factor, site)
             B.zero_() if config.init_weights else draw(B, site)
+
+    def complete(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
+        """Chooses the places that a file lacks, by the weight; refuses those of a file that can't be."""
+        if config.save_precomputed_indices:
+            super().complete(parameters, site, config, module)
+        else:
+            self._choose_places(parameters["supertuning_indices"], site, config, module)
+
+    def _choose_places(self, places: Tensor, site: Any, config: Any, module: nn.Module) -> None:
+        weight = read_weight(module, site.attribute)
+        assert weight is not None
+        sizes = self.layout.turned(weight.detach()).abs().flatten()
+        places.copy_(torch.topk(sizes, len(places), largest=config.select_top).indices)
 
     def constants(self, site: Any, config: Any) -> Mapping[str, float]:
         """Returns α/r."""

@@ -13,6 +13,7 @@ from graphpeft._torch import pytree
 from graphpeft.graph.errors import GuardError
 from graphpeft.graph.inputs import ExampleInputs, split_inputs
 from graphpeft.learning import check_learning
+from graphpeft.model.adapt import get_peft_model
 
 
 def run(model: nn.Module, inputs: ExampleInputs) -> Any:
@@ -174,7 +175,31 @@ def loss_of(outputs: Any) -> torch.Tensor:
     return sum((leaf.square().sum() for leaf in leaves), torch.zeros(()))
 
 
-def dead_tensors(model: Any, inputs: ExampleInputs) -> dict[str, str]:
+_DRAWS = 8
+"""How many times other first values are drawn for an adapter that doesn't learn."""
+
+
+def dead_tensors(
+    adapted: nn.Module, inputs: ExampleInputs, build: Callable[[], nn.Module], config: Any
+) -> dict[str, str]:
+    """Returns the trained tensors that learn nothing, whatever their first values are, and why.
+
+    Args:
+        adapted: An adapted model.
+        inputs: Its inputs.
+        build: Builds the model that was adapted.
+        config: The adapter's config.
+    """
+    dead = _dead(adapted, inputs)
+    for seed in range(_DRAWS if dead else 0):
+        model = build().train()
+        torch.manual_seed(seed)
+        still = _dead(get_peft_model(model, config, example_inputs=inputs), inputs)
+        dead = {tensor: reason for tensor, reason in dead.items() if tensor in still}
+    return dead
+
+
+def _dead(model: Any, inputs: ExampleInputs) -> dict[str, str]:
     """Returns the trained tensors that learn nothing, and why."""
     return {
         f"{site.label}.{name}": site.reason

@@ -18,6 +18,7 @@ from graphpeft import AdaptError, LoraConfig, OFTConfig, PeftModel, get_peft_mod
 from graphpeft.adapters import merged_weights
 from graphpeft.adapters.merged_weights import Originals
 from graphpeft.adapters.tensors import fingerprint
+from graphpeft.testing import laws
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:All adapters are already merged"),
@@ -321,3 +322,14 @@ def test_an_adapter_with_a_weight_of_its_own_is_merged_beside_one_that_is_in_tha
     model.set_adapter("a")
     model.merge_adapter(["a"])
     torch.testing.assert_close(model.merge_and_unload(adapter_names=["b"])(x), both(x), atol=1e-5, rtol=1e-4)
+
+
+def test_a_change_of_the_base_is_one_of_the_residual_of_an_adapter_that_is_merged_later() -> None:
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"], use_dora=True))
+    laws.perturbed(model)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["0"], init_lora_weights="olora"))
+    both, x = copy.deepcopy(model), torch.randn(3, 8)
+    both.set_adapter(["default", "second"])
+    model.merge_adapter(["default"])
+    merged = model.merge_and_unload(adapter_names=["second"])
+    torch.testing.assert_close(merged(x), both(x))

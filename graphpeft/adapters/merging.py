@@ -63,10 +63,11 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
     merged = list(dict.fromkeys(names))
     _refuse_merging(modules, adapters, merged)
     rest = _beside_those_in_the_weights(modules, adapters, merged)
-    bases = _present(modules, adapters, _read_as_base(adapters, rest))
+    bases: Tensors = {}
     if rest == merged:
         _take_out(modules, adapters)
     else:
+        bases = _present(modules, adapters, _read_as_base(adapters, rest))
         _forget(modules, adapters)
     with torch.no_grad():
         # these first, since they are what the changes are changes of

@@ -407,6 +407,7 @@ SHARING = {
     "dropout that does nothing": lambda x: F.dropout(x, 0.5, False),
     "einsum": lambda x: torch.einsum("ij->ij", x),
     "an operator": lambda x: torch.ops.aten.alias.default(x),
+    "an attribute": lambda x: x.mT.mT,
 }
 
 
@@ -422,6 +423,32 @@ def test_a_replacement_that_shares_memory_is_copied_where_a_write_follows(write,
     model, x = model_of(forward, **layers), inputs()
     expected = model(x.clone())
     Rewrite(lambda x: x.neg().neg(), SHARING[replacement])(model, inside=[""], expects=1)
+    assert torch.equal(model(x), expected)
+
+
+VIEWS: dict[str, Callable[[Any], Any]] = {
+    "transpose": lambda x: x.transpose(-1, -2),
+    "view": lambda x: x.view(-1),
+    "reshape": lambda x: x.reshape(-1),
+    "contiguous": lambda x: x.contiguous(),
+    "to": lambda x: x.to(torch.float32),
+    "index": lambda x: x[0],
+}
+
+
+@pytest.mark.parametrize("writes_base", [True, False], ids=["into the base", "into the view"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_view_whose_memory_is_written_afterwards_is_not_replaced(view, writes_base):
+    def forward(self, x):
+        y = x.sin()
+        z = VIEWS[view](y)
+        (y if writes_base else z).add_(1)
+        return (z if writes_base else y) * 1
+
+    model, x = model_of(forward), inputs()
+    expected = model(x)
+    with pytest.raises(RewriteError, match="may be a view of another tensor, and add_ writes to that memory in place"):
+        Rewrite(VIEWS[view], VIEWS[view])(model, expects=1)
     assert torch.equal(model(x), expected)
 
 
@@ -454,7 +481,7 @@ def test_several_views_are_refused_where_a_write_follows():
         return parts[0] + x
 
     model = model_of(forward)
-    with pytest.raises(RewriteError, match=r"add_ writes to tensors in place afterwards"):
+    with pytest.raises(RewriteError, match=r"add_ writes to that memory in place afterwards"):
         Rewrite(lambda x: torch.tensor_split(x.cos(), 2), lambda x: torch.chunk(x, 2))(model)
     assert not isinstance(model, fx.GraphModule)
 

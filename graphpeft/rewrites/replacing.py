@@ -126,9 +126,9 @@ def _emitted(
             raise RewriteError(f"the replacement of {name} can't stand in a graph: {error}") from error
         finally:
             _RUNNING.reset(token)
-    if not isinstance(value, fx.Proxy):
-        raise RewriteError(f"the replacement of {name} returns a {type(value).__name__}, and no value of the graph")
-    new = value.node
+        if not isinstance(value, fx.Proxy):
+            raise RewriteError(f"the replacement of {name} returns a {type(value).__name__}, and no value of the graph")
+        new = value.node  # that of an attribute is made now
     for node in [node for node in graph.nodes if node not in before]:
         if isinstance(node.target, layer):
             call = _as_call(graph, node, called)

@@ -35,8 +35,8 @@ def needs_copy(
 ) -> bool:
     """Returns whether a new value must be a copy, since it may share memory that is written in place later.
 
-    The old value owned its memory, unless that was a dropout that does nothing. Writes may come later in the graph, or
-    in the code that calls the module.
+    The old value must have owned its memory, or been a dropout that does nothing, where memory that it may share is
+    written in place later. Writes may come later in the graph, or in the code that calls the module.
 
     Args:
         occurrence: The place of the pattern in the graph of the reader.
@@ -47,14 +47,19 @@ def needs_copy(
         is_root: Whether the graph is the forward of the whole model, so that nothing of the model calls it.
 
     Raises:
-        RewriteError: If the value shares memory and can't be copied, being several tensors.
+        RewriteError: If the value shares memory and can't be copied, being several tensors; or if the old one may share
+            memory that is written.
     """
     result = nodes[occurrence.result]
-    shared = {owner for owner in _owners(new) if owner not in added} - _owners_of_old(occurrence, nodes, reader)
-    if not shared or not _is_tensor(new, reader):
-        return False
+    inert = _owners_of_old(occurrence, nodes, reader)
+    shared = {owner for owner in _owners(new) if owner not in added} - inert
     graph_nodes = list(result.graph.nodes)
     later = graph_nodes[graph_nodes.index(result) + 1 :]
+    is_function = result.op in ("call_function", "call_method")
+    if not inert and is_function and _may_share(result) and _is_tensor(result, reader):
+        _refuse_written(result, later, reader)
+    if not shared or not _is_tensor(new, reader):
+        return False
     writer = next((node for node in later if _may_write(node, reader.root or nn.Module())), None)
     if writer is None and (is_root or not _reaches_output(result)):
         return False
@@ -65,6 +70,19 @@ def needs_copy(
             "could change both; return copies, as x.clone() is"
         )
     return True
+
+
+def _refuse_written(result: fx.Node, later: list[fx.Node], reader: Reader) -> None:
+    """Raises RewriteError if memory that an old value may share is written in place while it is read."""
+    owners = _owners(result)
+    for writer in later:
+        written = value_inputs(writer) if _may_write(writer, reader.root or nn.Module()) else []
+        if any(each is result or not owners.isdisjoint(_owners(each)) for each in written):
+            raise RewriteError(
+                f"{result.name} may be a view of another tensor, and {writer.name} writes to that memory in place "
+                "afterwards; whether the replacement's value is the same view isn't known, so the rewrite isn't made "
+                "there: give it a condition that leaves this place out"
+            )
 
 
 def _owners(node: fx.Node) -> set[Any]:

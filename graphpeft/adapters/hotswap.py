@@ -17,6 +17,7 @@ from graphpeft.adapters import checkpoint, file_names, lifecycle, saved_adapter
 from graphpeft.adapters.adapting import Where, known_adapter, known_adapters, planned, refuse, refuse_conflict
 from graphpeft.adapters.base_names import other_base, warn_of_other_base
 from graphpeft.adapters.exchanged import refuse_missing
+from graphpeft.adapters.merging import with_originals
 from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.replication import replicate
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors, options_of
@@ -28,6 +29,7 @@ from graphpeft.adapters.swappable import (
     set_number,
     without_effect,
 )
+from graphpeft.adapters.tensors import complete, is_completed
 from graphpeft.adapters.trainable import set_trainable
 from graphpeft.graph.autocast import HALVES
 from graphpeft.graph.holders import place_of, tensor_at
@@ -218,6 +220,9 @@ def _swap(model: nn.Module, name: str, plan: Plan, values: Tensors) -> None:
         if sites is not None:
             refuse_missing(plan.modules, adapter, name)
             _copy(plan.modules, adapter, plan, sites, values)
+            if is_completed(adapter):
+                with with_originals(plan.modules, model._peft_adapters):
+                    complete(plan.modules, adapter, name)
             return
         exchange(model, name, plan, values)
 

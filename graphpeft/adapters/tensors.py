@@ -125,6 +125,8 @@ def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tenso
             dtype = spec.dtype or adapted.dtype
             if tensor.dtype != dtype or tensor.device != device:
                 tensor = tensor.to(device, dtype)
+            if tensor.is_inference():
+                tensor = tensor.clone()  # as what a file's reader has made in inference mode, which can't be trained
             made[site.owner, names[local]] = nn.Parameter(tensor, spec.is_trained) if spec.is_parameter else tensor
         for local, tensor in shared.items():
             made[site.owner, names[local]] = tensor

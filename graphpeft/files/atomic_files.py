@@ -122,12 +122,21 @@ class _Move(NamedTuple):
             self.target.unlink()
 
 
+def is_on_another_disk(folder: Path, around: Path) -> bool:
+    """Returns whether a folder that is there, maybe by a link, lies on another disk than the folder around it."""
+    return folder.is_dir() and around.is_dir() and folder.stat().st_dev != around.stat().st_dev
+
+
 def waiting(place: Path, name: str) -> list[Path]:
     """Returns the staged files of this name for a folder, from running or killed processes."""
     place = place.absolute()
     grounds = (place, *place.parents[:_LEVELS])
     staged = [own / "new" / place.relative_to(ground) for ground in grounds for own in ground.glob(f"{_PREFIX}*")]
-    return sorted(folder / name for folder in staged if (folder / name).is_file())
+    found = []
+    for folder in staged:
+        with contextlib.suppress(OSError):  # that of another user
+            found += [folder / name] if (folder / name).is_file() else []
+    return sorted(found)
 
 
 _LEVELS = 3

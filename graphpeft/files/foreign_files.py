@@ -182,13 +182,19 @@ def note_in_pickle(path: str | os.PathLike[str], metadata: Mapping[str, str]) ->
 
 def noted_in_pickle(path: str | os.PathLike[str]) -> dict[str, str]:
     """Returns the metadata that `note_in_pickle` has added to a file, or {}."""
+    if not zipfile.is_zipfile(path):
+        return {}  # an older form of PyTorch's files
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if name.endswith(f"/{_METADATA}")]
             found = json.loads(archive.read(names[0])) if names else {}
-    except (zipfile.BadZipFile, ValueError, RecursionError):
-        found = {}
-    return found if isinstance(found, dict) else {}
+    # a damaged archive may raise any error
+    except Exception as error:
+        raise CheckpointError(f"{path} is damaged: {shortened(str(error))}. Copy it anew, or save it again.") from error
+    is_text = isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
+    if not is_text:
+        raise CheckpointError(f"{path} is damaged: its {_METADATA} isn't what was written there; copy it anew")
+    return found
 
 
 _METADATA = "graphpeft.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import warnings
@@ -16,7 +17,7 @@ from graphpeft.adapters.exchanged import refuse_missing
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter
 from graphpeft.adapters.trainable import trained_besides
-from graphpeft.files.atomic_files import Staging
+from graphpeft.files.atomic_files import Staging, is_on_another_disk
 from graphpeft.graph.sharding import is_sharded
 from graphpeft.model.adapter_info import AdapterInfo
 from graphpeft.model.model_card import CARD_NAME, model_card
@@ -108,9 +109,14 @@ class SavingMethods(AdapterInfo):
                 f"{joined(list(map(str, older)))} would be loaded in place of the adapter_model.bin that "
                 "safe_serialization=False writes; remove it, or save into another folder"
             )
-        with Staging(Path(save_directory)) as staging:
+        with contextlib.ExitStack() as stack:
+            staging = stack.enter_context(Staging(Path(save_directory)))
+            # files move to their places on one disk
+            elsewhere = [name for name in names if is_on_another_disk(folder_of(name), Path(save_directory))]
+            apart = {name: stack.enter_context(Staging(folder_of(name))) for name in elsewhere}
             for name, adapter in selected.items():
-                folder = staging.folder / folder_of(name).relative_to(save_directory)
+                beside = staging.folder / folder_of(name).relative_to(save_directory)
+                folder = apart[name].folder if name in apart else beside
                 first = path_initial_model_for_weight_conversion
                 originals = merged_weights.Originals(self, self._peft_adapters)
                 checkpoint.save(
@@ -129,7 +135,8 @@ class SavingMethods(AdapterInfo):
                     self._save_for_trainer(name, folder, staging.folder, state_dict)
             if names:
                 self._stage_card(staging, Path(save_directory), list(selected.values()))
-            staging.put()
+            for each in (*apart.values(), staging):
+                each.put()
         if len(self.active_adapters) > 1 and trainer.is_trainer_checkpoint(Path(save_directory)):
             warnings.warn(
                 f"a Trainer resumes the first active adapter alone, {self.active_adapters[0]!r}; load the others from "

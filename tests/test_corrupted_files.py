@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import struct
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,25 @@ def test_places_of_elements_that_can_not_be_are_refused(
     damaged(tensors[f"base_model.model.0.{key}"])
     save_file(tensors, tmp_path / WEIGHTS, metadata=metadata)
     with pytest.raises(CheckpointError, match=reason):
+        PeftModel.from_pretrained(nn.Sequential(nn.Linear(8, 8)), tmp_path)
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
+    before = laws.snapshot(model)
+    with pytest.raises(CheckpointError, match=reason):
+        graphpeft.hotswap_adapter(model, tmp_path, "default")
+    laws.require_unchanged(model, before, "a swap")
+
+
+@pytest.mark.parametrize("damage", ["not json", "5", '{"graphpeft_operations": 5}'])
+def test_what_is_noted_in_a_pickle_is_told_where_it_is_damaged(damage: str, tmp_path: Path) -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"]))
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    with zipfile.ZipFile(tmp_path / PICKLE) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    content = {name: damage.encode() if name.endswith("graphpeft.json") else held for name, held in content.items()}
+    with zipfile.ZipFile(tmp_path / PICKLE, "w") as archive:
+        for name, held in content.items():
+            archive.writestr(name, held)
+    with pytest.raises(CheckpointError, match=r"adapter_model\.bin is damaged"):
         PeftModel.from_pretrained(nn.Sequential(nn.Linear(8, 8)), tmp_path)
 
 

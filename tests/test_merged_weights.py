@@ -333,3 +333,26 @@ def test_a_change_of_the_base_is_one_of_the_residual_of_an_adapter_that_is_merge
     model.merge_adapter(["default"])
     merged = model.merge_and_unload(adapter_names=["second"])
     torch.testing.assert_close(merged(x), both(x))
+
+
+def test_weights_that_were_tied_while_adapters_are_merged_are_not_taken_apart() -> None:
+    config = LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False)
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), config)
+    model.merge_adapter()
+    model[1].weight = model[0].weight
+    x = torch.randn(3, 8)
+    before = model(x)
+    with pytest.raises(AdaptError, match=r"1\.weight and 0\.weight were tied since adapters were merged into them"):
+        model.unmerge_adapter()
+    assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("options", [{"bias": "all"}, {"target_modules": ["1"], "modules_to_save": ["0"]}], ids=str)
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_a_bias_that_was_taken_away_is_told_where_an_adapter_has_another(merge: str, options: dict[str, Any]) -> None:
+    model: Any = get_peft_model(
+        nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), LoraConfig(**{"target_modules": ["0"], **options})
+    )
+    model[0].bias = None
+    with pytest.raises(AdaptError, match=r"0\.default\.bias of adapter 'default' is gone, since it or its module"):
+        getattr(model, merge)()

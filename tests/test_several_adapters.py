@@ -19,6 +19,7 @@ import transformers
 from models import CLASSIFIER, GPT2, LLAMA, MLP, T5, Experts, equal, llama_config, output
 from peft.utils.hotswap import hotswap_adapter as peft_hotswap
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import graphpeft
 from graphpeft import AdaptError, TaskType, get_peft_model, get_peft_model_state_dict
@@ -566,6 +567,45 @@ def test_a_row_whose_adapter_has_the_scale_zero_is_that_of_the_base():
     rows = model(x, adapter_names=["u", "v"])
     assert equal(rows[0], base(x)[0])
     assert not equal(rows[1], base(x)[1])
+
+
+@pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("given", [False, True], ids=["no states given", "states given"])
+def test_rows_of_recurrent_layers_have_their_own_states(cls: Any, given: bool):
+    base, x = cls(6, 5, num_layers=2, batch_first=True).eval(), torch.randn(4, 3, 6)
+    model = with_adapters(graphpeft, nn.ModuleDict({"l": base}), *[{"r": 2, "target_modules": ["l"]}] * 2)
+    states = torch.randn(2, 4, 5)
+    more = () if not given else ((states, states),) if cls is nn.LSTM else (states,)
+    each = []
+    for name in ("u", "v"):
+        model.set_adapter(name)
+        each.append(tree_leaves(model["l"](x, *more)))
+    with model.mixed_batch(["u", "u", "v", "v"]):
+        rows = tree_leaves(model["l"](x, *more))
+    for found, of_u, of_v, dim in zip(rows, *each, (0, 1, 1), strict=False):
+        torch.testing.assert_close(found, torch.cat([of_u.narrow(dim, 0, 2), of_v.narrow(dim, 2, 2)], dim))
+
+
+def test_a_table_with_as_many_entries_as_there_are_rows_is_not_taken_for_rows():
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x, positions):
+            return (x + positions) @ self.w
+
+    class Positioned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mixer, self.positions = Mixer(), nn.Parameter(torch.randn(9, 8))
+
+        def forward(self, x):
+            return self.mixer(x, self.positions[: x.shape[1]])
+
+    model = with_adapters(graphpeft, Positioned(), *[{"r": 2, "target_modules": ["mixer.w"], "use_dora": True}] * 2)
+    with pytest.raises(ValueError, match="of which it isn't known which are rows of the batch"):
+        model(torch.randn(3, 3, 8), adapter_names=["u", "v", "__base__"])
 
 
 def test_rows_in_half_precision_have_scales_of_their_own():

@@ -1331,6 +1331,7 @@ EDITS: dict[str, Callable[[Any], None]] = {
     "target_modules": lambda config: setattr(config, "target_modules", {"0", "1"}),
     "bias": lambda config: setattr(config, "bias", "all"),
     "modules_to_save": lambda config: setattr(config, "modules_to_save", ["1"]),
+    "lora_dropout": lambda config: setattr(config, "lora_dropout", 0.5),
 }
 
 
@@ -1506,6 +1507,19 @@ def test_an_adapter_that_is_made_in_inference_mode_can_be_trained():
         get_peft_model(model, lora("0"))
     model(X).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd"])
+def test_adapters_that_are_loaded_or_combined_in_inference_mode_can_be_trained(kind: str, tmp_path: Any):
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(4, 4)), lora("0"))
+    model.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        model.load_adapter(tmp_path, "loaded", is_trainable=True)
+        model.add_weighted_adapter(["default", "loaded"], [1.0, 1.0], "combined", kind)
+    for name in ("loaded", "combined"):
+        model.set_adapter(name)
+        model(X).sum().backward()
+        assert model[0].get_submodule(name).lora_B.grad is not None
 
 
 @pytest.mark.parametrize("inputs", [None, (X,)], ids=["without inputs", "with inputs"])

@@ -183,8 +183,8 @@ def _computed(module: nn.Module, path: str, attribute: str, name: str) -> str | 
 
 def _gone(path: str, attribute: str, name: str) -> str:
     return (
-        f"{join(path, attribute)} of adapter {name!r} is gone, since its module was replaced; put it back, or delete "
-        "the adapter, and replace a module before you adapt the model"
+        f"{join(path, attribute)} of adapter {name!r} is gone, since it or its module was replaced; put it back, or "
+        "delete the adapter, and replace a module before you adapt the model"
     )
 
 
@@ -209,9 +209,9 @@ def _other_sizes(
     """Yields tensors that an adapter replaces, with the sizes that their modules have now and had."""
     for path, names in adapter.fully_trained.items():
         for own in names:
-            tensor = _own(modules, path, own)
-            if tensor is not None and not _is_part(tensor):
-                trained = tensor_at(modules[path], overrides.override_name(own, name))
+            tensor, other = _own(modules, path, own), overrides.override_name(own, name)
+            if tensor is not None and not _is_part(tensor) and has_tensor(modules[path], other):
+                trained = tensor_at(modules[path], other)
                 yield join(path, own), tuple(trained.shape), tuple(tensor.shape)
     for path in adapter.rows:
         table = _own(modules, path, "weight")

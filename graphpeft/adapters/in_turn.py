@@ -53,7 +53,8 @@ def in_turn(plain: Template, module: nn.Module, region: str, adapters: Adapters,
     def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        if not tensors or any(tensor.shape[:1] != tensors[0].shape[:1] for tensor in tensors):
+        dims = _row_dims(module, len(tensors))
+        if not tensors or _is_unclear(tensors, dims):
             raise ValueError(
                 f"{region or 'the model'} is given tensors of the shapes {[tuple(t.shape) for t in tensors]}, of which "
                 "it isn't known which are rows of the batch; call it for one adapter at a time"
@@ -65,7 +66,7 @@ def in_turn(plain: Template, module: nn.Module, region: str, adapters: Adapters,
         for name, rows in groups.items():
             index = torch.tensor(rows, device=tensors[0].device)
             # what is one tensor stays one: an attention asks whether its key is its query
-            taken = {id(tensor): tensor[index] for tensor in tensors}
+            taken = {id(tensor): tensor.index_select(dim, index) for tensor, dim in zip(tensors, dims, strict=True)}
             given = [taken[id(leaf)] if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
             own_args, own_kwargs = pytree.tree_unflatten(given, structure)
             # regions inside have the same adapter for all of these rows
@@ -73,24 +74,48 @@ def in_turn(plain: Template, module: nn.Module, region: str, adapters: Adapters,
             with taken_along(functools.partial(ROWS.during, batch.of_some(of_one))), given_to_rows(rows):
                 owner = overrides.with_tensors(module, reading_of(name)(module)) if has_others else module
                 results.append(forward_with(name)(owner, *own_args, **own_kwargs))
-        return _together(results, list(groups.values()), region)
+        return _together(results, list(groups.values()), module, region)
 
     return run
 
 
-def _together(results: list[Any], groups: list[list[int]], region: str) -> Any:
+def _row_dims(module: nn.Module, count: int) -> list[int]:
+    """Returns the dimension of rows of each tensor that a module is given, or returns.
+
+    A recurrent layer's states, which come after its input, have layers first.
+    """
+    return [0, *[int(isinstance(module, nn.RNNBase))] * (count - 1)]
+
+
+def _is_unclear(tensors: list[torch.Tensor], dims: list[int]) -> bool:
+    """Returns whether a tensor has another number of rows than the first, or may have it by chance.
+
+    A table of positions has as many rows as there are tokens, which may be as many as the batch has rows.
+    """
+    first = tensors[0]
+    rows = first.shape[:1]
+    for tensor, dim in zip(tensors, dims, strict=True):
+        if tensor.shape[dim : dim + 1] != rows or (tensor.ndim < first.ndim and rows[0] in first.shape[1:]):
+            return True
+    return False
+
+
+def _together(results: list[Any], groups: list[list[int]], module: nn.Module, region: str) -> Any:
     """Puts the rows of several results into one, in their order in the batch."""
     order = torch.tensor([row for rows in groups for row in rows]).argsort()
+    leaves, structures = zip(*map(pytree.tree_flatten, results), strict=True)
+    dims = iter(_row_dims(module, sum(isinstance(leaf, torch.Tensor) for leaf in leaves[0])))
 
-    def gather(*parts: Any) -> Any:
+    def gather(parts: tuple[Any, ...]) -> Any:
         if not isinstance(parts[0], torch.Tensor):
             return parts[0]
+        dim = next(dims)
         for part, rows in zip(parts, groups, strict=True):
-            if part.shape[:1] != (len(rows),):
+            if part.shape[dim : dim + 1] != (len(rows),):
                 raise ValueError(
                     f"{region or 'the model'} returns a tensor of the shape {tuple(part.shape)} for "
                     f"{number_of(len(rows), 'row')}, which can't be put together; call it for one adapter at a time"
                 )
-        return torch.cat(parts)[order.to(parts[0].device)]
+        return torch.cat(parts, dim).index_select(dim, order.to(parts[0].device))
 
-    return pytree.tree_map(gather, results[0], *results[1:])
+    return pytree.tree_unflatten([gather(parts) for parts in zip(*leaves, strict=True)], structures[0])

@@ -246,3 +246,16 @@ def _layer() -> in_place.Layer:
 
 
 _LAYER = in_place.Layer("merged", (), {"_load_from_state_dict": _load, "_apply": _apply}, (_layer, ()))
+
+
+def refuse_tied(modules: Modules, adapters: Adapters) -> None:
+    """Raises AdaptError if two weights into which adapters are merged have become one since."""
+    found: dict[int, tuple[str, str]] = {}
+    for path, name in adapters.originals:
+        parameter = modules[path]._parameters.get(name) if path in modules else None
+        if parameter is not None and id(parameter) in found:
+            raise AdaptError(
+                f"{join(path, name)} and {join(*found[id(parameter)])} were tied since adapters were merged into them, "
+                "so these can't be taken out; give one of them a parameter of its own first"
+            )
+        found[id(parameter)] = path, name

@@ -163,6 +163,7 @@ def unmerge(modules: Modules, adapters: Adapters) -> None:
 
 
 def _take_out(modules: Modules, adapters: Adapters) -> None:
+    merged_weights.refuse_tied(modules, adapters)
     reshard(modules.values())
     _restore(modules, _present(modules, adapters, adapters.originals))
     merged_codes.put(modules, adapters.codes)

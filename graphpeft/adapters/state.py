@@ -45,8 +45,9 @@ def told_rows(table: nn.Module) -> int | None:
 
 
 def options_of(config: PeftConfig) -> dict[str, Any]:
-    """Returns copies of the options of a config that say something of the tensors, by name."""
-    names = type(config).__dataclass_fields__.keys() - config.not_of_tensors
+    """Returns copies of the options of a config that say something of the tensors, or of dropout, by name."""
+    names = type(config).__dataclass_fields__.keys()
+    names -= {name for name in config.not_of_tensors if not name.endswith("dropout")}
     return copy.deepcopy({name: value for name, value in vars(config).items() if name in names})
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from graphpeft.adapters.state import Adapters, Modules
 from graphpeft.graph import overrides
-from graphpeft.graph.holders import tensor_at
+from graphpeft.graph.holders import has_tensor, tensor_at
 from graphpeft.graph.sharding import is_managed
 from graphpeft.graph.traced_model import module_told
 from graphpeft.peft_errors import PeftWarning
@@ -37,7 +37,8 @@ def untie_saved(modules: Modules, adapters: Adapters, names: Iterable[str]) -> N
             for own in adapter.fully_trained[path] if path in modules else ():
                 groups.setdefault(id(modules[path]._parameters.get(own)), []).append((path, own))
         for tensor, places in groups.items():
-            copies = {id(tensor_at(modules[path], overrides.override_name(own, name))) for path, own in places}
+            there = [(modules[path], overrides.override_name(own, name)) for path, own in places]
+            copies = {id(tensor_at(module, other)) for module, other in there if has_tensor(module, other)}
             if holders[tensor] > 1 and (holders[tensor] > len(places) or len(copies) > 1):
                 for path, own in places:
                     _untie(modules[path], own)

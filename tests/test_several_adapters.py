@@ -1336,6 +1336,19 @@ def test_adapters_are_not_changed_while_their_modules_are_elsewhere():
     assert torch.equal(model.unload()(x), base)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 1, 2, 3), (0, 0, 1, 2, 3), (3, 3, 2, 1, 0)], ids=str)
+def test_adapters_are_not_changed_while_layers_are_repeated_so_that_others_have_their_places(order: tuple[int, ...]):
+    model: Any = nn.ModuleDict({"layers": nn.Sequential(*(nn.Linear(3, 3) for _ in range(4)))})
+    graphpeft.get_peft_model(model, graphpeft.LoraConfig(r=2, target_modules=r"layers\.\d", init_lora_weights=False))
+    layers = model["layers"]
+    model["layers"] = nn.Sequential(*(layers[index] for index in order))
+    for change in (model.unload, lambda: model.set_adapter([]), lambda: model.disable_adapter().__enter__()):
+        with pytest.raises(AdaptError, match=r"'default' acts on layers\.4, which had another place in the model"):
+            change()
+    model["layers"] = layers
+    assert type(model.unload()["layers"][3]) is nn.Linear
+
+
 # deleted, loaded
 
 

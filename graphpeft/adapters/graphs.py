@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 
 from torch import fx, nn
 from torch.fx.proxy import TraceError as ProxyError
@@ -74,7 +74,7 @@ def templates_with(adapters: Adapters, seats: Mapping[str, int], modules: Module
     coming = [name for name in seats if name not in kept]
     regions = {name: by_region(adapters.by_name[name].sites, modules) for name in {*leaving, *coming}}
     for name in leaving:
-        _refuse_moved(name, regions[name], modules)
+        _refuse_moved(name, {adapted.site.region for adapted in adapters.by_name[name].sites}, modules)
     for name in coming:
         refuse_exchanged(modules, adapters.by_name[name], name)
     templates: dict[str, Template | None] = {}
@@ -108,11 +108,13 @@ def templates_with(adapters: Adapters, seats: Mapping[str, int], modules: Module
     }
 
 
-def _refuse_moved(name: str, regions: Iterable[str], modules: Modules) -> None:
+def _refuse_moved(name: str, regions: Collection[str], modules: Modules) -> None:
     """Raises AdaptError if a module in whose graph an adapter acts has another path than it had when it was adapted."""
-    if all(name in names_in_slots(modules[region]).values() for region in regions):
+    there = {id(modules[region]) for region in regions if region in modules}
+    # a module that was put into several places may have taken that of another one, and is known by its first one
+    if len(there) == len(regions) and all(name in names_in_slots(modules[region]).values() for region in regions):
         return
-    elsewhere = modules.keys() - set(regions)
+    elsewhere = [path for path, module in modules.items() if id(module) not in there]
     moved = sorted(path for path in elsewhere if name in names_in_slots(modules[path]).values())
     if moved:
         raise AdaptError(

@@ -17,6 +17,10 @@ import torch
 from torch import nn
 
 
+class Begin(int):
+    """The index in the undo log at which a transaction begins; an object of its own for each."""
+
+
 class _Journal:
     """The undo log of a thread's transactions; the last entry is undone first.
 
@@ -28,7 +32,7 @@ class _Journal:
 
     def __init__(self) -> None:
         self.undo: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
-        self.begin = 0
+        self.begin = Begin()
         self.remembered: dict[int, int] = {}
 
     def knows(self, of: Any) -> bool:
@@ -95,35 +99,38 @@ def transaction(model: nn.Module) -> Iterator[None]:
     with recorded(model) as begin:
         try:
             yield
-        except GeneratorExit:
-            raise  # the context was never left, and its thread may be at other changes by now
         except BaseException:
             undo(begin)
             raise
 
 
 @contextlib.contextmanager
-def recorded(model: nn.Module) -> Iterator[int]:
-    """Begins a transaction of this thread, and ends it; yields the index in the undo log at which it begins."""
+def recorded(model: nn.Module) -> Iterator[Begin]:
+    """Begins a transaction of this thread, and ends it; yields where in the undo log it begins."""
     with lock_of(model):
         journal = _THREAD.journal()
         if journal is None:
             journal = _Journal()
             _THREAD.journal = weakref.ref(journal)
-        outer, begin = journal.begin, len(journal.undo)
+        outer, begin = journal.begin, Begin(len(journal.undo))
         journal.begin = begin
         try:
             yield begin
         finally:
-            journal.begin = outer
+            if journal.begin is begin:
+                journal.begin = outer
             # a traceback keeps local variables alive, and must not keep the journal
             del journal
 
 
-def undo(begin: int) -> None:
-    """Undoes the changes of this thread's transaction that begins at an index in the undo log."""
+def undo(begin: Begin) -> None:
+    """Undoes the changes of this thread's innermost transaction, if it is this one.
+
+    One that an interruption left suspended ends when it is collected, in the midst of whatever its thread does then.
+    """
     journal = _THREAD.journal()
-    assert journal is not None
+    if journal is None or journal.begin is not begin:
+        return
     try:
         journal.roll_back(begin)
     finally:

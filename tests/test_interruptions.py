@@ -20,7 +20,7 @@ from models import llama_config
 from torch import nn
 
 import graphpeft
-from graphpeft.transaction import delete_item, remember, transaction
+from graphpeft.transaction import delete_item, remember, set_item, transaction
 
 # models
 
@@ -452,6 +452,24 @@ def test_a_second_interruption_does_not_stop_what_the_first_one_takes_back() -> 
     number = len(expected(call)[2]) - 20  # when all has changed
     for then in range(1, 60, 4):
         assert_whole(call, failing_at_line(number, KeyboardInterrupt, then))
+
+
+@pytest.mark.quick("transaction")
+def test_a_suspended_change_that_is_collected_takes_nothing_of_another_one_back() -> None:
+    held = {"before": 0}
+    suspended: Any = transaction(nn.Identity())
+    suspended.__enter__()
+    set_item(held, "suspended", 1)
+    with contextlib.suppress(ValueError), transaction(nn.Identity()):
+        set_item(held, "first", 1)
+        del suspended  # as the traceback of an interruption, whose frame held it
+        assert held == {"before": 0, "suspended": 1, "first": 1}
+        raise ValueError
+    assert held == {"before": 0, "suspended": 1}
+    with contextlib.suppress(GeneratorExit), transaction(nn.Identity()):
+        set_item(held, "second", 1)
+        raise GeneratorExit
+    assert held == {"before": 0, "suspended": 1}
 
 
 @pytest.mark.quick("transaction")

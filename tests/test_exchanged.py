@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+import graphpeft
 from graphpeft import (
     AdaptError,
     LoraConfig,
@@ -466,15 +469,54 @@ PUTS: dict[str, Callable[[Any, nn.Module], Any]] = {
 }
 
 
+def reloaded(module: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES: dict[str, Callable[[Any], nn.Module]] = {
+    "alone": lambda model: copy.deepcopy(model.layers[1]),
+    "with its model": lambda model: copy.deepcopy(model).layers[1],
+    "by pickle": lambda model: pickle.loads(pickle.dumps(model)).layers[1],
+    "by pickle alone": lambda model: pickle.loads(pickle.dumps(model.layers[1])),
+    "by a file": lambda model: reloaded(model).layers[1],
+}
+CALLS: dict[str, Callable[[Any, Path], Any]] = {
+    "forward": lambda model, folder: model(torch.ones(3, 4)),
+    "save": lambda model, folder: model.save_pretrained(folder / "adapter"),
+    "state dict": lambda model, folder: graphpeft.get_peft_model_state_dict(model),
+    "disable": lambda model, folder: model.disable_adapter().__enter__(),
+    "merge": lambda model, folder: model.merge_adapter(),
+    "merge for good": lambda model, folder: model.merge_and_unload(),
+    "unload": lambda model, folder: model.unload(),
+    "delete": lambda model, folder: model.delete_adapter("default"),
+}
+
+
 @pytest.mark.parametrize("put", PUTS.values(), ids=PUTS)
-def test_a_copy_of_an_adapted_block_is_refused_where_nothing_would_manage_it(put: Any) -> None:
+@pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_copy_of_an_adapted_block_is_refused_where_nothing_would_manage_it(
+    call: Any, make: Any, put: Any, tmp_path: Path
+) -> None:
     model = stack()
-    names, block = list(model.state_dict()), copy.deepcopy(model.layers[1])
-    x = torch.randn(3, 4)
+    x, block = torch.randn(3, 4), make(model)
     assert torch.equal(block(x), model.layers[1](x))
-    with pytest.raises(AdaptError, match="copy of a Linear with adapters, which no model would save"):
-        put(model, block)
-    assert list(model.state_dict()) == names
+    before = model(x)
+    put(model, block)
+    with pytest.raises(AdaptError, match=r"was copied with adapter 'default' from another place"):
+        call(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(model.layers[1](model.layers[0](x).relu()).relu(), before)
+
+
+def test_a_copy_in_the_place_of_an_adapted_block_is_part_of_the_adapter() -> None:
+    model = stack()
+    model.layers[1] = copy.deepcopy(model).layers[1]
+    before = model(x := torch.randn(3, 4))
+    assert torch.allclose(model.merge_and_unload()(x), before, atol=1e-6)
 
 
 def test_a_copy_of_an_adapted_block_is_part_of_models_without_adapters() -> None:

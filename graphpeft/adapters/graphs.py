@@ -9,7 +9,7 @@ from collections.abc import Collection, Hashable, Iterable, Mapping
 from torch import fx, nn
 from torch.fx.proxy import TraceError as ProxyError
 
-from graphpeft.adapters.exchanged import refuse_exchanged
+from graphpeft.adapters.exchanged import refuse_copies, refuse_exchanged
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapters, Modules
 from graphpeft.graph import in_place, ops, slots
@@ -74,6 +74,7 @@ def templates_with(adapters: Adapters, seats: Mapping[str, int], modules: Module
     coming = [name for name in seats if name not in kept]
     regions = {name: by_region(adapters.by_name[name].sites, modules) for name in {*leaving, *coming}}
     for name in leaving:
+        refuse_copies(modules, adapters.by_name[name], name)
         _refuse_moved(name, {adapted.site.region for adapted in adapters.by_name[name].sites}, modules)
     for name in coming:
         refuse_exchanged(modules, adapters.by_name[name], name)

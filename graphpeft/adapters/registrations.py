@@ -1,4 +1,4 @@
-"""Refuses an assignment that puts another module in the place of one with adapters, or a copy of one anywhere.
+"""Refuses an assignment that puts another module in the place of one with adapters.
 
 PyTorch calls a hook for each module that becomes an attribute of another one, in whatever model. So no class of a
 module around adapters has to change for that.
@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.graph import in_place
-from graphpeft.graph.holders import Holder, adapters_at, has_holders
+from graphpeft.graph.holders import Holder, adapters_at
 from graphpeft.graph.paths import join, modules_by_path, unwrapped
 from graphpeft.graph.template import names_in_slots
 
@@ -34,8 +34,6 @@ def _registered(parent: nn.Module, name: str, new: Any) -> None:
         return  # a list that code has made of a part of another one
     modules = vars(parent).get("_modules")
     old = modules.get(name) if isinstance(modules, dict) else None
-    if in_place.COPIED_ALONE and new is not None:
-        _refuse_copies(parent, name, old, new)
     if isinstance(old, nn.Dropout) and isinstance(parent, Holder) and not isinstance(new, nn.Dropout):
         raise AdaptError(
             f"{name} of an adapter is an nn.Dropout, and is to be a {type(new).__name__}; set its p to 0 instead"
@@ -56,22 +54,6 @@ def _registered(parent: nn.Module, name: str, new: Any) -> None:
             "would be exchanged without it: exchange it before you adapt the model, or take the adapters off first "
             "with unload() or merge_and_unload()"
         )
-
-
-def _refuse_copies(parent: nn.Module, name: str, old: nn.Module | None, new: nn.Module) -> None:
-    """Raises AdaptError if a copy of a part of an adapted model comes into such a model, where that has no adapters."""
-    copies = {path: module for path, module in modules_by_path(new).items() if module in in_place.COPIED_ALONE}
-    around = modules_by_path(parent).values() if copies else ()
-    if not any(_is_adapted_model(each) or (has_holders(each) and each not in in_place.COPIED_ALONE) for each in around):
-        return
-    known = set() if old is None else {path for path, _ in _adapters_in(modules_by_path(old))}
-    for path, module in copies.items():
-        if path not in known:
-            raise AdaptError(
-                f"{join(name, path)} of a {in_place.original_class(parent).__name__} is to be a copy of a "
-                f"{in_place.original_class(module).__name__} with adapters, which no model would save, disable or "
-                "merge: copy it before you adapt the model, copy the whole model, or call merge_and_unload() first"
-            )
 
 
 def _adapters_in(modules: Mapping[str, nn.Module]) -> dict[tuple[str, str], nn.Module]:

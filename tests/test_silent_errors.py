@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
+import math
 import random
 import sys
 import threading
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -1422,6 +1426,71 @@ def test_a_model_in_single_precision_is_loaded_in_it(half_precision_around: Call
     assert torch.equal(loaded.eval()(x), model(x))
 
 
+class Slots:
+    """Keeps its value in a slot."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+
+class Behind:
+    """Tells its value by a property, a method and a call, and holds another one in a dictionary."""
+
+    def __init__(self) -> None:
+        self._asked, self._computed, self._called, self.table = 1.0, 1.0, 1.0, {"inner": 1.0}
+
+    @property
+    def asked(self) -> float:
+        return self._asked
+
+    def computed(self) -> float:
+        return self._computed
+
+    def __call__(self) -> float:
+        return self._called
+
+
+class Holding(nn.Module):
+    """A functional weight whose product is scaled by values that are held in many ways."""
+
+    of_class: ClassVar[dict[str, float]] = {"scale": 1.0}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = weight()
+        self.nested: Any = {"inner": {"scale": 1.0}}
+        self.objects = [Slots(1.0)]
+        self.slots, self.behind, self.method = Slots(1.0), Behind(), Behind().computed
+        self.partial = functools.partial(math.prod, [1.0])
+        self.queue, self.array = collections.deque([1.0]), np.array([1.0])
+        self.key, self.keyed = "of a name", {"of a name": 1.0, "another": 1.0}
+
+    def forward(self, x):
+        behind = self.behind.asked * self.behind.computed() * self.behind() * self.behind.table["inner"]
+        called = self.method() * self.partial() * sum(each.value for each in self.objects)
+        held = self.slots.value * self.queue[0] * float(self.array[0]) * self.keyed[self.key]
+        return (x @ self.w) * self.nested["inner"]["scale"] * behind * called * held * self.of_class["scale"]
+
+
+HELD: dict[str, Callable[[Any], Any]] = {
+    "a dictionary in one": lambda module: module.nested["inner"].update(scale=2.0),
+    "objects in a list": lambda module: setattr(module.objects[0], "value", 2.0),
+    "a slot": lambda module: setattr(module.slots, "value", 2.0),
+    "a property": lambda module: setattr(module.behind, "_asked", 2.0),
+    "a method": lambda module: setattr(module.behind, "_computed", 2.0),
+    "a call": lambda module: setattr(module.behind, "_called", 2.0),
+    "a dictionary in an object": lambda module: module.behind.table.update(inner=2.0),
+    "a method alone": lambda module: setattr(module.method.__self__, "_computed", 2.0),
+    "an argument": lambda module: module.partial.args[0].append(2.0),
+    "a queue": lambda module: module.queue.append(module.queue.popleft() + 1),
+    "an array": lambda module: module.array.fill(2.0),
+    "a key that is computed": lambda module: module.keyed.update({"of a name": 2.0}),
+    "the class": lambda module: setattr(module, "of_class", {"scale": 2.0}),
+}
+
+
 class Scaled(nn.Module):
     """A functional weight whose product is scaled by what objects hold."""
 
@@ -1461,6 +1530,17 @@ def test_a_setting_in_an_object_that_changes_later_is_not_ignored(where: str):
         model(X)
     model.unload()
     assert not torch.allclose(model(X), expected)
+
+
+@pytest.mark.parametrize("change", HELD.values(), ids=HELD)
+def test_a_setting_that_is_held_in_whatever_way_is_not_ignored(change: Callable[[Any], Any]):
+    model = get_peft_model(nn.Sequential(Holding()), lora("w"))
+    expected = model(X)
+    change(model[0])
+    with pytest.raises(GuardError, match="when the graph was recorded"):
+        model(X)
+    model.unload()
+    torch.testing.assert_close(model(X), 2 * expected)
 
 
 # errors that were raw, or had the wrong reason

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ def _places(modules: Modules, adapters: Adapters) -> _Places:
     for name in adapters.active:
         adapter = adapters.by_name[name]
         _refuse_elsewhere(modules, adapters, name)
-        refuse_copies(modules, adapter, name)
+        elsewhere(modules, adapter, name)
         paths |= dict.fromkeys(adapter.owners)
         tables |= dict.fromkeys(adapted.site.owner for adapted in adapter.weight_sites if adapted.site.op is Embedding)
         tables |= dict.fromkeys((*adapter.fully_trained, *adapter.rows))
@@ -84,41 +85,53 @@ def _refuse_elsewhere(modules: Modules, adapters: Adapters, name: str) -> None:
     """Raises AdaptError if an adapter's tensors, or the modules in whose graphs it acts, are no longer in the model."""
     adapter = adapters.by_name[name]
     roots = {root for _, root in adapter.roots(name)}
-    held = [path for path, module in modules.items() if any(has_place(module, root) for root in roots)]
+    dressed = [(path, module) for path, module in modules.items() if isinstance(module, in_place.Dressed)]
+    held = [path for path, module in dressed if any(has_place(module, root) for root in roots)]
     places = dict(adapter.tensor_names(name))
-    lost = _lost(places, held)
-    if lost is not None:
+    # a module that was only moved has its adapters with it
+    if len(held) < len(places):
+        lost = next(path for path in places if path not in held)
         raise AdaptError(_gone(lost, places[lost], name))
     regions = {adapted.site.region: None for adapted in adapter.sites if name in adapters.slots}
-    acting = [path for path, module in modules.items() if name in names_in_slots(module).values()]
-    lost = _lost(regions, acting)
-    if lost is not None:
+    acting = [path for path, module in dressed if name in names_in_slots(module).values()]
+    if len(acting) < len(regions):
+        lost = next(path for path in regions if path not in acting)
         raise AdaptError(
             f"adapter {name!r} no longer acts in {lost or 'the model'}, since that module was replaced; put it back, "
             "or delete the adapter, and replace a module before you adapt the model"
         )
 
 
-def refuse_copies(modules: Modules, adapter: Adapter, name: str) -> None:
-    """Raises AdaptError if a copy of a module with an adapter is in the model, beside those that the adapter knows."""
-    places = {*adapter.owners, *(adapted.site.region for adapted in adapter.sites)}
-    known = {id(modules[path]) for path in places if isinstance(modules.get(path), in_place.Dressed)}
-    others = [path for path, each in modules.items() if isinstance(each, in_place.Dressed) and id(each) not in known]
-    copies = [path for path in others if name in {*adapters_at(modules[path]), *names_in_slots(modules[path]).values()}]
-    whole = [path for path in copies and modules if path and STATE in vars(modules[path])]
-    copies = [path for path in copies if not any(f"{path}.".startswith(f"{inner}.") for inner in whole)]
-    # a module that was moved isn't one more
-    if len(known) + len(copies) > len(places):
+def elsewhere(modules: Modules, adapter: Adapter, name: str) -> list[str]:
+    """Returns the paths of modules with an adapter that aren't where it came to: of moved ones.
+
+    Raises:
+        AdaptError: If there are more than were moved: copies of modules with the adapter.
+    """
+    places = {*adapter.owners, *map(_REGION, adapter.sites)}
+    known = {*map(id, map(modules.get, places))}
+    dressed = {path: id(each) for path, each in modules.items() if path and isinstance(each, in_place.Dressed)}
+    others = [path for path, number in dressed.items() if number not in known]
+    if not others:
+        return others
+    # of adapters in a model within the model
+    inner = tuple(f"{path}." for path, module in modules.items() if path and STATE in vars(module))
+    found = {
+        id(modules[path]): path
+        for path in reversed(others)
+        if name in {*adapters_at(modules[path]), *names_in_slots(modules[path]).values()}
+        and not f"{path}.".startswith(inner)
+    }
+    if len(known & {*dressed.values()}) + len(found) > len(places - {""}):
         raise AdaptError(
-            f"{joined(sorted(copies))} of the model was copied with adapter {name!r} from another place, and no call "
-            "would save, disable or merge it there: copy it before you adapt the model, or from one that "
+            f"{joined(sorted(found.values()))} of the model was copied with adapter {name!r} from another place, and "
+            "no call would save, disable or merge it there: copy it before you adapt the model, or from one that "
             "merge_and_unload() has returned"
         )
+    return sorted(found.values())
 
 
-def _lost(expected: Collection[str], found: Collection[str]) -> str | None:
-    """Returns the first of an adapter's places that is no longer there, unless it was only moved."""
-    return None if len(found) >= len(expected) else next(path for path in expected if path not in found)
+_REGION = operator.attrgetter("site.region")
 
 
 def refuse_exchanged_classes(modules: Modules, adapters: Adapters, wanted: Iterable[str] = ()) -> None:
@@ -136,8 +149,8 @@ def refuse_exchanged_classes(modules: Modules, adapters: Adapters, wanted: Itera
 
 def _refuse_exchanged_classes(modules: Modules, paths: Set[str]) -> None:
     # a model has many modules, and few classes
-    classes = {type(modules[path]) for path in paths if path in modules}
-    exchanged = {cls for cls in classes if in_place.is_exchanged(cls)}
+    classes = {*map(type, map(modules.get, paths))}
+    exchanged = {*filter(in_place.is_exchanged, classes)}
     for path in sorted(paths & modules.keys()) if exchanged else ():
         module = modules[path]
         if type(module) in exchanged:
@@ -157,15 +170,16 @@ def refuse_missing(modules: Modules, adapter: Adapter, name: str, reads: bool = 
         name: Its name.
         reads: Whether the tensors are to be read here, all of which this process must have then.
     """
+    places = adapter.tensor_names(name)
     refuse_removed(modules, adapter, name)
-    refuse_copies(modules, adapter, name)
     _refuse_exchanged_classes(modules, {*adapter.owners})
-    refuse_exchanged(modules, adapter, name)
+    refuse_exchanged(modules, places, name)
     if not reads:
         return
+    elsewhere(modules, adapter, name)
     sizes: dict[str, dict[str, Any]] = {}
     holders: dict[str, dict[nn.Module, None]] = {}
-    for path, attribute in adapter.tensor_names(name):
+    for path, attribute in places:
         sizes[path] = {}
         holders.setdefault(path, {})[place_of(modules[path], attribute)[0]] = None
     for adapted in adapter.weight_sites:
@@ -179,15 +193,15 @@ def refuse_missing(modules: Modules, adapter: Adapter, name: str, reads: bool = 
 
 def refuse_removed(modules: Modules, adapter: Adapter, name: str) -> None:
     """Raises AdaptError if a module on which an adapter has a tensor is no longer in the model."""
-    removed = {path for path in adapter.owners if path not in modules}
+    removed = {*adapter.owners} - modules.keys()
     if removed:
         place = next(place for place in adapter.tensor_names(name) if place[0] in removed)
         raise AdaptError(_gone(*place, name))
 
 
-def refuse_exchanged(modules: Modules, adapter: Adapter, name: str) -> None:
+def refuse_exchanged(modules: Modules, places: Iterable[tuple[str, str]], name: str) -> None:
     """Raises AdaptError if another module is in the place of one on which an adapter has a tensor."""
-    for path, attribute in adapter.tensor_names(name):
+    for path, attribute in places:
         if path in modules and not has_tensor(modules[path], attribute):
             raise AdaptError(_computed(modules[path], path, attribute, name) or _gone(path, attribute, name))
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 
 from torch import fx, nn
 from torch.fx.proxy import TraceError as ProxyError
 
-from graphpeft.adapters.exchanged import refuse_copies, refuse_exchanged
+from graphpeft.adapters.exchanged import elsewhere, refuse_exchanged
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapters, Modules
 from graphpeft.graph import in_place, ops, slots
@@ -74,10 +74,14 @@ def templates_with(adapters: Adapters, seats: Mapping[str, int], modules: Module
     coming = [name for name in seats if name not in kept]
     regions = {name: by_region(adapters.by_name[name].sites, modules) for name in {*leaving, *coming}}
     for name in leaving:
-        refuse_copies(modules, adapters.by_name[name], name)
-        _refuse_moved(name, {adapted.site.region for adapted in adapters.by_name[name].sites}, modules)
+        moved = elsewhere(modules, adapters.by_name[name], name)
+        if moved:
+            raise AdaptError(
+                f"adapter {name!r} acts on {joined(moved)}, which had another place in the model when it was adapted; "
+                "put that back before you change what acts, and move it afterwards"
+            )
     for name in coming:
-        refuse_exchanged(modules, adapters.by_name[name], name)
+        refuse_exchanged(modules, adapters.by_name[name].tensor_names(name), name)
     templates: dict[str, Template | None] = {}
     # the last one first, so that each step back is one that was taken
     for name in reversed(leaving):
@@ -107,21 +111,6 @@ def templates_with(adapters: Adapters, seats: Mapping[str, int], modules: Module
         region: None if template and not template.slots and template.shared and region in adapters.lifted else template
         for region, template in templates.items()
     }
-
-
-def _refuse_moved(name: str, regions: Collection[str], modules: Modules) -> None:
-    """Raises AdaptError if a module in whose graph an adapter acts has another path than it had when it was adapted."""
-    there = {id(modules[region]) for region in regions if region in modules}
-    # a module that was put into several places may have taken that of another one, and is known by its first one
-    if len(there) == len(regions) and all(name in names_in_slots(modules[region]).values() for region in regions):
-        return
-    elsewhere = [path for path, module in modules.items() if id(module) not in there]
-    moved = sorted(path for path in elsewhere if name in names_in_slots(modules[path]).values())
-    if moved:
-        raise AdaptError(
-            f"adapter {name!r} acts on {joined(moved)}, which had another place in the model when it was adapted; put "
-            "that back before you change what acts, and move it afterwards"
-        )
 
 
 def by_region(sites: list[AdaptedSite], modules: Modules) -> dict[str, list[AdaptedSite]]:

@@ -222,7 +222,9 @@ def _turn(modules: Modules, adapters: Adapters) -> None:
         unmerge(modules, adapters)
     let_act(modules, adapters, [] if adapters.are_off else adapters.active)
     for name in adapters.active:
-        refuse_exchanged(modules, adapters.by_name[name], name)  # even if none acts: they are to act again
+        refuse_exchanged(
+            modules, adapters.by_name[name].tensor_names(name), name
+        )  # even if none acts: they are to act again
 
 
 class Paused(contextlib.ExitStack):

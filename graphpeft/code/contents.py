@@ -1,22 +1,33 @@
-"""Contents of mutable objects: containers, arrays, random generators and context variables."""
+"""Contents of mutable objects: containers, arrays, random generators and context variables, and what these hold.
+
+A graph has constants of the plain values that code reads in them: it reads these again in each run, and compares.
+"""
 
 from __future__ import annotations
 
 import array
 import copy
+import functools
 import operator
 import random
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
+
+from graphpeft.code.attribute_paths import ANY
+from graphpeft.code.namespaces import attributes_of, slots_of
 
 CONTAINERS = (dict, list, set, deque)
 """Mutable containers."""
 
-PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, Tensor, nn.Parameter))
+PLAIN = frozenset((
+    type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, Tensor, nn.Parameter,
+))  # fmt: skip
 """Types whose objects hold no Python state that a forward can change."""
 
 _ABSENT = object()
@@ -151,3 +162,88 @@ def comparable(value: Any) -> Any:
     if content is _ARRAY:
         return repr((value.shape, value.tobytes()))
     return repr(value if content is None else content.copy(value))
+
+
+LONGEST = 256
+"""The number of entries up to which a container is compared."""
+
+CLOSED = (nn.Module, Tensor, type, ModuleType, FunctionType, BuiltinFunctionType)
+"""Classes of objects that hold no settings."""
+
+_BY_SYNTAX = ("__bool__", "__call__", "__contains__", "__getattr__", "__getitem__", "__iter__", "__len__")
+"""Methods that code calls without their names."""
+
+_NUMBERS_AND_TEXTS = frozenset((bool, int, float, str))
+
+
+def holds_entries(value: Any) -> bool:
+    """Returns whether an object holds values without names: a container, an array, or a function with its arguments."""
+    return issubclass(type(value), (*CONTAINERS, tuple, MethodType, functools.partial)) or has_content(value)
+
+
+def entries(value: Any, names: Collection[str], around: tuple[Any, ...] = ()) -> Any:
+    """Returns the plain values in a container, also those in containers and objects there.
+
+    Args:
+        value: A container, an array, a method or a partial function.
+        names: The names of attributes and keys that code reads, with `ANY` if it may read each attribute.
+        around: The containers and objects around it.
+
+    Returns:
+        Lists and dictionaries, which compare by the values in them. An object without any is named by its class.
+    """
+    kind = type(value)
+    if issubclass(kind, CLOSED) or any(value is each for each in around):
+        return kind.__qualname__
+    if kind in PLAIN and value == value:
+        return value
+    if issubclass(kind, MethodType):
+        return entries(value.__self__, names, around)
+    if issubclass(kind, functools.partial):
+        return entries([*value.args, value.keywords], names, around)
+    if issubclass(kind, dict):
+        # code that names no key computes them
+        keys = [key for key in dict.keys(value) if key in names] or list(dict.keys(value))
+        held = _each([dict.get(value, key) for key in keys], names, (*around, value))
+        return dict(zip([key if type(key) in PLAIN else repr(key) for key in keys], held, strict=True))
+    if issubclass(kind, (*CONTAINERS, tuple)):
+        held = _each(list(parts_of(value)), names, (*around, value))
+        return sorted(held, key=repr) if issubclass(kind, set) else held
+    if has_content(value):
+        return comparable(value)
+    read = attributes_read(value, names)
+    return dict(zip(read, _each(list(read.values()), names, (*around, value)), strict=True))
+
+
+def _each(values: list[Any], names: Collection[str], around: tuple[Any, ...]) -> list[Any]:
+    """Returns the plain values in each of several values; None for each if these are too many to compare."""
+    if len(values) > LONGEST:
+        return [None] * len(values)
+    # most are numbers and texts
+    if {*map(type, values)} <= _NUMBERS_AND_TEXTS:
+        return values
+    return [entries(each, names, around) for each in values]
+
+
+def attributes_read(value: Any, names: Collection[str]) -> Mapping[str, Any]:
+    """Returns the attributes of an object that code may read which names some attributes, or calls methods that do."""
+    slots = slots_of(type(value))
+    held = {name: getattr(value, name) for name in slots if hasattr(value, name)} | (attributes_of(value) or {})
+    if ANY in names:
+        return held
+    return {name: held[name] for name in sorted(held.keys() & _reached(type(value), tuple(names)))}
+
+
+@functools.lru_cache(maxsize=256)
+def _reached(cls: type, names: tuple[str, ...]) -> frozenset[str]:
+    """Returns names with those in the methods and properties of a class that are called by them."""
+    waiting, found = [*names, *_BY_SYNTAX], {*names, *_BY_SYNTAX}
+    while waiting:
+        name = waiting.pop()
+        for member in (vars(base).get(name) for base in cls.__mro__):
+            behind = getattr(member, "fget", None) or getattr(member, "func", None) or member
+            code = getattr(getattr(behind, "__func__", behind), "__code__", None)
+            new = {*code.co_names} - found if code is not None else ()
+            waiting += new
+            found.update(new)
+    return frozenset(found)

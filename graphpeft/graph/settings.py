@@ -45,11 +45,13 @@ class Setting(NamedTuple):
         path: The attribute's path.
         value: The attribute's value in the trace.
         line: The line of code that read the attribute, or branched on it.
+        held: For a container: the function by which `value` was read of it, and its further arguments.
     """
 
     path: str
     value: Any
     line: str
+    held: tuple[Any, ...] | None = None
 
 
 class Reads(NamedTuple):
@@ -68,9 +70,15 @@ def add_check(graph: fx.Graph, reads: Reads) -> None:
     """Adds a check of the settings to the graph of one module, which can read the module's attributes directly."""
     if reads.settings:
         with graph.inserting_before(_first(graph)):
-            now = tuple(graph.create_node("get_attr", setting.path) for setting in reads.settings)
+            now = tuple(_present(graph, setting) for setting in reads.settings)
             values, lines = ([getattr(setting, name) for setting in reads.settings] for name in ("value", "line"))
             graph.call_function(guards.expect_each, (now, tuple(values), tuple(lines)))
+
+
+def _present(graph: fx.Graph, setting: Setting) -> fx.Node:
+    """Adds nodes that read a setting as its value was read."""
+    now = graph.create_node("get_attr", setting.path)
+    return now if setting.held is None else graph.call_function(setting.held[0], (now, *setting.held[1:]))
 
 
 def _first(graph: fx.Graph) -> fx.Node:

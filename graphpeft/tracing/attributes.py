@@ -117,7 +117,11 @@ def _noted(tracer: Recorder, module: nn.Module, name: str, path: str, value: Any
         if path not in tracer.session.lines_of_reads:
             tracer.session.lines_of_reads[path] = guards.deciding_line()
         return plain_or_proxy(tracer, module, path, value)
-    if is_own and path not in tracer.session.read_once and not guards.is_machinery(sys._getframe(2).f_code.co_filename):
+    if (
+        (is_own or is_of_class)
+        and path not in tracer.session.read_once
+        and not guards.is_machinery(sys._getframe(2).f_code.co_filename)
+    ):
         _refuse_iterator(tracer, module, name, value)
         tracer.session.read_once[path] = value
     return value

@@ -16,16 +16,16 @@ import torch.fx as fx
 from torch import nn
 from torch.fx.node import map_arg
 
-from graphpeft.code.contents import parts_of
-from graphpeft.code.namespaces import attributes_of
-from graphpeft.code.source import functions_in_forward, uses_in_forward
+from graphpeft.code.attribute_paths import ANY
+from graphpeft.code.contents import CLOSED, LONGEST, PLAIN, attributes_read, entries, holds_entries
+from graphpeft.code.source import cached_by_class, functions_in_forward, names_in, uses_in_forward
 from graphpeft.graph import guards
 from graphpeft.graph.drawing_functions import draws
 from graphpeft.graph.facts import IN_PLACE, above, is_random, writes
 from graphpeft.graph.forward_classes import class_of_forward
 from graphpeft.graph.settings import Reads, Setting
-from graphpeft.graph.template import SIMPLE, VALUE
-from graphpeft.tracing.attributes import is_plain
+from graphpeft.graph.template import VALUE
+from graphpeft.tracing.attributes import ABSENT, is_plain
 
 _ARITHMETIC = frozenset((
     *(getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "pow", *IN_PLACE)),
@@ -33,11 +33,6 @@ _ARITHMETIC = frozenset((
     "add", "sub", "mul", "div", "pow", "add_", "sub_", "mul_", "div_", "pow_",
 ))  # fmt: skip
 """Arithmetic operations. Integers in other operations are sizes, indices or flags."""
-
-_LONGEST = 64
-"""The number of entries up to which a container is compared in each run."""
-
-_ABSENT = object()
 
 
 def make_settings(graph: fx.Graph, lines: Mapping[str, str]) -> Reads:
@@ -64,8 +59,8 @@ def make_settings(graph: fx.Graph, lines: Mapping[str, str]) -> Reads:
 def settings_in_objects(module: nn.Module, read_once: Mapping[str, Any]) -> list[Setting]:
     """Returns the settings that a module has in containers and config objects, of which a graph has constants.
 
-    Which entries of a container code reads isn't known, so one is checked if it may read each: a list, and a
-    dictionary whose keys are all in the code.
+    Which entries and attributes code reads isn't known, so each is checked that it may read: all entries, and the
+    attributes that the code names.
 
     Args:
         module: The module.
@@ -74,38 +69,36 @@ def settings_in_objects(module: nn.Module, read_once: Mapping[str, Any]) -> list
     found: list[Setting] = []
     for path, value in read_once.items():
         around, _, own = path.rpartition(".")
-        if own == "__dict__":
-            continue  # of which code reads attributes
-        cls = class_of_forward(module.get_submodule(around))
-        if type(value) in (dict, list, set):
-            is_short = len(value) <= _LONGEST and all(map(_is_simple, parts_of(value)))
-            if is_short and (type(value) is not dict or value.keys() <= _texts_in(cls)):
-                found.append(Setting(path, copy.copy(value), f"self.{path}"))
-        elif attributes_of(value):
-            found += [Setting(f"{path}.{name}", held, f"self.{path}.{name}") for name, held in _named(value, own, cls)]
+        # of a dictionary of attributes, code reads these
+        if own == "__dict__" or value is ABSENT or isinstance(value, CLOSED):
+            continue
+        if type(value) in (list, set) and PLAIN.issuperset(map(type, value)) and len(value) <= LONGEST:
+            found.append(Setting(path, copy.copy(value), f"self.{path}"))
+        else:
+            found += _settings_in(path, value, _names_in(class_of_forward(module.get_submodule(around))), ())
     return found
 
 
-def _texts_in(cls: type) -> set[str]:
-    """Returns the texts that are constants of the code that a forward may run."""
+def _settings_in(path: str, value: Any, names: tuple[str, ...], around: tuple[Any, ...]) -> Iterator[Setting]:
+    """Yields the setting at a path, or those at the attributes of an object there."""
+    if holds_entries(value):
+        yield Setting(path, entries(value, names), f"self.{path}", (entries, names))
+    elif isinstance(value, CLOSED) or any(value is each for each in around):
+        return
+    elif type(value) in PLAIN and value == value:
+        yield Setting(path, value, f"self.{path}")
+    else:
+        for name, held in attributes_read(value, names).items():
+            yield from _settings_in(f"{path}.{name}", held, names, (*around, value))
+
+
+@cached_by_class
+def _names_in(cls: type) -> tuple[str, ...]:
+    """Returns the names and texts in the code that a forward may run, with `ANY` if it computes some names."""
     codes = [function.__code__ for function in functions_in_forward(cls)]
-    return {constant for code in codes for constant in code.co_consts if type(constant) is str}
-
-
-def _named(value: Any, own: str, cls: type) -> Iterator[tuple[str, Any]]:
-    """Yields the plain attributes of an object that a forward names: by a path from it, or by their own name."""
-    uses, held = uses_in_forward(cls), attributes_of(value) or {}
-    paths = [path.removeprefix(f"{own}.") for path in uses.read if path.startswith(f"{own}.")]
-    for path in sorted({*paths, *(uses.read_elsewhere & held.keys())}):
-        inner: Any = value
-        for name in path.split("."):
-            inner = (attributes_of(inner) or {}).get(name, _ABSENT)
-        if _is_simple(inner):
-            yield path, inner
-
-
-def _is_simple(value: Any) -> bool:
-    return type(value) in SIMPLE and value == value
+    found = {constant for code in codes for constant in code.co_consts if type(constant) is str}
+    found |= {ANY} & uses_in_forward(cls).read_elsewhere
+    return tuple(sorted(found.union(*(names_in(code).read for code in codes))))
 
 
 def _derived_from(graph: fx.Graph, read: list[fx.Node]) -> dict[fx.Node, None]:

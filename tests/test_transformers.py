@@ -37,7 +37,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import graphpeft
-from graphpeft import LoraConfig, PeftModel, PromptEncoderConfig, get_peft_model, get_peft_model_state_dict
+from graphpeft import (
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from graphpeft.graph.paths import modules_by_path
 
 pytestmark = pytest.mark.filterwarnings("ignore:::peft")
@@ -358,6 +365,19 @@ def test_gradient_checkpointing_gives_the_same_gradients(
     assert len(expected) == len(get_peft_model_state_dict(model))
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_")
+@pytest.mark.parametrize("example", [LLAMA, OPT], ids=str)
+def test_a_prefix_whose_cache_is_switched_off_later_is_told(example: Example) -> None:
+    model = get_peft_model(example.build(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    expected = gradients(model, example)
+    model.gradient_checkpointing_enable()
+    with pytest.raises(RuntimeError, match=r"which gradient checkpointing switches off: call gradient_checkpointing_d"):
+        gradients(model, example)
+    model.eval()(**example.inputs())
+    model.gradient_checkpointing_disable()
+    torch.testing.assert_close(gradients(model, example), expected)
 
 
 # copies

@@ -401,6 +401,11 @@ def test_embeddings_checkpoints_and_compiled_code_give_the_same() -> None:
     assert len(plain) == 4
     for own, other in zip(gradients(), plain, strict=True):
         torch.testing.assert_close(own, other)
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(RuntimeError, match="reentrant checkpoint can't give xlora_scalings its gradients"):
+        gradients()
+    with torch.no_grad():
+        assert_close(model.eval()(input_ids=IDS).logits, expected)
 
 
 # the laws, and what is refused

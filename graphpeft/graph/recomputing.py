@@ -29,20 +29,27 @@ Function = Callable[..., Any]
 _PRESENT: ContextVar[tuple[Factory, ...]] = ContextVar("graphpeft_taken_along", default=())
 """Factories of the contexts that hold now, outermost first."""
 
+_COMPUTED: ContextVar[str | None] = ContextVar("graphpeft_computed", default=None)
+"""The name of a tensor in these contexts that gets gradients, or None."""
+
 
 @contextlib.contextmanager
-def taken_along(factory: Factory) -> Iterator[None]:
+def taken_along(factory: Factory, computed: str | None = None) -> Iterator[None]:
     """Enters a context, which functions checkpointed inside enter again when they run again.
 
     Args:
         factory: Makes a new context in each call.
+        computed: The name of a tensor in the context that gets gradients, or None. A reentrant checkpoint calls
+            backward for each of its functions, which runs through what the tensor was computed by each time.
     """
     if torch.compiler.is_compiling():
         # a compiler handles checkpoints itself, and can't follow a context variable that is set
         with factory():
             yield
         return
-    with _present((*_PRESENT.get(), factory)), factory():
+    with _present((*_PRESENT.get(), factory)), factory(), contextlib.ExitStack() as stack:
+        at_end_of(stack, _COMPUTED.set, _COMPUTED.get())
+        _COMPUTED.set(computed or _COMPUTED.get())
         yield
 
 
@@ -137,6 +144,12 @@ def _binding_generator(run_again: Any) -> Function:
 def _binding_apply(own: Any) -> Any:
     def apply(cls: Any, function: Function, *args: Any) -> Any:
         run_again = vars(torch.autograd.Function)["apply"] if own is None else own
+        name = _COMPUTED.get()
+        if name is not None and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"a reentrant checkpoint can't give {name} its gradients, as other layers read that, too; checkpoint "
+                "with use_reentrant=False"
+            )
         return run_again.__get__(None, cls)(_bound_by_all(function), *args)
 
     return classmethod(apply)

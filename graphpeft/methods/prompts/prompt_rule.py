@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from graphpeft.graph.recorded import recorded
 from graphpeft.methods.prompts.caches import CACHES
 from graphpeft.methods.prompts.encoders import Encoder
 from graphpeft.methods.prompts.placement import Placement
@@ -61,13 +63,36 @@ class PromptRule(BoundaryRule):
         training: Any,
         word_embeddings: Any = None,
         config: Any = None,
+        is_checkpointed: Any = None,
         **parameters: Any,
     ) -> dict[str, Any]:
         """Computes the virtual tokens and places them."""
         asked = {name: inputs[name] for name in self.encoder.asks}
         prompt = self.encoder.encode(parameters, training, **asked)
+        if is_checkpointed is not None and self.placement.spends:
+            prompt = kept_in_cache(prompt, is_checkpointed, training)
         return self.placement.enter(prompt, inputs, word_embeddings, config)
 
     def leave(self, output: Any, inputs: Mapping[str, Any], entered: Mapping[str, Any]) -> Any:
         """Returns the placement's value of the output."""
         return self.placement.leave(output, inputs, entered)
+
+
+@recorded
+def kept_in_cache(prompt: Tensor, is_checkpointed: bool, training: bool) -> Tensor:
+    """Returns a prompt.
+
+    Args:
+        prompt: The prompt.
+        is_checkpointed: Whether the model's layers are checkpointed.
+        training: Whether the model is trained.
+
+    Raises:
+        RuntimeError: If the layers get no cache, since they are checkpointed.
+    """
+    if is_checkpointed and training and torch.is_grad_enabled():
+        raise RuntimeError(
+            "a prefix works through the cache, which gradient checkpointing switches off: call "
+            "gradient_checkpointing_disable() on the model, or train another adapter, as LoRA or prompt tuning"
+        )
+    return prompt

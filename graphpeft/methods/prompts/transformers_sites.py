@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,6 +84,9 @@ def _site(finder: SiteFinder, report: Report, role: str, module: Any) -> CallSit
     beside = _path_of(model.get_input_embeddings(), finder.modules), "weight"
     reads = (("word_embeddings", _path_within(module, module.get_input_embeddings())),)
     reads += (("config", "config"),) if hasattr(module, "config") else ()
+    # of the first layer, since each nth one can be checkpointed
+    layers = (path for path, inner in module.named_modules() if path and hasattr(inner, "gradient_checkpointing"))
+    reads += tuple(("is_checkpointed", f"{path}.gradient_checkpointing") for path in itertools.islice(layers, 1))
     return CallSite(
         region, nodes, owner, role, beside, torch.get_default_dtype(), arguments, reads, positions=_positions(module)
     )

@@ -85,15 +85,15 @@ def _refuse_elsewhere(modules: Modules, adapters: Adapters, name: str) -> None:
     """Raises AdaptError if an adapter's tensors, or the modules in whose graphs it acts, are no longer in the model."""
     adapter = adapters.by_name[name]
     roots = {root for _, root in adapter.roots(name)}
-    dressed = [(path, module) for path, module in modules.items() if isinstance(module, in_place.Dressed)]
-    held = [path for path, module in dressed if any(has_place(module, root) for root in roots)]
+    outer = [(path, module) for path, module in modules.items() if module._modules]
+    held = [path for path, module in outer if any(has_place(module, root) for root in roots)]
     places = dict(adapter.tensor_names(name))
     # a module that was only moved has its adapters with it
     if len(held) < len(places):
         lost = next(path for path in places if path not in held)
         raise AdaptError(_gone(lost, places[lost], name))
     regions = {adapted.site.region: None for adapted in adapter.sites if name in adapters.slots}
-    acting = [path for path, module in dressed if name in names_in_slots(module).values()]
+    acting = [path for path, module in outer if name in names_in_slots(module).values()]
     if len(acting) < len(regions):
         lost = next(path for path in regions if path not in acting)
         raise AdaptError(

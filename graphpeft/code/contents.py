@@ -30,6 +30,9 @@ PLAIN = frozenset((
 ))  # fmt: skip
 """Types whose objects hold no Python state that a forward can change."""
 
+SETTINGS = PLAIN - {Tensor, nn.Parameter}
+"""Those of values that generated code can have."""
+
 _ABSENT = object()
 
 
@@ -195,7 +198,7 @@ def entries(value: Any, names: Collection[str], around: tuple[Any, ...] = ()) ->
     kind = type(value)
     if issubclass(kind, CLOSED) or any(value is each for each in around):
         return kind.__qualname__
-    if kind in PLAIN and value == value:
+    if kind in SETTINGS and value == value:
         return value
     if issubclass(kind, MethodType):
         return entries(value.__self__, names, around)
@@ -205,7 +208,7 @@ def entries(value: Any, names: Collection[str], around: tuple[Any, ...] = ()) ->
         # code that names no key computes them
         keys = [key for key in dict.keys(value) if key in names] or list(dict.keys(value))
         held = _each([dict.get(value, key) for key in keys], names, (*around, value))
-        return dict(zip([key if type(key) in PLAIN else repr(key) for key in keys], held, strict=True))
+        return dict(zip([key if type(key) in SETTINGS else repr(key) for key in keys], held, strict=True))
     if issubclass(kind, (*CONTAINERS, tuple)):
         held = _each(list(parts_of(value)), names, (*around, value))
         return sorted(held, key=repr) if issubclass(kind, set) else held

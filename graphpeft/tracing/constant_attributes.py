@@ -17,7 +17,7 @@ from torch import nn
 from torch.fx.node import map_arg
 
 from graphpeft.code.attribute_paths import ANY
-from graphpeft.code.contents import CLOSED, LONGEST, PLAIN, attributes_read, entries, holds_entries
+from graphpeft.code.contents import CLOSED, LONGEST, SETTINGS, attributes_read, entries, holds_entries
 from graphpeft.code.source import cached_by_class, functions_in_forward, names_in, uses_in_forward
 from graphpeft.graph import guards
 from graphpeft.graph.drawing_functions import draws
@@ -72,7 +72,7 @@ def settings_in_objects(module: nn.Module, read_once: Mapping[str, Any]) -> list
         # of a dictionary of attributes, code reads these
         if own == "__dict__" or value is ABSENT or isinstance(value, CLOSED):
             continue
-        if type(value) in (list, set) and PLAIN.issuperset(map(type, value)) and len(value) <= LONGEST:
+        if type(value) in (list, set) and SETTINGS.issuperset(map(type, value)) and len(value) <= LONGEST:
             found.append(Setting(path, copy.copy(value), f"self.{path}"))
         else:
             found += _settings_in(path, value, _names_in(class_of_forward(module.get_submodule(around))), ())
@@ -85,7 +85,7 @@ def _settings_in(path: str, value: Any, names: tuple[str, ...], around: tuple[An
         yield Setting(path, entries(value, names), f"self.{path}", (entries, names))
     elif isinstance(value, CLOSED) or any(value is each for each in around):
         return
-    elif type(value) in PLAIN and value == value:
+    elif type(value) in SETTINGS and value == value:
         yield Setting(path, value, f"self.{path}")
     else:
         for name, held in attributes_read(value, names).items():

@@ -460,3 +460,24 @@ class ScalesColumns(WeightRule, InputRule):
 class ReadsOtherFeatures(Rows):
     def rewrite(self, y: Any, factors: Any) -> Any:
         return (y + (factors - 1) * y.flip(-1)).to(y.dtype)
+
+
+@fault("3", "hasn't the gradients that the reference gives", low_rank)
+class DetachesItsBranchInPart(Branch):
+    def rewrite(self, x: Any, y: Any, A: Any, B: Any) -> Any:
+        branch = x.to(A.dtype) @ A.T
+        return y + ((0.5 * branch + 0.5 * branch.detach()) @ B.T).to(y.dtype)
+
+
+@fault("3", "hasn't the gradients that the reference gives", low_rank)
+class TakesTheGradientTwice(Branch):
+    def rewrite(self, x: Any, y: Any, A: Any, B: Any) -> Any:
+        branch = x.to(A.dtype) @ A.T @ B.T
+        return y + (2 * branch - branch.detach()).to(y.dtype)
+
+
+@fault("3", "hasn't the gradients that the reference gives", low_rank)
+class RoundsItsBranch(Branch):
+    def rewrite(self, x: Any, y: Any, A: Any, B: Any) -> Any:
+        branch = x.to(A.dtype) @ A.T @ B.T
+        return y + (branch * 0.01 + (branch * 0.99 * 2**20).round() / 2**20).to(y.dtype)

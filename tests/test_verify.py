@@ -339,6 +339,20 @@ def test_another_equation_is_told_apart_with_the_layer(wrong: Any, what: str):
         assert_adapted_is_base_with_delta(layers, LORA, X, reference=wrong)
 
 
+def detached(weight: Any, lora_A: Any, lora_B: Any, config: Any) -> Any:
+    return lora(weight, lora_A.detach(), lora_B, config)
+
+
+def rounded(x: Any, weight: Any, bias: Any, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
+    return lora_of_inputs(x, weight, bias, lora_A, lora_B, lora_scaling).round(decimals=6)
+
+
+@pytest.mark.parametrize(("wrong", "what"), [(detached, "lora_A of 0"), (rounded, "lora_A of 0")])
+def test_an_equation_with_other_gradients_is_told_apart_with_the_tensor(wrong: Any, what: str):
+    with pytest.raises(LawError, match=f"hasn't the gradients that the reference gives.*{what}"):
+        assert_adapted_is_base_with_delta(layers, LORA, X, reference=wrong)
+
+
 class Functional(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -401,9 +401,14 @@ def test_embeddings_checkpoints_and_compiled_code_give_the_same() -> None:
     assert len(plain) == 4
     for own, other in zip(gradients(), plain, strict=True):
         torch.testing.assert_close(own, other)
-    model.activation_checkpointing_enable({"use_reentrant": True})
+
+
+def test_reentrant_checkpoints_which_would_go_through_the_classifier_for_each_layer_are_told() -> None:
+    model = ours()
+    expected = logits(model)
+    model.train().activation_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(RuntimeError, match="reentrant checkpoint can't give xlora_scalings its gradients"):
-        gradients()
+        model(input_ids=IDS, labels=IDS)
     with torch.no_grad():
         assert_close(model.eval()(input_ids=IDS).logits, expected)
 

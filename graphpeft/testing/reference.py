@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from graphpeft.sites.site import Site
 from graphpeft.testing.alike import require_alike
 from graphpeft.testing.by_hand import with_trained
 from graphpeft.testing.comparing import ROUNDING, LawError, require_close
-from graphpeft.testing.runs import run_copy, run_each
+from graphpeft.testing.runs import differentiable, loss_of, run, run_copy, run_each
 
 Reference = Callable[..., Any]
 """A method's equation: a function of an adapted layer's values, which it names as arguments.
@@ -33,14 +33,15 @@ called; ``weight``, in PEFT's layout, and ``bias``, or None; ``site``; ``config`
 constants by the rule's names for them. All tensors in half precision are converted to single precision.
 
 If it asks for ``x`` or ``inputs``, it returns the layer's output; else the weight with the adapter's change, in PEFT's
-layout: (out, in), or (out, in / groups, *kernel) of a convolution.
+layout: (out, in), or (out, in / groups, *kernel) of a convolution. Its gradients are those of the method, too, so it
+detaches what the method detaches.
 """
 
 
 def require_reference(
     adapted: Any, base: nn.Module, every: Sequence[ExampleInputs], reference: Reference, tolerance: float
 ) -> None:
-    """Raises unless an adapted model in evaluation computes at each site what the reference says.
+    """Raises unless an adapted model in evaluation computes what the reference says, and has its gradients.
 
     Args:
         adapted: The adapted model, with one adapter.
@@ -50,35 +51,77 @@ def require_reference(
         tolerance: The allowed difference, as for `require_close`.
 
     Raises:
-        LawError: If an output differs.
+        LawError: If an output differs, or a gradient of an input or of a trained tensor in single precision.
         TypeError: If the reference asks for an unknown value, or for ``x`` where no call of a layer is adapted.
     """
     adapter = adapted._peft_adapters.by_name["default"]
     changed = with_trained(copy.deepcopy(base), adapter, dict(adapted.named_modules()))
     asked = Asked(reference)
-    if asked.may_be("x") or asked.may_be("inputs"):
-        for one in adapter.sites:
-            _require_output(one, adapted, changed, every, reference, tolerance)
-        return
+    is_of_outputs = asked.may_be("x") or asked.may_be("inputs")
+    plain = copy.deepcopy(changed)
     for one in adapter.sites:
-        _change_weight(one, adapted, changed, reference)
-    law = "the adapted model isn't what the reference gives"
-    require_alike(lambda: run_copy(adapted, every), lambda: run_copy(changed, every), tolerance, law)
+        if is_of_outputs:
+            _require_output(one, adapted, changed, every, reference, tolerance)
+        else:
+            with torch.no_grad():
+                _change_weight(one, changed, reference, _values(one, adapted, changed))
+    if not is_of_outputs:
+        law = "the adapted model isn't what the reference gives"
+        require_alike(lambda: run_copy(adapted, every), lambda: run_copy(changed, every), tolerance, law)
+    if not any(one.site.dtype in ROUNDING for one in adapter.sites):
+        _require_gradients(copy.deepcopy(adapted), plain, every[0], reference, is_of_outputs, tolerance)
 
 
-@torch.no_grad()
-def _change_weight(one: AdaptedSite, adapted: Any, base: nn.Module, reference: Reference) -> None:
+def _require_gradients(
+    adapted: Any, base: nn.Module, inputs: ExampleInputs, reference: Reference, is_of_outputs: bool, tolerance: float
+) -> None:
+    """Raises unless the inputs and the trained tensors have the gradients that the reference gives; changes both."""
+    trained: dict[str, torch.Tensor] = {}
+    leaves: dict[str, torch.Tensor] = {}
+    for one in adapted._peft_adapters.by_name["default"].sites:
+        values = _values(one, adapted, base)
+        for name in [name for name, spec in one.specs.items() if spec.is_trained and values[name].requires_grad]:
+            label = f"{name} of {one.site.label}"
+            trained[label] = values[name]
+            values[name] = leaves[label] = values[name].detach().clone().requires_grad_()
+        if is_of_outputs:
+            layer = base.get_submodule(one.site.owner)
+            layer.register_forward_hook(_replacing(reference, values, copy.deepcopy(layer)), with_kwargs=True)
+        else:
+            _change_weight(one, base, reference, values)
+    found, expected = _gradients(adapted, trained, inputs), _gradients(base, leaves, inputs)
+    require_close(found, expected, tolerance, "the adapted model hasn't the gradients that the reference gives")
+
+
+def _replacing(reference: Reference, values: Mapping[str, Any], layer: nn.Module) -> Callable[..., Any]:
+    def replaced(_: nn.Module, args: Any, kwargs: Any, _output: Any) -> Any:
+        return _given(reference, {**values, **_of_call(layer, args, kwargs)})
+
+    return replaced
+
+
+def _gradients(model: nn.Module, tensors: Mapping[str, torch.Tensor], inputs: ExampleInputs) -> dict[str, torch.Tensor]:
+    """Returns the gradients of tensors and of a model's inputs; zeros where there is none."""
+    leaves, given = differentiable(inputs)
+    every = {**tensors, **{f"input {number}": leaf for number, leaf in enumerate(leaves)}}
+    loss = loss_of(run(model, given))
+    if not loss.requires_grad:
+        return {name: torch.zeros_like(tensor) for name, tensor in every.items()}
+    return dict(zip(every, torch.autograd.grad(loss, [*every.values()], materialize_grads=True), strict=True))
+
+
+def _change_weight(one: AdaptedSite, base: nn.Module, reference: Reference, values: Mapping[str, Any]) -> None:
     """Gives a layer of the base the weight that the reference returns."""
     site = one.site
     if not isinstance(site, Site):
         raise TypeError(f"the reference returns a weight, and {site.label} has none; ask for x, and return the output")
-    weight = _given(reference, _values(one, adapted, base))
+    weight = _given(reference, values)
     if tuple(weight.shape) != tuple(site.matrix_shape):
         shapes = f"{tuple(weight.shape)}, and that of {site.label} has {tuple(site.matrix_shape)}"
         raise LawError(f"the reference returns a weight of shape {shapes}")
     # another object, since a tied layer keeps the weight
     owner = base.get_submodule(site.owner)
-    owner._parameters[site.attribute] = nn.Parameter(site.weight_layout.turned(weight).to(site.dtype))
+    cast(Any, owner._parameters)[site.attribute] = site.weight_layout.turned(weight).to(site.dtype)
 
 
 def _require_output(
@@ -97,9 +140,8 @@ def _require_output(
     single = copy.deepcopy(layer).float() if site.dtype in ROUNDING else layer
     for args, kwargs, found in calls:
         args, kwargs = _in_single((args, kwargs))
-        given = {"x": (*args, *kwargs.values())[0], "inputs": _by_name(layer, args, kwargs), "layer": single}
         with torch.no_grad():
-            expected = _given(reference, _values(one, adapted, base) | given)
+            expected = _given(reference, _values(one, adapted, base) | _of_call(single, args, kwargs))
         expected, tree = pytree.tree_flatten(expected)
         like = [each.dtype if isinstance(each, torch.Tensor) else None for each in pytree.tree_leaves(found)]
         if len(like) == len(expected):
@@ -138,8 +180,10 @@ def _given(reference: Reference, values: Mapping[str, Any]) -> Any:
     return reference(**{name: values[name] for name in Asked(reference).among(values)})
 
 
-def _by_name(layer: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
-    return dict(inspect.signature(layer.forward).bind(*args, **kwargs).arguments)
+def _of_call(layer: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Returns what a reference can ask for at a call of a layer."""
+    inputs = dict(inspect.signature(layer.forward).bind(*args, **kwargs).arguments)
+    return {"x": (*args, *kwargs.values())[0], "inputs": inputs, "layer": layer}
 
 
 def _in_single(value: Any) -> Any:

@@ -39,12 +39,14 @@ def given(read: Mapping[str, bool], kwargs: Mapping[str, Any]) -> contextlib.Abs
     own = {name: value for name, value in kwargs.items() if name in read}
     # an adapted model may be nested in another
     present = {**(CALL_INPUTS.get() or {}), **own}
+    if not own:
+        return contextlib.nullcontext()
     computed = next((name for name, value in own.items() if _gets_gradients(value)), None)
-    return taken_along(functools.partial(CALL_INPUTS.during, present), computed) if own else contextlib.nullcontext()
+    return taken_along(functools.partial(CALL_INPUTS.during, present), computed)
 
 
 def _gets_gradients(value: Any) -> bool:
-    tensors = value.values() if isinstance(value, Mapping) else (value,)
+    tensors = value.values() if isinstance(value, dict) else (value,)
     return any(isinstance(each, torch.Tensor) and each.requires_grad for each in tensors)
 
 

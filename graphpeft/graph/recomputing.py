@@ -26,11 +26,8 @@ Factory = Callable[[], AbstractContextManager[Any]]
 
 Function = Callable[..., Any]
 
-_PRESENT: ContextVar[tuple[Factory, ...]] = ContextVar("graphpeft_taken_along", default=())
-"""Factories of the contexts that hold now, outermost first."""
-
-_COMPUTED: ContextVar[str | None] = ContextVar("graphpeft_computed", default=None)
-"""The name of a tensor in these contexts that gets gradients, or None."""
+_PRESENT: ContextVar[tuple[tuple[Factory, str | None], ...]] = ContextVar("graphpeft_taken_along", default=())
+"""Factories of the present contexts, outermost first, each with the name of a tensor that gets gradients there."""
 
 
 @contextlib.contextmanager
@@ -47,14 +44,12 @@ def taken_along(factory: Factory, computed: str | None = None) -> Iterator[None]
         with factory():
             yield
         return
-    with _present((*_PRESENT.get(), factory)), factory(), contextlib.ExitStack() as stack:
-        at_end_of(stack, _COMPUTED.set, _COMPUTED.get())
-        _COMPUTED.set(computed or _COMPUTED.get())
+    with _present((*_PRESENT.get(), (factory, computed))), factory():
         yield
 
 
 @contextlib.contextmanager
-def _present(factories: tuple[Factory, ...]) -> Iterator[None]:
+def _present(factories: tuple[tuple[Factory, str | None], ...]) -> Iterator[None]:
     """Makes functions that are checkpointed inside enter the contexts of `factories` again."""
     with checkpoints_bound_by(_bound), contextlib.ExitStack() as stack:
         # restored by value: a generator may be closed in another context, where a token can't be reset
@@ -75,7 +70,7 @@ def _bound(function: Function) -> Function:
         with contextlib.ExitStack() as stack:
             # for checkpoints nested in the function
             stack.enter_context(_present(factories))
-            for factory in factories:
+            for factory, _ in factories:
                 stack.enter_context(factory())
             return function(*args, **kwargs)
 
@@ -144,7 +139,7 @@ def _binding_generator(run_again: Any) -> Function:
 def _binding_apply(own: Any) -> Any:
     def apply(cls: Any, function: Function, *args: Any) -> Any:
         run_again = vars(torch.autograd.Function)["apply"] if own is None else own
-        name = _COMPUTED.get()
+        name = next((name for _, name in _PRESENT.get() if name is not None), None)
         if name is not None and torch.is_grad_enabled():
             raise RuntimeError(
                 f"a reentrant checkpoint can't give {name} its gradients, as other layers read that, too; checkpoint "

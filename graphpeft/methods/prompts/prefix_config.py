@@ -14,7 +14,7 @@ from graphpeft.methods.prompts.key_sizes import default_sizes, possible_sizes, s
 from graphpeft.methods.prompts.model_sizes import text_config_of
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.methods.prompts.prompt_rule import PromptRule
-from graphpeft.methods.prompts.transformers_sites import GENERATOR, cache_sites
+from graphpeft.methods.prompts.transformers_sites import GENERATOR, cache_sites, checkpointable
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import Rule
 from graphpeft.sites.finder import SiteFinder
@@ -51,7 +51,7 @@ class PrefixConfig(PromptLearningConfig):
 
     def find_sites(self, finder: SiteFinder, report: Report) -> list[CallSite]:
         """Returns the boundary of the module that takes a cache."""
-        if any(getattr(module, "gradient_checkpointing", False) for module in finder.modules.values()):
+        if any(finder.modules[path].gradient_checkpointing for path in checkpointable(finder.modules)):
             reason = "a prefix works through the cache, which gradient checkpointing switches off"
             report.refused.append(Refusal("the model", reason, "call gradient_checkpointing_disable() on the model"))
             return []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,6 +61,13 @@ def cache_sites(finder: SiteFinder, report: Report) -> list[CallSite]:
     return []
 
 
+def checkpointable(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Returns the paths of modules of a Transformers model that tell whether they are checkpointed."""
+    # without asking for attributes by nn.Module.__getattr__, since most modules have none
+    name = "gradient_checkpointing"
+    return [path for path, module in modules.items() if name in vars(module) or hasattr(type(module), name)]
+
+
 def generates_by_mask(model: Any) -> bool:
     """Returns whether `generate` counts the positions of a model's tokens by their mask, and passes them."""
     can_generate = getattr(model, "can_generate", None)
@@ -84,9 +90,10 @@ def _site(finder: SiteFinder, report: Report, role: str, module: Any) -> CallSit
     beside = _path_of(model.get_input_embeddings(), finder.modules), "weight"
     reads = (("word_embeddings", _path_within(module, module.get_input_embeddings())),)
     reads += (("config", "config"),) if hasattr(module, "config") else ()
-    # of the first layer, since each nth one can be checkpointed
-    layers = (path for path, inner in module.named_modules() if path and hasattr(inner, "gradient_checkpointing"))
-    reads += tuple(("is_checkpointed", f"{path}.gradient_checkpointing") for path in itertools.islice(layers, 1))
+    inside = f"{owner}." if owner else ""
+    # of the first one, since each nth layer can be checkpointed
+    paths = [path.removeprefix(inside) for path in checkpointable(finder.modules) if path.startswith(inside) and path]
+    reads += tuple(("is_checkpointed", f"{path}.gradient_checkpointing") for path in paths[:1])
     return CallSite(
         region, nodes, owner, role, beside, torch.get_default_dtype(), arguments, reads, positions=_positions(module)
     )

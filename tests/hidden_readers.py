@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils.stateless import _reparametrize_module
 
 
 def by_layer(layer, x):
@@ -264,4 +265,48 @@ class WithOtherWeightsByAnotherName(WithOtherWeights):
 
 fast_call = functional_call
 
-REPLACED = [WithOtherWeights, WithOtherWeightsInside, WithOtherWeightsByAnotherName]
+
+class WithOtherWeightsByGetattr(WithOtherWeights):
+    def forward(self, x):
+        return getattr(torch.func, "functional_call")(self.inner, {"weight": self.fast}, (x,))  # noqa: B009
+
+
+class WithOtherWeightsByATable(WithOtherWeights):
+    def forward(self, x):
+        return CALLS["fast"](self.inner, {"weight": self.fast}, (x,))
+
+
+CALLS = {"fast": functional_call}
+
+
+class WithOtherWeightsByAnAttribute(WithOtherWeights):
+    def __init__(self):
+        super().__init__()
+        self.call = functional_call
+
+    def forward(self, x):
+        return self.call(self.inner, {"weight": self.fast}, (x,))
+
+
+class WithOtherWeightsByAPartial(WithOtherWeightsByAnAttribute):
+    def __init__(self):
+        super().__init__()
+        self.call = functools.partial(functional_call, strict=False)
+
+
+class WithOtherWeightsForATime(WithOtherWeights):
+    def forward(self, x):
+        with _reparametrize_module(self.inner, {"weight": self.fast}):
+            return self.inner(x)
+
+
+REPLACED = [
+    WithOtherWeights,
+    WithOtherWeightsInside,
+    WithOtherWeightsByAnotherName,
+    WithOtherWeightsByGetattr,
+    WithOtherWeightsByATable,
+    WithOtherWeightsByAnAttribute,
+    WithOtherWeightsByAPartial,
+    WithOtherWeightsForATime,
+]

@@ -370,7 +370,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_")
 @pytest.mark.parametrize("example", [LLAMA, OPT], ids=str)
 def test_a_prefix_whose_cache_is_switched_off_later_is_told(example: Example) -> None:
-    model = get_peft_model(example.build(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    config = PrefixTuningConfig(task_type=graphpeft.TaskType.CAUSAL_LM, num_virtual_tokens=2)
+    model = get_peft_model(example.build(), config)
     expected = gradients(model, example)
     model.gradient_checkpointing_enable()
     with pytest.raises(RuntimeError, match=r"which gradient checkpointing switches off: call gradient_checkpointing_d"):

@@ -221,7 +221,7 @@ def _swap(model: nn.Module, name: str, plan: Plan, values: Tensors) -> None:
             refuse_missing(plan.modules, adapter, name)
             _copy(plan.modules, adapter, plan, sites, values)
             if is_completed(adapter):
-                with with_originals(plan.modules, model._peft_adapters):
+                with with_originals(plan.modules, known_adapters(model)):
                     complete(plan.modules, adapter, name)
             return
         exchange(model, name, plan, values)

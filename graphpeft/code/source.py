@@ -280,7 +280,8 @@ def _reached(starts: Iterable[Any], cls: type) -> Reached:
             if is_known or _is_excluded(function):
                 continue
             # the name, since the values of `torch.func.functional_call` aren't looked up; and the function by any name
-            replaces_weights |= "functional_call" in names_in(function.__code__).read
+            names = names_in(function.__code__)
+            replaces_weights |= not (_REPLACING.isdisjoint(names.read) and _REPLACING.isdisjoint(names.texts))
             named = _named_in(function, cls)
             values += named
             waiting += [(value, True) for value in named]
@@ -290,12 +291,27 @@ def _reached(starts: Iterable[Any], cls: type) -> Reached:
         set(map(type, values)),
         {name for getter in getters for path in getter.__reduce__()[1] for name in path.split(".")},
         any(is_table_of_modules(value) for value in values if type(value) in _CONTAINERS),
-        replaces_weights or not _FUNCTIONAL_CALLS.isdisjoint(map(id, values)),
+        replaces_weights or has_functional_call(values),
     )
 
 
+_REPLACING = frozenset(("functional_call", "_reparametrize_module"))
+"""The names of functions that call a module with other weights than its own."""
+
 _FUNCTIONAL_CALLS = frozenset(map(id, (torch.func.functional_call, stateless.functional_call)))
-"""The functions that call a module with other weights than its own."""
+"""The numbers of these functions."""
+
+
+def has_functional_call(values: Iterable[Any]) -> bool:
+    """Returns whether a function that calls a module with other weights is among values, or in tables or partials."""
+    every = list(values)
+    kinds = {*map(type, every)}
+    if functools.partial in kinds:
+        every += [each.func for each in every if type(each) is functools.partial]
+    if not kinds.isdisjoint((dict, list, tuple)):
+        tables = [each for each in every if type(each) in (dict, list, tuple)]
+        every += itertools.chain.from_iterable(each.values() if type(each) is dict else each for each in tables)
+    return not _FUNCTIONAL_CALLS.isdisjoint(map(id, every))
 
 
 def is_table_of_modules(value: Any) -> bool:
@@ -329,10 +345,12 @@ class Names(NamedTuple):
     Attributes:
         read: The names of globals and attributes.
         made: The names of globals that the code assigns.
+        texts: Texts among the constants.
     """
 
     read: frozenset[str]
     made: frozenset[str]
+    texts: frozenset[str]
 
 
 @functools.cache
@@ -344,8 +362,8 @@ def names_in(code: CodeType) -> Names:
         for instruction in (dis.get_instructions(code) if _STORES_GLOBAL in code.co_code else ())
         if instruction.opname == "STORE_GLOBAL"
     )
-    read = frozenset(code.co_names)
-    return Names(read.union(*(names.read for names in inside)), made.union(*(names.made for names in inside)))
+    read, texts = frozenset(code.co_names), frozenset(each for each in code.co_consts if type(each) is str)
+    return Names(*(own.union(*further) for own, *further in zip((read, made, texts), *inside, strict=True)))
 
 
 _STORES_GLOBAL = bytes([dis.opmap["STORE_GLOBAL"]])

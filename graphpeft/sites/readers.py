@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graphpeft.code.attribute_paths import ANY
-from graphpeft.code.source import Uses, cached_by_class, methods_reading, uses_in_forward
+from graphpeft.code.source import Uses, cached_by_class, has_functional_call, methods_reading, uses_in_forward
 from graphpeft.graph import in_place, ops
 from graphpeft.graph.computed_weights import has_tensor
 from graphpeft.graph.forward_classes import class_of_forward
@@ -298,7 +298,7 @@ def _may_read(
             found[path] = MayRead(
                 names,
                 handed_on,
-                inside if uses.replaces_weights else frozenset(),
+                inside if uses.replaces_weights or has_functional_call(vars(module).values()) else frozenset(),
                 inside if uses.has_own_gradient else frozenset(),
             )
     return found

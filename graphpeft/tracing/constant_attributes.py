@@ -95,10 +95,9 @@ def _settings_in(path: str, value: Any, names: tuple[str, ...], around: tuple[An
 @cached_by_class
 def _names_in(cls: type) -> tuple[str, ...]:
     """Returns the names and texts in the code that a forward may run, with `ANY` if it computes some names."""
-    codes = [function.__code__ for function in functions_in_forward(cls)]
-    found = {constant for code in codes for constant in code.co_consts if type(constant) is str}
-    found |= {ANY} & uses_in_forward(cls).read_elsewhere
-    return tuple(sorted(found.union(*(names_in(code).read for code in codes))))
+    named = [names_in(function.__code__) for function in functions_in_forward(cls)]
+    found = {ANY} & uses_in_forward(cls).read_elsewhere
+    return tuple(sorted(found.union(*(names.read | names.texts for names in named))))
 
 
 def _derived_from(graph: fx.Graph, read: list[fx.Node]) -> dict[fx.Node, None]:

@@ -7,7 +7,9 @@ outside a transaction they only make it. So the overhead of a call grows with it
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +20,15 @@ from torch import nn
 
 
 class Begin(int):
-    """The index in the undo log at which a transaction begins; an object of its own for each."""
+    """The index in the undo log at which a transaction begins; an object of its own for each.
+
+    Attributes:
+        home: The id of the frame of the function in which the transaction's context is; None for no transaction.
+        outer: The beginning of the transaction around it.
+    """
+
+    home: int | None = None
+    outer: Begin
 
 
 class _Journal:
@@ -45,6 +55,12 @@ class _Journal:
         # the entry keeps the object alive, so that no other object gets its id
         self.undo.append((function, (of, content)))
 
+    def end_suspended(self) -> None:
+        """Undoes transactions whose functions have ended, since an interruption came before their contexts' own end."""
+        while self.begin.home is not None and not _is_running(self.begin.home):
+            self.roll_back(self.begin)
+            self.begin = self.begin.outer
+
     @torch.no_grad()
     def roll_back(self, begin: int) -> None:
         """Undoes all changes from the index `begin` on; after an interruption, it can be called again.
@@ -65,6 +81,14 @@ class _Journal:
             raise RuntimeError(
                 f"a change of the model failed and could not be taken back whole ({failed[0]}); build the model anew"
             ) from failed[0]
+
+
+def _is_running(frame: int) -> bool:
+    """Returns whether a function of this thread is running, by the id of its frame."""
+    running = sys._getframe(1)
+    while running is not None and id(running) != frame:
+        running = running.f_back
+    return running is not None
 
 
 def _none() -> None:
@@ -112,13 +136,21 @@ def recorded(model: nn.Module) -> Iterator[Begin]:
         if journal is None:
             journal = _Journal()
             _THREAD.journal = weakref.ref(journal)
-        outer, begin = journal.begin, Begin(len(journal.undo))
+        elif journal.begin.home is not None:
+            journal.end_suspended()
+        begin = Begin(len(journal.undo))
+        begin.outer = journal.begin
+        frame: Any = sys._getframe(1)
+        while frame.f_code.co_flags & inspect.CO_GENERATOR or frame.f_code.co_filename == contextlib.__file__:
+            frame = frame.f_back  # contexts are suspended while what is in them runs
+        begin.home = id(frame)
+        del frame
         journal.begin = begin
         try:
             yield begin
         finally:
             if journal.begin is begin:
-                journal.begin = outer
+                journal.begin = begin.outer
             # a traceback keeps local variables alive, and must not keep the journal
             del journal
 
@@ -126,7 +158,8 @@ def recorded(model: nn.Module) -> Iterator[Begin]:
 def undo(begin: Begin) -> None:
     """Undoes the changes of this thread's innermost transaction, if it is this one.
 
-    One that an interruption left suspended ends when it is collected, in the midst of whatever its thread does then.
+    One that an interruption left suspended ends when it is collected, in the midst of whatever its thread does then, or
+    when its thread begins another one.
     """
     journal = _THREAD.journal()
     if journal is None or journal.begin is not begin:

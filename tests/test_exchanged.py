@@ -526,6 +526,51 @@ def test_a_copy_of_an_adapted_block_is_part_of_models_without_adapters() -> None
     assert torch.equal(copy.deepcopy(around)(x), model.layers[1](x))
 
 
+def _replace(model: Any, block: nn.Module) -> None:
+    model.layers[2] = block
+
+
+def _beside(model: Any, block: nn.Module) -> None:
+    model.side.append(block)
+
+
+def _around(model: Any, block: nn.Module) -> None:
+    model.side = nn.Sequential(block)
+
+
+@pytest.mark.parametrize("put", [_replace, _beside, _around])
+@pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("call", ["forward", "disable"])
+def test_a_copy_that_comes_later_to_another_place_is_refused(put: Any, make: Any, call: str, tmp_path: Path) -> None:
+    base = stack().unload()
+    base.layers.append(nn.Identity())
+    base.side = nn.Sequential(nn.Identity())
+    model: Any = get_peft_model(base, LoraConfig(r=2, target_modules=r"layers\.[01]\.0", init_lora_weights=False))
+    block = make(model)
+    model(torch.ones(3, 4))
+    put(model, block)
+    with pytest.raises(AdaptError, match=r"was copied with adapter 'default' from another place"):
+        CALLS[call](model, tmp_path)
+
+
+@pytest.mark.parametrize("call", [name for name in CALLS if name != "delete"])
+def test_models_in_models_have_adapters_of_the_same_name(call: str, tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.v = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.v(self.q(x))
+
+    inner: Any = get_peft_model(Two(), LoraConfig(r=2, target_modules=["q"], init_lora_weights=False))
+    outer: Any = get_peft_model(nn.Sequential(inner, nn.ReLU()), LoraConfig(r=2, target_modules=["v"]))
+    x = torch.randn(3, 4)
+    assert torch.equal(outer(x), inner(x).relu())
+    CALLS[call](inner, tmp_path)
+    CALLS[call](outer, tmp_path)
+
+
 def test_a_copy_of_a_whole_model_can_be_part_of_others() -> None:
     model = stack()
     x = torch.randn(3, 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
 import random
 import tempfile
 import warnings
@@ -470,6 +471,27 @@ def test_a_suspended_change_that_is_collected_takes_nothing_of_another_one_back(
         set_item(held, "second", 1)
         raise GeneratorExit
     assert held == {"before": 0, "suspended": 1}
+
+
+@pytest.mark.quick("transaction")
+def test_a_suspended_change_whose_function_has_ended_is_taken_back_before_the_next_one() -> None:
+    held = {"before": 0}
+
+    def interrupted() -> None:
+        suspended: Any = transaction(nn.Identity())
+        suspended.__enter__()
+        with transaction(nn.Identity()):
+            set_item(held, "suspended", 1)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        interrupted()
+    with transaction(nn.Identity()):
+        assert held == {"before": 0}
+        set_item(held, "later", 1)
+    del caught  # as the traceback that a notebook keeps
+    gc.collect()
+    assert held == {"before": 0, "later": 1}
 
 
 @pytest.mark.quick("transaction")

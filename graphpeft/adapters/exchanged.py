@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from graphpeft.adapters import registrations
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter, Adapters, Modules, told_rows
 from graphpeft.graph import in_place, overrides
@@ -29,10 +31,12 @@ class _Places(NamedTuple):
         steps: The steps to them from the model: the modules of a module, their number, and the name and the module
             among these.
         tables: Those whose size can change such that calls still run, by path.
+        registered: How often modules with adapters had got another place in any model.
     """
 
     steps: Sequence[tuple[Mapping[str, nn.Module | None], int, str, nn.Module]]
     tables: Modules
+    registered: int
 
 
 def refuse_lost(model: nn.Module, adapters: Adapters) -> None:
@@ -44,8 +48,10 @@ def refuse_lost(model: nn.Module, adapters: Adapters) -> None:
     if adapters.are_off or getattr(model, "_is_replica", False):
         return
     known: _Places | None = adapters.places.get(_ACTIVE)
-    if known is None or any(
-        modules.get(name) is not child or len(modules) != count for modules, count, name, child in known.steps
+    if (
+        known is None
+        or known.registered != registrations.PLACES[0]
+        or any(modules.get(name) is not child or len(modules) != count for modules, count, name, child in known.steps)
     ):
         known = adapters.places[_ACTIVE] = _places(modules_by_path(model), adapters)
     for name in adapters.active if known.tables else ():
@@ -78,7 +84,7 @@ def _places(modules: Modules, adapters: Adapters) -> _Places:
             steps[path] = inside, len(inside), own, inside.get(own)
             path = outer
     present = {path: modules[path] for path in tables if path in modules}
-    return _Places([step for step in steps.values() if step[3] is not None], present)
+    return _Places([step for step in steps.values() if step[3] is not None], present, registrations.PLACES[0])
 
 
 def _refuse_elsewhere(modules: Modules, adapters: Adapters, name: str) -> None:
@@ -122,6 +128,8 @@ def elsewhere(modules: Modules, adapter: Adapter, name: str) -> list[str]:
         if name in {*adapters_at(modules[path]), *names_in_slots(modules[path]).values()}
         and not f"{path}.".startswith(inner)
     }
+    for number in _known_to_others(found, modules[""], name) if found else ():
+        del found[number]
     if len(known & {*dressed.values()}) + len(found) > len(places - {""}):
         raise AdaptError(
             f"{joined(sorted(found.values()))} of the model was copied with adapter {name!r} from another place, and "
@@ -132,6 +140,18 @@ def elsewhere(modules: Modules, adapter: Adapter, name: str) -> list[str]:
 
 
 _REGION = operator.attrgetter("site.region")
+
+
+def _known_to_others(found: Collection[int], model: nn.Module, name: str) -> set[int]:
+    """Returns those of some modules, by their ids, that have this adapter in a model of which this one is a part."""
+    known = set[int]()
+    for each in gc.get_objects():
+        if issubclass(type(each), in_place.Dressed) and STATE in vars(each) and each is not model:
+            adapter, inside = vars(each)[STATE].by_name.get(name), modules_by_path(each)
+            if adapter is not None and any(part is model for part in inside.values()):
+                places = {*adapter.owners, *map(_REGION, adapter.sites)}
+                known.update(id(inside[path]) for path in places if path in inside)
+    return known & {*found}
 
 
 def refuse_exchanged_classes(modules: Modules, adapters: Adapters, wanted: Iterable[str] = ()) -> None:

@@ -15,11 +15,14 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.graph import in_place
-from graphpeft.graph.holders import Holder, adapters_at
+from graphpeft.graph.holders import Holder, adapters_at, tree_of
 from graphpeft.graph.paths import join, modules_by_path, unwrapped
 from graphpeft.graph.template import names_in_slots
 
 _HOOKS: list[Any] = []
+
+PLACES = [0]
+"""How often modules with adapters have got another place since some were copied, in this process."""
 
 
 def watch() -> None:
@@ -32,6 +35,8 @@ def _registered(parent: nn.Module, name: str, new: Any) -> None:
     """Raises AdaptError if `new` comes in the place of a module with adapters that it hasn't."""
     if torch.compiler.is_compiling():
         return  # a list that code has made of a part of another one
+    if in_place.COPIES[0] and new is not None and any(isinstance(each, in_place.Dressed) for each in tree_of(new)):
+        PLACES[0] += 1
     modules = vars(parent).get("_modules")
     old = modules.get(name) if isinstance(modules, dict) else None
     if isinstance(old, nn.Dropout) and isinstance(parent, Holder) and not isinstance(new, nn.Dropout):

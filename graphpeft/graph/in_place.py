@@ -49,6 +49,9 @@ _AROUND_FORWARDS = ("methods", "rows")
 _WHOLE = "graphpeft whole"
 """The key in a copy's memo that says that a whole adapted model is being copied, with what manages its adapters."""
 
+COPIES = [0]
+"""How many modules with adapters were copied or unpickled in this process."""
+
 COPIED_ALONE: weakref.WeakSet[Any] = weakref.WeakSet()
 """Copies of modules with adapters whose model wasn't copied with them, so that nothing manages their adapters."""
 
@@ -115,7 +118,7 @@ class Dressed:
                 self._graphpeft_original if each is type(self) else each for each in (build, *arguments)
             ]
             return _built_and_dressed, (build, tuple(arguments), self._graphpeft_layers), *state
-        return _new_dressed, (self._graphpeft_original, self._graphpeft_layers), _state(self)
+        return _new_copy, (self._graphpeft_original, self._graphpeft_layers), _state(self)
 
     def __copy__(self) -> Any:
         copied = _new_for_copy(self)
@@ -210,7 +213,12 @@ def _state_for_copy(module: Any) -> dict[str, Any]:
 
 
 def _new_for_copy(module: Dressed) -> Any:
-    return _new_dressed(module._graphpeft_original, tuple(layer.for_copy() for layer in module._graphpeft_layers))
+    return _new_copy(module._graphpeft_original, tuple(layer.for_copy() for layer in module._graphpeft_layers))
+
+
+def _new_copy(original: type, layers: tuple[Layer, ...]) -> Any:
+    COPIES[0] += 1
+    return _new_dressed(original, layers)
 
 
 def _new_dressed(original: type, layers: tuple[Layer, ...]) -> Any:

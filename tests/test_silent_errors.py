@@ -6,8 +6,10 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import enum
 import functools
 import gc
+import logging
 import math
 import random
 import sys
@@ -1541,6 +1543,116 @@ def test_a_setting_that_is_held_in_whatever_way_is_not_ignored(change: Callable[
         model(X)
     model.unload()
     torch.testing.assert_close(model(X), 2 * expected)
+
+
+class Mode(enum.Enum):
+    """A setting that is no number."""
+
+    ONE = 1
+    TWO = 2
+
+
+class Meter:
+    """Counts beside what it scales by."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale, self.count, self.last = scale, 0, math.nan
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __call__(self) -> float:
+        return self.scale
+
+
+class Twice(Meter):
+    """Another class with the same attributes."""
+
+    def __call__(self) -> float:
+        return 2 * self.scale
+
+
+def one(x: Any) -> Any:
+    return x
+
+
+def two(x: Any) -> Any:
+    return 2 * x
+
+
+class Asking(nn.Module):
+    """A functional weight whose product is scaled by what has no numbers of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = weight()
+        self.function, self.table, self.partial = one, {"act": one}, functools.partial(one, 1.0)
+        self.mode, self.config = Mode.ONE, types.SimpleNamespace(mode=Mode.ONE)
+        self.number, self.numbers = np.float64(1), {"one": np.float32(1)}
+        self.members, self.steps, self.part = frozenset((1,)), range(1), slice(1)
+        self.view, self.meter = types.MappingProxyType({"scale": 1.0}), Meter(1.0)
+
+    def forward(self, x):
+        x = self.function(x @ self.w) * self.table["act"](1.0) * self.partial()
+        x = x * (1.0 if self.mode == Mode.ONE else 2.0) * (1.0 if self.config.mode == Mode.ONE else 2.0)
+        x = x * float(self.number) * float(self.numbers["one"]) * (2.0 if 2 in self.members else 1.0)
+        return x * len(self.steps) * torch.ones(2)[self.part].sum() * self.view["scale"] * self.meter()
+
+
+EXCHANGED: dict[str, Callable[[Any], Any]] = {
+    "a function": lambda module: setattr(module, "function", two),
+    "a function in a table": lambda module: module.table.update(act=two),
+    "a partial": lambda module: setattr(module, "partial", functools.partial(two, 1.0)),
+    "a member of an enumeration": lambda module: setattr(module, "mode", Mode.TWO),
+    "such a member in a config": lambda module: setattr(module.config, "mode", Mode.TWO),
+    "a number of NumPy's": lambda module: setattr(module, "number", np.float64(2)),
+    "such a number in a table": lambda module: module.numbers.update(one=np.float32(2)),
+    "a frozen set": lambda module: setattr(module, "members", frozenset((1, 2))),
+    "a range": lambda module: setattr(module, "steps", range(2)),
+    "a slice": lambda module: setattr(module, "part", slice(2)),
+    "a view": lambda module: setattr(module, "view", types.MappingProxyType({"scale": 2.0})),
+    "an object of another class": lambda module: setattr(module, "meter", Twice(1.0)),
+}
+
+
+@pytest.mark.parametrize("change", EXCHANGED.values(), ids=EXCHANGED)
+def test_what_is_no_number_and_is_exchanged_is_not_ignored(change: Callable[[Any], Any]):
+    model = get_peft_model(nn.Sequential(Asking()), lora("w"))
+    expected = model(X)
+    change(model[0])
+    with pytest.raises(GuardError, match="when the graph was recorded"):
+        model(X)
+    model.unload()
+    torch.testing.assert_close(model(X), 2 * expected)
+
+
+class Telling(nn.Module):
+    """A functional weight beside objects that change in each step, and decide nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.meter, self.random = weight(), Meter(1.0), random.Random(0)
+        self.logger = logging.getLogger(__name__)
+        self.scales, self.list = {"scale": 1.0, "unknown": math.nan}, [1.0, math.nan]
+        self.keys = {object(): 1.0}
+        self.large, self.rows = np.zeros(1000), {row: dict.fromkeys(range(50), 1.0) for row in range(50)}
+
+    def forward(self, x):
+        self.logger.debug("runs")
+        scale = self.meter() * self.scales["scale"] * self.list[0] * sum(self.keys.values()) * self.rows[1][2]
+        return (x @ self.w) * scale * (1.0 if self.random is not None and self.large[0] == 0 else 2.0)
+
+
+def test_what_decides_nothing_changes_as_it_likes():
+    model: Any = get_peft_model(nn.Sequential(Telling()), lora("w"))
+    expected = model(X)
+    module = model[0]
+    module.logger.setLevel(logging.ERROR)
+    module.meter.count, module.meter.last = 3, 2.0
+    module.scales["unknown"] = math.inf - math.inf
+    module.random.random()
+    for again in (model, copy.deepcopy(model)):
+        assert torch.equal(again(X), expected)
 
 
 # errors that were raw, or had the wrong reason

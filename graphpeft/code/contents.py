@@ -10,10 +10,12 @@ import copy
 import functools
 import operator
 import random
+import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -168,64 +170,102 @@ def comparable(value: Any) -> Any:
 
 
 LONGEST = 256
-"""The number of entries up to which a container is compared."""
+"""The number of values up to which a container, with all in it, is compared."""
 
-CLOSED = (nn.Module, Tensor, type, ModuleType, FunctionType, BuiltinFunctionType)
+_CLOSED = (nn.Module, Tensor, ModuleType)
 """Classes of objects that hold no settings."""
 
-_BY_SYNTAX = ("__bool__", "__call__", "__contains__", "__getattr__", "__getitem__", "__iter__", "__len__")
+_NAMED = (type, FunctionType, BuiltinFunctionType)
+"""Classes of what a program defines, which is told apart by its name."""
+
+_LIBRARY = sys.stdlib_module_names - {"argparse", "collections", "functools", "types"}
+"""Packages whose objects hold no settings, as a logger."""
+
+_BY_SYNTAX = ("__bool__", "__call__", "__contains__", "__getattr__", "__getitem__", "__iter__")
 """Methods that code calls without their names."""
 
 _NUMBERS_AND_TEXTS = frozenset((bool, int, float, str))
 
 
-def holds_entries(value: Any) -> bool:
-    """Returns whether an object holds values without names: a container, an array, or a function with its arguments."""
-    return issubclass(type(value), (*CONTAINERS, tuple, MethodType, functools.partial)) or has_content(value)
+def has_settings(value: Any) -> bool:
+    """Returns whether an object is none of a class of the user's: its settings have no names of attributes."""
+    kind = type(value)
+    kinds = (*CONTAINERS, tuple, frozenset, range, slice, Enum, MappingProxyType, MethodType, functools.partial)
+    is_of_library = kind.__module__.partition(".")[0] in (*_LIBRARY, "numpy")
+    return issubclass(kind, (*kinds, *_NAMED, *_CLOSED)) or has_content(value) or is_of_library
 
 
-def entries(value: Any, names: Collection[str], around: tuple[Any, ...] = ()) -> Any:
-    """Returns the plain values in a container, also those in containers and objects there.
+def entries(value: Any, names: Collection[str]) -> Any:
+    """Returns the plain values in a container or an object, also those in containers and objects there.
 
     Args:
-        value: A container, an array, a method or a partial function.
+        value: The container or object.
         names: The names of attributes and keys that code reads, with `ANY` if it may read each attribute.
-        around: The containers and objects around it.
 
     Returns:
-        Lists and dictionaries, which compare by the values in them. An object without any is named by its class.
+        Lists and dictionaries, which compare by the values in them; None if there are more than `LONGEST` values.
     """
+    left = [LONGEST]
+    found = _entries(value, names, (), left)
+    return found if left[0] >= 0 else None
+
+
+def name_of(value: Any) -> str:
+    """Returns a text that tells classes and functions apart, and objects by their classes."""
+    named = value if issubclass(type(value), _NAMED) else type(value)
+    code = getattr(named, "__code__", None)
+    line = f":{code.co_firstlineno}" if code is not None else ""
+    return f"{named.__module__}.{named.__qualname__}{line}"
+
+
+def _entries(value: Any, names: Collection[str], around: tuple[Any, ...], left: list[int]) -> Any:
     kind = type(value)
-    if issubclass(kind, CLOSED) or any(value is each for each in around):
-        return kind.__qualname__
-    if kind in SETTINGS and value == value:
-        return value
+    if kind in SETTINGS:
+        return value if value == value else "nan"
+    if issubclass(kind, (*_CLOSED, *_NAMED)) or any(value is each for each in around):
+        return name_of(value)
+    around = (*around, value)
     if issubclass(kind, MethodType):
-        return entries(value.__self__, names, around)
+        return _each([value.__func__, value.__self__], names, around, left)
     if issubclass(kind, functools.partial):
-        return entries([*value.args, value.keywords], names, around)
-    if issubclass(kind, dict):
+        return _each([value.func, *value.args, value.keywords], names, around, left)
+    if issubclass(kind, dict | MappingProxyType):
         # code that names no key computes them
-        keys = [key for key in dict.keys(value) if key in names] or list(dict.keys(value))
-        held = _each([dict.get(value, key) for key in keys], names, (*around, value))
-        return dict(zip([key if type(key) in SETTINGS else repr(key) for key in keys], held, strict=True))
+        keys = [key for key in value if key in names] or list(value)
+        held = _each([value[key] for key in keys], names, around, left)
+        return dict(zip([key if type(key) in SETTINGS else _shown(key) for key in keys], held, strict=True))
+    if issubclass(kind, set | frozenset):
+        return sorted(map(repr, _each(list(value), names, around, left)))
     if issubclass(kind, (*CONTAINERS, tuple)):
-        held = _each(list(parts_of(value)), names, (*around, value))
-        return sorted(held, key=repr) if issubclass(kind, set) else held
-    if has_content(value):
-        return comparable(value)
-    read = attributes_read(value, names)
-    return dict(zip(read, _each(list(read.values()), names, (*around, value)), strict=True))
+        return _each(list(parts_of(value)), names, around, left)
+    if issubclass(kind, range | slice | Enum):
+        return repr(value)
+    if _content(kind) in (_BYTES, _ARRAY):
+        left[0] -= int(getattr(value, "size", None) or len(value))
+        return comparable(value) if left[0] >= 0 else None
+    if _content(kind) is _VARIABLE:
+        return _entries(value.get(None), names, around, left)
+    if kind.__module__ == "numpy":
+        return repr(value)
+    read = {} if kind.__module__.partition(".")[0] in _LIBRARY else attributes_read(value, names)
+    held = _each(list(read.values()), names, around, left)
+    return {"": name_of(value), **dict(zip(read, held, strict=True))}
 
 
-def _each(values: list[Any], names: Collection[str], around: tuple[Any, ...]) -> list[Any]:
+def _each(values: list[Any], names: Collection[str], around: tuple[Any, ...], left: list[int]) -> list[Any]:
     """Returns the plain values in each of several values; None for each if these are too many to compare."""
-    if len(values) > LONGEST:
+    left[0] -= len(values)
+    if left[0] < 0:
         return [None] * len(values)
     # most are numbers and texts
-    if {*map(type, values)} <= _NUMBERS_AND_TEXTS:
+    if {*map(type, values)} <= _NUMBERS_AND_TEXTS and all(map(operator.eq, values, values)):
         return values
-    return [entries(each, names, around) for each in values]
+    return [_entries(each, names, around, left) for each in values]
+
+
+def _shown(key: Any) -> str:
+    """Returns a key of a dictionary as text, which is the same for its copy."""
+    return name_of(key) if type(key).__repr__ is object.__repr__ else repr(key)
 
 
 def attributes_read(value: Any, names: Collection[str]) -> Mapping[str, Any]:

@@ -21,7 +21,7 @@ from torch.fx.node import has_side_effect
 
 from graphpeft._torch import pytree
 from graphpeft.graph.errors import GuardError
-from graphpeft.wording import shortened
+from graphpeft.wording import shortened, shown
 
 _WAY_OUT = (
     "Trace or adapt the model again, with example_inputs like this call's and its modules in their present modes. Or "
@@ -127,7 +127,7 @@ def refuse_other(module: Any, name: str, was: str, now: str) -> NoReturn:
 
 
 def _shown(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else shown(value)
 
 
 def fixed_arguments(graphs: Iterable[fx.Graph]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.fx.node import map_arg
 
 from graphpeft.code.attribute_paths import ANY
-from graphpeft.code.contents import CLOSED, LONGEST, SETTINGS, attributes_read, entries, holds_entries
+from graphpeft.code.contents import LONGEST, SETTINGS, attributes_read, entries, has_settings, name_of
 from graphpeft.code.source import cached_by_class, functions_in_forward, names_in, uses_in_forward
 from graphpeft.graph import guards
 from graphpeft.graph.drawing_functions import draws
@@ -70,10 +70,11 @@ def settings_in_objects(module: nn.Module, read_once: Mapping[str, Any]) -> list
     for path, value in read_once.items():
         around, _, own = path.rpartition(".")
         # of a dictionary of attributes, code reads these
-        if own == "__dict__" or value is ABSENT or isinstance(value, CLOSED):
+        if own == "__dict__" or value is ABSENT:
             continue
         if type(value) in (list, set) and SETTINGS.issuperset(map(type, value)) and len(value) <= LONGEST:
-            found.append(Setting(path, copy.copy(value), f"self.{path}"))
+            is_nan = any(each != each for each in value)
+            found += [] if is_nan else [Setting(path, copy.copy(value), f"self.{path}")]
         else:
             found += _settings_in(path, value, _names_in(class_of_forward(module.get_submodule(around))), ())
     return found
@@ -81,15 +82,16 @@ def settings_in_objects(module: nn.Module, read_once: Mapping[str, Any]) -> list
 
 def _settings_in(path: str, value: Any, names: tuple[str, ...], around: tuple[Any, ...]) -> Iterator[Setting]:
     """Yields the setting at a path, or those at the attributes of an object there."""
-    if holds_entries(value):
-        yield Setting(path, entries(value, names), f"self.{path}", (entries, names))
-    elif isinstance(value, CLOSED) or any(value is each for each in around):
+    if isinstance(value, nn.Module | torch.Tensor) or any(value is each for each in around):
         return
-    elif type(value) in SETTINGS and value == value:
-        yield Setting(path, value, f"self.{path}")
-    else:
-        for name, held in attributes_read(value, names).items():
-            yield from _settings_in(f"{path}.{name}", held, names, (*around, value))
+    if type(value) in SETTINGS or has_settings(value):
+        held = entries(value, names)
+        if held is not None:
+            yield Setting(path, held, f"self.{path}", (entries, names))
+        return
+    yield Setting(path, name_of(value), f"self.{path}", (name_of,))
+    for name, held in attributes_read(value, names).items():
+        yield from _settings_in(f"{path}.{name}", held, names, (*around, value))
 
 
 @cached_by_class

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from models import LLAMA
+from models import GPT2, LLAMA, Example
 from oracle import LINEAR, Case, moved
 from quantised import by_bitsandbytes, by_torchao
 from torch import nn
@@ -17,6 +18,7 @@ from torchao.quantization import Int8WeightOnlyConfig
 
 import graphpeft
 from graphpeft import AdaptError, IA3Config, get_peft_model
+from graphpeft.methods.ia3.config import InputFactors
 
 pytestmark = pytest.mark.filterwarnings("ignore:no gradient goes through")
 
@@ -93,6 +95,32 @@ def test_a_combination_has_the_weighted_sum_of_factors_as_in_peft(enters: list[s
 def test_what_names_no_feed_forward_modules_is_refused(options: dict[str, Any], reason: str):
     with pytest.raises(ValueError, match=reason):
         get_peft_model(LINEAR.build(), IA3Config(**options))
+
+
+@pytest.mark.parametrize(
+    ("example", "targets", "named"),
+    [
+        (LLAMA, ["q_proj", "v_proj"], set()),
+        (LLAMA, ["q_proj", "down_proj"], {"down_proj"}),
+        (GPT2, ["c_attn"], set()),
+        (GPT2, ["c_proj"], {"mlp.c_proj"}),
+        (LLAMA, "all-linear", {f"model.layers.{layer}.mlp.down_proj" for layer in range(2)}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+def test_the_feed_forward_modules_of_a_known_model_are_those_among_the_targets(
+    example: Example, targets: Any, named: set[str], tmp_path: Path
+):
+    model = get_peft_model(example.build(), IA3Config(target_modules=targets))
+    assert model.peft_config["default"].feedforward_modules == named
+    model.save_pretrained(tmp_path)
+    expected = peft.get_peft_model(example.build(), peft.IA3Config(target_modules=targets))
+    kinds = {name: module.is_feedforward for name, module in expected.named_modules() if hasattr(module, "ia3_l")}
+    for other in (graphpeft.PeftModel.from_pretrained(example.build(), tmp_path), model):
+        rules = {adapted.site.name: adapted.rule for adapted in other._peft_adapters.by_name["default"].sites}
+        found = {f"base_model.model.{name}": isinstance(rule, InputFactors) for name, rule in rules.items()}
+        assert found == kinds
+    peft.PeftModel.from_pretrained(example.build(), tmp_path)
 
 
 def test_a_stack_of_stacks_is_refused_by_its_shape():

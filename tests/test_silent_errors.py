@@ -1655,6 +1655,26 @@ def test_what_decides_nothing_changes_as_it_likes():
         assert torch.equal(again(X), expected)
 
 
+class Recursive(nn.Module):
+    """Calls itself, with a weight that no layer holds."""
+
+    def __init__(self, asks: bool) -> None:
+        super().__init__()
+        self.w, self.asks = weight(), asks
+
+    def forward(self, x, depth=0):
+        if depth == 3 or (self.asks and x.sum() > 1e9):
+            return x
+        return self(torch.tanh(x @ self.w), depth + 1)
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_module_that_calls_itself_has_one_change_in_all_of_its_calls(asks: bool):
+    model = get_peft_model(nn.Sequential(Recursive(asks)), lora("w"))
+    expected = copy.deepcopy(model).merge_and_unload()(X)
+    torch.testing.assert_close(model(X), expected)
+
+
 # errors that were raw, or had the wrong reason
 
 

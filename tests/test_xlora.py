@@ -17,6 +17,7 @@ from models import GPT2, LLAMA, Example
 from oracle import assert_close
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import graphpeft
 from graphpeft import (
@@ -411,6 +412,38 @@ def test_reentrant_checkpoints_which_would_go_through_the_classifier_for_each_la
         model(input_ids=IDS, labels=IDS)
     with torch.no_grad():
         assert_close(model.eval()(input_ids=IDS).logits, expected)
+
+
+class Checkpointed(nn.Module):
+    """Runs a module in a reentrant checkpoint."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Any) -> Any:
+        return checkpoint(self.inner, x, use_reentrant=True)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.parametrize("part", ["head", "model"])
+def test_reentrant_checkpoints_that_read_no_scalings_of_others_are_as_ever(part: str) -> None:
+    model = ours().train()
+    embedded = model.get_input_embeddings()(IDS).detach().requires_grad_()
+
+    def run(inputs: Any) -> Any:
+        return model(inputs_embeds=inputs).logits
+
+    run(embedded).sum().backward()
+    expected = [parameter.grad for parameter in classifier(model)]
+    model.zero_grad()
+    if part == "head":
+        model.lm_head = Checkpointed(model.lm_head)
+        run(embedded).sum().backward()
+    else:
+        checkpoint(run, embedded, use_reentrant=True).sum().backward()
+    for own, other in zip(classifier(model), expected, strict=True):
+        torch.testing.assert_close(own.grad, other)
 
 
 # the laws, and what is refused

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from graphpeft.graph.per_call import PerCall
-from graphpeft.graph.recomputing import taken_along
+from graphpeft.graph.recomputing import is_reentrant, taken_along
 
 CALL_INPUTS: PerCall[Mapping[str, Any]] = PerCall("arguments", "pass them to the compiled model itself")
 """The readable arguments of the current call, by name."""
@@ -41,13 +41,7 @@ def given(read: Mapping[str, bool], kwargs: Mapping[str, Any]) -> contextlib.Abs
     present = {**(CALL_INPUTS.get() or {}), **own}
     if not own:
         return contextlib.nullcontext()
-    computed = next((name for name, value in own.items() if _gets_gradients(value)), None)
-    return taken_along(functools.partial(CALL_INPUTS.during, present), computed)
-
-
-def _gets_gradients(value: Any) -> bool:
-    tensors = value.values() if isinstance(value, dict) else (value,)
-    return any(isinstance(each, torch.Tensor) and each.requires_grad for each in tensors)
+    return taken_along(functools.partial(CALL_INPUTS.during, present))
 
 
 def given_to_rows(rows: Sequence[int]) -> contextlib.AbstractContextManager[None]:
@@ -81,8 +75,20 @@ def call_input(name: str) -> Any:
 
     Raises:
         TypeError: If the call didn't pass the argument.
+        RuntimeError: If it gets gradients, and a reentrant checkpoint reads it. That calls backward for each of its
+            functions, which runs through what the argument was computed by each time.
     """
     given = CALL_INPUTS.get()
     if given is None or name not in given:
         raise TypeError(f"an active adapter needs {name} in each call: model(…, {name}=…)")
+    if is_reentrant() and _gets_gradients(given[name]):
+        raise RuntimeError(
+            f"a reentrant checkpoint can't give {name} its gradients, as other layers read that, too; checkpoint with "
+            "use_reentrant=False"
+        )
     return given[name]
+
+
+def _gets_gradients(value: Any) -> bool:
+    tensors = value.values() if isinstance(value, dict) else (value,)
+    return any(isinstance(each, torch.Tensor) and each.requires_grad for each in tensors)

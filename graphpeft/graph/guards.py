@@ -25,7 +25,8 @@ from graphpeft.wording import shortened, shown
 
 _WAY_OUT = (
     "Trace or adapt the model again, with example_inputs like this call's and its modules in their present modes. Or "
-    "adapt it without example_inputs: then code that decides by its inputs runs by itself, on changed weights."
+    "adapt it without example_inputs: then code that decides by its inputs runs by itself, on changed weights; an "
+    "argument with a default has that alone, where the code decides by it."
 )
 
 

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,7 @@ from graphpeft.graph.kept_forwards import name_of, set_forward
 from graphpeft.graph.one_at_a_time import alone_with
 from graphpeft.graph.recomputing import taken_along
 from graphpeft.graph.template import OWN_FORWARD, SIMPLE, Template
+from graphpeft.transaction import at_end_of
 
 
 def call_through(module: nn.Module) -> Template:
@@ -164,6 +166,8 @@ def on_tensors(own_forward: functools.partial[Any], tensors: dict[str, torch.Ten
         if torch.compiler.is_compiling():
             with _reading(module, tensors):
                 return own_forward(*args, **kwargs)
+        if any(each is module for each in _READING.get()):
+            return own_forward(*args, **kwargs)  # the forward has called itself, and its weights are changed
         with taken_along(swap):
             return own_forward(*args, **kwargs)
 
@@ -173,8 +177,16 @@ def on_tensors(own_forward: functools.partial[Any], tensors: dict[str, torch.Ten
 @contextlib.contextmanager
 def _reading_alone(module: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
     """Does the same as `_reading`, alone: a checkpoint may run a forward again in another thread."""
-    with alone_with(module, {path.rpartition(".")[0] for path in tensors}), _reading(module, tensors):
+    with contextlib.ExitStack() as stack:
+        at_end_of(stack, _READING.set, _READING.get())
+        _READING.set((*_READING.get(), module))
+        stack.enter_context(alone_with(module, {path.rpartition(".")[0] for path in tensors}))
+        stack.enter_context(_reading(module, tensors))
         yield
+
+
+_READING: ContextVar[tuple[nn.Module, ...]] = ContextVar("graphpeft_reading", default=())
+"""The modules whose own forwards run on other tensors now."""
 
 
 @contextlib.contextmanager

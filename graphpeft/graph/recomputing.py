@@ -26,35 +26,43 @@ Factory = Callable[[], AbstractContextManager[Any]]
 
 Function = Callable[..., Any]
 
-_PRESENT: ContextVar[tuple[tuple[Factory, str | None], ...]] = ContextVar("graphpeft_taken_along", default=())
-"""Factories of the present contexts, outermost first, each with the name of a tensor that gets gradients there."""
+_PRESENT: ContextVar[tuple[Factory, ...]] = ContextVar("graphpeft_taken_along", default=())
+"""Factories of the present contexts, outermost first."""
+
+_IS_REENTRANT: ContextVar[bool] = ContextVar("graphpeft_reentrant", default=False)
+"""Whether a function of a reentrant checkpoint runs in the present contexts, whose backward runs by itself."""
+
+
+def is_reentrant() -> bool:
+    """Returns whether what the present contexts hold gets no gradients, as a reentrant checkpoint reads it."""
+    return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _IS_REENTRANT.get()
 
 
 @contextlib.contextmanager
-def taken_along(factory: Factory, computed: str | None = None) -> Iterator[None]:
+def taken_along(factory: Factory) -> Iterator[None]:
     """Enters a context, which functions checkpointed inside enter again when they run again.
 
     Args:
         factory: Makes a new context in each call.
-        computed: The name of a tensor in the context that gets gradients, or None. A reentrant checkpoint calls
-            backward for each of its functions, which runs through what the tensor was computed by each time.
     """
     if torch.compiler.is_compiling():
         # a compiler handles checkpoints itself, and can't follow a context variable that is set
         with factory():
             yield
         return
-    with _present((*_PRESENT.get(), (factory, computed))), factory():
+    with _present((*_PRESENT.get(), factory)), factory():
         yield
 
 
 @contextlib.contextmanager
-def _present(factories: tuple[tuple[Factory, str | None], ...]) -> Iterator[None]:
+def _present(factories: tuple[Factory, ...]) -> Iterator[None]:
     """Makes functions that are checkpointed inside enter the contexts of `factories` again."""
     with checkpoints_bound_by(_bound), contextlib.ExitStack() as stack:
         # restored by value: a generator may be closed in another context, where a token can't be reset
         at_end_of(stack, _PRESENT.set, _PRESENT.get())
+        at_end_of(stack, _IS_REENTRANT.set, _IS_REENTRANT.get())
         _PRESENT.set(factories)
+        _IS_REENTRANT.set(False)
         yield
 
 
@@ -70,7 +78,7 @@ def _bound(function: Function) -> Function:
         with contextlib.ExitStack() as stack:
             # for checkpoints nested in the function
             stack.enter_context(_present(factories))
-            for factory, _ in factories:
+            for factory in factories:
                 stack.enter_context(factory())
             return function(*args, **kwargs)
 
@@ -139,15 +147,21 @@ def _binding_generator(run_again: Any) -> Function:
 def _binding_apply(own: Any) -> Any:
     def apply(cls: Any, function: Function, *args: Any) -> Any:
         run_again = vars(torch.autograd.Function)["apply"] if own is None else own
-        name = next((name for _, name in _PRESENT.get() if name is not None), None)
-        if name is not None and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"a reentrant checkpoint can't give {name} its gradients, as other layers read that, too; checkpoint "
-                "with use_reentrant=False"
-            )
-        return run_again.__get__(None, cls)(_bound_by_all(function), *args)
+        bound = _bound_by_all(function)
+        return run_again.__get__(None, cls)(_noted(bound) if torch.is_grad_enabled() else bound, *args)
 
     return classmethod(apply)
+
+
+def _noted(function: Function) -> Function:
+    @functools.wraps(function, updated=())
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            at_end_of(stack, _IS_REENTRANT.set, _IS_REENTRANT.get())
+            _IS_REENTRANT.set(True)
+            return function(*args, **kwargs)
+
+    return run
 
 
 _BINDINGS: dict[str, tuple[Any, Any]] = {}

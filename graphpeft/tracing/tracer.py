@@ -282,6 +282,8 @@ class ValueTracer(fx.Tracer):
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if self.session.keeps_whole(m):
+            if not path:
+                raise self.failing(TraceError(f"a {type(m).__name__} calls itself, which a graph of it can't do"))
             return self.create_proxy("call_module", path, args, kwargs)
         if path in self.session.stateful:
             return self._kept(m, path, self.session.stateful[path], args, kwargs)
@@ -311,8 +313,7 @@ class ValueTracer(fx.Tracer):
     def _kept(self, m: nn.Module, path: str, reason: str, args: Any, kwargs: dict[str, Any]) -> Any:
         """Records a submodule as one call, after checking that none of its state has changed."""
         for attribute in self._changed_inside(m):
-            what = attribute.described(m)
-            kind = type(m).__name__
+            what, kind = attribute.described(m), type(m).__name__
             message = f"a forward changes {what} for a {kind} that stays a call, which a graph can't hold"
             raise self.failing(TraceError(message))
         self.session.kept[path] = reason
@@ -434,8 +435,7 @@ class ValueTracer(fx.Tracer):
         node = proxy.node
         self.session.specialised = self.session.specialised or is_about_own_tensor(node)
         if self._has_drawn and any(draws(source.target) for source in above(node)):
-            message = f"{guards.deciding_line()} decides on numbers that Python's random or NumPy draws"
-            raise self.failing(TraceError(message))
+            raise self.failing(TraceError(f"{guards.deciding_line()} decides on numbers that Python or NumPy draws"))
         if self._calls and asks_for_gradient(node):
             # as a call, the module answers in each run; the graph would refuse runs with gradients, or those without
             raise self.failing(TraceError(f"{guards.deciding_line()} asks whether a value requires a gradient"))

@@ -92,12 +92,18 @@ class IA3Config(TargetedConfig):
         config: Any = super().resolved(model)
         if config.feedforward_modules is None:
             try:
-                config.feedforward_modules = set(targets.default_target_modules(model, FEED_FORWARD))
+                named = set(targets.default_target_modules(model, FEED_FORWARD))
             except ValueError as error:
                 raise ValueError(
                     "feedforward_modules is None, and no default is known for the model; name those targets whose "
                     "inputs are scaled, or give [] for none"
                 ) from error
+            among = config.target_modules
+            if isinstance(among, set):
+                # of the known model's, those that are targets, as the file's reader asks for
+                among |= {name for name in named if any(name.endswith(f".{target}") for target in among)}
+                named = {target for target in among if target.endswith(tuple(named))}
+            config.feedforward_modules = named
         return config
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:

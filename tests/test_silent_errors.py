@@ -327,6 +327,30 @@ def test_merging_a_tied_weight_is_refused():
     assert torch.equal(laws.run(adapted, (X,)), before)
 
 
+def _over_a_buffer(model: Any) -> None:
+    numbers = torch.randn(20)
+    model.a.weight = nn.Parameter(numbers[:16].view(4, 4))
+    model.register_buffer("beside", numbers[5:9])
+
+
+def _expanded(model: Any) -> None:
+    model.a.weight = nn.Parameter(torch.randn(1, 4).expand(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("share", "reason"),
+    [(_over_a_buffer, r"a\.weight is tied to beside"), (_expanded, r"numbers of a\.weight share memory")],
+)
+def test_merging_into_memory_that_something_else_has_is_refused(share: Callable[[nn.Module], None], reason: str):
+    model = module_of(lambda self, x: self.a(x), a=nn.Linear(4, 4))
+    share(model)
+    adapted = laws.perturbed(get_peft_model(model, lora("a")))
+    before = laws.run(adapted, (X,))
+    with pytest.raises(AdaptError, match=reason):
+        adapted.merge_adapter()
+    assert torch.equal(laws.run(adapted, (X,)), before)
+
+
 def test_an_adapter_named_twice_is_merged_once():
     model = nn.Sequential(nn.Linear(4, 4))
     adapted = laws.perturbed(get_peft_model(model, lora("0")))

@@ -400,7 +400,7 @@ def _refuse_resized(modules: Modules, adapter: Adapter, name: str) -> None:
 def _refuse_tied(modules: Modules, adapter: Adapter, name: str) -> None:
     holders: dict[Any, list[tuple[tuple[str, str], torch.Tensor]]] = {}
     for path, module in modules.items():
-        for own, tensor in module._parameters.items():
+        for own, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 holders.setdefault(lies_in(tensor), []).append(((path, own), tensor))
     changed = dict.fromkeys(changed_places(modules, adapter))
@@ -409,6 +409,8 @@ def _refuse_tied(modules: Modules, adapter: Adapter, name: str) -> None:
     changed |= {(adapted.site.owner, "weight"): None for adapted in adapter.coded_sites}
     for path, own in changed:
         changing = tensor_at(modules[path], own)
+        if any(stride == 0 and size > 1 for size, stride in zip(changing.shape, changing.stride(), strict=True)):
+            raise AdaptError(f"numbers of {join(path, own)} share memory, as after expand(); give it a clone() of it")
         near = [(place, tensor) for place, tensor in holders.get(lies_in(changing), ()) if place != (path, own)]
         others = [place for place, tensor in near if share_memory(changing, tensor)]
         tied = [other for other in others if not _changes_alike(modules, adapter, name, (path, own), other)]

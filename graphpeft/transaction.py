@@ -136,15 +136,17 @@ def recorded(model: nn.Module) -> Iterator[Begin]:
         if journal is None:
             journal = _Journal()
             _THREAD.journal = weakref.ref(journal)
-        elif journal.begin.home is not None:
-            journal.end_suspended()
-        begin = Begin(len(journal.undo))
-        begin.outer = journal.begin
         frame: Any = sys._getframe(1)
         while frame.f_code.co_flags & inspect.CO_GENERATOR or frame.f_code.co_filename == contextlib.__file__:
             frame = frame.f_back  # contexts are suspended while what is in them runs
-        begin.home = id(frame)
+        home = id(frame)
+        while frame is not None and id(frame) != journal.begin.home and journal.begin.home is not None:
+            frame = frame.f_back
+        if frame is None:
+            journal.end_suspended()
         del frame
+        begin = Begin(len(journal.undo))
+        begin.home, begin.outer = home, journal.begin
         journal.begin = begin
         try:
             yield begin

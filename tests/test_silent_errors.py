@@ -1491,12 +1491,12 @@ class Holding(nn.Module):
         self.slots, self.behind, self.method = Slots(1.0), Behind(), Behind().computed
         self.partial = functools.partial(math.prod, [1.0])
         self.queue, self.array = collections.deque([1.0]), np.array([1.0])
-        self.key, self.keyed = "of a name", {"of a name": 1.0, "another": 1.0}
+        self.key, self.keyed, self.long = "of a name", {"of a name": 1.0, "another": 1.0}, [[1.0] * 100, [1.0] * 100]
 
     def forward(self, x):
         behind = self.behind.asked * self.behind.computed() * self.behind() * self.behind.table["inner"]
         called = self.method() * self.partial() * sum(each.value for each in self.objects)
-        held = self.slots.value * self.queue[0] * float(self.array[0]) * self.keyed[self.key]
+        held = self.slots.value * self.queue[0] * float(self.array[0]) * self.keyed[self.key] * self.long[1][99]
         return (x @ self.w) * self.nested["inner"]["scale"] * behind * called * held * self.of_class["scale"]
 
 
@@ -1514,6 +1514,7 @@ HELD: dict[str, Callable[[Any], Any]] = {
     "an array": lambda module: module.array.fill(2.0),
     "a key that is computed": lambda module: module.keyed.update({"of a name": 2.0}),
     "the class": lambda module: setattr(module, "of_class", {"scale": 2.0}),
+    "long lists": lambda module: module.long[1].__setitem__(99, 2.0),
 }
 
 

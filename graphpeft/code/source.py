@@ -357,13 +357,11 @@ class Names(NamedTuple):
 def names_in(code: CodeType) -> Names:
     """Returns the names in `code`."""
     inside = [names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
-    made = frozenset(
-        str(instruction.argval)
-        for instruction in (dis.get_instructions(code) if _STORES_GLOBAL in code.co_code else ())
-        if instruction.opname == "STORE_GLOBAL"
-    )
-    read, texts = frozenset(code.co_names), frozenset(each for each in code.co_consts if type(each) is str)
-    return Names(*(own.union(*further) for own, *further in zip((read, made, texts), *inside, strict=True)))
+    instructions = dis.get_instructions(code) if _STORES_GLOBAL in code.co_code else ()
+    made = frozenset([str(each.argval) for each in instructions if each.opname == "STORE_GLOBAL"])
+    read, texts = frozenset(code.co_names), frozenset([each for each in code.co_consts if type(each) is str])
+    every = [Names(read, made, texts), *inside]
+    return Names(*[frozenset().union(*of_kind) for of_kind in zip(*every, strict=True)]) if inside else every[0]
 
 
 _STORES_GLOBAL = bytes([dis.opmap["STORE_GLOBAL"]])

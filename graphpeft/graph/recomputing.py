@@ -60,9 +60,10 @@ def _present(factories: tuple[Factory, ...]) -> Iterator[None]:
     with checkpoints_bound_by(_bound), contextlib.ExitStack() as stack:
         # restored by value: a generator may be closed in another context, where a token can't be reset
         at_end_of(stack, _PRESENT.set, _PRESENT.get())
-        at_end_of(stack, _IS_REENTRANT.set, _IS_REENTRANT.get())
         _PRESENT.set(factories)
-        _IS_REENTRANT.set(False)
+        if _IS_REENTRANT.get():
+            at_end_of(stack, _IS_REENTRANT.set, True)
+            _IS_REENTRANT.set(False)
         yield
 
 

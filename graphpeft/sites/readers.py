@@ -298,7 +298,9 @@ def _may_read(
             found[path] = MayRead(
                 names,
                 handed_on,
-                inside if uses.replaces_weights or has_functional_call(vars(module).values()) else frozenset(),
+                inside
+                if uses.replaces_weights or (held[path] and has_functional_call(held[path].values()))
+                else frozenset(),
                 inside if uses.has_own_gradient else frozenset(),
             )
     return found

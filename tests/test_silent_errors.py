@@ -1665,7 +1665,8 @@ class Telling(nn.Module):
     def forward(self, x):
         self.logger.debug("runs")
         scale = self.meter() * self.scales["scale"] * self.list[0] * sum(self.keys.values()) * self.rows[1][2]
-        return (x @ self.w) * scale * (1.0 if self.random is not None and self.large[0] == 0 else 2.0)
+        is_known = self.scales["unknown"] == self.scales["unknown"] or self.large[0] != 0
+        return (x @ self.w) * scale * (2.0 if is_known or self.random is None else 1.0)
 
 
 def test_what_decides_nothing_changes_as_it_likes():

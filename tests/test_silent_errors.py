@@ -24,6 +24,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from kinds import ROUNDED
 from models import GPT2, tiny_classifier
 from torch import nn
 from torch.nn.utils import prune
@@ -40,6 +41,7 @@ from graphpeft import (
     OSFConfig,
     PeftModel,
     TraceError,
+    UniLoraConfig,
     VeraConfig,
     explain,
     get_peft_model,
@@ -1438,6 +1440,18 @@ def test_a_model_in_single_precision_is_adapted_and_combined_in_it(
     assert torch.equal(*found)
 
 
+def test_a_model_without_parameters_is_adapted_in_single_precision(half_precision_around: Callable[[], Any]):
+    base, config = ROUNDED.build(), UniLoraConfig(r=3, theta_d_length=11, target_modules=["0"])
+    x, found = torch.ones(2, 6), []
+    for around in (contextlib.nullcontext, half_precision_around):
+        model: Any = copy.deepcopy(base)
+        with around():
+            torch.manual_seed(1)
+            get_peft_model(model, copy.deepcopy(config))
+        found.append(laws.perturbed(model)(x))
+    assert torch.equal(*found)
+
+
 def test_a_model_in_single_precision_is_loaded_in_it(half_precision_around: Callable[[], Any], tmp_path: Any):
     def base() -> Any:
         torch.manual_seed(0)
@@ -1696,7 +1710,7 @@ class Recursive(nn.Module):
 
 @pytest.mark.parametrize("asks", [False, True])
 def test_a_module_that_calls_itself_has_one_change_in_all_of_its_calls(asks: bool):
-    model = get_peft_model(nn.Sequential(Recursive(asks)), lora("w"))
+    model = get_peft_model(nn.Sequential(Recursive(asks)), lora("w", init_lora_weights=False))
     expected = copy.deepcopy(model).merge_and_unload()(X)
     torch.testing.assert_close(model(X), expected)
 

@@ -30,12 +30,17 @@ def depth_of_autocast() -> int:
     return inside - 1
 
 
+def default_precision() -> torch.dtype:
+    """Returns the dtype of tensors beside modules that have none to tell: the default one, and no half precision."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
 @contextlib.contextmanager
 def in_own_precision(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Computes what belongs to a model in the precision of its parameters, whatever region the caller is in.
 
     No region of autocast acts inside. The default dtype is single precision if it was half precision and the model has
-    parameters of single or double precision; other threads see that until the block ends.
+    parameters of single or double precision, or none of half precision; other threads see that until the block ends.
 
     Args:
         modules: The model's modules by path.
@@ -48,7 +53,8 @@ def in_own_precision(modules: Mapping[str, nn.Module]) -> Iterator[None]:
         for kind in {tensor.device.type for tensor in tensors}:
             if is_in_autocast(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        if any(tensor.dtype in (torch.float32, torch.float64) for tensor in tensors):
+        dtypes = {tensor.dtype for tensor in tensors}
+        if dtypes.isdisjoint(HALVES) or not dtypes.isdisjoint((torch.float32, torch.float64)):
             stack.enter_context(_SINGLE)
         yield
 

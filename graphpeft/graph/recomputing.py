@@ -61,9 +61,6 @@ def _present(factories: tuple[Factory, ...]) -> Iterator[None]:
         # restored by value: a generator may be closed in another context, where a token can't be reset
         at_end_of(stack, _PRESENT.set, _PRESENT.get())
         _PRESENT.set(factories)
-        if _IS_REENTRANT.get():
-            at_end_of(stack, _IS_REENTRANT.set, True)
-            _IS_REENTRANT.set(False)
         yield
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from graphpeft.graph import ops
+from graphpeft.graph.autocast import default_precision
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.ops.boundaries import NAME, boundaries_inside, boundary_of
 from graphpeft.graph.own_forward import call_through
@@ -65,7 +66,7 @@ def boundary_site(regions: Regions, path: str) -> CallSite:
     """
     crossing = boundary(regions, path)
     found = (_first_parameter(regions, at) for at in (path, ""))
-    beside, dtype = next(filter(None, found), ((path, ""), torch.get_default_dtype()))
+    beside, dtype = next(filter(None, found), ((path, ""), default_precision()))
     return CallSite(
         crossing.region,
         crossing.nodes,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from graphpeft.graph.autocast import default_precision
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.kept_forwards import set_forward
 from graphpeft.graph.traced_model import stands_for
@@ -60,9 +61,9 @@ def _tensor_beside(regions: Regions, path: str) -> tuple[tuple[str, str], torch.
         # a layer that computes in a dtype of its own may have its codes packed as floats of any dtype
         found = vars(regions.modules[path]).get("compute_dtype", weight.dtype)
         is_floating = isinstance(found, torch.dtype) and found.is_floating_point
-        return (path, "weight"), found if is_floating else torch.get_default_dtype(), described(weight)
+        return (path, "weight"), found if is_floating else default_precision(), described(weight)
     tensors = ((*names, tensor) for *names, tensor in _tensors(regions, path) if tensor.is_floating_point())
-    owner, name, tensor = next(tensors, (path, "", torch.empty(0)))
+    owner, name, tensor = next(tensors, (path, "", torch.empty(0, dtype=default_precision())))
     return (owner, name), tensor.dtype, None
 
 

@@ -1700,7 +1700,7 @@ class Moving(nn.Module):
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
-        self.part = part
+        self.part: Any = part
 
     def forward(self, x):
         found = self.part(x if isinstance(self.part, nn.Linear) else x[..., 0].long() % 4)

@@ -230,15 +230,19 @@ def _entries(value: Any, names: Collection[str], around: tuple[Any, ...], left: 
     if issubclass(kind, functools.partial):
         return _each([value.func, *value.args, value.keywords], names, around, left)
     if issubclass(kind, dict | MappingProxyType):
+        table: dict[Any, Any] = value if issubclass(kind, dict) else dict(value)
         # code that names no key computes them
-        keys = [key for key in value if key in names] or list(value)
-        held = _each([value[key] for key in keys], names, around, left)
+        keys = [key for key in dict.keys(table) if key in names] or list(dict.keys(table))
+        held = _each([dict.get(table, key) for key in keys], names, around, left)
         return dict(zip([key if type(key) in SETTINGS else _shown(key) for key in keys], held, strict=True))
     if issubclass(kind, set | frozenset):
-        return sorted(map(repr, _each(list(value), names, around, left)))
+        members = set.__iter__(value) if issubclass(kind, set) else frozenset.__iter__(value)
+        return sorted(map(repr, _each(list(members), names, around, left)))
     if issubclass(kind, (*CONTAINERS, tuple)):
         return _each(list(parts_of(value)), names, around, left)
-    if issubclass(kind, range | slice | Enum):
+    if issubclass(kind, Enum):
+        return f"{name_of(value)}.{value._name_}"
+    if issubclass(kind, range | slice):
         return repr(value)
     if _content(kind) in (_BYTES, _ARRAY):
         left[0] -= int(getattr(value, "size", None) or len(value))

@@ -179,6 +179,26 @@ def test_combined_adapters_of_dora_are_those_of_peft(kind: str, first: bool):
         torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{"combination_type": "svd", "svd_clamp": 0.9}, {"combination_type": "ties_svd"}])
+def test_adapters_in_half_precision_are_combined(dtype: torch.dtype, options: dict[str, Any]):
+    torch.manual_seed(0)
+    found = []
+    for each in (torch.float32, dtype):
+        torch.manual_seed(1)
+        model = MLP.build().to(dtype).to(each)
+        config = graphpeft.LoraConfig(r=2, target_modules=["up"], init_lora_weights=False)
+        for name in "uv":
+            model = graphpeft.get_peft_model(model, copy.deepcopy(config), name, autocast_adapter_dtype=False)
+        with torch.no_grad():
+            for _, parameter in model.named_parameters():
+                parameter.copy_(parameter.to(dtype))
+        model.add_weighted_adapter(["u", "v"], [0.5, 2.0], "new", density=0.5, **options)
+        both = model.first.up.new
+        found.append(both.lora_B.float() @ both.lora_A.float())
+    torch.testing.assert_close(*found, atol=5e-2, rtol=5e-2)
+
+
 def test_lengths_that_were_trained_are_not_combined_and_it_says_so():
     options = {"r": 2, "target_modules": ["up"], "use_dora": True}
     model = with_adapters(graphpeft, MLP.build(), options, options)

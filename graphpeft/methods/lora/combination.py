@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from graphpeft.graph.autocast import HALVES
 from graphpeft.methods.lora.combined_config import SUMS, kind_of
 from graphpeft.methods.lora.convolution import LoraConvolution
 from graphpeft.methods.lora.dora import Dora
@@ -111,6 +112,8 @@ def _decomposed(kind: str, target: AdaptedSite, parts: Sequence[Part], how: Comb
     weights = torch.tensor([part.weight / target.constants["lora_scaling"] for part in parts])
     change = _arithmetic(kind.removesuffix("_svd"), [part.delta() for part in parts], weights, how)
     product = target.rule.as_product(change)
+    if product.dtype in HALVES:  # PyTorch decomposes no matrix of half precision
+        product = product.float()
     U, S, V = torch.linalg.svd(product, full_matrices=how.svd_full_matrices, driver=how.svd_driver)
     specs = target.specs
     ranks = _rank(target, "lora_B")

@@ -186,7 +186,7 @@ def test_adapters_in_half_precision_are_combined(dtype: torch.dtype, options: di
     found = []
     for each in (torch.float32, dtype):
         torch.manual_seed(1)
-        model = MLP.build().to(dtype).to(each)
+        model: Any = MLP.build().to(dtype).to(each)
         config = graphpeft.LoraConfig(r=2, target_modules=["up"], init_lora_weights=False)
         for name in "uv":
             model = graphpeft.get_peft_model(model, copy.deepcopy(config), name, autocast_adapter_dtype=False)

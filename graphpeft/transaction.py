@@ -138,7 +138,7 @@ def recorded(model: nn.Module) -> Iterator[Begin]:
             _THREAD.journal = weakref.ref(journal)
         frame: Any = sys._getframe(1)
         while frame.f_code.co_flags & inspect.CO_GENERATOR or frame.f_code.co_filename == contextlib.__file__:
-            frame = frame.f_back  # contexts are suspended while what is in them runs
+            frame = frame.f_back  # the generator of a context is suspended while the context's body runs
         home = id(frame)
         while frame is not None and id(frame) != journal.begin.home and journal.begin.home is not None:
             frame = frame.f_back

@@ -111,7 +111,9 @@ def test_what_names_no_feed_forward_modules_is_refused(options: dict[str, Any], 
 def test_the_feed_forward_modules_of_a_known_model_are_those_among_the_targets(
     example: Example, targets: Any, named: set[str], tmp_path: Path
 ):
-    model = get_peft_model(example.build(), IA3Config(target_modules=targets))
+    config = IA3Config(target_modules=targets)
+    model = get_peft_model(example.build(), config)
+    assert config == IA3Config(target_modules=targets)
     assert model.peft_config["default"].feedforward_modules == named
     model.save_pretrained(tmp_path)
     expected = peft.get_peft_model(example.build(), peft.IA3Config(target_modules=targets))

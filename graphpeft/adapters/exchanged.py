@@ -143,7 +143,7 @@ _REGION = operator.attrgetter("site.region")
 
 
 def _known_to_others(found: Collection[int], model: nn.Module, name: str) -> set[int]:
-    """Returns those of some modules, by their ids, that have this adapter in a model of which this one is a part."""
+    """Returns the ids of modules whose adapter belongs to a model around this one."""
     known = set[int]()
     for each in gc.get_objects():
         if issubclass(type(each), in_place.Dressed) and STATE in vars(each) and each is not model:

@@ -22,7 +22,7 @@ from graphpeft.graph.template import names_in_slots
 _HOOKS: list[Any] = []
 
 PLACES = [0]
-"""How often modules with adapters have got another place since some were copied, in this process."""
+"""The number of modules with adapters that this process has registered at a place, once some were copied."""
 
 
 def watch() -> None:

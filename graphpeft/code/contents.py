@@ -33,7 +33,7 @@ PLAIN = frozenset((
 """Types whose objects hold no Python state that a forward can change."""
 
 SETTINGS = PLAIN - {Tensor, nn.Parameter}
-"""Those of values that generated code can have."""
+"""Types of values that generated code can have."""
 
 _ABSENT = object()
 
@@ -170,7 +170,7 @@ def comparable(value: Any) -> Any:
 
 
 LONGEST = 256
-"""The number of values up to which a container, with all in it, is compared."""
+"""A container with more values inside is not compared."""
 
 _CLOSED = (nn.Module, Tensor, ModuleType)
 """Classes of objects that hold no settings."""
@@ -187,8 +187,8 @@ _BY_SYNTAX = ("__bool__", "__call__", "__contains__", "__getattr__", "__getitem_
 _NUMBERS_AND_TEXTS = frozenset((bool, int, float, str))
 
 
-def has_settings(value: Any) -> bool:
-    """Returns whether an object is none of a class of the user's: its settings have no names of attributes."""
+def is_compared_whole(value: Any) -> bool:
+    """Returns whether an object is compared as a whole: a container, a function, or an object of a library's class."""
     kind = type(value)
     kinds = (*CONTAINERS, tuple, frozenset, range, slice, Enum, MappingProxyType, MethodType, functools.partial)
     is_of_library = kind.__module__.partition(".")[0] in (*_LIBRARY, "numpy")

@@ -39,9 +39,7 @@ def given(read: Mapping[str, bool], kwargs: Mapping[str, Any]) -> contextlib.Abs
     own = {name: value for name, value in kwargs.items() if name in read}
     # an adapted model may be nested in another
     present = {**(CALL_INPUTS.get() or {}), **own}
-    if not own:
-        return contextlib.nullcontext()
-    return taken_along(functools.partial(CALL_INPUTS.during, present))
+    return taken_along(functools.partial(CALL_INPUTS.during, present)) if own else contextlib.nullcontext()
 
 
 def given_to_rows(rows: Sequence[int]) -> contextlib.AbstractContextManager[None]:

@@ -50,7 +50,7 @@ _WHOLE = "graphpeft whole"
 """The key in a copy's memo that says that a whole adapted model is being copied, with what manages its adapters."""
 
 COPIES = [0]
-"""How many modules with adapters were copied or unpickled in this process."""
+"""The number of modules with adapters that this process has copied or unpickled."""
 
 COPIED_ALONE: weakref.WeakSet[Any] = weakref.WeakSet()
 """Copies of modules with adapters whose model wasn't copied with them, so that nothing manages their adapters."""

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -24,9 +23,9 @@ from graphpeft.graph.errors import TraceError
 from graphpeft.graph.forward_classes import class_of_forward, holds_own_tensor
 from graphpeft.graph.kept_forwards import name_of, set_forward
 from graphpeft.graph.one_at_a_time import alone_with
+from graphpeft.graph.per_call import PerCall
 from graphpeft.graph.recomputing import taken_along
 from graphpeft.graph.template import OWN_FORWARD, SIMPLE, Template
-from graphpeft.transaction import at_end_of
 
 
 def call_through(module: nn.Module) -> Template:
@@ -163,11 +162,12 @@ def on_tensors(own_forward: functools.partial[Any], tensors: dict[str, torch.Ten
     swap = functools.partial(_reading_alone, module, tensors)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            with _reading(module, tensors):
-                return own_forward(*args, **kwargs)
-        if any(each is module for each in _READING.get()):
+        running = _READING.get() or ()
+        if any(each is module for each in running):
             return own_forward(*args, **kwargs)  # the forward has called itself, and its weights are changed
+        if torch.compiler.is_compiling():
+            with _READING.during((*running, module)), _reading(module, tensors):
+                return own_forward(*args, **kwargs)
         with taken_along(swap):
             return own_forward(*args, **kwargs)
 
@@ -177,15 +177,13 @@ def on_tensors(own_forward: functools.partial[Any], tensors: dict[str, torch.Ten
 @contextlib.contextmanager
 def _reading_alone(module: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
     """Does the same as `_reading`, alone: a checkpoint may run a forward again in another thread."""
-    with contextlib.ExitStack() as stack:
-        at_end_of(stack, _READING.set, _READING.get())
-        _READING.set((*_READING.get(), module))
-        stack.enter_context(alone_with(module, {path.rpartition(".")[0] for path in tensors}))
-        stack.enter_context(_reading(module, tensors))
+    owners = {path.rpartition(".")[0] for path in tensors}
+    running = (*(_READING.get() or ()), module)
+    with _READING.during(running), alone_with(module, owners), _reading(module, tensors):
         yield
 
 
-_READING: ContextVar[tuple[nn.Module, ...]] = ContextVar("graphpeft_reading", default=())
+_READING: PerCall[tuple[nn.Module, ...]] = PerCall("changed weights", "run the compiled model in a thread")
 """The modules whose own forwards run on other tensors now."""
 
 

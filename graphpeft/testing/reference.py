@@ -33,8 +33,8 @@ called; ``weight``, in PEFT's layout, and ``bias``, or None; ``site``; ``config`
 constants by the rule's names for them. All tensors in half precision are converted to single precision.
 
 If it asks for ``x`` or ``inputs``, it returns the layer's output; else the weight with the adapter's change, in PEFT's
-layout: (out, in), or (out, in / groups, *kernel) of a convolution. Its gradients are those of the method, too, so it
-detaches what the method detaches.
+layout: (out, in), or (out, in / groups, *kernel) of a convolution. Its gradients are compared, too: it detaches the
+tensors that the method detaches.
 """
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.fx.node import map_arg
 
 from graphpeft.code.attribute_paths import ANY
-from graphpeft.code.contents import LONGEST, SETTINGS, attributes_read, entries, has_settings, name_of
+from graphpeft.code.contents import LONGEST, SETTINGS, attributes_read, entries, is_compared_whole, name_of
 from graphpeft.code.source import cached_by_class, functions_in_forward, names_in, uses_in_forward
 from graphpeft.graph import guards
 from graphpeft.graph.drawing_functions import draws
@@ -84,7 +84,7 @@ def _settings_in(path: str, value: Any, names: tuple[str, ...], around: tuple[An
     """Yields the setting at a path, or those at the attributes of an object there."""
     if isinstance(value, nn.Module | torch.Tensor) or any(value is each for each in around):
         return
-    if type(value) in SETTINGS or has_settings(value):
+    if type(value) in SETTINGS or is_compared_whole(value):
         held = entries(value, names)
         if held is not None:
             yield Setting(path, held, f"self.{path}", (entries, names))

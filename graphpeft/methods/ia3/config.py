@@ -100,9 +100,10 @@ class IA3Config(TargetedConfig):
                 ) from error
             among = config.target_modules
             if isinstance(among, set):
-                # of the known model's, those that are targets, as the file's reader asks for
-                among |= {name for name in named if any(name.endswith(f".{target}") for target in among)}
-                named = {target for target in among if target.endswith(tuple(named))}
+                # a file is read only if its feed-forward modules are targets
+                inside = {name for name in named if any(name.endswith(f".{target}") for target in among)}
+                config.target_modules = among | inside
+                named = {target for target in config.target_modules if target.endswith(tuple(named))}
             config.feedforward_modules = named
         return config
 

@@ -154,6 +154,7 @@ def calls_forward(call: Any) -> bool:
     return code is None or not names_in(code).read.isdisjoint(("forward", "super", "__call__", "_call_impl"))
 
 
+@cached_by_class
 def _of_bases(cls: type) -> frozenset[str]:
     """Returns the names that code uses for base classes of `cls`."""
     return frozenset(("super", *(base.__name__ for base in cls.__mro__)))
@@ -357,7 +358,8 @@ class Names(NamedTuple):
 def names_in(code: CodeType) -> Names:
     """Returns the names in `code`."""
     inside = [names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
-    instructions = dis.get_instructions(code) if _STORES_GLOBAL in code.co_code else ()
+    # each instruction has its opcode in its first byte of two
+    instructions = dis.get_instructions(code) if _STORES_GLOBAL in code.co_code[::2] else ()
     made = frozenset([str(each.argval) for each in instructions if each.opname == "STORE_GLOBAL"])
     read, texts = frozenset(code.co_names), frozenset([each for each in code.co_consts if type(each) is str])
     every = [Names(read, made, texts), *inside]

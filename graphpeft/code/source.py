@@ -154,10 +154,9 @@ def calls_forward(call: Any) -> bool:
     return code is None or not names_in(code).read.isdisjoint(("forward", "super", "__call__", "_call_impl"))
 
 
-@cached_by_class
 def _of_bases(cls: type) -> frozenset[str]:
     """Returns the names that code uses for base classes of `cls`."""
-    return frozenset(("super", *(base.__name__ for base in cls.__mro__)))
+    return frozenset(["super", *[base.__name__ for base in cls.__mro__]])
 
 
 @cached_by_class

@@ -13,6 +13,7 @@ from graphpeft.adapters.exchanged import refuse_exchanged_classes
 from graphpeft.adapters.graphs import names_of_others, slots_for, templates_with
 from graphpeft.adapters.padded_inputs import keep_padded
 from graphpeft.adapters.plan import AdaptError
+from graphpeft.adapters.reads import read_layers
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.graph import in_place, overrides, slots
 from graphpeft.graph.holders import HolderGroup
@@ -43,6 +44,8 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
         in_place.exchange_all((modules[path], of_module) for path, of_module in layers.items())
     for region, layer in _graph_layers(modules, adapters, templates, seats):
         layers.setdefault(region, {})["graph"] = layer
+    for path, layer in read_layers(modules, adapters, templates, seats):
+        layers.setdefault(path, {})["reads"] = layer
     in_place.exchange_all((modules[path], of_module) for path, of_module in layers.items())
     keep_padded(modules, templates)
     row_readers = _row_readers(adapters, wanted)

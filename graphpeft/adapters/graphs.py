@@ -21,6 +21,7 @@ from graphpeft.rules import rewrite
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.code_in_graphs import RuleError
 from graphpeft.rules.rule import Mergeable
+from graphpeft.sites.site import CallSite
 from graphpeft.wording import joined
 
 
@@ -175,12 +176,14 @@ def with_adapter(
         for index, graph in enumerate(graphs):
             named = {node.name: node for node in graph.nodes}
             for adapted in sites:
-                rule, attributes = adapted.rule, _attributes(adapted, region, slot)
+                rule, attributes = adapted.rule, attributes_at(adapted, region, slot)
                 for node in adapted.site.nodes[index]:
                     # read anew each time: an edit before this one may have given the operation another input
                     op = op_in(graph, named, node, adapted.site.op, module, region)
                     try:
-                        rewrite.insert(graph, op, rule, attributes, slot, method, _is_change(adapted))
+                        rewrite.insert(
+                            graph, op, rule, attributes, slot, method, is_change(adapted), _is_of_one_call(adapted)
+                        )
                     except (RuleError, ProxyError) as error:
                         raise AdaptError(f"{type(rule).__name__} of {method} can't adapt {region}: {error}") from error
 
@@ -192,14 +195,18 @@ def _edit(adapted: AdaptedSite, region: str) -> tuple[Hashable, ...]:
     """Returns the key of the nodes that an adapter inserts at a site."""
     site, owner = adapted.site, adapted.site.owner
     place = "" if owner == region else within(owner, region)
-    return site.op, site.nodes, adapted.rule, place, adapted.in_holder, site.reads, _is_change(adapted)
+    return site.op, site.nodes, adapted.rule, place, adapted.in_holder, site.reads, is_change(adapted)
 
 
-def _is_change(adapted: AdaptedSite) -> bool:
+def is_change(adapted: AdaptedSite) -> bool:
     """Returns whether what an adapter does at an operation is a change of its weight, as far as the rule tells."""
     rule = adapted.rule
     # a bias without a place to be merged into is no matter of the weight
     return isinstance(rule, Mergeable) and (rule.changes_bias or rule.unmergeable(adapted.site) is None)
+
+
+def _is_of_one_call(adapted: AdaptedSite) -> bool:
+    return not isinstance(adapted.site, CallSite) and adapted.site.call is not None
 
 
 def op_in(
@@ -239,7 +246,7 @@ def _remove(graphs: Graphs, slot: int) -> None:
         rewrite.remove(graph, slot)
 
 
-def _attributes(adapted: AdaptedSite, region: str, slot: int) -> dict[str, str]:
+def attributes_at(adapted: AdaptedSite, region: str, slot: int) -> dict[str, str]:
     """Returns where a region's graph reads what a rule asks for, by the rule's names."""
     owner, in_slot = adapted.site.owner, adapted.in_slot(slot)
     if owner == region:

@@ -30,6 +30,10 @@ class PresentRows(Protocol):
         """Returns how a region runs, or None where it runs as it does without rows."""
         ...
 
+    def read(self, module: nn.Module, tensor: str) -> torch.Tensor:
+        """Returns a tensor of a module for code that reads it outside of the graphs that run by row."""
+        ...
+
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the adapters that some row has."""

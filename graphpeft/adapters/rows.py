@@ -10,6 +10,7 @@ from torch import nn
 
 from graphpeft.adapters.adapter_names import BASE
 from graphpeft.adapters.plan import AdaptError
+from graphpeft.adapters.reads import in_mixture
 from graphpeft.adapters.state import Adapters, Modules
 from graphpeft.graph.holders import as_number
 from graphpeft.rules.adapted_site import AdaptedSite
@@ -172,6 +173,18 @@ class Rows:
             f"since this batch was given adapters by row, {joined(list(names))} were {how}; leave mixed_batch, and "
             "enter it anew"
         )
+
+    def read(self, module: nn.Module, tensor: str) -> torch.Tensor:
+        """Returns a tensor of a module for code that reads it outside of the graphs that run by row.
+
+        Its numbers raise AdaptError where they differ from row to row.
+
+        Args:
+            module: The module.
+            tensor: The name of the tensor there.
+        """
+        names = {name for rows in self.by_count.values() for name in rows.names}
+        return in_mixture(self.modules(), self._adapters, names, module, tensor)
 
     @property
     def names(self) -> tuple[str, ...]:

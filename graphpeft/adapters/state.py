@@ -158,6 +158,13 @@ class Adapter:
         """Those of the sites that are weights."""
         return [adapted for adapted in self.sites if isinstance(adapted.site, Site)]
 
+    @functools.cached_property
+    def apart(self) -> list[Any]:
+        """Those of the sites that are weights whose module has no graph with the adapter's nodes."""
+        return [
+            a for a in self.weight_sites if not a.site.is_called and (a.site.region != a.site.owner or a.site.own_code)
+        ]
+
     @property
     def coded_sites(self) -> list[Any]:
         """Those of the sites that are calls of layers into whose quantised weights it can be merged."""
@@ -285,6 +292,7 @@ class Adapters:
         mixing: How regions run on a batch with several adapters, by what these have in common.
         signatures: What each adapter has in common with others in that, by its name.
         mixable: The paths of the regions that can run so.
+        asking: The tensors whose readers ask for the rows of a batch, by the path of their module.
         call_inputs: The arguments that adapters read in each call of the model, by name, with whether its forward takes
             them, too.
         positional: The names of the forward's arguments in their order, if there are any such.
@@ -311,6 +319,7 @@ class Adapters:
     mixing: Cache = field(default_factory=Cache)
     signatures: Cache = field(default_factory=Cache)
     mixable: set[str] = field(default_factory=set)
+    asking: dict[str, tuple[str, ...]] = field(default_factory=dict)
     is_disabled: bool = False
     pauses: frozenset[object] = frozenset()
     has_penalties: bool = False

@@ -20,6 +20,7 @@ from torch import nn
 from graphpeft._torch import without_compiler
 from graphpeft.graph import in_place
 from graphpeft.graph.holders import name_at, place_of, tensor_at, value_at
+from graphpeft.graph.own_tensors import STAND_INS
 from graphpeft.graph.sharding import in_all, is_asked_by, is_managed
 from graphpeft.transaction import at_end_of
 
@@ -175,6 +176,7 @@ def _layer(pairs: tuple[tuple[str, str], ...], rows: Rows) -> in_place.Layer:
         own: property(reader, fdel=functools.partial(_delete_own, own)) for own, reader in readers.items()
     }
     namespace |= {"__setattr__": assign, "_save_to_state_dict": _save, "_load_from_state_dict": _load}
+    namespace[STAND_INS] = readers
     return in_place.Layer("tensors", (), namespace, (_layer, (pairs, rows)))
 
 

@@ -17,7 +17,6 @@ from graphpeft.graph.layers import given
 from graphpeft.graph.paths import join, modules_by_path, within
 from graphpeft.graph.template import Template, runs_graph, template_of
 from graphpeft.sites import example_runs
-from graphpeft.sites.handed_layers import refuse_handed_layers
 from graphpeft.sites.weight_uses import WeightUses, weight_uses
 from graphpeft.tracing.lift import Recordings
 
@@ -88,10 +87,8 @@ class Regions:
         found = self.templates.get(path)
         if found is not None or path in self.errors:
             return found
-        module = self.modules[path]
         try:
             found = self.present(path) or self._lift(path)
-            refuse_handed_layers(found, module)
             if found.calls_own_forward:
                 raise TraceError(
                     "an adapter changes what it is given, so that its graph only calls its code; unload that "

@@ -1,0 +1,400 @@
+"""Reads of an adapted layer's weight and bias by other code than the graph that has the adapter's nodes.
+
+A parent that computes with ``self.layer.weight``, a hook, a fused loss: whoever reads the attribute gets the tensor
+with the changes of the adapters that act, see `graph/changed_weight.py`. The rules' own code makes the change, so that
+it is the one that merging would add.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import sys
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.fx as fx
+from torch import Tensor, nn
+
+from graphpeft._torch import is_transformed, version
+from graphpeft.adapters.adapter_names import BASE
+from graphpeft.adapters.graphs import attributes_at, is_change
+from graphpeft.adapters.plan import AdaptError
+from graphpeft.adapters.present_rows import ROWS
+from graphpeft.adapters.state import Adapter, Adapters, Modules
+from graphpeft.graph import in_place, overrides
+from graphpeft.graph.changed_weight import Computation, changed_weight
+from graphpeft.graph.compiling import compiled
+from graphpeft.graph.ops import Weight
+from graphpeft.graph.own_tensors import ReadChanged, means_own, own_tensor
+from graphpeft.graph.scaled_sum import is_captured
+from graphpeft.graph.tags import TAG, Tag, changes_at
+from graphpeft.graph.template import Template, template_of
+from graphpeft.rules import rewrite
+from graphpeft.rules.adapted_site import AdaptedSite
+from graphpeft.rules.arguments import asked_by
+from graphpeft.rules.rule import changes_bias
+
+
+class Changes(NamedTuple):
+    """The changes of one tensor of a module.
+
+    Attributes:
+        weight: The name of the weight that adapters change.
+        bias: The name of the bias beside it, if that is the tensor; None if the weight is.
+        tags: What adapters do with the weight, in the order in which they act.
+    """
+
+    weight: str
+    bias: str | None
+    tags: tuple[Tag, ...]
+
+
+Reads = tuple[tuple[str, Changes], ...]
+"""The tensors of a module that others read with changes, by name."""
+
+
+# which tensors are read so
+
+
+def read_layers(
+    modules: Modules, adapters: Adapters, templates: Mapping[str, Template | None], seats: Mapping[str, int]
+) -> Iterator[tuple[str, in_place.Layer | None]]:
+    """Yields what lets other code read the changed tensors of modules, by path; None where nothing is changed.
+
+    Args:
+        modules: The model's modules by path.
+        adapters: Its adapters.
+        templates: The graphs that regions are to have.
+        seats: The adapters that are to act, with their slots.
+    """
+    apart = _apart(adapters, seats)
+    left = _apart(adapters, adapters.slots)
+    known: dict[Any, in_place.Layer | None] = {}
+    for path in {**templates, **left, **apart}:
+        if path not in modules:
+            continue
+        template = templates[path] if path in templates else template_of(modules[path])
+        key = template, apart.get(path, ()), adapters.asking.get(path, ())
+        if key not in known:
+            found = {**dict(_unchanged(key[2])), **dict(_in_graph(template)), **dict(key[1])}
+            known[key] = _layer(tuple(found.items())) if found else None
+        yield path, known[key]
+
+
+def _in_graph(template: Template | None) -> Reads:
+    """Returns the tensors of a module that adapters change in its own graph."""
+    if template is None or not template.slots:
+        return ()
+    found: Reads | None = template.facts.get("reads")
+    if found is None:
+        tags = [changes_at(graph, site) for graph in template.graphs for site in _adapted_in(graph)]
+        found = template.facts["reads"] = _merged([Changes(of[0].weight, of[0].bias, tuple(of)) for of in tags if of])
+    return found
+
+
+def _adapted_in(graph: fx.Graph) -> list[str]:
+    """Returns the operations, by name, that adapters change in a graph and that use a weight of its own module."""
+    tags = [node.meta[TAG] for node in graph.nodes if TAG in node.meta]
+    return list(dict.fromkeys(tag.site for tag in tags if tag.weight and "." not in tag.weight))
+
+
+def _merged(changes: list[Changes]) -> Reads:
+    """Returns changes by the names of the tensors; each weight has those of the first of its operations."""
+    found: dict[str, Changes] = {}
+    for each in changes:
+        found.setdefault(each.weight, each._replace(bias=None))
+        biases = [tag.bias for tag in each.tags if tag.bias is not None]
+        if biases and "." not in biases[0]:
+            found.setdefault(biases[0], each._replace(bias=biases[0]))
+    return tuple(found.items())
+
+
+def _apart(adapters: Adapters, seats: Mapping[str, int]) -> dict[str, Reads]:
+    """Returns the tensors that adapters change in graphs of other modules than their own, by path, or in none."""
+    tags: dict[tuple[str, str], list[Tag]] = {}
+    for name, slot in seats.items():
+        adapter = adapters.by_name[name]
+        for adapted in adapter.apart:
+            tag = _tag(adapted, attributes_at(adapted, adapted.site.owner, slot), slot, adapter.config.method)
+            tags.setdefault((adapted.site.owner, tag.weight), []).append(tag)
+    found: dict[str, Reads] = {}
+    for (path, weight), of_weight in tags.items():
+        biases = [tag.bias for tag in of_weight if tag.bias is not None]
+        found[path] = found.get(path, ()) + _merged([Changes(weight, biases[0] if biases else None, tuple(of_weight))])
+    return found
+
+
+def _tag(adapted: AdaptedSite, attributes: Mapping[str, str], slot: int, method: str) -> Tag:
+    """Returns the tag that a node of an adapter would have in a graph of its weight's own module."""
+    bias = adapted.site.bias if changes_bias(adapted.rule) else None
+    return Tag(
+        slot,
+        method,
+        adapted.site.attribute,
+        rule=adapted.rule,
+        attributes=tuple(attributes.items()),
+        is_change=is_change(adapted),
+        weight=adapted.site.attribute,
+        bias=None if bias is None else bias.rpartition(".")[2],
+        of_one_call=adapted.site.call is not None,
+    )
+
+
+# the attribute
+
+
+@functools.lru_cache(maxsize=1024)
+def _layer(reads: Reads) -> in_place.Layer:
+    namespace: dict[str, Any] = {name: _attribute(_Formula(name, changes)) for name, changes in reads}
+    # a recurrent layer of PyTorch computes with a list of its parameters
+    namespace["_flat_weights"] = property(_flat_weights, _set_flat_weights)
+    return in_place.Layer("reads", (), namespace, (_layer, (reads,)))
+
+
+def _flat_weights(module: Any) -> list[Any]:
+    if "_flat_weights" not in vars(module):
+        raise AttributeError(f"a {type(module).__name__} has no _flat_weights")
+    asker = None if torch.compiler.is_compiling() else sys._getframe(1).f_code.co_name
+    if asker != "forward":
+        return vars(module)["_flat_weights"]
+    return [getattr(module, name, None) for name in module._flat_weights_names]
+
+
+def _set_flat_weights(module: Any, value: list[Any]) -> None:
+    vars(module)["_flat_weights"] = value
+
+
+def _attribute(formula: _Formula) -> ReadChanged:
+    def set_plain(module: nn.Module, value: Any) -> None:
+        # nn.Module registers parameters itself; FSDP, and hooks that compute a weight, set it as a plain attribute
+        vars(module)[formula.name] = value
+
+    def delete_plain(module: nn.Module) -> None:
+        del vars(module)[formula.name]
+
+    return ReadChanged(functools.partial(_read, formula), set_plain, delete_plain)
+
+
+def _read(formula: _Formula, module: nn.Module) -> Any:
+    if torch.compiler.is_compiling():
+        return formula.captured(module)
+    if nn.Module.__getattr__ is not _GETATTR:
+        return nn.Module.__getattr__(module, formula.name)  # a tracer notes the read
+    own = own_tensor(module, formula.name)
+    if own is None or means_own(module):
+        return own
+    rows = ROWS.get()
+    if rows is not None:
+        return rows.read(module, formula.name)
+    return formula.changed(module, own)
+
+
+_GETATTR = nn.Module.__getattr__
+
+
+class _Formula:
+    """Computes a tensor of a module with the changes of adapters.
+
+    Args:
+        name: The name of the tensor.
+        changes: The changes.
+    """
+
+    def __init__(self, name: str, changes: Changes) -> None:
+        self.name, self._changes = name, changes
+        self._refusal = _refusal(name, changes)
+        # worked out before a compiler looks on
+        self._steps = [] if self._refusal is not None else [_Step.of(tag, changes.bias) for tag in changes.tags]
+
+    def changed(self, module: nn.Module, own: Tensor) -> Tensor:
+        """Returns the changed tensor, computed when its numbers are asked for."""
+        if not self._changes.tags:
+            return own
+        run, getters = self._of_stack if own.ndim > 2 else self._of_matrix
+        values = (own, *[get(module) for get in getters])
+        if is_captured() or is_transformed():
+            return run(*values)
+        return changed_weight(own, _computation(run, values, module, self.name))
+
+    def captured(self, module: nn.Module) -> Tensor:
+        """Returns the changed tensor in code that is compiled: by the rules' own code, which a compiler follows."""
+        if self._refusal is not None:
+            raise AdaptError(self._refusal)
+        weight = base = own_tensor(module, self._changes.weight)
+        bias = base_bias = None if self._changes.bias is None else own_tensor(module, self._changes.bias)
+        for rule, of_weight, of_bias in self._steps:
+            there = {"weight": weight, "base": base, "bias": bias, "base_bias": base_bias}
+            change = rule.change({name: there[name] if path is None else _at(module, path) for name, path in of_weight})
+            if of_bias is not None:
+                given = {name: there[name] if path is None else _at(module, path) for name, path in of_bias}
+                of_bias_too = rule.bias_change(given)
+                bias = bias if of_bias_too is None else bias + of_bias_too.to(bias.dtype)
+            weight = weight + change.to(weight.dtype)
+        return weight if self._changes.bias is None else bias
+
+    # a change that is read has no input of which dropout could drop elements, but one of a stack computes a branch
+    @functools.cached_property
+    def _of_matrix(self) -> _Run:
+        return self._made({"training": None})
+
+    @functools.cached_property
+    def _of_stack(self) -> _Run:
+        return self._made({})
+
+    def _made(self, absent: Mapping[str, None]) -> _Run:
+        if self._refusal is not None:
+            return functools.partial(_refuse, self._refusal), []
+        weight, bias, tags = self._changes
+        graph = fx.Graph()
+        if bias is not None:
+            graph.output(rewrite.changed_bias(graph, weight, bias, tags))
+        else:
+            read = graph.create_node("get_attr", weight)
+            graph.output(read)
+            for tag in tags:
+                attributes: Any = {**dict(tag.attributes), **absent}
+                rewrite.insert(graph, Weight(read, weight), tag.rule, attributes, tag.slot, tag.method)
+        return _of_values(graph, self.name, (weight, bias), self)
+
+
+def _computation(run: Callable[..., Tensor], values: tuple[Any, ...], module: nn.Module, name: str) -> Computation:
+    return Computation(run, values, weakref.ref(module), name, type(module), version(values[0]))
+
+
+class _Step(NamedTuple):
+    """What one adapter does with a weight and the bias beside it.
+
+    Attributes:
+        rule: Its rule.
+        of_weight: The arguments of the rule's change of the weight, each with its path in the module; None for tensors
+            of the module itself.
+        of_bias: Likewise of its change of the bias; None without one.
+    """
+
+    rule: Any
+    of_weight: list[tuple[str, str | None]]
+    of_bias: list[tuple[str, str | None]] | None
+
+    @classmethod
+    def of(cls, tag: Tag, bias: str | None) -> _Step:
+        """Returns what an adapter does whose nodes have this tag."""
+        rule, paths = tag.rule, dict(tag.attributes)
+        of_bias = _arguments(rule.bias_delta, paths) if bias is not None and changes_bias(rule) else None
+        return cls(rule, _arguments(rule.delta, paths), of_bias)
+
+
+def _arguments(function: Callable[..., Any], paths: Mapping[str, str]) -> list[tuple[str, str | None]]:
+    return [(name, paths.get(name)) for name in asked_by(function).among((*_OF_MODULE, *paths))]
+
+
+_OF_MODULE = ("weight", "base", "bias", "base_bias")
+
+
+def _refusal(name: str, changes: Changes) -> str | None:
+    """Returns why the effects of adapters are no change of a tensor that others could read, or None."""
+    for tag in changes.tags:
+        if not tag.is_change:
+            reason = f"what an adapter of {tag.method} does there is no change of its {changes.weight}"
+        elif tag.of_one_call:
+            reason = f"an adapter of {tag.method} acts in one of the uses of its {changes.weight} alone"
+        else:
+            continue
+        return (
+            f"{name} of a layer is read by code beside the operation that is adapted, and {reason}; leave the layer "
+            "out of the adapter's targets, or read graphpeft.own_weight(layer) there"
+        )
+    return None
+
+
+_Run = tuple[Callable[..., Any], list[Callable[[nn.Module], Any]]]
+"""A function of values, the first of which is the tensor without changes, and the getters of the others."""
+
+
+def _refuse(reason: str, *_: Any) -> Tensor:
+    raise AdaptError(reason)
+
+
+def _at(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
+
+
+def _of_values(graph: fx.Graph, first: str, own: Collection[str | None], owner: object) -> _Run:
+    """Returns a graph as a function of what it reads.
+
+    Args:
+        graph: The graph.
+        first: The path of the first argument.
+        own: The paths of the module's own tensors.
+        owner: Keeps the source for tracebacks.
+    """
+    paths = dict.fromkeys([first, *(str(node.target) for node in graph.nodes if node.op == "get_attr")])
+    made = fx.Graph()
+    inputs = {path: made.placeholder(f"value{number}") for number, path in enumerate(paths)}
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        copies[node] = inputs[node.target] if node.op == "get_attr" else made.node_copy(node, copies.__getitem__)
+    code = made.python_code(root_module="self")
+    getters = [
+        functools.partial(own_tensor, name=path) if path in own else operator.attrgetter(path)
+        for path in paths
+        if path != first
+    ]
+    return functools.partial(compiled(owner, made, code.src, code.globals), None), getters
+
+
+# batches whose rows have different adapters
+
+
+def in_mixture(modules: Modules, adapters: Adapters, names: Collection[str], module: nn.Module, tensor: str) -> Tensor:
+    """Returns a tensor of a module for code that reads it while a batch runs whose rows have different adapters.
+
+    Args:
+        modules: The model's modules by path.
+        adapters: Its adapters.
+        names: The adapters of the rows, with `BASE` for none.
+        module: The module.
+        tensor: The name of the tensor there.
+    """
+    own = overrides.own_parameter(module, tensor)
+    path = next((path for path, each in modules.items() if each is module), None)
+    found = {name: adapters.by_name[name] for name in names if path is not None and name != BASE}
+    changing = {
+        name: changed for name, each in found.items() if (changed := _of_adapter(each, name, path or "", tensor))
+    }
+    if adapters.are_off or not changing:
+        return own
+    if len(changing) == len(names) == 1:
+        return next(iter(changing.values()))(module, own)
+    reason = (
+        f"code beside the operation that is adapted reads {tensor} of {path or 'the model'} in a batch whose rows have "
+        f"different adapters, and no one tensor is {tensor} of them all; call the model for one adapter at a time"
+    )
+    return changed_weight(own, _computation(functools.partial(_refuse, reason), (own,), module, tensor))
+
+
+def _of_adapter(adapter: Adapter, name: str, path: str, tensor: str) -> Callable[[nn.Module, Tensor], Tensor] | None:
+    """Returns what makes a module's tensor that of an adapter, which needn't act; None if it is the same."""
+    sites = [adapted for adapted in adapter.weight_sites if adapted.site.owner == path]
+    tags = [_tag(adapted, adapted.names, 0, adapter.config.method) for adapted in sites]
+    changes = dict(_merged([Changes(tag.weight, tag.bias, (tag,)) for tag in tags])).get(tensor)
+    has_others = tensor in adapter.overrides.get(path, ()) or (path in adapter.rows and tensor == "weight")
+    if changes is None and not has_others:
+        return None
+    formula, read = _Formula(tensor, changes or Changes(tensor, None, ())), adapter.reading(path, name)
+    return lambda module, own: formula.changed(module, read(module).get(tensor, own))
+
+
+def asking(adapters: Adapters, module: nn.Module, path: str, names: Iterable[str]) -> in_place.Layer:
+    """Returns the layer with which reads of these tensors of a module, too, ask for the rows of the present call."""
+    asked = adapters.asking[path] = tuple(dict.fromkeys((*adapters.asking.get(path, ()), *names)))
+    worn = [layer for layer in in_place.layers_of(module) if layer.kind == "reads"]
+    return _layer(tuple({**dict(_unchanged(asked)), **dict(worn[0].recipe[1][0] if worn else ())}.items()))
+
+
+def _unchanged(names: Iterable[str]) -> Reads:
+    return tuple((name, Changes(name, None, ())) for name in names)

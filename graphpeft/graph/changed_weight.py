@@ -1,0 +1,288 @@
+"""A layer's weight as other code reads it while adapters act: W + ΔW, computed when its numbers are asked for.
+
+The tensor answers its shape, dtype and device without a sum. Functions get the changed numbers, with the gradients of
+the adapters' tensors. A write means the layer's own weight, and goes there. It raises where the written numbers may
+depend on the changed ones, since the change would be added to them again.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from graphpeft._torch import DisableTorchFunctionSubclass, make_wrapper, pytree, storage_key, version
+from graphpeft.graph.autocast import is_in_autocast
+from graphpeft.graph.low_rank_sum import METADATA, getter, writes
+
+
+class Computation(NamedTuple):
+    """The computation of a changed weight, with the tensors of the time when the weight was read.
+
+    Attributes:
+        run: Computes the changed weight from the values.
+        values: The layer's own weight, and what else the changed one is computed from.
+        layer: The layer.
+        attribute: The weight's name there.
+        cls: The class of the layer, which differs with the adapters that act.
+        version: The number of writes into the own weight.
+    """
+
+    run: Callable[..., Tensor]
+    values: tuple[Any, ...]
+    layer: weakref.ref[nn.Module]
+    attribute: str
+    cls: type
+    version: int
+
+    def result(self) -> Tensor:
+        """Returns the changed weight, in its own precision, whatever region of autocast the caller is in.
+
+        Raises:
+            RuntimeError: If adapters were merged or unmerged since the weight was read.
+        """
+        own = self.values[0]
+        if type(self.layer()) is not self.cls and version(own) != self.version:
+            raise RuntimeError(
+                f"{self.attribute} of a {self.cls.__name__} was read before an adapter was merged or unmerged; read it "
+                "from the layer again"
+            )
+        if not is_in_autocast(own.device.type):
+            return self.run(*self.values)
+        with torch.autocast(own.device.type, enabled=False):
+            return self.run(*self.values)
+
+    def viewed(self, view: Callable[[Tensor], Any]) -> Computation:
+        """Returns the computation of a view of the changed weight."""
+        return self._replace(run=lambda *values: view(self.run(*values)))
+
+
+def changed_weight(own: Tensor, computation: Computation) -> Tensor:
+    """Returns a layer's changed weight, or a view of it.
+
+    Args:
+        own: The layer's own weight, or the same view of it.
+        computation: The computation of the numbers.
+    """
+    if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in computation.values):
+        made: Any = _Later.apply(own, computation, *computation.values)
+        return made
+    return ChangedWeight(own, computation)
+
+
+class _Later(torch.autograd.Function):
+    """Gives a changed weight its gradients where C++ code, or a function of autograd, takes it as one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, computation: Computation, *values: Any) -> Tensor:
+        """Returns the changed weight."""
+        ctx.save_for_backward(*(value for value in values if isinstance(value, Tensor)))
+        ctx.others = [None if isinstance(value, Tensor) else (value,) for value in values]
+        ctx.run = computation.run
+        return ChangedWeight(own, computation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of the values."""
+        saved = iter(ctx.saved_tensors)
+        needed = ctx.needs_input_grad[2:]
+        with torch.enable_grad():
+            values = [
+                next(saved).detach().requires_grad_(is_needed) if other is None else other[0]
+                for other, is_needed in zip(ctx.others, needed, strict=True)
+            ]
+            result = ctx.run(*values)
+        inputs = [value for value, is_needed in zip(values, needed, strict=True) if is_needed]
+        found = iter(torch.autograd.grad(result, inputs, gradients[0].to(result.dtype), allow_unused=True))
+        return None, None, *(next(found) if is_needed else None for is_needed in needed)
+
+
+class ChangedWeight(Tensor):
+    """W + ΔW, or a view of it."""
+
+    _own: Tensor
+    _computation: Computation
+    _known: tuple[Any, Tensor] | None
+
+    @staticmethod
+    def __new__(cls, own: Tensor, computation: Computation) -> ChangedWeight:
+        """Makes a tensor without numbers of its own, see `changed_weight`."""
+        made = make_wrapper(cls, own.shape, strides=own.stride(), dtype=own.dtype, device=own.device)
+        made._own, made._computation, made._known = own, computation, None
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Gives functions the changed numbers, and writes into the own weight."""
+        kwargs = kwargs or {}
+        if func in METADATA:
+            with DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func in _OF_OWN:
+            return func(*map(_own_of, args), **kwargs)
+        written = _changed_in(_written(func, args, kwargs))
+        if written:
+            return _write(func, args, kwargs, written)
+        if func in _VIEWS and type(args[0]) is ChangedWeight:
+            return _viewed(func, args, kwargs)
+        args, kwargs = pytree.tree_map(numbers_of, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Gives the numbers to operators, which C++ calls without asking `__torch_function__`."""
+        kwargs = kwargs or {}
+        if func._schema.is_mutable and _changed_in((args[:1], kwargs.get("out"))):
+            raise RuntimeError(f"{func} would write into a weight with the changes of adapters; {_WAY_OUT}")
+        args, kwargs = pytree.tree_map(numbers_of, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles the numbers."""
+        return numbers_of(self).detach().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """Returns a copy of the numbers."""
+        return numbers_of(self).detach().clone()
+
+
+def numbers_of(value: Any) -> Any:
+    """Returns the numbers of a changed weight, and any other value as it is."""
+    if type(value) is not ChangedWeight:
+        return value
+    computation = value._computation
+    if not _is_in_forward():
+        _READ.setdefault(computation.layer(), set()).add(computation.attribute)
+    if torch.is_grad_enabled():
+        return computation.result()
+    state = [version(each) for each in computation.values if isinstance(each, Tensor) and not each.is_inference()]
+    if value._known is None or value._known[0] != state:
+        value._known = state, computation.result()
+    return value._known[1]
+
+
+_READ: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+"""The names of the weights, by their layers, whose changed numbers were read outside of forwards."""
+
+
+def _own_of(value: Any) -> Any:
+    return value._own if type(value) is ChangedWeight else value
+
+
+def _changed_in(values: Any) -> list[ChangedWeight]:
+    return [leaf for leaf in pytree.tree_leaves(values) if type(leaf) is ChangedWeight]
+
+
+# writes
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> Iterable[Any]:
+    """Returns what a function writes into."""
+    first = args[:1] or [kwargs.get(name) for name in ("tensor", "input", "self")]
+    return [*(first if writes(func) or func in _SETTERS else ()), kwargs.get("out")]
+
+
+def _write(func: Any, args: Any, kwargs: Any, written: list[ChangedWeight]) -> Any:
+    """Runs a function that writes on the own weights.
+
+    Raises:
+        RuntimeError: If the changed numbers may be in what is written.
+    """
+    for each in written:
+        layer, name = each._computation.layer(), each._computation.attribute
+        reason = None
+        if _is_in_forward():
+            reason = "in a forward"
+        elif len(_changed_in((args, kwargs))) > len(written):
+            reason = "with the numbers of a weight that has such changes"
+        elif name in _READ.get(layer, ()):
+            reason = "after its changed numbers were read"
+        if reason is not None:
+            cls = each._computation.cls.__name__
+            raise RuntimeError(
+                f"{getattr(func, '__name__', func)} writes into {name} of a {cls}, which adapters change, {reason}: "
+                f"the change may be in what is written, and would be added again; {_WAY_OUT}"
+            )
+    own_args, own_kwargs = pytree.tree_map(_own_of, (args, kwargs))
+    result = func(*own_args, **own_kwargs)
+    return next((each for each in written if result is each._own), result)
+
+
+_WAY_OUT = "write into graphpeft.own_weight(layer), or merge the adapters first"
+
+_CALLS = frozenset((nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__))
+
+
+def _is_in_forward() -> bool:
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code in _CALLS:
+            return True
+        frame = frame.f_back
+    return False
+
+
+# views
+
+
+def _viewed(func: Any, args: Any, kwargs: Any) -> Any:
+    """Returns views of a changed weight beside the same views of the own one, so that writes go there."""
+    (changed, *others), computation = args, args[0]._computation
+    others, kwargs = pytree.tree_map(numbers_of, (others, kwargs))
+    leaves, structure = pytree.tree_flatten(func(changed._own, *others, **kwargs))
+    if any(storage_key(leaf) != storage_key(changed._own) for leaf in leaves):
+        return func(numbers_of(changed), *others, **kwargs)  # a copy
+
+    def view(place: int) -> Callable[[Tensor], Tensor]:
+        return lambda numbers: pytree.tree_leaves(func(numbers, *others, **kwargs))[place]
+
+    computations = [computation.viewed(view(place)) for place in range(len(leaves))]
+    make = ChangedWeight if func in _DETACHING else changed_weight
+    made = [make(leaf, each) for leaf, each in zip(leaves, computations, strict=True)]
+    return pytree.tree_unflatten(made, structure)
+
+
+_DETACHING = frozenset((getter("data"), Tensor.detach, torch.detach))
+
+_NAMES_OF_VIEWS = (
+    *(
+        "__getitem__",
+        "view",
+        "view_as",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+        "expand",
+        "expand_as",
+    ),
+    *("t", "transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "diagonal", "narrow", "select"),
+    *("chunk", "split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "unbind", "as_strided"),
+    *("adjoint", "view_as_real", "contiguous"),
+)
+_VIEWS = frozenset(
+    [
+        *map(getter, ("T", "mT", "H", "mH")),
+        *(getattr(of, name) for of in (Tensor, torch) for name in _NAMES_OF_VIEWS if hasattr(of, name)),
+        *_DETACHING,
+    ]
+)
+"""Functions that may return another view of their first argument."""
+
+_SETTERS = frozenset((Tensor.data.__set__,))  # type: ignore[attr-defined]
+_OF_OWN = frozenset(
+    (
+        Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
+        Tensor.requires_grad_,
+        Tensor.grad.__get__,  # type: ignore[attr-defined]
+        Tensor.grad.__set__,  # type: ignore[attr-defined]
+    )
+)
+"""Functions that ask for, or set, what the own weight has beside numbers."""

@@ -1,0 +1,131 @@
+"""A module's own tensors, where its attributes give them with the changes of adapters.
+
+While an adapter acts on a layer, ``layer.weight`` gives its weight with the adapter's change to whatever reads it. The
+graph that has the adapter's nodes reads the own weight, and so does code that moves, shards or saves a model.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import nn
+
+STAND_INS = "_graphpeft_stand_ins"
+"""The attribute of a class that has the readers of overrides, by the names of the tensors for which they stand in."""
+
+_OWN = "graphpeft_own"
+"""The key of ``node.meta`` of a node that reads a tensor without the changes that other readers get."""
+
+_READER = "_graphpeft_own_tensor"
+"""The name of `own_tensor` in the code of graphs."""
+
+
+class ReadChanged(property):
+    """The attribute of a class that gives a tensor of a module with the changes of adapters."""
+
+
+def own_weight(layer: nn.Module, name: str = "weight") -> torch.Tensor:
+    """Returns a layer's own weight, without the changes of the adapters that act on it.
+
+    ``layer.weight`` gives the changed weight to whoever reads it while an adapter acts.
+
+    Args:
+        layer: A module, adapted or not.
+        name: The name of the weight in the module.
+
+    Returns:
+        The parameter of the base model, or the tensor that the layer computes it as; an adapter's tensor where one is
+        read in the weight's place, as the copies of `modules_to_save` are.
+
+    Raises:
+        AttributeError: If the module has no such tensor.
+
+    Examples:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+        >>> own_weight(model[0]) is dict(model.named_parameters())["0.weight"]
+        True
+    """
+    found = own_tensor(layer, name)
+    if not isinstance(found, torch.Tensor):
+        raise AttributeError(f"{name} of a {type(layer).__name__} is no tensor")
+    return found
+
+
+def own_tensor(module: Any, name: str) -> Any:
+    """Returns a tensor of a module as its attribute would give it without the changes of adapters."""
+    stand_in = getattr(type(module), STAND_INS, {}).get(name)
+    if stand_in is not None:
+        return stand_in(module)
+    own = module._parameters.get(name)
+    return _held(module, name) if own is None else own
+
+
+def _held(module: Any, name: str) -> Any:
+    # FSDP and hooks that compute a weight set it as a plain attribute, parametrizations as a property of the class
+    if name in vars(module):
+        return vars(module)[name]
+    for cls in type(module).__mro__:
+        found = vars(cls).get(name)
+        if found is not None and not isinstance(found, ReadChanged):
+            return found.__get__(module)
+    if name in module._parameters:
+        return None
+    return nn.Module.__getattr__(module, name)  # which raises the usual error, or finds a buffer
+
+
+def let_read_own(graph: fx.Graph, path: str) -> None:
+    """Lets a graph read the tensor at a path without the changes that other readers get."""
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target == path:
+            node.meta[_OWN] = True
+
+
+def as_own(graph: fx.Graph, source: str, variables: dict[str, Any]) -> str:
+    """Returns the source of a graph with its reads of own tensors, and adds what these need to its globals."""
+    for node in graph.nodes:
+        if _OWN in node.meta:
+            around, _, name = f"self.{node.target}".rpartition(".")
+            line = re.compile(rf"^( *{node.name}(?: : [^=\n]+)? = )[^;\n]+", re.MULTILINE)
+            source = line.sub(rf'\g<1>{_READER}({_readable(around)}, "{name}")', source, count=1)
+            variables[_READER] = own_tensor
+    return source
+
+
+def _readable(path: str) -> str:
+    first, *names = path.split(".")
+    for name in names:
+        first = f"{first}.{name}" if name.isidentifier() else f'getattr({first}, "{name}")'
+    return first
+
+
+_MEANING_OWN = (
+    "torch.distributed",
+    "accelerate",
+    "deepspeed",
+    "transformers.modeling_utils",
+    "transformers.core_model_loading",
+    "transformers.initialization",
+    "transformers.trainer",
+)
+"""Packages whose code asks a layer for its weight to move, shard, tie or save it."""
+
+
+def means_own(module: nn.Module, depth: int = 2) -> bool:
+    """Returns whether the code that asks a module for a tensor means its own.
+
+    Args:
+        module: The module.
+        depth: The number of calls between this one and that code.
+    """
+    frame: Any = sys._getframe(depth)
+    while frame.f_code.co_name == "__getattr__" and frame.f_globals.get("__name__", "").startswith("torch."):
+        frame = frame.f_back
+    asker = frame.f_globals.get("__name__", "")
+    if asker == "torch.fx.interpreter":
+        # it runs the module's own graph, node by node
+        return getattr(frame.f_locals.get("self"), "module", None) is module
+    return asker.startswith(_MEANING_OWN)

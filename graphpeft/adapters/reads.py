@@ -33,7 +33,6 @@ from graphpeft.graph.scaled_sum import is_captured
 from graphpeft.graph.tags import TAG, Tag, changes_at
 from graphpeft.graph.template import Template, template_of
 from graphpeft.rules import rewrite
-from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.arguments import asked_by
 from graphpeft.rules.rule import changes_bias
 
@@ -127,7 +126,7 @@ def _apart(adapters: Adapters, seats: Mapping[str, int]) -> dict[str, Reads]:
     return found
 
 
-def _tag(adapted: AdaptedSite, attributes: Mapping[str, str], slot: int, method: str) -> Tag:
+def _tag(adapted: Any, attributes: Mapping[str, str], slot: int, method: str) -> Tag:
     """Returns the tag that a node of an adapter would have in a graph of its weight's own module."""
     bias = adapted.site.bias if changes_bias(adapted.rule) else None
     return Tag(
@@ -179,17 +178,15 @@ def _attribute(formula: _Formula) -> ReadChanged:
 
 
 def _read(formula: _Formula, module: nn.Module) -> Any:
+    rows = ROWS.get()
     if torch.compiler.is_compiling():
-        return formula.captured(module)
+        return formula.captured(module) if rows is None else rows.read(module, formula.name)
     if nn.Module.__getattr__ is not _GETATTR:
         return nn.Module.__getattr__(module, formula.name)  # a tracer notes the read
     own = own_tensor(module, formula.name)
     if own is None or means_own(module):
         return own
-    rows = ROWS.get()
-    if rows is not None:
-        return rows.read(module, formula.name)
-    return formula.changed(module, own)
+    return formula.changed(module, own) if rows is None else rows.read(module, formula.name)
 
 
 _GETATTR = nn.Module.__getattr__
@@ -224,6 +221,7 @@ class _Formula:
         if self._refusal is not None:
             raise AdaptError(self._refusal)
         weight = base = own_tensor(module, self._changes.weight)
+        bias: Any = None
         bias = base_bias = None if self._changes.bias is None else own_tensor(module, self._changes.bias)
         for rule, of_weight, of_bias in self._steps:
             there = {"weight": weight, "base": base, "bias": bias, "base_bias": base_bias}

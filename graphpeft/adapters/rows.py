@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphpeft._torch import without_compiler
 from graphpeft.adapters.adapter_names import BASE
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.reads import in_mixture
@@ -174,6 +175,7 @@ class Rows:
             "enter it anew"
         )
 
+    @without_compiler("which rows have an adapter that changes a tensor is looked up")
     def read(self, module: nn.Module, tensor: str) -> torch.Tensor:
         """Returns a tensor of a module for code that reads it outside of the graphs that run by row.
 

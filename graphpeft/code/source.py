@@ -391,21 +391,3 @@ def is_logging_call(code: CodeType, line: int) -> bool:
 def is_of_pytorch(cls: type) -> bool:
     """Returns whether a class is one of PyTorch's, or built in."""
     return cls.__module__.partition(".")[0] in ("torch", "builtins")
-
-
-def methods_reading(cls: type, attribute: str) -> frozenset[str]:
-    """Returns the names of all methods of `cls` that read an attribute of ``self``, called by its forward or not."""
-    return frozenset(name for name, method in _own_methods(cls).items() if _reads(method, attribute))
-
-
-@cached_by_class
-def _own_methods(cls: type) -> Mapping[str, Any]:
-    """Returns the methods of a user's class by name; `reset_parameters` initialises weights before any adapter."""
-    of_users = [vars(base).items() for base in cls.__mro__ if not is_of_pytorch(base)]
-    names = {name for members in of_users for name, value in members if inspect.isfunction(value)}
-    return {name: inspect.unwrap(getattr(cls, name)) for name in names - {"reset_parameters"}}
-
-
-def _reads(method: Any, attribute: str) -> bool:
-    paths = paths_in(method, has_self=True) if inspect.isfunction(method) else ()
-    return any(path == attribute or path.startswith(f"{attribute}.") for path, _ in paths)

@@ -88,7 +88,9 @@ class _Later(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, ...]:
         """Returns the gradients of the values."""
         saved = iter(ctx.saved_tensors)
         needed = ctx.needs_input_grad[2:]
@@ -165,6 +167,11 @@ def numbers_of(value: Any) -> Any:
     if value._known is None or value._known[0] != state:
         value._known = state, computation.result()
     return value._known[1]
+
+
+def layer_of(changed: ChangedWeight) -> nn.Module | None:
+    """Returns the layer whose weight it is, if that is still there."""
+    return changed._computation.layer()
 
 
 _READ: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()

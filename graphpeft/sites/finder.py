@@ -19,6 +19,7 @@ from graphpeft.graph.ops import convolution
 from graphpeft.graph.own_forward import own_code
 from graphpeft.graph.paths import join, within
 from graphpeft.graph.traced_model import plain_attribute, stands_for
+from graphpeft.sites.called_otherwise import CalledOtherwise
 from graphpeft.sites.held import HeldParameters
 from graphpeft.sites.layer_kinds import kind_of_layer
 from graphpeft.sites.quantised import described, is_quantised
@@ -65,6 +66,7 @@ class SiteFinder:
         self.found: dict[tuple[str, str], Site] = {}
         self._known = known
         self._held = HeldParameters(self.modules)
+        self._called = CalledOtherwise({p: m for p, m in self.modules.items() if p not in self.regions.graphs})
 
     def find(self, owner: str, attribute: str) -> Site:
         """Returns the site of a weight.
@@ -106,6 +108,7 @@ class SiteFinder:
 
     def _new_site(self, owner: str, attribute: str, weight: torch.Tensor) -> Site:
         """Returns the site of a weight, found in graphs; its own module's if no graph has all of its uses."""
+        self._called.check(owner)
         region, uses, reason = self._region(owner, attribute)
         if region is not None and uses is not None:
             reason = self._why_no_graph(region, owner, attribute, uses)

@@ -52,6 +52,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 __all__ = [
     "CHECKPOINT_GENERATOR",  # the implementation of `checkpoint` with use_reentrant=False
+    "CODE_OF_CALLS",  # tells by the frames around whether a module is being called
     "FORWARD_HOOKS_OF_ALL",  # global hooks that a forward runs
     "GROUPED_MM",  # products with experts' weights, some of which fake tensors refuse
     "PADDING_OF_CONVOLUTION",  # for convolutions with padding other than zeros
@@ -114,6 +115,8 @@ CHECKPOINT_GENERATOR = next(
 
 Since 2.15, the name ends in ``_impl``, and the function without ``_impl`` only calls it.
 """
+
+CODE_OF_CALLS = frozenset((nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__))
 
 # autograd
 

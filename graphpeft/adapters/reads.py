@@ -28,7 +28,7 @@ from graphpeft.graph import in_place, overrides
 from graphpeft.graph.changed_weight import Computation, changed_weight
 from graphpeft.graph.compiling import compiled
 from graphpeft.graph.ops import Weight
-from graphpeft.graph.own_tensors import ReadChanged, means_own, own_tensor
+from graphpeft.graph.own_tensors import ReadChanged, is_on_own, means_own, own_tensor
 from graphpeft.graph.scaled_sum import is_captured
 from graphpeft.graph.tags import TAG, Tag, changes_at
 from graphpeft.graph.template import Template, template_of
@@ -178,6 +178,8 @@ def _attribute(formula: _Formula) -> ReadChanged:
 
 
 def _read(formula: _Formula, module: nn.Module) -> Any:
+    if is_on_own(module):
+        return own_tensor(module, formula.name)
     rows = ROWS.get()
     if torch.compiler.is_compiling():
         return formula.captured(module) if rows is None else rows.read(module, formula.name)

@@ -7,7 +7,6 @@ depend on the changed ones, since the change would be added to them again.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from graphpeft._torch import DisableTorchFunctionSubclass, make_wrapper, pytree, storage_key, version
 from graphpeft.graph.autocast import is_in_autocast
 from graphpeft.graph.low_rank_sum import METADATA, getter, writes
+from graphpeft.graph.own_tensors import is_in_forward
 
 
 class Computation(NamedTuple):
@@ -159,8 +159,9 @@ def numbers_of(value: Any) -> Any:
     if type(value) is not ChangedWeight:
         return value
     computation = value._computation
-    if not _is_in_forward():
-        _READ.setdefault(computation.layer(), set()).add(computation.attribute)
+    layer = computation.layer()
+    if layer is not None and not is_in_forward():
+        _READ.setdefault(layer, set()).add(computation.attribute)
     if torch.is_grad_enabled():
         return computation.result()
     state = [version(each) for each in computation.values if isinstance(each, Tensor) and not each.is_inference()]
@@ -202,13 +203,13 @@ def _write(func: Any, args: Any, kwargs: Any, written: list[ChangedWeight]) -> A
         RuntimeError: If the changed numbers may be in what is written.
     """
     for each in written:
-        layer, name = each._computation.layer(), each._computation.attribute
+        layer, name = layer_of(each), each._computation.attribute
         reason = None
-        if _is_in_forward():
+        if is_in_forward():
             reason = "in a forward"
         elif len(_changed_in((args, kwargs))) > len(written):
             reason = "with the numbers of a weight that has such changes"
-        elif name in _READ.get(layer, ()):
+        elif layer is not None and name in _READ.get(layer, ()):
             reason = "after its changed numbers were read"
         if reason is not None:
             cls = each._computation.cls.__name__
@@ -222,18 +223,6 @@ def _write(func: Any, args: Any, kwargs: Any, written: list[ChangedWeight]) -> A
 
 
 _WAY_OUT = "write into graphpeft.own_weight(layer), or merge the adapters first"
-
-_CALLS = frozenset((nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__))
-
-
-def _is_in_forward() -> bool:
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code in _CALLS:
-            return True
-        frame = frame.f_back
-    return False
-
 
 # views
 

@@ -6,6 +6,7 @@ graph that has the adapter's nodes reads the own weight, and so does code that m
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from typing import Any
@@ -13,6 +14,9 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch import nn
+
+from graphpeft._torch import CODE_OF_CALLS
+from graphpeft.graph.per_call import PerCall
 
 STAND_INS = "_graphpeft_stand_ins"
 """The attribute of a class that has the readers of overrides, by the names of the tensors for which they stand in."""
@@ -114,18 +118,44 @@ _MEANING_OWN = (
 """Packages whose code asks a layer for its weight to move, shard, tie or save it."""
 
 
-def means_own(module: nn.Module, depth: int = 2) -> bool:
-    """Returns whether the code that asks a module for a tensor means its own.
+def on_own(module: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Lets a module give its own tensors to whoever asks, for the duration of the context."""
+    return _ON_OWN.during((*(_ON_OWN.get() or ()), module))
+
+
+def is_on_own(module: nn.Module) -> bool:
+    """Returns whether a module gives its own tensors to whoever asks, in the present call."""
+    running = _ON_OWN.get()
+    return running is not None and any(each is module for each in running)
+
+
+_ON_OWN: PerCall[tuple[nn.Module, ...]] = PerCall("layers on their own weights", "run the compiled model in a thread")
+
+
+def means_own(module: nn.Module) -> bool:
+    """Returns whether the code that asks a module's attribute for a tensor means the module's own.
 
     Args:
         module: The module.
-        depth: The number of calls between this one and that code.
     """
-    frame: Any = sys._getframe(depth)
+    frame: Any = sys._getframe(2)
     while frame.f_code.co_name == "__getattr__" and frame.f_globals.get("__name__", "").startswith("torch."):
         frame = frame.f_back
     asker = frame.f_globals.get("__name__", "")
     if asker == "torch.fx.interpreter":
         # it runs the module's own graph, node by node
         return getattr(frame.f_locals.get("self"), "module", None) is module
+    # which refuses all but parameters
+    if frame.f_code is nn.Module.get_parameter.__code__:
+        return not is_in_forward()
     return asker.startswith(_MEANING_OWN)
+
+
+def is_in_forward() -> bool:
+    """Returns whether a module is being called."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code in CODE_OF_CALLS:
+            return True
+        frame = frame.f_back
+    return False

@@ -84,8 +84,10 @@ class Regions:
 
     def template(self, path: str) -> Template | None:
         """Returns the graph of the module at `path`, or None if it can't have one; `errors` says why."""
+        if path in self.errors:
+            return None
         found = self.templates.get(path)
-        if found is not None or path in self.errors:
+        if found is not None:
             return found
         try:
             found = self.present(path) or self._lift(path)

@@ -25,10 +25,10 @@ from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.present_rows import ROWS
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.graph import in_place, overrides
-from graphpeft.graph.changed_weight import Computation, changed_weight
+from graphpeft.graph.changed_weight import Computation, changed_weight, numbers_of
 from graphpeft.graph.compiling import compiled
 from graphpeft.graph.ops import Weight
-from graphpeft.graph.own_tensors import ReadChanged, is_on_own, means_own, own_tensor
+from graphpeft.graph.own_tensors import Asker, ReadChanged, is_on_own, own_tensor
 from graphpeft.graph.scaled_sum import is_captured
 from graphpeft.graph.tags import TAG, Tag, changes_at
 from graphpeft.graph.template import Template, template_of
@@ -185,10 +185,13 @@ def _read(formula: _Formula, module: nn.Module) -> Any:
         return formula.captured(module) if rows is None else rows.read(module, formula.name)
     if nn.Module.__getattr__ is not _GETATTR:
         return nn.Module.__getattr__(module, formula.name)  # a tracer notes the read
-    own = own_tensor(module, formula.name)
-    if own is None or means_own(module):
+    own, asker = own_tensor(module, formula.name), Asker(1)
+    if own is None or asker.means_own(module):
         return own
-    return formula.changed(module, own) if rows is None else rows.read(module, formula.name)
+    found: Any = formula.changed(module, own) if rows is None else rows.read(module, formula.name)
+    if asker.takes_parameters:
+        found._is_param = True
+    return numbers_of(found) if asker.chooses_kernels else found
 
 
 _GETATTR = nn.Module.__getattr__

@@ -26,6 +26,7 @@ from graphpeft._torch import without_compiler
 from graphpeft.graph.forward_arguments import leading_to_class
 from graphpeft.graph.holders import adapters_at, distribute_adapters, tree_of, without_holders
 from graphpeft.graph.kept_forwards import follow, has_forward, keep_own_forward, own_forwards, step_aside, step_back
+from graphpeft.graph.own_tensors import own_tensor
 from graphpeft.graph.paths import STATE
 from graphpeft.graph.sharded_classes import over_shards, under_shards
 from graphpeft.graph.sharding import is_asked_by
@@ -141,7 +142,7 @@ class Dressed:
             )
         if not is_asked_by(_TENSOR_PARALLEL):
             for own, parameter in self.__dict__["_parameters"].items():
-                if param is not None and param is not parameter and own != name and param is getattr(self, own):
+                if param is not None and param is not parameter and own != name and param is own_tensor(self, own):
                     raise RuntimeError(
                         f"{own} of a {self._graphpeft_original.__name__} is an adapter's tensor while that is active, "
                         f"so it can't become {name} too, as by pruning; do that before you adapt the model, or after "

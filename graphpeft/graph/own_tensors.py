@@ -81,11 +81,9 @@ def _held(module: Any, name: str) -> Any:
     return nn.Module.__getattr__(module, name)  # which raises the usual error, or finds a buffer
 
 
-def let_read_own(graph: fx.Graph, path: str) -> None:
-    """Lets a graph read the tensor at a path without the changes that other readers get."""
-    for node in graph.nodes:
-        if node.op == "get_attr" and node.target == path:
-            node.meta[_OWN] = True
+def let_read_own(node: fx.Node) -> None:
+    """Lets a node read its tensor without the changes that other readers get."""
+    node.meta[_OWN] = True
 
 
 def as_own(graph: fx.Graph, source: str, variables: dict[str, Any]) -> str:
@@ -110,12 +108,22 @@ _MEANING_OWN = (
     "torch.distributed",
     "accelerate",
     "deepspeed",
+    "torch.nn.utils",
     "transformers.modeling_utils",
     "transformers.core_model_loading",
     "transformers.initialization",
     "transformers.trainer",
 )
-"""Packages whose code asks a layer for its weight to move, shard, tie or save it."""
+"""Packages whose code asks a layer for its weight to move, shard, tie, replace or save it."""
+
+
+_METHODS_ON_OWN = frozenset(
+    (
+        *("_save_to_state_dict", "_load_from_state_dict", "__getstate__", "__setstate__"),
+        *("_apply", "extra_repr", "reset_parameters", "_reset_parameters", "_init_flat_weights", "flatten_parameters"),
+    )
+)
+"""Methods of a module's class in which it means its own tensors: what saves, loads, moves, fills and shows them."""
 
 
 def on_own(module: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -132,23 +140,37 @@ def is_on_own(module: nn.Module) -> bool:
 _ON_OWN: PerCall[tuple[nn.Module, ...]] = PerCall("layers on their own weights", "run the compiled model in a thread")
 
 
-def means_own(module: nn.Module) -> bool:
-    """Returns whether the code that asks a module's attribute for a tensor means the module's own.
+class Asker:
+    """The code that asks a module's attribute for a tensor.
 
     Args:
-        module: The module.
+        depth: The number of calls between the caller of this and that code.
     """
-    frame: Any = sys._getframe(2)
-    while frame.f_code.co_name == "__getattr__" and frame.f_globals.get("__name__", "").startswith("torch."):
-        frame = frame.f_back
-    asker = frame.f_globals.get("__name__", "")
-    if asker == "torch.fx.interpreter":
-        # it runs the module's own graph, node by node
-        return getattr(frame.f_locals.get("self"), "module", None) is module
-    # which refuses all but parameters
-    if frame.f_code is nn.Module.get_parameter.__code__:
-        return not is_in_forward()
-    return asker.startswith(_MEANING_OWN)
+
+    def __init__(self, depth: int) -> None:
+        frame: Any = sys._getframe(depth + 1)
+        while frame.f_code.co_name == "__getattr__" and frame.f_globals.get("__name__", "").startswith("torch."):
+            frame = frame.f_back
+        self._frame, self._home = frame, frame.f_globals.get("__name__", "")
+
+    def means_own(self, module: nn.Module) -> bool:
+        """Returns whether it means the module's own tensor, without changes."""
+        if self._home == "torch.fx.interpreter":
+            # it runs the module's own graph, node by node
+            return getattr(self._frame.f_locals.get("self"), "module", None) is module
+        if self.takes_parameters:
+            return not is_in_forward()
+        return self._frame.f_code.co_name in _METHODS_ON_OWN or self._home.startswith(_MEANING_OWN)
+
+    @property
+    def takes_parameters(self) -> bool:
+        """Whether it is ``get_parameter``, which takes no other tensor."""
+        return self._frame.f_code is nn.Module.get_parameter.__code__
+
+    @property
+    def chooses_kernels(self) -> bool:
+        """Whether it is a layer of PyTorch, which runs its fast path on plain tensors alone."""
+        return self._home.startswith("torch.nn.modules.") and not torch.is_grad_enabled()
 
 
 def is_in_forward() -> bool:

@@ -7,7 +7,7 @@ to the graph. Every node of an adapter has a `Tag`, so removing the adapter mean
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ def insert(
         entered, replaced = _emit(
             graph, op, rule, {**attributes, **{name: CallInput(name) for name in rule.call_inputs}}
         )
-    of_weight = {} if isinstance(op, Boundary) else _reading_own(graph, op, changes_bias(rule))
+    of_weight = {} if isinstance(op, Boundary) else _reading_own(graph, op, changes_bias(rule), before)
     calls = op.around if isinstance(op, Boundary) else calls_of(op.node)
     place = max((tag.place for tag in changes_at(graph, op.name)), default=0) + 1
     for node in [node for node in graph.nodes if node not in before]:
@@ -108,13 +108,14 @@ def insert(
         node.meta[CALLS] = calls
 
 
-def _reading_own(graph: fx.Graph, op: Operation, changes_bias: bool) -> dict[str, Any]:
+def _reading_own(graph: fx.Graph, op: Operation, changes_bias: bool, before: Collection[fx.Node]) -> dict[str, Any]:
     """Lets a graph read an operation's own tensors, and returns the paths of those that other readers get changed."""
-    bias = op.bias if changes_bias and not isinstance(op, Weight) else None
-    for path in (op.weight, bias):
-        if path is not None:
-            let_read_own(graph, path)
-    return {"weight": op.weight, "bias": bias}
+    bias = None if isinstance(op, Weight) else op.bias
+    changed = (op.weight, bias) if changes_bias else (op.weight,)
+    for node in graph.nodes:
+        if node.op == "get_attr" and (node.target in changed or (node.target == bias and node not in before)):
+            let_read_own(node)
+    return {"weight": op.weight, "bias": bias if changes_bias else None}
 
 
 Sources = Mapping[str, str | CallInput]
@@ -361,7 +362,7 @@ def replace(
     """
     assert not isinstance(op, Weight)
     if not isinstance(op, Leaf):
-        _reading_own(graph, op, True)
+        _reading_own(graph, op, True, graph.nodes)
     users = set(op.node.users) - (op.inside if isinstance(op, Leaf) else set())
     with torch.enable_grad(), graph.inserting_before(op.node.next):
         result = _call(function, RuleTracer(graph), {**nodes, "x": op.x, "y": op.node}, paths, {"operation": op})

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from graphpeft.code.source import read_anew
 from graphpeft.graph import ops
 from graphpeft.graph.computed_weights import computed_from, read_weight
+from graphpeft.graph.forward_classes import holds_own_tensor
 from graphpeft.graph.guards import fixed_arguments
 from graphpeft.graph.holders import has_holders
 from graphpeft.graph.inputs import ExampleInputs
@@ -78,6 +79,7 @@ class SiteFinder:
         Raises:
             NoSiteError: If the weight has no site.
         """
+        held = self._held.place_of(self.modules[owner], attribute)
         weight = read_weight(self.modules[owner], attribute)
         assert weight is not None
         if is_lazy(weight):
@@ -88,7 +90,7 @@ class SiteFinder:
                 "module that computes with it in target_modules"
             )
         known = self._known.sites.get((owner, attribute))
-        site = (known and self._as_known(known, weight)) or self._new_site(owner, attribute, weight)
+        site = (known and self._as_known(known, weight)) or self._new_site(owner, attribute, weight, held)
         self.found[owner, attribute] = site
         return site
 
@@ -106,21 +108,25 @@ class SiteFinder:
         self.templates[region] = template
         return site._replace(dtype=weight.dtype)
 
-    def _new_site(self, owner: str, attribute: str, weight: torch.Tensor) -> Site:
+    def _new_site(self, owner: str, attribute: str, weight: torch.Tensor, held: str | None) -> Site:
         """Returns the site of a weight, found in graphs; its own module's if no graph has all of its uses."""
         self._called.check(owner)
         region, uses, reason = self._region(owner, attribute)
+        if held is not None and region not in self.regions.graphs:
+            raise NoSiteError(
+                f"its {attribute} is held by {held}, too, where no change of it is read; let the code read it from the "
+                "module in each call"
+            )
         if region is not None and uses is not None:
             reason = self._why_no_graph(region, owner, attribute, uses)
             if reason is None:
                 return self._site(region, owner, attribute, weight, uses)
         if reason is None:
             raise NoSiteError(f"no operation that a rule adapts uses its {attribute}")
-        held = self._held.place_of(weight) if attribute in self.modules[owner]._parameters else None
-        if held is not None:
+        if holds_own_tensor(self.modules[owner]):
             raise NoSiteError(
-                f"its {attribute} is held by {held}, too, where no change of it is read; let the code read it from the "
-                "module in each call"
+                f"{reason}; and its forward that was set on the instance has a tensor of it in hand, which no change "
+                "reaches; let it read the tensor from the module in each call"
             )
         self.templates[owner] = self.regions.present(owner) or own_code()
         return self._site(owner, owner, attribute, weight, _ITSELF)._replace(own_code=reason)

@@ -22,8 +22,8 @@ _NOT_HELD = (frozenset(vars(nn.Module())) - {*_HOOKS}) | OF_HOOKS | {KNOWN}
 _PLAIN_TYPES = PLAIN - {nn.Parameter}
 """Types whose values hold no parameter."""
 
-_REGISTERED = 3
-"""The references to a parameter that only its module has, when they are counted: the module's, and two of the count."""
+_REGISTERED = 2
+"""The references to a parameter that its module alone has, when they are counted: the module's, and the count's."""
 
 
 class HeldParameters:
@@ -37,14 +37,14 @@ class HeldParameters:
         self._modules = modules
         self._places: dict[int, str] | None = None
 
-    def place_of(self, parameter: torch.Tensor) -> str | None:
-        """Returns where a module holds a parameter, for a person; None if none does."""
+    def place_of(self, owner: nn.Module, name: str) -> str | None:
+        """Returns where a module holds a parameter of `owner`, for a person; None if none does."""
         # the search takes its time, and there is nothing to find for nearly all weights
-        if sys.getrefcount(parameter) <= _REGISTERED + 1:
+        if sys.getrefcount(owner._parameters.get(name)) <= _REGISTERED:
             return None
         if self._places is None:
             self._places = dict(self._found())
-        return self._places.get(id(parameter))
+        return self._places.get(id(owner._parameters.get(name)))
 
     def _found(self) -> Iterator[tuple[int, str]]:
         for path, module in self._modules.items():

@@ -298,6 +298,7 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
             take_off(modules[path], root)
             stop_hiding(modules[path])
     _forget_regions(modules, adapters, adapter)
+    _stop_asking(modules, adapters)
     for (path, attribute), tensor in adapter.overwritten.items():
         if path in modules and modules[path]._parameters.get(attribute) is not None:
             with written(modules[path]):
@@ -305,6 +306,15 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
                 remember(held)
                 with torch.no_grad():
                     held.copy_(tensor)
+
+
+def _stop_asking(modules: Modules, adapters: Adapters) -> None:
+    """Lets readers of tensors of which no adapter is left ask for the rows of a batch no longer."""
+    there = {path for adapter in adapters.by_name.values() for path in adapter.owners}
+    for path in [path for path in adapters.asking if path not in there]:
+        delete_item(adapters.asking, path)
+        if path in modules:
+            in_place.take_off(modules[path], "reads")
 
 
 def _forget_regions(modules: Modules, adapters: Adapters, gone: Adapter) -> None:

@@ -11,12 +11,13 @@ import functools
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from typing import Any, NamedTuple
 
 import torch
 import torch.fx as fx
 from torch import Tensor, nn
+from torch.fx import _symbolic_trace
 
 from graphpeft._torch import is_transformed, version
 from graphpeft.adapters.adapter_names import BASE
@@ -25,7 +26,7 @@ from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.present_rows import ROWS
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.graph import in_place, overrides
-from graphpeft.graph.changed_weight import Computation, changed_weight, numbers_of
+from graphpeft.graph.changed_weight import Computation, changed_weight, numbers_of, refuse_read
 from graphpeft.graph.compiling import compiled
 from graphpeft.graph.ops import Weight
 from graphpeft.graph.own_tensors import Asker, ReadChanged, is_on_own, own_tensor
@@ -148,9 +149,19 @@ def _tag(adapted: Any, attributes: Mapping[str, str], slot: int, method: str) ->
 @functools.lru_cache(maxsize=1024)
 def _layer(reads: Reads) -> in_place.Layer:
     namespace: dict[str, Any] = {name: _attribute(_Formula(name, changes)) for name, changes in reads}
+    namespace["register_parameter"] = _registering(frozenset(dict(reads)))
     # a recurrent layer of PyTorch computes with a list of its parameters
     namespace["_flat_weights"] = property(_flat_weights, _set_flat_weights)
     return in_place.Layer("reads", (), namespace, (_layer, (reads,)))
+
+
+def _registering(names: Set[str]) -> Callable[..., None]:
+    def register_parameter(module: Any, name: str, param: nn.Parameter | None) -> None:
+        if name in names and not Asker(0).means_own(module):
+            refuse_read(module, name, "this sets")
+        in_place.Dressed.register_parameter(module, name, param)
+
+    return register_parameter
 
 
 def _flat_weights(module: Any) -> list[Any]:
@@ -183,8 +194,10 @@ def _read(formula: _Formula, module: nn.Module) -> Any:
     rows = ROWS.get()
     if torch.compiler.is_compiling():
         return formula.captured(module) if rows is None else rows.read(module, formula.name)
-    if nn.Module.__getattr__ is not _GETATTR:
-        return nn.Module.__getattr__(module, formula.name)  # a tracer notes the read
+    read: Any = nn.Module.__getattr__
+    if read is not _GETATTR:
+        # fx records what is computed; the tracer of this library, which adapts its graphs, that this is read
+        return formula.captured(module) if read.__globals__ is vars(_symbolic_trace) else read(module, formula.name)
     own, asker = own_tensor(module, formula.name), Asker(1)
     if own is None or asker.means_own(module):
         return own
@@ -222,7 +235,7 @@ class _Formula:
         return changed_weight(own, _computation(run, values, module, self.name))
 
     def captured(self, module: nn.Module) -> Tensor:
-        """Returns the changed tensor in code that is compiled: by the rules' own code, which a compiler follows."""
+        """Returns the changed tensor by the rules' own code, which a compiler, and ``fx.symbolic_trace``, follows."""
         if self._refusal is not None:
             raise AdaptError(self._refusal)
         weight = base = own_tensor(module, self._changes.weight)
@@ -253,7 +266,8 @@ class _Formula:
         weight, bias, tags = self._changes
         graph = fx.Graph()
         if bias is not None:
-            graph.output(rewrite.changed_bias(graph, weight, bias, tags))
+            with torch.enable_grad():
+                graph.output(rewrite.changed_bias(graph, weight, bias, tags))
         else:
             read = graph.create_node("get_attr", weight)
             graph.output(read)

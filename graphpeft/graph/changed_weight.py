@@ -175,6 +175,21 @@ def layer_of(changed: ChangedWeight) -> nn.Module | None:
     return changed._computation.layer()
 
 
+def refuse_read(layer: nn.Module, name: str, does: str) -> None:
+    """Raises RuntimeError if a weight's changed numbers were read outside of forwards, so that they may come back.
+
+    Args:
+        layer: The layer.
+        name: The weight's name there.
+        does: The change of the own weight, for a person.
+    """
+    if name in _READ.get(layer, ()):
+        raise RuntimeError(
+            f"{does} {name} of a {type(layer).__name__}, which adapters change, after its changed numbers were read: "
+            f"the change may be in what is written, and would be added again; {_WAY_OUT}"
+        )
+
+
 _READ: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 """The names of the weights, by their layers, whose changed numbers were read outside of forwards."""
 
@@ -209,20 +224,20 @@ def _write(func: Any, args: Any, kwargs: Any, written: list[ChangedWeight]) -> A
             reason = "in a forward"
         elif len(_changed_in((args, kwargs))) > len(written):
             reason = "with the numbers of a weight that has such changes"
-        elif layer is not None and name in _READ.get(layer, ()):
-            reason = "after its changed numbers were read"
+        does = f"{getattr(func, '__name__', func)} writes into"
         if reason is not None:
-            cls = each._computation.cls.__name__
             raise RuntimeError(
-                f"{getattr(func, '__name__', func)} writes into {name} of a {cls}, which adapters change, {reason}: "
-                f"the change may be in what is written, and would be added again; {_WAY_OUT}"
+                f"{does} {name} of a {each._computation.cls.__name__}, which adapters change, {reason}: the change may "
+                f"be in what is written, and would be added again; {_WAY_OUT}"
             )
+        if layer is not None:
+            refuse_read(layer, name, does)
     own_args, own_kwargs = pytree.tree_map(_own_of, (args, kwargs))
     result = func(*own_args, **own_kwargs)
     return next((each for each in written if result is each._own), result)
 
 
-_WAY_OUT = "write into graphpeft.own_weight(layer), or merge the adapters first"
+_WAY_OUT = "read and write graphpeft.own_weight(layer), or do so while no adapter acts, as in model.disable_adapter()"
 
 # views
 

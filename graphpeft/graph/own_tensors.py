@@ -104,10 +104,15 @@ def _readable(path: str) -> str:
     return first
 
 
+def _reads_own(graph: fx.Graph, path: Any) -> bool:
+    return any(_OWN in node.meta for node in graph.nodes if node.op == "get_attr" and node.target == path)
+
+
 _MEANING_OWN = (
     "torch.distributed",
     "accelerate",
     "deepspeed",
+    "torch.fx.graph_module",
     "torch.nn.utils",
     "transformers.modeling_utils",
     "transformers.core_model_loading",
@@ -140,8 +145,12 @@ def is_on_own(module: nn.Module) -> bool:
 _ON_OWN: PerCall[tuple[nn.Module, ...]] = PerCall("layers on their own weights", "run the compiled model in a thread")
 
 
+_ON_THE_WAY = ("__getattr__", "__setattr__", "register_parameter")
+_LIBRARIES = ("torch.", "graphpeft.")
+
+
 class Asker:
-    """The code that asks a module's attribute for a tensor.
+    """The code that asks a module's attribute for a tensor, or sets one.
 
     Args:
         depth: The number of calls between the caller of this and that code.
@@ -149,15 +158,19 @@ class Asker:
 
     def __init__(self, depth: int) -> None:
         frame: Any = sys._getframe(depth + 1)
-        while frame.f_code.co_name == "__getattr__" and frame.f_globals.get("__name__", "").startswith("torch."):
+        # the code of a dressed class has its name behind that of the function
+        while frame.f_code.co_name.partition(" ")[0] in _ON_THE_WAY and frame.f_globals.get("__name__", "").startswith(
+            _LIBRARIES
+        ):
             frame = frame.f_back
         self._frame, self._home = frame, frame.f_globals.get("__name__", "")
 
     def means_own(self, module: nn.Module) -> bool:
         """Returns whether it means the module's own tensor, without changes."""
         if self._home == "torch.fx.interpreter":
-            # it runs the module's own graph, node by node
-            return getattr(self._frame.f_locals.get("self"), "module", None) is module
+            # it runs a graph node by node
+            running = self._frame.f_locals
+            return _reads_own(running["self"].graph, running.get("target"))
         if self.takes_parameters:
             return not is_in_forward()
         return self._frame.f_code.co_name in _METHODS_ON_OWN or self._home.startswith(_MEANING_OWN)

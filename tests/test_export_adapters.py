@@ -511,7 +511,7 @@ class Around(nn.Module):
 def test_a_module_that_runs_on_changed_weights_is_exported_inside_others(format, way, tmp_path):
     config = graphpeft.LoraConfig(r=2, lora_alpha=3, target_parameters=["w", "inside.weight"], init_lora_weights=False)
     model: Any = graphpeft.get_peft_model(Around(), config)
-    assert all(row.site.own_code for row in model.adapter_report().adapted)
+    assert any(row.site.own_code for row in model.adapter_report().adapted)
     report = graphpeft.export(model, (torch.randn(3, 4),), tmp_path / f"m{SUFFIXES[format]}", format, way)
     assert len(report.checked) == 3
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from graphpeft.code.source import read_anew
@@ -137,6 +138,9 @@ class SiteFinder:
         If there is none, the third is the reason why modules that may use it have no graph; None if none may.
         """
         reasons = []
+        in_graph = any(not path or f"{owner}.".startswith(f"{path}.") for path in self.regions.graphs)
+        if isinstance(self.modules[owner], NonDynamicallyQuantizableLinear) and not in_graph:
+            return None, None, "nn.MultiheadAttention reads its weight, and doesn't call it"
         for region in self._regions(owner):
             if self.regions.template(region) is None:
                 reasons.append(f"{region or 'the model'} can't become a graph: {self.regions.errors[region]}")

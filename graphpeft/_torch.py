@@ -44,7 +44,6 @@ from torch.autograd import forward_ad
 from torch.fx.graph import PythonCode
 from torch.nn.modules import module as _hooks
 from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
-from torch.nn.utils.stateless import _reparametrize_module as reparametrized
 from torch.overrides import _get_current_function_mode as current_function_mode
 from torch.overrides import _pop_mode_temporarily as function_mode_set_aside
 from torch.utils._python_dispatch import TorchDispatchMode, is_in_torch_dispatch_mode
@@ -91,7 +90,6 @@ __all__ = [
     "post_accumulate_hooks",  # such hooks may step an optimizer in a backward that is undone
     "printed_target",  # a node's target as text
     "pytree",  # flattens nested containers as `fx` and `torch.export` do
-    "reparametrized",  # replaces a module's tensors during its forward; `functional_call` would run hooks
     "saved_tensors_go_elsewhere",  # tells whether hooks handle tensors saved for backward
     "schemas_of",  # the arguments of PyTorch's functions and methods, by name
     "sharded_parameter_behind",  # the same for `fully_shard`

@@ -185,6 +185,7 @@ def test_the_report_names_modules_that_run_their_own_code_on_changed_weights():
     report = explain(_seeded(lambda: nn.Sequential(Deciding())), LoraConfig(**OPTIONS))
     assert "runs its own code on changed weights" in str(report)
     [reason] = [row.site.own_code for row in report.adapted]
+    assert reason is not None
     assert reason.startswith("0 can't become a graph: ")
 
 

@@ -96,7 +96,7 @@ def uses_in_forward(cls: type) -> Uses:
     for function in reached.functions:
         if function not in methods:
             may_be_any = function.__globals__.get("__name__") == cls.__module__
-            uses.read_elsewhere.update(read_by(function) - (set() if may_be_any else {ANY}))
+            uses.read_elsewhere.update(_read_by(function) - (set() if may_be_any else {ANY}))
     uses.read_elsewhere.update(reached.got)
     has_own_gradient = FunctionMeta in reached.kinds
     return uses._replace(replaces_weights=reached.replaces_weights, has_own_gradient=has_own_gradient)
@@ -116,7 +116,7 @@ def _named_in(function: FunctionType, cls: type) -> list[Any]:
     return found
 
 
-def read_by(function: FunctionType) -> set[str]:
+def _read_by(function: FunctionType) -> set[str]:
     """Returns the names of attributes that a function reads from any value, with `ANY` if a name is unknown."""
     return {path.removeprefix("*.") for path, _ in paths_in_bytecode(function.__code__, None)}
 

@@ -60,12 +60,6 @@ def read_weight(module: nn.Module, attribute: str) -> torch.Tensor | None:
     return getattr(module, attribute)
 
 
-def has_tensor(module: nn.Module, attribute: str) -> bool:
-    """Returns whether a module's `attribute` is its own tensor, or a weight that it computes."""
-    is_own = attribute in module._parameters or attribute in module._buffers
-    return is_own or computed_from(module, attribute) is not None
-
-
 def read_as_attributes(graph: fx.Graph, module: nn.Module) -> None:
     """Lets a module's graph read what parametrizations compute as the attributes that its code reads."""
     for node in list(graph.nodes):

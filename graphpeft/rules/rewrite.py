@@ -274,17 +274,7 @@ def _operands(graph: fx.Graph, op: Computation, rule: Any, attributes: Sources) 
 
 
 def changed_bias(graph: fx.Graph, weight: str, bias: str, changes: Sequence[Tag]) -> fx.Node:
-    """Emits a bias with the changes of adapters.
-
-    Args:
-        graph: The graph, edited in place.
-        weight: The path of the weight beside it.
-        bias: The path of the bias.
-        changes: A tag of each adapter, in the order of the changes.
-
-    Raises:
-        NoChangeError: As `insert` does.
-    """
+    """Emits a bias with the changes of adapters, given a tag of each, and returns it; raises as `insert` does."""
     return _operands_so_far(graph, weight, bias, changes, [asked_by(_of_bias)])["bias"]
 
 
@@ -362,7 +352,7 @@ def replace(
     """
     assert not isinstance(op, Weight)
     if not isinstance(op, Leaf):
-        _reading_own(graph, op, True, graph.nodes)
+        _reading_own(graph, op, True, [*graph.nodes])
     users = set(op.node.users) - (op.inside if isinstance(op, Leaf) else set())
     with torch.enable_grad(), graph.inserting_before(op.node.next):
         result = _call(function, RuleTracer(graph), {**nodes, "x": op.x, "y": op.node}, paths, {"operation": op})

@@ -39,6 +39,7 @@ from graphpeft.testing.runs import (
     left_by,
     loss_of,
     perturbed,
+    requiring_grad,
     run,
     run_copy,
 )
@@ -93,7 +94,7 @@ def assert_fresh_adapter_changes_no_output(
         changed = [one.site.weight for one in adapted._peft_adapters.by_name["default"].weight_sites]
         trained = adapted._peft_adapters.by_name["default"].fully_trained
         copied = [join(path, name) for path, names in trained.items() for name in names]
-        bases = [_requiring(base, paths) for paths in (copied, (*copied, *changed))]
+        bases = [requiring_grad(base, paths) for paths in (copied, (*copied, *changed))]
         for records in (False, True):
             when = f"with training={mode}, {'gradients' if records else 'no gradients'}"
             with torch.set_grad_enabled(records):
@@ -101,14 +102,6 @@ def assert_fresh_adapter_changes_no_output(
                     return
                 with_it, *without = (functools.partial(run_copy, model, every) for model in (adapted, *bases))
                 require_one_alike(with_it, without, tolerance, f"{when}, a fresh adapter changes the output")
-
-
-def _requiring(base: nn.Module, paths: Sequence[str]) -> nn.Module:
-    """Returns a copy of a model in which these parameters alone require grad."""
-    copied = copy.deepcopy(base).requires_grad_(False)
-    for path in paths:
-        copied.get_parameter(path).requires_grad_()
-    return copied
 
 
 @blames_a_site

@@ -41,6 +41,7 @@ from torch._subclasses import fake_tensor
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as leave_autocast
 from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace as symbolic_tracing
 from torch.fx.graph import PythonCode
 from torch.nn.modules import module as _hooks
 from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
@@ -94,6 +95,7 @@ __all__ = [
     "schemas_of",  # the arguments of PyTorch's functions and methods, by name
     "sharded_parameter_behind",  # the same for `fully_shard`
     "storage_key",  # tells which tensors share memory, also fake ones
+    "symbolic_tracing",  # tells fx's own tracer from the one of this library
     "uncompiled",  # hooks and modes see what runs; with fullgraph=True, compiled code refuses them
     "version",  # counts in-place writes into a tensor
     "without_compiler",  # leaves the compiler's import to its users

@@ -13,7 +13,7 @@ from graphpeft.adapters.exchanged import refuse_exchanged_classes
 from graphpeft.adapters.graphs import names_of_others, slots_for, templates_with
 from graphpeft.adapters.padded_inputs import keep_padded
 from graphpeft.adapters.plan import AdaptError
-from graphpeft.adapters.reads import read_layers
+from graphpeft.adapters.reads import layer_of, layers_apart
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.graph import in_place, overrides, slots
 from graphpeft.graph.holders import HolderGroup
@@ -42,9 +42,9 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
     if adapters.passes is not None:
         # they read what is in slots
         in_place.exchange_all((modules[path], of_module) for path, of_module in layers.items())
-    for region, layer in _graph_layers(modules, adapters, templates, seats):
-        layers.setdefault(region, {})["graph"] = layer
-    for path, layer in read_layers(modules, adapters, templates, seats):
+    for region, of_region in _graph_layers(modules, adapters, templates, seats):
+        layers.setdefault(region, {}).update(of_region)
+    for path, layer in layers_apart(modules, adapters, templates, seats):
         layers.setdefault(path, {})["reads"] = layer
     in_place.exchange_all((modules[path], of_module) for path, of_module in layers.items())
     keep_padded(modules, templates)
@@ -77,25 +77,31 @@ def refuse_foreign_forward(module: nn.Module, path: str) -> None:
 
 def _graph_layers(
     modules: Modules, adapters: Adapters, templates: Mapping[str, Template | None], seats: Mapping[str, int]
-) -> Iterator[tuple[str, in_place.Layer | None]]:
+) -> Iterator[tuple[str, Mapping[str, in_place.Layer | None]]]:
     """Yields what gives each region the graph of its template, after the passes of the model, by path."""
     seated = {slot: name for name, slot in seats.items()}
-    known: dict[tuple[Template, type], in_place.Layer] = {}  # modules of a class have the same names in slots
+    # modules of a class have the same names in slots
+    known: dict[tuple[Template, type], Mapping[str, in_place.Layer | None]] = {}
     for region, template in templates.items():
         module = modules[region]
         # a graph around the whole model runs around what was set on that, see model/set_forwards.py
         if region or template is None or not template.calls_own_forward:
             refuse_foreign_forward(module, region)
         if template is None:
-            yield region, None
+            yield region, _NO_GRAPH
             continue
+        reads = layer_of(template)
         if adapters.passes is not None:
             template = adapters.passes(template, module)
         refuse_other_options(module, template)
         kind = template, type(module)
         if kind not in known:
-            known[kind] = template.layer_for({**names_of_others(module, adapters), **seated})
+            layer = template.layer_for({**names_of_others(module, adapters), **seated})
+            known[kind] = {"graph": layer, "reads": reads}
         yield region, known[kind]
+
+
+_NO_GRAPH = {"graph": None, "reads": None}
 
 
 def _slot_layers(

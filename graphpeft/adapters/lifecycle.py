@@ -310,6 +310,8 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
 
 def _stop_asking(modules: Modules, adapters: Adapters) -> None:
     """Lets readers of tensors of which no adapter is left ask for the rows of a batch no longer."""
+    if not adapters.asking:
+        return
     there = {path for adapter in adapters.by_name.values() for path in adapter.owners}
     for path in [path for path in adapters.asking if path not in there]:
         delete_item(adapters.asking, path)

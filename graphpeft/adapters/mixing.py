@@ -29,7 +29,7 @@ from graphpeft.adapters.graphs import bare, names_of_others
 from graphpeft.adapters.in_turn import in_turn
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.present_rows import ROWS
-from graphpeft.adapters.reads import asking
+from graphpeft.adapters.reads import let_ask
 from graphpeft.adapters.rows import RowAdapters, Rows, Runner, place_of
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.graph import in_place
@@ -341,8 +341,7 @@ def _let_reads_ask(
         for adapted in adapters.by_name[name].weight_sites:
             if not adapted.site.is_called:
                 asked.setdefault(adapted.site.owner, set()).add(adapted.site.attribute)
-    for path, own in asked.items():
-        in_place.put_on(modules[path], asking(adapters, modules[path], path, sorted(own)))
+    let_ask(modules, adapters, {path: sorted(own) for path, own in asked.items()})
 
 
 def run_at_once(modules: Modules, adapters: Adapters, name: str) -> None:

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.fx as fx
 from torch import Tensor, nn
-from torch.fx import _symbolic_trace
 
-from graphpeft._torch import is_transformed, version
+from graphpeft._torch import is_transformed, symbolic_tracing, version
 from graphpeft.adapters.adapter_names import BASE
 from graphpeft.adapters.graphs import attributes_at, is_change
 from graphpeft.adapters.plan import AdaptError
@@ -59,10 +58,20 @@ Reads = tuple[tuple[str, Changes], ...]
 # which tensors are read so
 
 
-def read_layers(
+def layer_of(template: Template) -> in_place.Layer | None:
+    """Returns what lets other code read the tensors that adapters change in a module's own graph; None without any."""
+    if not template.slots:
+        return None
+    if "reads" not in template.facts:
+        reads = _in_graph(template)
+        template.facts["reads"] = reads, _layer(reads) if reads else None
+    return template.facts["reads"][1]
+
+
+def layers_apart(
     modules: Modules, adapters: Adapters, templates: Mapping[str, Template | None], seats: Mapping[str, int]
 ) -> Iterator[tuple[str, in_place.Layer | None]]:
-    """Yields what lets other code read the changed tensors of modules, by path; None where nothing is changed.
+    """Yields the same by path for modules whose tensors are changed, or asked for, otherwise than in their own graph.
 
     Args:
         modules: The model's modules by path.
@@ -71,34 +80,24 @@ def read_layers(
         seats: The adapters that are to act, with their slots.
     """
     apart = _apart(adapters, seats)
-    left = _apart(adapters, adapters.slots)
-    known: dict[Any, in_place.Layer | None] = {}
-    for path in {**templates, **left, **apart}:
-        if path not in modules:
-            continue
-        template = templates[path] if path in templates else template_of(modules[path])
-        key = template, apart.get(path, ()), adapters.asking.get(path, ())
-        if key not in known:
-            found = {**dict(_unchanged(key[2])), **dict(_in_graph(template)), **dict(key[1])}
-            known[key] = _layer(tuple(found.items())) if found else None
-        yield path, known[key]
+    for path in {**apart, **_apart(adapters, adapters.slots), **adapters.asking}:
+        if path in modules:
+            template = templates[path] if path in templates else template_of(modules[path])
+            in_graph = _in_graph(template) if template is not None and template.slots else ()
+            reads = {**_unchanged(adapters.asking.get(path, ())), **dict(in_graph), **dict(apart.get(path, ()))}
+            yield path, _layer(tuple(reads.items())) if reads else None
 
 
-def _in_graph(template: Template | None) -> Reads:
+def _in_graph(template: Template) -> Reads:
     """Returns the tensors of a module that adapters change in its own graph."""
-    if template is None or not template.slots:
-        return ()
-    found: Reads | None = template.facts.get("reads")
-    if found is None:
-        tags = [changes_at(graph, site) for graph in template.graphs for site in _adapted_in(graph)]
-        found = template.facts["reads"] = _merged([Changes(of[0].weight, of[0].bias, tuple(of)) for of in tags if of])
-    return found
+    tags = [changes_at(graph, site) for graph in template.graphs for site in _adapted_in(graph)]
+    return _merged([Changes(of[0].weight, of[0].bias, tuple(of)) for of in tags if of])
 
 
 def _adapted_in(graph: fx.Graph) -> list[str]:
     """Returns the operations, by name, that adapters change in a graph and that use a weight of its own module."""
     tags = [node.meta[TAG] for node in graph.nodes if TAG in node.meta]
-    return list(dict.fromkeys(tag.site for tag in tags if tag.weight and "." not in tag.weight))
+    return list(dict.fromkeys([tag.site for tag in tags if tag.weight and "." not in tag.weight]))
 
 
 def _merged(changes: list[Changes]) -> Reads:
@@ -197,7 +196,7 @@ def _read(formula: _Formula, module: nn.Module) -> Any:
     read: Any = nn.Module.__getattr__
     if read is not _GETATTR:
         # fx records what is computed; the tracer of this library, which adapts its graphs, that this is read
-        return formula.captured(module) if read.__globals__ is vars(_symbolic_trace) else read(module, formula.name)
+        return formula.captured(module) if read.__globals__ is vars(symbolic_tracing) else read(module, formula.name)
     own, asker = own_tensor(module, formula.name), Asker(1)
     if own is None or asker.means_own(module):
         return own
@@ -406,12 +405,19 @@ def _of_adapter(adapter: Adapter, name: str, path: str, tensor: str) -> Callable
     return lambda module, own: formula.changed(module, read(module).get(tensor, own))
 
 
-def asking(adapters: Adapters, module: nn.Module, path: str, names: Iterable[str]) -> in_place.Layer:
-    """Returns the layer with which reads of these tensors of a module, too, ask for the rows of the present call."""
-    asked = adapters.asking[path] = tuple(dict.fromkeys((*adapters.asking.get(path, ()), *names)))
-    worn = [layer for layer in in_place.layers_of(module) if layer.kind == "reads"]
-    return _layer(tuple({**dict(_unchanged(asked)), **dict(worn[0].recipe[1][0] if worn else ())}.items()))
+def let_ask(modules: Modules, adapters: Adapters, asked: Mapping[str, Iterable[str]]) -> None:
+    """Lets whoever reads these tensors, by the paths of their modules, ask for the rows of the present call."""
+    known: dict[Any, in_place.Layer] = {}
+    wanted = []
+    for path, names in asked.items():
+        adapters.asking[path] = own = tuple(dict.fromkeys((*adapters.asking.get(path, ()), *names)))
+        key = type(modules[path]), own
+        if key not in known:
+            worn = [layer.recipe[1][0] for layer in in_place.layers_of(modules[path]) if layer.kind == "reads"]
+            known[key] = _layer(tuple({**_unchanged(own), **dict(*worn)}.items()))
+        wanted.append((modules[path], {"reads": known[key]}))
+    in_place.exchange_all(wanted)
 
 
-def _unchanged(names: Iterable[str]) -> Reads:
-    return tuple((name, Changes(name, None, ())) for name in names)
+def _unchanged(names: Iterable[str]) -> dict[str, Changes]:
+    return {name: Changes(name, None, ()) for name in names}

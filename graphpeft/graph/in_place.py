@@ -35,7 +35,6 @@ from graphpeft.peft_classes import ending_in
 KINDS = ("peft", "methods", "reads", "rows", "graph", "slots", "padded", "merged", "hiding", "tensors")
 """The kinds of layers, outermost first: ``methods`` wraps ``rows``, which wraps ``graph``, which reads ``tensors``."""
 
-
 _TENSOR_PARALLEL = "torch.distributed.tensor"
 _READ = ("merged", "tensors")
 """The kinds of layers of modules whose own tensors are kept elsewhere, or aren't what is read."""

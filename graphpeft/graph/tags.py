@@ -75,7 +75,7 @@ def top(graph: fx.Graph, node: fx.Node, site: str) -> fx.Node:
 
 def changes_at(graph: fx.Graph, site: str) -> list[Tag]:
     """Returns one tag of each adapter that changes an operation, in the order of the changes."""
-    tags = (node.meta[TAG] for node in graph.nodes if TAG in node.meta)
+    tags = [node.meta[TAG] for node in graph.nodes if TAG in node.meta]
     by_place = {tag.place: tag for tag in tags if tag.site == site and tag.place}
     return [by_place[place] for place in sorted(by_place)]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from torch import nn
@@ -20,22 +21,31 @@ class CalledOtherwise:
     """The modules of one model that its code may so call.
 
     Args:
-        modules: The modules that have no graph, by path.
+        modules: The modules by path.
+        graphs: The paths of those that are graphs, and have no code of the user's.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self._with_others: dict[str, str] = {}
-        self._in_function: dict[str, str] = {}
-        for path, module in modules.items():
-            if not has_own_modules(module):
+    def __init__(self, modules: Mapping[str, nn.Module], graphs: Set[str]) -> None:
+        self._modules, self._graphs = modules, graphs
+
+    @functools.cached_property
+    def _found(self) -> tuple[dict[str, str], dict[str, str]]:
+        """The paths of the modules that are called with other weights, and in a function, each with its caller's."""
+        with_others: dict[str, str] = {}
+        in_function: dict[str, str] = {}
+        for path, module in self._modules.items():
+            # those of PyTorch call theirs as they are
+            is_of_pytorch = type(module).__module__.startswith("torch.nn.modules.")
+            if is_of_pytorch or path in self._graphs or not has_own_modules(module):
                 continue
             uses: Any = uses_in_forward(class_of_forward(module))
             replaces = uses.replaces_weights or has_functional_call(vars(module).values())
             for read in uses.read if replaces or uses.has_own_gradient else ():
                 if read.partition(".")[0] in module._modules:
                     called = join(path, read)
-                    self._with_others.update({called: path} if replaces else {})
-                    self._in_function.update({called: path} if uses.has_own_gradient else {})
+                    with_others.update({called: path} if replaces else {})
+                    in_function.update({called: path} if uses.has_own_gradient else {})
+        return with_others, in_function
 
     def check(self, owner: str) -> None:
         """Checks the module that owns a weight, and warns once of each module inside of which it gets no gradient.
@@ -46,14 +56,15 @@ class CalledOtherwise:
         Raises:
             NoSiteError: If it may be called with another tensor in the place of its own.
         """
-        for around in _around(owner) if self._with_others or self._in_function else ():
-            caller = self._with_others.get(around)
+        with_others, in_function = self._found
+        for around in _around(owner) if with_others or in_function else ():
+            caller = with_others.get(around)
             if caller is not None:
                 raise NoSiteError(
                     f"{caller or 'the model'} calls {around} by torch.func.functional_call, with other weights in "
                     "place of its own, and so without what an adapter would change in them"
                 )
-            caller = self._in_function.pop(around, None)
+            caller = in_function.pop(around, None)
             if caller is not None:
                 warnings.warn(
                     f"{caller or 'the model'} may call {around} in a torch.autograd.Function. Its backward runs only "

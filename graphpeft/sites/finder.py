@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from graphpeft.code.source import read_anew
@@ -68,7 +67,7 @@ class SiteFinder:
         self.found: dict[tuple[str, str], Site] = {}
         self._known = known
         self._held = HeldParameters(self.modules)
-        self._called = CalledOtherwise({p: m for p, m in self.modules.items() if p not in self.regions.graphs})
+        self._called = CalledOtherwise(self.modules, self.regions.graphs)
 
     def find(self, owner: str, attribute: str) -> Site:
         """Returns the site of a weight.
@@ -138,8 +137,7 @@ class SiteFinder:
         If there is none, the third is the reason why modules that may use it have no graph; None if none may.
         """
         reasons = []
-        in_graph = any(not path or f"{owner}.".startswith(f"{path}.") for path in self.regions.graphs)
-        if isinstance(self.modules[owner], NonDynamicallyQuantizableLinear) and not in_graph:
+        if self._is_out_proj(owner):
             return None, None, "nn.MultiheadAttention reads its weight, and doesn't call it"
         for region in self._regions(owner):
             if self.regions.template(region) is None:
@@ -149,6 +147,12 @@ class SiteFinder:
             if uses is not None:
                 return region, uses, None
         return None, None, "; ".join(reasons) or None
+
+    def _is_out_proj(self, owner: str) -> bool:
+        around, _, name = owner.rpartition(".")
+        if name != "out_proj" or not isinstance(self.modules.get(around), nn.MultiheadAttention):
+            return False
+        return not any(not path or f"{owner}.".startswith(f"{path}.") for path in self.regions.graphs)
 
     def _why_no_graph(self, region: str, owner: str, attribute: str, uses: WeightUses) -> str | None:
         """Returns the reason why the graph of a region doesn't show all uses of a weight, or None.

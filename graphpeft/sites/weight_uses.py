@@ -71,7 +71,7 @@ def _uses_of(path: str, template: Template, found: list[list[ops.Computation]], 
     nodes = tuple(tuple(op.name for op in of_graph) for of_graph in places)
     op, groups = next(iter(kinds)) if is_of_one_kind else (ops.Weight, 1)
     is_unused = not any(op.node in alive for of_graph in places for op in of_graph)
-    is_called = any(op.node.op == "call_module" for op in all_own)
+    is_called = "call_module" in {op.node.op for op in all_own}
     is_called_beside = not is_of_one_kind and is_called
     transposed = bool(all_own) and all_own[0].transposed
     biases = {op.bias for op in all_own} if is_of_one_kind else set()

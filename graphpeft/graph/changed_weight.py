@@ -46,8 +46,8 @@ class Computation(NamedTuple):
         Raises:
             RuntimeError: If adapters were merged or unmerged since the weight was read.
         """
-        own = self.values[0]
-        if type(self.layer()) is not self.cls and version(own) != self.version:
+        own, layer = self.values[0], self.layer()
+        if layer is not None and type(layer) is not self.cls and version(own) != self.version:
             raise RuntimeError(
                 f"{self.attribute} of a {self.cls.__name__} was read before an adapter was merged or unmerged; read it "
                 "from the layer again"

@@ -1,0 +1,407 @@
+"""Whoever reads the weight of an adapted layer gets the changed weight; writes go into the layer's own, or raise."""
+
+from __future__ import annotations
+
+import copy
+import operator
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from transformers.pytorch_utils import Conv1D
+
+import graphpeft
+from graphpeft import AdaptError, LoraConfig, LoraPerCallConfig, PeftWarning, get_peft_model, own_weight
+from graphpeft._torch import DisableTorchFunctionSubclass
+from graphpeft.graph import changed_weight
+
+pytestmark = pytest.mark.quick("graph", "adapters")
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Reading(nn.Module):
+    """Computes with the weight of a layer, which it doesn't call."""
+
+    def __init__(self, read: Callable[[Any], Tensor] = lambda layer: layer.weight) -> None:
+        super().__init__()
+        self.inner, self.read = nn.Linear(4, 4), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.read(self.inner), self.inner.bias)
+
+
+def lora(*targets: str, **options: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 2, "lora_alpha": 3, "init_lora_weights": False} | options, target_modules=list(targets))
+
+
+def adapted(model: nn.Module | None = None, **options: Any) -> Any:
+    torch.manual_seed(1)
+    return get_peft_model(Reading() if model is None else model, lora("inner", **options))
+
+
+def change(model: Any, name: str = "default") -> Tensor:
+    branch = getattr(model.inner, name)
+    return 3 / branch.lora_A.shape[0] * branch.lora_B @ branch.lora_A
+
+
+# what is read
+
+
+CALLS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
+    "eager": lambda model: model,
+    "compiled": lambda model: torch.compile(model, backend="aot_eager", fullgraph=True),
+    "strictly exported": lambda model: torch.export.export(model, (X,), strict=True).module(),
+    "exported": lambda model: torch.export.export(model, (X,), strict=False).module(),
+    "traced by fx": lambda model: fx.symbolic_trace(model),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("options", [{}, {"lora_bias": True}, {"use_dora": True}], ids=str)
+def test_a_reader_computes_as_with_the_merged_weight(call: str, options: dict[str, Any]):
+    model = adapted(**options)
+    if "lora_bias" in options:
+        nn.init.ones_(model.inner.default.lora_bias)
+    found = CALLS[call](model)(X)
+    assert not torch.allclose(found, F.linear(X, own_weight(model.inner), model.inner.bias))
+    torch.testing.assert_close(found, copy.deepcopy(model).merge_and_unload()(X))
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(4, 6),
+    "Conv1D": lambda: Conv1D(6, 4),
+    "convolution": lambda: nn.Conv2d(4, 6, 3),
+    "transposed": lambda: nn.ConvTranspose1d(4, 6, 3),
+    "table": lambda: nn.Embedding(6, 4),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_weight_of_each_kind_of_layer_is_read_as_it_is_merged(kind: str):
+    model: Any = get_peft_model(nn.Sequential(LAYERS[kind]()), lora("0"))
+    found = model[0].weight
+    torch.testing.assert_close(found + 0, model.merge_and_unload()[0].weight)
+
+
+def test_adapters_are_read_in_the_order_in_which_they_act():
+    model = adapted()
+    model.add_adapter("dora", lora("inner", use_dora=True))
+    for order in (["default", "dora"], ["dora", "default"]):
+        model.set_adapter(order)
+        torch.testing.assert_close(model.inner.weight + 0, copy.deepcopy(model).merge_and_unload().inner.weight)
+
+
+def test_a_layer_has_its_own_weight_where_no_adapter_acts():
+    model = adapted()
+    own = dict(model.named_parameters())["inner.weight"]
+    assert own_weight(model.inner) is own
+    assert model.inner.weight is not own
+    with model.disable_adapter():
+        assert model.inner.weight is own
+    assert model.unload().inner.weight is own
+
+
+def test_shapes_and_dtypes_cost_no_sum(monkeypatch: pytest.MonkeyPatch):
+    model = adapted()
+    monkeypatch.setattr(changed_weight.Computation, "result", None)
+    read = model.inner.weight
+    assert (read.shape, read.dtype, read.device, read.ndim) == ((4, 4), torch.float32, torch.device("cpu"), 2)
+    assert (read.T.shape, read[1:].stride(), read.detach().numel()) == ((4, 4), (4, 1), 16)
+
+
+def test_a_tensor_that_was_read_follows_what_is_trained():
+    model = adapted()
+    read = model.inner.weight
+    before = read + 0
+    with torch.no_grad():
+        model.inner.default.lora_B.mul_(2)
+        own_weight(model.inner).add_(1)
+        torch.testing.assert_close(read + 0, own_weight(model.inner) + change(model))
+    assert not torch.allclose(read + 0, before)
+
+
+def test_a_tensor_that_was_read_before_a_merge_is_an_error_after_it():
+    model = adapted()
+    read = model.inner.weight
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="weight of a Linear was read before an adapter was merged or unmerged"):
+        read + 0
+    assert torch.equal(model.inner.weight, own_weight(model.inner))
+
+
+def test_a_region_of_autocast_leaves_the_sum_as_precise_as_the_weight():
+    model = adapted()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.inner.weight + 0
+    torch.testing.assert_close(found, own_weight(model.inner) + change(model))
+
+
+def test_a_cast_of_the_model_is_one_of_what_is_read():
+    assert adapted().double().inner.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("made", [copy.deepcopy, lambda read: pickle.loads(pickle.dumps(read))])
+def test_a_copy_of_what_was_read_is_a_plain_tensor(made: Callable[[Tensor], Tensor]):
+    model = adapted()
+    copied = made(model.inner.weight)
+    assert type(copied) is Tensor
+    torch.testing.assert_close(copied, (own_weight(model.inner) + change(model)).detach())
+
+
+def test_get_parameter_gives_the_own_weight_and_in_a_forward_the_changed_one():
+    model = adapted(Reading(lambda layer: layer.get_parameter("weight")))
+    assert model.inner.get_parameter("weight") is own_weight(model.inner)
+    torch.testing.assert_close(model(X), copy.deepcopy(model).merge_and_unload()(X))
+
+
+def test_a_walk_over_the_graph_of_a_layer_reads_its_own_weight():
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), lora("0"))
+    layer: Any = model[0]
+    torch.testing.assert_close(fx.Interpreter(layer).run(X), layer(X))
+
+
+def test_a_learning_check_names_no_layer_that_is_read():
+    assert graphpeft.check_learning(adapted(), (X,)).dead == ()
+
+
+# gradients
+
+
+class Doubled(torch.autograd.Function):
+    """A product with a gradient of its own, as fused losses have."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return 2 * x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return 2 * gradients[0] @ weight, 2 * gradients[0].T @ x
+
+
+USES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "function of autograd": Doubled.apply,
+    "linear": F.linear,
+    "product with its transpose": lambda x, w: x @ w.T,
+    "part": lambda x, w: x @ w[1:].T,
+    "halves": lambda x, w: torch.cat([x @ half.T for half in w.chunk(2)], -1),
+    "function of a part": lambda x, w: Doubled.apply(x, w[1:]),
+    "cast": lambda x, w: x.double() @ w.double().T,
+    "einsum": lambda x, w: torch.einsum("bi,oi->bo", x, w),
+    "normed": lambda x, w: F.linear(x, F.normalize(w)),
+    "twice": lambda x, w: F.linear(F.linear(x, w), w),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_gradients_are_those_of_the_sum(use: str):
+    model = adapted()
+    trained = [model.inner.default.lora_A, model.inner.default.lora_B]
+    expected = torch.autograd.grad(USES[use](X, own_weight(model.inner) + change(model)).square().sum(), trained)
+    found = torch.autograd.grad(USES[use](X, model.inner.weight).square().sum(), trained)
+    torch.testing.assert_close(found, expected)
+
+
+def test_second_derivatives_are_those_of_the_sum():
+    model, found = adapted(), []
+    B = model.inner.default.lora_B
+    for weight in (model.inner.weight, own_weight(model.inner) + change(model)):
+        (first,) = torch.autograd.grad(F.linear(X, weight).pow(3).sum(), [B], create_graph=True)
+        found += torch.autograd.grad(first.square().sum(), [B])
+    torch.testing.assert_close(*found)
+
+
+def test_transforms_of_torch_func_see_the_changed_weight():
+    model = adapted()
+    parameters = dict(model.named_parameters())
+
+    def loss(given: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, given, (x,)).square().sum()
+
+    by_row = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, X[:, None])
+    model(X).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(by_row[name].sum(0), parameter.grad)
+
+
+# writes
+
+
+def fill_rows(weight: Tensor) -> None:
+    weight[1:].fill_(2)
+
+
+def of_many(weight: Tensor) -> None:
+    torch._foreach_mul_([weight], 2)
+
+
+WRITES: dict[str, Callable[[Tensor], Any]] = {
+    "init": nn.init.zeros_,
+    "init of kaiming": lambda w: nn.init.kaiming_uniform_(w, generator=torch.Generator().manual_seed(0)),
+    "fill": lambda w: w.fill_(3),
+    "copy": lambda w: w.copy_(torch.ones(4, 4)),
+    "data": lambda w: w.data.zero_(),
+    "new data": lambda w: setattr(w, "data", torch.ones(4, 4)),
+    "item": lambda w: operator.setitem(w, 0, 5.0),
+    "rows": fill_rows,
+    "transposed": lambda w: w.T[0].zero_(),
+    "unbound": lambda w: [row.zero_() for row in w.unbind()],
+    "product": lambda w: w.mul_(2),
+    "in place": lambda w: operator.imul(w, 2),
+    "out": lambda w: torch.add(torch.ones(4, 4), 1, out=w),
+    "of many": of_many,
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_goes_into_the_own_weight(write: str):
+    model, base = adapted(), Reading().inner
+    with torch.no_grad():
+        base.weight.copy_(own_weight(model.inner))
+        WRITES[write](base.weight)
+        WRITES[write](model.inner.weight)
+        assert torch.equal(own_weight(model.inner), base.weight)
+        torch.testing.assert_close(model.inner.weight + 0, base.weight + change(model))
+
+
+def test_what_belongs_to_the_own_weight_is_set_there():
+    model = adapted()
+    model.inner.weight.requires_grad_()
+    assert own_weight(model.inner).requires_grad
+    model.inner.weight.grad = torch.ones(4, 4)
+    assert model.inner.weight.grad is own_weight(model.inner).grad is not None
+
+
+REFUSED: dict[str, Callable[[Any], Any]] = {
+    "half of it": lambda layer: layer.weight.copy_(0.5 * layer.weight),
+    "half of its data": lambda layer: setattr(layer.weight, "data", 0.5 * layer.weight.data),
+    "itself": lambda layer: layer.weight.copy_(layer.weight),
+    "a product after a look": lambda layer: layer.weight.mul_(layer.weight.norm()),
+    "a part after a look": lambda layer: (layer.weight.sum(), layer.weight[0].zero_()),
+    "assigned": lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.detach().clone())),
+    "registered": lambda layer: layer.register_parameter("weight", nn.Parameter(layer.weight * 2)),
+}
+
+
+@pytest.mark.parametrize("write", REFUSED)
+def test_a_write_after_the_changed_numbers_were_read_is_an_error(write: str):
+    model = adapted()
+    before = own_weight(model.inner).clone()
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"may be in what is written, .*own_weight\(layer\)"):
+        REFUSED[write](model.inner)
+    assert torch.equal(own_weight(model.inner), before)
+
+
+def test_another_parameter_is_assigned_where_nothing_was_read():
+    model, other = adapted(), nn.Parameter(torch.ones(4, 4))
+    model(X)
+    model.inner.weight = other
+    assert own_weight(model.inner) is other
+    torch.testing.assert_close(model.inner.weight + 0, other + change(model))
+
+
+def test_a_state_dict_is_assigned_after_a_read():
+    model = adapted()
+    model.inner.weight.norm()
+    state = {name: 2 * tensor for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    assert own_weight(model.inner) is not None
+    torch.testing.assert_close(own_weight(model.inner).detach(), state["inner.weight"])
+
+
+def test_a_write_past_the_functions_of_tensors_is_an_error():
+    layer = adapted().inner
+    before = own_weight(layer).clone()
+    read, match = layer.weight, "would write into a weight with the changes of adapters"
+    with torch.no_grad(), DisableTorchFunctionSubclass(), pytest.raises(RuntimeError, match=match):
+        read.zero_()
+    assert torch.equal(own_weight(layer), before)
+
+
+# what can't be read
+
+
+def test_an_effect_that_is_no_change_of_a_weight_is_an_error_where_it_is_read():
+    model: Any = get_peft_model(
+        nn.Sequential(nn.Embedding(6, 4, max_norm=0.5)), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    )
+    read = model[0].weight
+    assert read.shape == (6, 4)
+    with pytest.raises(AdaptError, match=r"weight of a layer is read by .*LORA does there is no change .*own_weight"):
+        read + 0
+
+
+def test_readers_in_a_batch_of_several_adapters_are_told():
+    model = adapted()
+    model.add_adapter("other", lora("inner"))
+    assert model(X, adapter_names=["__base__"] * 3).shape == (3, 4)
+    for names in (["default"] * 3, ["other"] * 3):
+        model.set_adapter(names[0])
+        torch.testing.assert_close(model(X, adapter_names=names), model(X))
+    for names in (["default", "other", "__base__"], ["default", "__base__", "__base__"]):
+        with pytest.raises(AdaptError, match="reads weight of inner in a batch whose rows have different adapters"):
+            model(X, adapter_names=names)
+    model.unload()
+    assert type(model.inner) is nn.Linear
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_dropout_has_no_place_where_a_weight_is_read(mode: bool):
+    model = adapted(lora_dropout=0.5).train(mode)
+    torch.testing.assert_close(model.inner.weight + 0, own_weight(model.inner) + change(model))
+
+
+def test_an_adapter_of_one_call_is_an_error_where_the_weight_is_read_beside_it():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(F.linear(x, self.w), self.w)
+
+    config = LoraPerCallConfig(r=2, target_modules=["w"], init_lora_weights=False)
+    model: Any = get_peft_model(Twice(), config)
+    model(X)
+    with pytest.raises(AdaptError, match="acts in one of the uses of its w alone"):
+        model.w + 0
+
+
+@pytest.mark.parametrize("register", ["list", "closure", "hook"])
+def test_a_parameter_that_code_holds_itself_is_refused(register: str):
+    model: Any = Reading()
+    weight = model.inner.weight
+    if register == "list":
+        model.held = {"weights": [weight]}
+    elif register == "closure":
+        model.held = lambda x: x @ weight
+    else:
+        model.register_forward_hook(lambda module, args, y: y @ weight)
+    with pytest.raises(AdaptError, match=r"its weight is held by self\..* of the model, too"):
+        adapted(model)
+
+
+def test_layers_inside_of_a_function_with_a_gradient_of_its_own_are_warned_of():
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Calling.apply(x, self.inner)
+
+    class Calling(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:
+            return layer(x)
+
+    with pytest.warns(PeftWarning, match=r"may call inner in a torch\.autograd\.Function"):
+        adapted(Inside())

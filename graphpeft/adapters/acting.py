@@ -90,14 +90,14 @@ def _graph_layers(
         if template is None:
             yield region, _NO_GRAPH
             continue
-        reads = layer_of(template)
+        plain = template
         if adapters.passes is not None:
             template = adapters.passes(template, module)
         refuse_other_options(module, template)
         kind = template, type(module)
         if kind not in known:
             layer = template.layer_for({**names_of_others(module, adapters), **seated})
-            known[kind] = {"graph": layer, "reads": reads}
+            known[kind] = {"graph": layer, "reads": layer_of(plain)}
         yield region, known[kind]
 
 

@@ -277,7 +277,8 @@ class _Formula:
 
 
 def _computation(run: Callable[..., Tensor], values: tuple[Any, ...], module: nn.Module, name: str) -> Computation:
-    return Computation(run, values, weakref.ref(module), name, type(module), version(values[0]))
+    written = 0 if values[0].is_inference() else version(values[0])
+    return Computation(run, values, weakref.ref(module), name, type(module), written)
 
 
 class _Step(NamedTuple):

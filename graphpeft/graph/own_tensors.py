@@ -7,7 +7,6 @@ graph that has the adapter's nodes reads the own weight, and so does code that m
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 from typing import Any
 
@@ -88,13 +87,18 @@ def let_read_own(node: fx.Node) -> None:
 
 def as_own(graph: fx.Graph, source: str, variables: dict[str, Any]) -> str:
     """Returns the source of a graph with its reads of own tensors, and adds what these need to its globals."""
-    for node in graph.nodes:
-        if _OWN in node.meta:
-            around, _, name = f"self.{node.target}".rpartition(".")
-            line = re.compile(rf"^( *{node.name}(?: : [^=\n]+)? = )[^;\n]+", re.MULTILINE)
-            source = line.sub(rf'\g<1>{_READER}({_readable(around)}, "{name}")', source, count=1)
-            variables[_READER] = own_tensor
-    return source
+    paths = {node.name: f"self.{node.target}" for node in graph.nodes if _OWN in node.meta}
+    if not paths:
+        return source
+    variables[_READER] = own_tensor
+    lines = source.split("\n")
+    for number, line in enumerate(lines):
+        path = paths.pop(line.lstrip().partition(" ")[0], None)
+        if path is not None:
+            (around, _, name), (assigned, _, read) = path.rpartition("."), line.partition(" = ")
+            _, freed, others = read.partition(";")
+            lines[number] = f'{assigned} = {_READER}({_readable(around)}, "{name}"){freed}{others}'
+    return "\n".join(lines)
 
 
 def _readable(path: str) -> str:

@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -254,6 +255,9 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
     "rows": fill_rows,
     "transposed": lambda w: w.T[0].zero_(),
     "unbound": lambda w: [row.zero_() for row in w.unbind()],
+    "rows in turn": lambda w: [row.zero_() for row in w],
+    "broadcast": lambda w: torch.broadcast_to(w, (4, 4)).zero_(),
+    "seen as integers": lambda w: w.view(torch.int32).zero_(),
     "product": lambda w: w.mul_(2),
     "in place": lambda w: operator.imul(w, 2),
     "out": lambda w: torch.add(torch.ones(4, 4), 1, out=w),
@@ -286,6 +290,7 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
     "itself": lambda layer: layer.weight.copy_(layer.weight),
     "a product after a look": lambda layer: layer.weight.mul_(layer.weight.norm()),
     "a part after a look": lambda layer: (layer.weight.sum(), layer.weight[0].zero_()),
+    "what a cast to the same dtype returns": lambda layer: layer.weight.to(torch.float32).zero_(),
     "assigned": lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.detach().clone())),
     "registered": lambda layer: layer.register_parameter("weight", nn.Parameter(layer.weight * 2)),
 }
@@ -315,6 +320,22 @@ def test_a_state_dict_is_assigned_after_a_read():
     model.load_state_dict(state, assign=True)
     assert own_weight(model.inner) is not None
     torch.testing.assert_close(own_weight(model.inner).detach(), state["inner.weight"])
+
+
+@pytest.mark.parametrize("as_array", [lambda w: w.numpy(), np.asarray])
+def test_an_array_of_the_changed_numbers_takes_no_writes(as_array: Callable[[Tensor], Any]):
+    layer = adapted().inner
+    with torch.no_grad(), pytest.raises(ValueError, match="read-only"):
+        as_array(layer.weight.data)[0] = 0
+
+
+def test_a_python_module_of_a_users_own_may_be_called_like_a_package():
+    model = adapted()
+    function: dict[str, Any] = {"__name__": "accelerated"}
+    exec("def read(layer): return layer.weight", function)
+    torch.testing.assert_close(function["read"](model.inner) + 0, own_weight(model.inner) + change(model))
+    function["__name__"] = "accelerate.hooks"
+    assert function["read"](model.inner) is own_weight(model.inner)
 
 
 def test_a_write_past_the_functions_of_tensors_is_an_error():

@@ -132,10 +132,18 @@ class ChangedWeight(Tensor):
         written = _changed_in(_written(func, args, kwargs))
         if written:
             return _write(func, args, kwargs, written)
-        if func in _VIEWS and type(args[0]) is ChangedWeight:
+        is_changed = type(args[0] if args else None) is ChangedWeight
+        if is_changed and func is Tensor.__iter__:
+            return iter(_viewed(Tensor.unbind, args, {}))
+        if is_changed and func in _VIEWS:
             return _viewed(func, args, kwargs)
-        args, kwargs = pytree.tree_map(numbers_of, (args, kwargs))
-        return func(*args, **kwargs)
+        numbers, others = pytree.tree_map(numbers_of, (args, kwargs))
+        result = func(*numbers, **others)
+        if is_changed and _shares_memory(result, numbers[0]):
+            return _viewed(func, args, kwargs)
+        if func in _ARRAYS:
+            result.setflags(write=False)  # what is written there would be lost
+        return result
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -243,6 +251,12 @@ _WAY_OUT = "read and write graphpeft.own_weight(layer), or do so while no adapte
 # views
 
 
+def _shares_memory(result: Any, numbers: Tensor) -> bool:
+    found = result if isinstance(result, tuple | list) else (result,)
+    tensors = [each for each in found if type(each) is Tensor]
+    return type(numbers) is Tensor and any(storage_key(each) == storage_key(numbers) for each in tensors)
+
+
 def _viewed(func: Any, args: Any, kwargs: Any) -> Any:
     """Returns views of a changed weight beside the same views of the own one, so that writes go there."""
     (changed, *others), computation = args, args[0]._computation
@@ -277,7 +291,7 @@ _NAMES_OF_VIEWS = (
     ),
     *("t", "transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "diagonal", "narrow", "select"),
     *("chunk", "split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "unbind", "as_strided"),
-    *("adjoint", "view_as_real", "contiguous"),
+    *("adjoint", "view_as_real", "contiguous", "broadcast_to"),
 )
 _VIEWS = frozenset(
     [
@@ -286,7 +300,9 @@ _VIEWS = frozenset(
         *_DETACHING,
     ]
 )
-"""Functions that may return another view of their first argument."""
+"""Functions that may return another view of their first argument, which needs no numbers."""
+
+_ARRAYS = frozenset((Tensor.numpy, Tensor.__array__))
 
 _SETTERS = frozenset((Tensor.data.__set__,))  # type: ignore[attr-defined]
 _OF_OWN = frozenset(

@@ -113,15 +113,9 @@ def _reads_own(graph: fx.Graph, path: Any) -> bool:
 
 
 _MEANING_OWN = (
-    "torch.distributed",
-    "accelerate",
-    "deepspeed",
-    "torch.fx.graph_module",
-    "torch.nn.utils",
-    "transformers.modeling_utils",
-    "transformers.core_model_loading",
-    "transformers.initialization",
-    "transformers.trainer",
+    *("torch.distributed.", "torch.fx.graph_module.", "torch.nn.utils.", "accelerate.", "deepspeed."),
+    *("transformers.modeling_utils.", "transformers.core_model_loading.", "transformers.initialization."),
+    *("transformers.trainer.", "transformers.trainer_utils.", "transformers.trainer_pt_utils."),
 )
 """Packages whose code asks a layer for its weight to move, shard, tie, replace or save it."""
 
@@ -177,7 +171,7 @@ class Asker:
             return _reads_own(running["self"].graph, running.get("target"))
         if self.takes_parameters:
             return not is_in_forward()
-        return self._frame.f_code.co_name in _METHODS_ON_OWN or self._home.startswith(_MEANING_OWN)
+        return self._frame.f_code.co_name in _METHODS_ON_OWN or f"{self._home}.".startswith(_MEANING_OWN)
 
     @property
     def takes_parameters(self) -> bool:

@@ -1,6 +1,7 @@
 """Calls of an adapted model on which other code has set a forward, as trl sets one that computes losses in parts.
 
-Adapters of layers act in it, whether it calls the layers or reads their weights. A graph around the whole forward runs around the set one.
+Adapters of layers act in it, whether it calls the layers or reads their weights. A graph around the whole forward runs
+around the set one.
 """
 
 from __future__ import annotations

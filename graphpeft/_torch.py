@@ -83,6 +83,7 @@ __all__ = [
     "has_hooks_of_all",  # a hook may keep a tensor that a pass would overwrite
     "is_in_backward",  # a checkpoint runs a forward again, which may be in a thread of PyTorch's own
     "is_in_torch_dispatch_mode",  # tells whether operators are recorded, as by `make_fx`
+    "is_recorded_by_jit",  # its constants are plain tensors
     "is_transformed",  # under a transform, passes leave computations unchanged
     "leave_autocast",
     "make_wrapper",  # tensors without numbers of their own
@@ -130,6 +131,11 @@ def saved_tensors_go_elsewhere() -> bool:
 def is_transformed() -> bool:
     """Returns whether a transform of ``torch.func`` or forward-mode AD is active."""
     return function_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_recorded_by_jit() -> bool:
+    """Returns whether ``torch.jit.trace`` runs."""
+    return torch._C._get_tracing_state() is not None
 
 
 def is_in_backward() -> bool:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 import graphpeft
@@ -126,13 +127,23 @@ def test_a_tensor_that_was_read_follows_what_is_trained():
     assert not torch.allclose(read + 0, before)
 
 
-def test_a_tensor_that_was_read_before_a_merge_is_an_error_after_it():
+CHANGING: dict[str, Callable[[Any], Any]] = {
+    "merge": lambda model: model.merge_adapter(),
+    "disable": lambda model: model.disable_adapter().__enter__(),
+    "other": lambda model: model.set_adapter("other"),
+    "unload": lambda model: model.unload(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGING)
+@pytest.mark.parametrize("view", [lambda weight: weight, lambda weight: weight.T])
+def test_a_tensor_that_was_read_is_an_error_when_other_adapters_act(change: str, view: Callable[[Tensor], Tensor]):
     model = adapted()
-    read = model.inner.weight
-    model.merge_adapter()
-    with pytest.raises(RuntimeError, match="weight of a Linear was read before an adapter was merged or unmerged"):
+    model.add_adapter("other", lora("inner"))
+    read = view(model.inner.weight)
+    CHANGING[change](model)
+    with pytest.raises(RuntimeError, match="weight of a Linear was read while other adapters acted; read it from the"):
         read + 0
-    assert torch.equal(model.inner.weight, own_weight(model.inner))
 
 
 def test_a_region_of_autocast_leaves_the_sum_as_precise_as_the_weight():
@@ -164,6 +175,27 @@ def test_a_walk_over_the_graph_of_a_layer_reads_its_own_weight():
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), lora("0"))
     layer: Any = model[0]
     torch.testing.assert_close(fx.Interpreter(layer).run(X), layer(X))
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.inner = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x @ self.w) + F.linear(x, self.inner.weight)
+
+
+def test_a_functional_weight_is_exported_with_one_change():
+    model: Any = get_peft_model(Functional(), lora("w"))
+    torch.testing.assert_close(torch.export.export(model, (X,), strict=False).module()(X), model(X))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+def test_a_layer_that_is_called_and_read_is_traced_by_fx_with_one_change():
+    model: Any = get_peft_model(Functional(), lora("w", "inner"))
+    torch.testing.assert_close(fx.symbolic_trace(model)(X), model(X))
+    torch.testing.assert_close(torch.jit.trace(model, (X,))(X), model(X))
 
 
 def test_a_learning_check_names_no_layer_that_is_read():
@@ -241,7 +273,7 @@ def fill_rows(weight: Tensor) -> None:
 
 
 def of_many(weight: Tensor) -> None:
-    torch._foreach_mul_([weight], 2)
+    vars(torch)["_foreach_mul_"]([weight], 2)
 
 
 WRITES: dict[str, Callable[[Tensor], Any]] = {
@@ -251,7 +283,7 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
     "copy": lambda w: w.copy_(torch.ones(4, 4)),
     "data": lambda w: w.data.zero_(),
     "new data": lambda w: setattr(w, "data", torch.ones(4, 4)),
-    "item": lambda w: operator.setitem(w, 0, 5.0),
+    "item": lambda w: w.__setitem__(0, 5.0),
     "rows": fill_rows,
     "transposed": lambda w: w.T[0].zero_(),
     "unbound": lambda w: [row.zero_() for row in w.unbind()],
@@ -259,7 +291,7 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
     "broadcast": lambda w: torch.broadcast_to(w, (4, 4)).zero_(),
     "seen as integers": lambda w: w.view(torch.int32).zero_(),
     "product": lambda w: w.mul_(2),
-    "in place": lambda w: operator.imul(w, 2),
+    "data in place": lambda w: operator.imul(w.data, 2),
     "out": lambda w: torch.add(torch.ones(4, 4), 1, out=w),
     "of many": of_many,
 }
@@ -274,6 +306,22 @@ def test_a_write_goes_into_the_own_weight(write: str):
         WRITES[write](model.inner.weight)
         assert torch.equal(own_weight(model.inner), base.weight)
         torch.testing.assert_close(model.inner.weight + 0, base.weight + change(model))
+
+
+ASSIGNED = [
+    *("weight += 1", "weight *= 2", "weight.data *= 0.5", "weight.data[0] += 1", "weight[1:] += 1"),
+    "weight.data += weight.new_ones(4, 4)",
+]
+
+
+@pytest.mark.parametrize("statement", ASSIGNED)
+def test_a_part_is_changed_in_place_as_that_of_the_own_weight(statement: str):
+    model, base = adapted(), Reading().inner
+    with torch.no_grad():
+        base.weight.copy_(own_weight(model.inner))
+        for layer in (base, model.inner):
+            exec(f"layer.{statement.replace('= weight', '= layer.weight')}", {"layer": layer})
+    assert torch.equal(own_weight(model.inner), base.weight)
 
 
 def test_what_belongs_to_the_own_weight_is_set_there():
@@ -307,7 +355,7 @@ def test_a_write_after_the_changed_numbers_were_read_is_an_error(write: str):
 
 def test_another_parameter_is_assigned_where_nothing_was_read():
     model, other = adapted(), nn.Parameter(torch.ones(4, 4))
-    model(X)
+    model.inner(X)
     model.inner.weight = other
     assert own_weight(model.inner) is other
     torch.testing.assert_close(model.inner.weight + 0, other + change(model))
@@ -338,6 +386,19 @@ def test_a_python_module_of_a_users_own_may_be_called_like_a_package():
     assert function["read"](model.inner) is own_weight(model.inner)
 
 
+def test_a_function_of_a_users_own_may_be_called_like_a_method():
+    def reset_parameters(layer: Any) -> Tensor:
+        return layer.weight
+
+    def extra_repr(x: Tensor, layer: Any) -> Tensor:
+        return x @ layer.weight.T
+
+    model = adapted()
+    assert reset_parameters(model.inner) is own_weight(model.inner)
+    weight = own_weight(model.inner) + change(model)
+    torch.testing.assert_close(extra_repr(X, model.inner), X @ weight.T)
+
+
 def test_a_write_past_the_functions_of_tensors_is_an_error():
     layer = adapted().inner
     before = own_weight(layer).clone()
@@ -345,6 +406,76 @@ def test_a_write_past_the_functions_of_tensors_is_an_error():
     with torch.no_grad(), DisableTorchFunctionSubclass(), pytest.raises(RuntimeError, match=match):
         read.zero_()
     assert torch.equal(own_weight(layer), before)
+
+
+OPERATORS: dict[str, Callable[[Any], Any]] = {
+    "custom": lambda layer: torch.ops.graphpeft_tests.zero(torch.ones(2), layer.weight),
+    "renorm": lambda layer: (layer.weight.sum(), F.embedding(torch.tensor([0]), layer.weight, max_norm=0.1)),
+    "stashed": lambda layer: layer.weight.copy_(layer.stash),
+    "mode": lambda layer: layer.weight.copy_(layer.seen_by_a_mode()),
+}
+
+
+class Stashing(Reading):
+    def forward(self, x: Tensor) -> Tensor:
+        self.inner.stash = self.inner.weight.detach().clone()
+        return super().forward(x)
+
+
+@torch.library.custom_op("graphpeft_tests::zero", mutates_args=("weight",))
+def zero(x: Tensor, weight: Tensor) -> None:
+    weight.zero_()
+
+
+@pytest.mark.parametrize("write", OPERATORS)
+def test_a_write_of_an_operator_or_of_numbers_that_a_forward_has_seen_is_an_error(write: str):
+    model = adapted(Stashing())
+    before = own_weight(model.inner).clone()
+    if write == "stashed":
+        model(X)
+    if write == "mode":
+        with FlopCounterMode(display=False):
+            seen = model.inner.weight.clone()
+        model.inner.seen_by_a_mode = lambda: seen
+    if write == "custom":
+        OPERATORS[write](model.inner)  # the first time, nothing was read
+        assert not own_weight(model.inner).any()
+        return
+    with torch.no_grad(), pytest.raises(RuntimeError, match="adapters"):
+        OPERATORS[write](model.inner)
+    assert torch.equal(own_weight(model.inner), before)
+
+
+ASKED: dict[str, Callable[[Any], Any]] = {
+    "hook": lambda weight: weight.register_hook(lambda gradient: 2 * gradient),
+    "gradient": lambda weight: weight.retain_grad(),
+    "memory": lambda weight: torch.from_dlpack(weight.detach()),
+    "storage": lambda weight: weight.untyped_storage(),
+    "leaf": lambda weight: setattr(weight.detach(), "requires_grad", True),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_what_needs_a_tensor_that_lives_on_is_an_error(asked: str):
+    with pytest.raises(RuntimeError, match="take a tensor with its numbers"):
+        ASKED[asked](adapted().inner.weight)
+
+
+def test_what_is_detached_may_have_a_gradient_of_its_own():
+    model = adapted()
+    leaf = model.inner.weight.detach().requires_grad_()
+    torch.testing.assert_close(leaf, own_weight(model.inner) + change(model))
+    F.linear(X, leaf).sum().backward()
+    assert leaf.grad is not None
+    assert model.inner.default.lora_A.grad is None
+
+
+def test_a_view_that_is_made_without_gradients_has_none():
+    layer = adapted().inner
+    with torch.no_grad():
+        view = layer.weight.T
+    assert not (X @ view).requires_grad
+    assert not layer.weight.detach()[1:].requires_grad
 
 
 # what can't be read

@@ -8,48 +8,31 @@ it is the one that merging would add.
 from __future__ import annotations
 
 import functools
-import operator
-import sys
-import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
-from graphpeft._torch import is_transformed, symbolic_tracing, version
+from graphpeft._torch import symbolic_tracing
 from graphpeft.adapters.adapter_names import BASE
+from graphpeft.adapters.formulas import GETATTR, Changes, Formula, computation_of, refuse
 from graphpeft.adapters.graphs import attributes_at, is_change
-from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.present_rows import ROWS
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.graph import in_place, overrides
-from graphpeft.graph.changed_weight import Computation, changed_weight, numbers_of, refuse_read
-from graphpeft.graph.compiling import compiled
-from graphpeft.graph.ops import Weight
+from graphpeft.graph.changed_weight import (
+    ChangedWeight,
+    changed_weight,
+    numbers_of,
+    refuse_read,
+)
 from graphpeft.graph.own_tensors import Asker, ReadChanged, is_on_own, own_tensor
 from graphpeft.graph.scaled_sum import is_captured
 from graphpeft.graph.tags import TAG, Tag, changes_at
 from graphpeft.graph.template import Template, template_of
-from graphpeft.rules import rewrite
-from graphpeft.rules.arguments import asked_by
 from graphpeft.rules.rule import changes_bias
-
-
-class Changes(NamedTuple):
-    """The changes of one tensor of a module.
-
-    Attributes:
-        weight: The name of the weight that adapters change.
-        bias: The name of the bias beside it, if that is the tensor; None if the weight is.
-        tags: What adapters do with the weight, in the order in which they act.
-    """
-
-    weight: str
-    bias: str | None
-    tags: tuple[Tag, ...]
-
 
 Reads = tuple[tuple[str, Changes], ...]
 """The tensors of a module that others read with changes, by name."""
@@ -80,6 +63,9 @@ def layers_apart(
         seats: The adapters that are to act, with their slots.
     """
     apart = _apart(adapters, seats)
+    for path, reads in apart.items():
+        for name, changes in reads if path in modules else ():
+            _formula(name, changes).check(own_tensor(modules[path], name), path)
     for path in {**apart, **_apart(adapters, adapters.slots), **adapters.asking}:
         if path in modules:
             template = templates[path] if path in templates else template_of(modules[path])
@@ -147,11 +133,22 @@ def _tag(adapted: Any, attributes: Mapping[str, str], slot: int, method: str) ->
 
 @functools.lru_cache(maxsize=1024)
 def _layer(reads: Reads) -> in_place.Layer:
-    namespace: dict[str, Any] = {name: _attribute(_Formula(name, changes)) for name, changes in reads}
-    namespace["register_parameter"] = _registering(frozenset(dict(reads)))
+    namespace: dict[str, Any] = {name: _attribute(_formula(name, changes)) for name, changes in reads}
+    namespace |= {"register_parameter": _registering(frozenset(dict(reads))), "__setattr__": _set_attribute}
     # a recurrent layer of PyTorch computes with a list of its parameters
     namespace["_flat_weights"] = property(_flat_weights, _set_flat_weights)
     return in_place.Layer("reads", (), namespace, (_layer, (reads,)))
+
+
+# cached, since the rules of changes in no graph are run before they are read
+_formula = functools.lru_cache(maxsize=1024)(Formula)
+
+
+def _set_attribute(module: Any, name: str, value: Any) -> None:
+    if type(value) is ChangedWeight and value.is_of(module, name):
+        return  # the last step of ``layer.weight += 1``, which has written into the own weight
+    inner = [layer.namespace.get("__setattr__") for layer in type(module)._graphpeft_layers if layer.kind == "tensors"]
+    (inner[0] if inner else type(module)._graphpeft_original.__setattr__)(module, name, value)
 
 
 def _registering(names: Set[str]) -> Callable[..., None]:
@@ -166,8 +163,7 @@ def _registering(names: Set[str]) -> Callable[..., None]:
 def _flat_weights(module: Any) -> list[Any]:
     if "_flat_weights" not in vars(module):
         raise AttributeError(f"a {type(module).__name__} has no _flat_weights")
-    asker = None if torch.compiler.is_compiling() else sys._getframe(1).f_code.co_name
-    if asker != "forward":
+    if not torch.compiler.is_dynamo_compiling() and Asker(0).is_keeping(nn.RNNBase):
         return vars(module)["_flat_weights"]
     return [getattr(module, name, None) for name in module._flat_weights_names]
 
@@ -176,7 +172,7 @@ def _set_flat_weights(module: Any, value: list[Any]) -> None:
     vars(module)["_flat_weights"] = value
 
 
-def _attribute(formula: _Formula) -> ReadChanged:
+def _attribute(formula: Formula) -> ReadChanged:
     def set_plain(module: nn.Module, value: Any) -> None:
         # nn.Module registers parameters itself; FSDP, and hooks that compute a weight, set it as a plain attribute
         vars(module)[formula.name] = value
@@ -187,181 +183,25 @@ def _attribute(formula: _Formula) -> ReadChanged:
     return ReadChanged(functools.partial(_read, formula), set_plain, delete_plain)
 
 
-def _read(formula: _Formula, module: nn.Module) -> Any:
+def _read(formula: Formula, module: nn.Module) -> Any:
     if is_on_own(module):
         return own_tensor(module, formula.name)
     rows = ROWS.get()
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return formula.captured(module) if rows is None else rows.read(module, formula.name)
     read: Any = nn.Module.__getattr__
-    if read is not _GETATTR:
-        # fx records what is computed; the tracer of this library, which adapts its graphs, that this is read
-        return formula.captured(module) if read.__globals__ is vars(symbolic_tracing) else read(module, formula.name)
+    if read is not GETATTR and read.__globals__ is not vars(symbolic_tracing):
+        return read(module, formula.name)  # the tracer of this library notes the read, and adapts its graph then
+    if read is not GETATTR and not is_captured():
+        return formula.captured(module)  # fx.symbolic_trace records what is computed
     own, asker = own_tensor(module, formula.name), Asker(1)
     if own is None or asker.means_own(module):
         return own
     found: Any = formula.changed(module, own) if rows is None else rows.read(module, formula.name)
     if asker.takes_parameters:
         found._is_param = True
+        return found
     return numbers_of(found) if asker.chooses_kernels else found
-
-
-_GETATTR = nn.Module.__getattr__
-
-
-class _Formula:
-    """Computes a tensor of a module with the changes of adapters.
-
-    Args:
-        name: The name of the tensor.
-        changes: The changes.
-    """
-
-    def __init__(self, name: str, changes: Changes) -> None:
-        self.name, self._changes = name, changes
-        self._refusal = _refusal(name, changes)
-        # worked out before a compiler looks on
-        self._steps = [] if self._refusal is not None else [_Step.of(tag, changes.bias) for tag in changes.tags]
-
-    def changed(self, module: nn.Module, own: Tensor) -> Tensor:
-        """Returns the changed tensor, computed when its numbers are asked for."""
-        if not self._changes.tags:
-            return own
-        run, getters = self._of_stack if own.ndim > 2 else self._of_matrix
-        values = (own, *[get(module) for get in getters])
-        if is_captured() or is_transformed():
-            return run(*values)
-        return changed_weight(own, _computation(run, values, module, self.name))
-
-    def captured(self, module: nn.Module) -> Tensor:
-        """Returns the changed tensor by the rules' own code, which a compiler, and ``fx.symbolic_trace``, follows."""
-        if self._refusal is not None:
-            raise AdaptError(self._refusal)
-        weight = base = own_tensor(module, self._changes.weight)
-        bias: Any = None
-        bias = base_bias = None if self._changes.bias is None else own_tensor(module, self._changes.bias)
-        for rule, of_weight, of_bias in self._steps:
-            there = {"weight": weight, "base": base, "bias": bias, "base_bias": base_bias}
-            change = rule.change({name: there[name] if path is None else _at(module, path) for name, path in of_weight})
-            if of_bias is not None:
-                given = {name: there[name] if path is None else _at(module, path) for name, path in of_bias}
-                of_bias_too = rule.bias_change(given)
-                bias = bias if of_bias_too is None else bias + of_bias_too.to(bias.dtype)
-            weight = weight + change.to(weight.dtype)
-        return weight if self._changes.bias is None else bias
-
-    # a change that is read has no input of which dropout could drop elements, but one of a stack computes a branch
-    @functools.cached_property
-    def _of_matrix(self) -> _Run:
-        return self._made({"training": None})
-
-    @functools.cached_property
-    def _of_stack(self) -> _Run:
-        return self._made({})
-
-    def _made(self, absent: Mapping[str, None]) -> _Run:
-        if self._refusal is not None:
-            return functools.partial(_refuse, self._refusal), []
-        weight, bias, tags = self._changes
-        graph = fx.Graph()
-        if bias is not None:
-            with torch.enable_grad():
-                graph.output(rewrite.changed_bias(graph, weight, bias, tags))
-        else:
-            read = graph.create_node("get_attr", weight)
-            graph.output(read)
-            for tag in tags:
-                attributes: Any = {**dict(tag.attributes), **absent}
-                rewrite.insert(graph, Weight(read, weight), tag.rule, attributes, tag.slot, tag.method)
-        return _of_values(graph, self.name, (weight, bias), self)
-
-
-def _computation(run: Callable[..., Tensor], values: tuple[Any, ...], module: nn.Module, name: str) -> Computation:
-    written = 0 if values[0].is_inference() else version(values[0])
-    return Computation(run, values, weakref.ref(module), name, type(module), written)
-
-
-class _Step(NamedTuple):
-    """What one adapter does with a weight and the bias beside it.
-
-    Attributes:
-        rule: Its rule.
-        of_weight: The arguments of the rule's change of the weight, each with its path in the module; None for tensors
-            of the module itself.
-        of_bias: Likewise of its change of the bias; None without one.
-    """
-
-    rule: Any
-    of_weight: list[tuple[str, str | None]]
-    of_bias: list[tuple[str, str | None]] | None
-
-    @classmethod
-    def of(cls, tag: Tag, bias: str | None) -> _Step:
-        """Returns what an adapter does whose nodes have this tag."""
-        rule, paths = tag.rule, dict(tag.attributes)
-        of_bias = _arguments(rule.bias_delta, paths) if bias is not None and changes_bias(rule) else None
-        return cls(rule, _arguments(rule.delta, paths), of_bias)
-
-
-def _arguments(function: Callable[..., Any], paths: Mapping[str, str]) -> list[tuple[str, str | None]]:
-    return [(name, paths.get(name)) for name in asked_by(function).among((*_OF_MODULE, *paths))]
-
-
-_OF_MODULE = ("weight", "base", "bias", "base_bias")
-
-
-def _refusal(name: str, changes: Changes) -> str | None:
-    """Returns why the effects of adapters are no change of a tensor that others could read, or None."""
-    for tag in changes.tags:
-        if not tag.is_change:
-            reason = f"what an adapter of {tag.method} does there is no change of its {changes.weight}"
-        elif tag.of_one_call:
-            reason = f"an adapter of {tag.method} acts in one of the uses of its {changes.weight} alone"
-        else:
-            continue
-        return (
-            f"{name} of a layer is read by code beside the operation that is adapted, and {reason}; leave the layer "
-            "out of the adapter's targets, or read graphpeft.own_weight(layer) there"
-        )
-    return None
-
-
-_Run = tuple[Callable[..., Any], list[Callable[[nn.Module], Any]]]
-"""A function of values, the first of which is the tensor without changes, and the getters of the others."""
-
-
-def _refuse(reason: str, *_: Any) -> Tensor:
-    raise AdaptError(reason)
-
-
-def _at(module: Any, path: str) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module
-
-
-def _of_values(graph: fx.Graph, first: str, own: Collection[str | None], owner: object) -> _Run:
-    """Returns a graph as a function of what it reads.
-
-    Args:
-        graph: The graph.
-        first: The path of the first argument.
-        own: The paths of the module's own tensors.
-        owner: Keeps the source for tracebacks.
-    """
-    paths = dict.fromkeys([first, *(str(node.target) for node in graph.nodes if node.op == "get_attr")])
-    made = fx.Graph()
-    inputs = {path: made.placeholder(f"value{number}") for number, path in enumerate(paths)}
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        copies[node] = inputs[node.target] if node.op == "get_attr" else made.node_copy(node, copies.__getitem__)
-    code = made.python_code(root_module="self")
-    getters = [
-        functools.partial(own_tensor, name=path) if path in own else operator.attrgetter(path)
-        for path in paths
-        if path != first
-    ]
-    return functools.partial(compiled(owner, made, code.src, code.globals), None), getters
 
 
 # batches whose rows have different adapters
@@ -391,7 +231,7 @@ def in_mixture(modules: Modules, adapters: Adapters, names: Collection[str], mod
         f"code beside the operation that is adapted reads {tensor} of {path or 'the model'} in a batch whose rows have "
         f"different adapters, and no one tensor is {tensor} of them all; call the model for one adapter at a time"
     )
-    return changed_weight(own, _computation(functools.partial(_refuse, reason), (own,), module, tensor))
+    return changed_weight(own, computation_of(functools.partial(refuse, reason), (own,), module, tensor))
 
 
 def _of_adapter(adapter: Adapter, name: str, path: str, tensor: str) -> Callable[[nn.Module, Tensor], Tensor] | None:
@@ -402,7 +242,7 @@ def _of_adapter(adapter: Adapter, name: str, path: str, tensor: str) -> Callable
     has_others = tensor in adapter.overrides.get(path, ()) or (path in adapter.rows and tensor == "weight")
     if changes is None and not has_others:
         return None
-    formula, read = _Formula(tensor, changes or Changes(tensor, None, ())), adapter.reading(path, name)
+    formula, read = Formula(tensor, changes or Changes(tensor, None, ())), adapter.reading(path, name)
     return lambda module, own: formula.changed(module, read(module).get(tensor, own))
 
 

@@ -143,8 +143,16 @@ def is_on_own(module: nn.Module) -> bool:
 _ON_OWN: PerCall[tuple[nn.Module, ...]] = PerCall("layers on their own weights", "run the compiled model in a thread")
 
 
-_ON_THE_WAY = ("__getattr__", "__setattr__", "register_parameter")
+_ON_THE_WAY = ("__getattr__", "__setattr__", "_set_attribute", "register_parameter")
 _LIBRARIES = ("torch.", "graphpeft.")
+_COMPREHENSIONS = ("<listcomp>", "<setcomp>", "<dictcomp>")
+"""Frames of their own before Python 3.12."""
+
+
+def _is_on_the_way(frame: Any) -> bool:
+    # the code of a dressed class has the class's name behind that of the function
+    name, home = frame.f_code.co_name.partition(" ")[0], frame.f_globals.get("__name__", "")
+    return name in _COMPREHENSIONS or (name in _ON_THE_WAY and home.startswith(_LIBRARIES))
 
 
 class Asker:
@@ -156,10 +164,7 @@ class Asker:
 
     def __init__(self, depth: int) -> None:
         frame: Any = sys._getframe(depth + 1)
-        # the code of a dressed class has its name behind that of the function
-        while frame.f_code.co_name.partition(" ")[0] in _ON_THE_WAY and frame.f_globals.get("__name__", "").startswith(
-            _LIBRARIES
-        ):
+        while _is_on_the_way(frame):
             frame = frame.f_back
         self._frame, self._home = frame, frame.f_globals.get("__name__", "")
 
@@ -171,7 +176,17 @@ class Asker:
             return _reads_own(running["self"].graph, running.get("target"))
         if self.takes_parameters:
             return not is_in_forward()
-        return self._frame.f_code.co_name in _METHODS_ON_OWN or f"{self._home}.".startswith(_MEANING_OWN)
+        if self._frame.f_code.co_name in _METHODS_ON_OWN and self._is_of(module):
+            return True
+        return f"{self._home}.".startswith(_MEANING_OWN)
+
+    def _is_of(self, module: nn.Module) -> bool:
+        first = self._frame.f_code.co_varnames[:1]
+        return bool(first) and self._frame.f_locals.get(first[0]) is module
+
+    def is_keeping(self, cls: Any) -> bool:
+        """Returns whether it is a method of `cls` that keeps the module's state, and computes nothing."""
+        return self._frame.f_code.co_name != "forward" and self._home == cls.__module__
 
     @property
     def takes_parameters(self) -> bool:

@@ -137,9 +137,9 @@ class SiteFinder:
         If there is none, the third is the reason why modules that may use it have no graph; None if none may.
         """
         reasons = []
-        if self._is_out_proj(owner):
-            return None, None, "nn.MultiheadAttention reads its weight, and doesn't call it"
         for region in self._regions(owner):
+            if region == owner and self._is_out_proj(owner):
+                return None, None, "nn.MultiheadAttention reads its weight, and doesn't call it"
             if self.regions.template(region) is None:
                 reasons.append(f"{region or 'the model'} can't become a graph: {self.regions.errors[region]}")
                 continue
@@ -150,9 +150,7 @@ class SiteFinder:
 
     def _is_out_proj(self, owner: str) -> bool:
         around, _, name = owner.rpartition(".")
-        if name != "out_proj" or not isinstance(self.modules.get(around), nn.MultiheadAttention):
-            return False
-        return not any(not path or f"{owner}.".startswith(f"{path}.") for path in self.regions.graphs)
+        return name == "out_proj" and isinstance(self.modules.get(around), nn.MultiheadAttention)
 
     def _why_no_graph(self, region: str, owner: str, attribute: str, uses: WeightUses) -> str | None:
         """Returns the reason why the graph of a region doesn't show all uses of a weight, or None.

@@ -191,15 +191,50 @@ def test_a_functional_weight_is_exported_with_one_change():
     torch.testing.assert_close(torch.export.export(model, (X,), strict=False).module()(X), model(X))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 def test_a_layer_that_is_called_and_read_is_traced_by_fx_with_one_change():
     model: Any = get_peft_model(Functional(), lora("w", "inner"))
     torch.testing.assert_close(fx.symbolic_trace(model)(X), model(X))
-    torch.testing.assert_close(torch.jit.trace(model, (X,))(X), model(X))
+    traced: Any = torch.jit.trace(model, (X,))
+    torch.testing.assert_close(traced(X), model(X))
 
 
 def test_a_learning_check_names_no_layer_that_is_read():
     assert graphpeft.check_learning(adapted(), (X,)).dead == ()
+
+
+class Deciding(nn.Module):
+    """Decides on values, so that its own code computes with changed weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.w, self.inner = nn.Parameter(torch.eye(4)), nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x @ self.v if x.sum() > -1e9 else x
+        return F.linear(x @ self.w, self.inner.weight) + self.inner(x)
+
+
+def test_models_in_models_keep_their_changes_when_the_others_adapters_come_and_go():
+    torch.manual_seed(0)
+    outer: Any = nn.Sequential(Deciding(), nn.Linear(4, 4))
+    base = outer(X)
+    get_peft_model(outer[0], lora("w", "inner"), "in it")
+    inside = outer(X)
+    get_peft_model(outer, lora("0.v", "0.inner", "1"), "around")
+    both = outer(X)
+    assert not any(torch.allclose(one, other) for one, other in ((base, inside), (inside, both)))
+    with outer.disable_adapter():
+        torch.testing.assert_close(outer(X), inside)
+    with outer[0].disable_adapter():
+        assert not torch.allclose(outer(X), both)
+    outer.merge_adapter()
+    torch.testing.assert_close(outer(X), both)
+    outer.unload()
+    torch.testing.assert_close(outer(X), inside)
+    outer[0].unload()
+    assert torch.equal(outer(X), base)
+    assert type(outer[0]) is Deciding
 
 
 # gradients

@@ -81,27 +81,23 @@ def _graph_layers(
     """Yields what gives each region the graph of its template, after the passes of the model, by path."""
     seated = {slot: name for name, slot in seats.items()}
     # modules of a class have the same names in slots
-    known: dict[tuple[Template, type], Mapping[str, in_place.Layer | None]] = {}
+    known: dict[tuple[Template | None, type], Mapping[str, in_place.Layer | None]] = {}
     for region, template in templates.items():
         module = modules[region]
         # a graph around the whole model runs around what was set on that, see model/set_forwards.py
         if region or template is None or not template.calls_own_forward:
             refuse_foreign_forward(module, region)
-        if template is None:
-            yield region, _NO_GRAPH
-            continue
         plain = template
-        if adapters.passes is not None:
+        if template is not None and adapters.passes is not None:
             template = adapters.passes(template, module)
-        refuse_other_options(module, template)
+        if template is not None:
+            refuse_other_options(module, template)
         kind = template, type(module)
         if kind not in known:
-            layer = template.layer_for({**names_of_others(module, adapters), **seated})
-            known[kind] = {"graph": layer, "reads": layer_of(plain)}
+            names = {**names_of_others(module, adapters), **seated}
+            layer = None if template is None else template.layer_for(names)
+            known[kind] = {"graph": layer, "reads": layer_of(plain, module, adapters)}
         yield region, known[kind]
-
-
-_NO_GRAPH = {"graph": None, "reads": None}
 
 
 def _slot_layers(

@@ -41,14 +41,46 @@ Reads = tuple[tuple[str, Changes], ...]
 # which tensors are read so
 
 
-def layer_of(template: Template) -> in_place.Layer | None:
-    """Returns what lets other code read the tensors that adapters change in a module's own graph; None without any."""
-    if not template.slots:
-        return None
+def layer_of(template: Template | None, module: nn.Module, adapters: Adapters) -> in_place.Layer | None:
+    """Returns what lets other code read the tensors that adapters change in a module's own graph; None without any.
+
+    Args:
+        template: The graph that the module is to have; None if it is to run its own code.
+        module: The module.
+        adapters: The model's adapters. Those of a model around or inside, which are in no graph, act as before.
+    """
+    others = _of_others(module, template, adapters)
+    if template is None:
+        return _layer(tuple(others.items())) if others else None
     if "reads" not in template.facts:
         reads = _in_graph(template)
         template.facts["reads"] = reads, _layer(reads) if reads else None
-    return template.facts["reads"][1]
+    in_graph, layer = template.facts["reads"]
+    return _layer(_together(dict(in_graph), others)) if others else layer
+
+
+def _of_others(module: nn.Module, template: Template | None, adapters: Adapters) -> dict[str, Changes]:
+    """Returns the changes that adapters of a model around or inside make in no graph of a module."""
+    worn = [layer.recipe[1][0] for layer in in_place.layers_of(module) if layer.kind == "reads"]
+    if not worn:
+        return {}
+    own = {*adapters.slots.values(), *(template.slots if template is not None else ())}
+    left = {}
+    for name, changes in worn[0]:
+        tags = tuple([tag for tag in changes.tags if tag.slot not in own])
+        if tags:
+            left[name] = changes._replace(tags=tags)
+    return left
+
+
+def _together(*parts: Mapping[str, Changes]) -> Reads:
+    """Returns the changes of several, those of a tensor in turn."""
+    found: dict[str, Changes] = {}
+    for part in parts:
+        for name, changes in part.items():
+            before = found.get(name)
+            found[name] = changes if before is None else changes._replace(tags=(*before.tags, *changes.tags))
+    return tuple(found.items())
 
 
 def layers_apart(
@@ -70,8 +102,9 @@ def layers_apart(
         if path in modules:
             template = templates[path] if path in templates else template_of(modules[path])
             in_graph = _in_graph(template) if template is not None and template.slots else ()
-            reads = {**_unchanged(adapters.asking.get(path, ())), **dict(in_graph), **dict(apart.get(path, ()))}
-            yield path, _layer(tuple(reads.items())) if reads else None
+            asked, others = _unchanged(adapters.asking.get(path, ())), _of_others(modules[path], template, adapters)
+            reads = _together(asked, others, dict(in_graph), dict(apart.get(path, ())))
+            yield path, _layer(reads) if reads else None
 
 
 def _in_graph(template: Template) -> Reads:

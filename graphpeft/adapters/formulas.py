@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +13,9 @@ import torch.fx as fx
 from torch import Tensor, nn
 from torch.fx.proxy import TraceError as ProxyError
 
-from graphpeft._torch import is_recorded_by_jit, is_transformed
+from graphpeft._torch import is_recorded_by_jit, is_transformed, symbolic_tracing
 from graphpeft.adapters.plan import AdaptError
+from graphpeft.graph.autocast import without_autocast
 from graphpeft.graph.changed_weight import Computation, changed_weight, note_read
 from graphpeft.graph.compiling import compiled
 from graphpeft.graph.ops import Weight
@@ -41,8 +42,13 @@ class Changes(NamedTuple):
     tags: tuple[Tag, ...]
 
 
-GETATTR = nn.Module.__getattr__
-"""PyTorch's method, which a tracer exchanges."""
+_GETATTR = nn.Module.__getattr__
+
+
+def is_traced_by_fx() -> bool:
+    """Returns whether a tracer of torch.fx records the reads of modules' attributes."""
+    present: Any = nn.Module.__getattr__
+    return present is not _GETATTR and getattr(present, "__globals__", None) is vars(symbolic_tracing)
 
 
 class Formula:
@@ -59,15 +65,23 @@ class Formula:
         # worked out before a compiler looks on
         self._steps = [] if self._refusal is not None else [_Step.of(tag, changes.bias) for tag in changes.tags]
 
+    def without(self, slots: Iterable[int]) -> Changes:
+        """Returns the changes but those by the adapters in these slots."""
+        slots = {*slots}
+        return self._changes._replace(tags=tuple([tag for tag in self._changes.tags if tag.slot not in slots]))
+
     def changed(self, module: nn.Module, own: Tensor) -> Tensor:
         """Returns the changed tensor, computed when its numbers are asked for."""
         if not self._changes.tags:
             return own
         run, getters = self._run_for(own)
-        values = (own, *[get(module) for get in getters])
-        if is_captured() or is_transformed() or is_recorded_by_jit():
+        try:
+            values = (own, *[get(module) for get in getters])
+        except AttributeError as error:
+            raise self._failing(error) from error
+        if self._refusal is None and (is_captured() or is_transformed() or is_recorded_by_jit()):
             note_read(module, self.name)
-            return run(*values)
+            return without_autocast(own.device.type, run, *values)
         return changed_weight(own, computation_of(run, values, module, self.name))
 
     def check(self, own: Tensor, path: str) -> None:
@@ -84,21 +98,33 @@ class Formula:
         """Returns the changed tensor by the rules' own code, which a compiler, and ``fx.symbolic_trace``, follows."""
         if self._refusal is not None:
             raise AdaptError(self._refusal)
-        read = (
-            _own_in_fx_graph(module) if nn.Module.__getattr__ is not GETATTR else functools.partial(own_tensor, module)
-        )
+        own = own_tensor(module, self._changes.weight)
+        try:
+            return without_autocast(own.device.type, self._by_rules, module)
+        except AttributeError as error:
+            raise self._failing(error) from error
+
+    def _by_rules(self, module: nn.Module) -> Tensor:
+        read = _own_in_fx_graph(module) if is_traced_by_fx() else functools.partial(own_tensor, module)
+        is_stack = own_tensor(module, self._changes.weight).ndim > 2
         weight = base = read(self._changes.weight)
-        bias: Any = None
-        bias = base_bias = None if self._changes.bias is None else read(self._changes.bias)
-        for rule, of_weight, of_bias in self._steps:
+        bias: Any = None if self._changes.bias is None else read(self._changes.bias)
+        base_bias = bias
+        for rule, of_weight, of_bias, of_dropout in self._steps:
             there = {"weight": weight, "base": base, "bias": bias, "base_bias": base_bias}
-            change = rule.change({name: there[name] if path is None else _at(module, path) for name, path in of_weight})
+            given = _given(module, there, of_weight)
             if of_bias is not None:
-                given = {name: there[name] if path is None else _at(module, path) for name, path in of_bias}
-                of_bias_too = rule.bias_change(given)
-                bias = bias if of_bias_too is None else bias + of_bias_too.to(bias.dtype)
-            weight = weight + change.to(weight.dtype)
+                change_of_bias = rule.bias_change(_given(module, there, of_bias))
+                bias = bias if change_of_bias is None else bias + change_of_bias.to(bias.dtype)
+            if is_stack and of_dropout:
+                weight = rule.changed_weight(weight, given, **_given(module, there, of_dropout))
+            else:
+                weight = weight + rule.change(given).to(weight.dtype)
         return weight if self._changes.bias is None else bias
+
+    def _failing(self, error: AttributeError) -> RuntimeError:
+        # Python would take an AttributeError of a property for a sign that there is none, and read the base's tensor
+        return RuntimeError(f"{self.name} with the changes of adapters can't be computed: {error}")
 
     # a change that is read has no input of which dropout could drop elements, but one of a stack computes a branch
     @functools.cached_property
@@ -157,22 +183,32 @@ class _Step(NamedTuple):
         of_weight: The arguments of the rule's change of the weight, each with its path in the module; None for tensors
             of the module itself.
         of_bias: Likewise of its change of the bias; None without one.
+        of_dropout: Likewise of the dropout of what is multiplied by the weight, beside those.
     """
 
     rule: Any
     of_weight: list[tuple[str, str | None]]
     of_bias: list[tuple[str, str | None]] | None
+    of_dropout: list[tuple[str, str | None]]
 
     @classmethod
     def of(cls, tag: Tag, bias: str | None) -> _Step:
         """Returns what an adapter does whose nodes have this tag."""
         rule, paths = tag.rule, dict(tag.attributes)
         of_bias = _arguments(rule.bias_delta, paths) if bias is not None and changes_bias(rule) else None
-        return cls(rule, _arguments(rule.delta, paths), of_bias)
+        of_use: list[tuple[str, str | None]] = [
+            (name, paths[name]) for name in asked_by(rule.changed_weight).names if name in paths
+        ]
+        of_dropout = of_use if "training" in dict(of_use) else []
+        return cls(rule, _arguments(rule.delta, paths), of_bias, of_dropout)
 
 
 def _arguments(function: Callable[..., Any], paths: Mapping[str, str]) -> list[tuple[str, str | None]]:
     return [(name, paths.get(name)) for name in asked_by(function).among((*_OF_MODULE, *paths))]
+
+
+def _given(module: nn.Module, there: Mapping[str, Any], arguments: list[tuple[str, str | None]]) -> dict[str, Any]:
+    return {name: there[name] if path is None else _at(module, path) for name, path in arguments}
 
 
 _OF_MODULE = ("weight", "base", "bias", "base_bias")

@@ -15,24 +15,24 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
-from graphpeft._torch import symbolic_tracing
 from graphpeft.adapters.adapter_names import BASE
-from graphpeft.adapters.formulas import GETATTR, Changes, Formula, computation_of, refuse
+from graphpeft.adapters.formulas import Changes, Formula, computation_of, is_traced_by_fx, refuse
 from graphpeft.adapters.graphs import attributes_at, is_change
 from graphpeft.adapters.present_rows import ROWS
 from graphpeft.adapters.state import Adapter, Adapters, Modules
-from graphpeft.graph import in_place, overrides
+from graphpeft.graph import in_place
 from graphpeft.graph.changed_weight import (
     ChangedWeight,
     changed_weight,
     numbers_of,
     refuse_read,
 )
-from graphpeft.graph.own_tensors import Asker, ReadChanged, is_on_own, own_tensor
+from graphpeft.graph.own_tensors import Asker, ReadChanged, base_tensor, is_keeping, is_on_own, own_tensor
 from graphpeft.graph.scaled_sum import is_captured
 from graphpeft.graph.tags import TAG, Tag, changes_at
 from graphpeft.graph.template import Template, template_of
 from graphpeft.rules.rule import changes_bias
+from graphpeft.transaction import set_item
 
 Reads = tuple[tuple[str, Changes], ...]
 """The tensors of a module that others read with changes, by name."""
@@ -196,7 +196,7 @@ def _registering(names: Set[str]) -> Callable[..., None]:
 def _flat_weights(module: Any) -> list[Any]:
     if "_flat_weights" not in vars(module):
         raise AttributeError(f"a {type(module).__name__} has no _flat_weights")
-    if not torch.compiler.is_dynamo_compiling() and Asker(0).is_keeping(nn.RNNBase):
+    if not torch.compiler.is_dynamo_compiling() and is_keeping(nn.RNNBase):
         return vars(module)["_flat_weights"]
     return [getattr(module, name, None) for name in module._flat_weights_names]
 
@@ -221,16 +221,15 @@ def _read(formula: Formula, module: nn.Module) -> Any:
         return own_tensor(module, formula.name)
     rows = ROWS.get()
     if torch.compiler.is_dynamo_compiling():
-        return formula.captured(module) if rows is None else rows.read(module, formula.name)
-    read: Any = nn.Module.__getattr__
-    if read is not GETATTR and read.__globals__ is not vars(symbolic_tracing):
-        return read(module, formula.name)  # the tracer of this library notes the read, and adapts its graph then
-    if read is not GETATTR and not is_captured():
-        return formula.captured(module)  # fx.symbolic_trace records what is computed
+        in_rows = None if rows is None else rows.read(module, formula)
+        return formula.captured(module) if in_rows is None else in_rows
+    if is_traced_by_fx() and not is_captured():
+        return formula.captured(module)  # it records what is computed
     own, asker = own_tensor(module, formula.name), Asker(1)
     if own is None or asker.means_own(module):
         return own
-    found: Any = formula.changed(module, own) if rows is None else rows.read(module, formula.name)
+    in_rows = None if rows is None else rows.read(module, formula)
+    found: Any = formula.changed(module, own) if in_rows is None else in_rows
     if asker.takes_parameters:
         found._is_param = True
         return found
@@ -240,7 +239,9 @@ def _read(formula: Formula, module: nn.Module) -> Any:
 # batches whose rows have different adapters
 
 
-def in_mixture(modules: Modules, adapters: Adapters, names: Collection[str], module: nn.Module, tensor: str) -> Tensor:
+def in_mixture(
+    modules: Modules, adapters: Adapters, names: Collection[str], module: nn.Module, acting: Formula
+) -> Tensor | None:
     """Returns a tensor of a module for code that reads it while a batch runs whose rows have different adapters.
 
     Args:
@@ -248,18 +249,27 @@ def in_mixture(modules: Modules, adapters: Adapters, names: Collection[str], mod
         adapters: Its adapters.
         names: The adapters of the rows, with `BASE` for none.
         module: The module.
-        tensor: The name of the tensor there.
+        acting: Computes the tensor with the adapters that act without rows.
+
+    Returns:
+        The tensor; None if the module isn't the model's.
     """
-    own = overrides.own_parameter(module, tensor)
     path = next((path for path, each in modules.items() if each is module), None)
-    found = {name: adapters.by_name[name] for name in names if path is not None and name != BASE}
-    changing = {
-        name: changed for name, each in found.items() if (changed := _of_adapter(each, name, path or "", tensor))
-    }
-    if adapters.are_off or not changing:
-        return own
+    if path is None:
+        return None
+    tensor = acting.name
+    # adapters of a model around or inside may have the slots that this model's have at other modules
+    others = acting.without(
+        slot for name, slot in adapters.slots.items() if _changes_module(adapters.by_name[name], path)
+    )
+    found = {name: adapters.by_name[name] for name in names if name != BASE and not adapters.are_off}
+    by_name = {name: _of_adapter(each, name, path, tensor, others) for name, each in found.items()}
+    changing = [make for make in by_name.values() if make is not None]
+    own = base_tensor(module, tensor)
+    if not changing:
+        return _formula(tensor, others).changed(module, own)
     if len(changing) == len(names) == 1:
-        return next(iter(changing.values()))(module, own)
+        return changing[0](module, own)
     reason = (
         f"code beside the operation that is adapted reads {tensor} of {path or 'the model'} in a batch whose rows have "
         f"different adapters, and no one tensor is {tensor} of them all; call the model for one adapter at a time"
@@ -267,16 +277,32 @@ def in_mixture(modules: Modules, adapters: Adapters, names: Collection[str], mod
     return changed_weight(own, computation_of(functools.partial(refuse, reason), (own,), module, tensor))
 
 
-def _of_adapter(adapter: Adapter, name: str, path: str, tensor: str) -> Callable[[nn.Module, Tensor], Tensor] | None:
+def _changes_module(adapter: Adapter, path: str) -> bool:
+    return any(adapted.site.owner == path for adapted in adapter.weight_sites)
+
+
+def _of_adapter(
+    adapter: Adapter, name: str, path: str, tensor: str, others: Changes
+) -> Callable[[nn.Module, Tensor], Tensor] | None:
     """Returns what makes a module's tensor that of an adapter, which needn't act; None if it is the same."""
     sites = [adapted for adapted in adapter.weight_sites if adapted.site.owner == path]
-    tags = [_tag(adapted, adapted.names, 0, adapter.config.method) for adapted in sites]
-    changes = dict(_merged([Changes(tag.weight, tag.bias, (tag,)) for tag in tags])).get(tensor)
+    changes = dict(_merged([_changes_at(adapted, adapter.config.method) for adapted in sites])).get(tensor)
     has_others = tensor in adapter.overrides.get(path, ()) or (path in adapter.rows and tensor == "weight")
     if changes is None and not has_others:
         return None
-    formula, read = Formula(tensor, changes or Changes(tensor, None, ())), adapter.reading(path, name)
+    both = others if changes is None else changes._replace(tags=(*others.tags, *changes.tags))
+    formula, read = _formula(tensor, both), adapter.reading(path, name)
     return lambda module, own: formula.changed(module, read(module).get(tensor, own))
+
+
+def _changes_at(adapted: Any, method: str) -> Changes:
+    tag = _tag(adapted, adapted.names, 0, method)
+    return Changes(tag.weight, tag.bias, (tag,))
+
+
+def changed_at(adapted: Any, method: str) -> tuple[str, ...]:
+    """Returns the names of the tensors that an adapter changes in the module of a site: the weight, and a bias."""
+    return tuple(dict(_merged([_changes_at(adapted, method)])))
 
 
 def let_ask(modules: Modules, adapters: Adapters, asked: Mapping[str, Iterable[str]]) -> None:
@@ -284,7 +310,8 @@ def let_ask(modules: Modules, adapters: Adapters, asked: Mapping[str, Iterable[s
     known: dict[Any, in_place.Layer] = {}
     wanted = []
     for path, names in asked.items():
-        adapters.asking[path] = own = tuple(dict.fromkeys((*adapters.asking.get(path, ()), *names)))
+        own = tuple(dict.fromkeys((*adapters.asking.get(path, ()), *names)))
+        set_item(adapters.asking, path, own)
         key = type(modules[path]), own
         if key not in known:
             worn = [layer.recipe[1][0] for layer in in_place.layers_of(modules[path]) if layer.kind == "reads"]

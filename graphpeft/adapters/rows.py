@@ -10,6 +10,7 @@ from torch import nn
 
 from graphpeft._torch import without_compiler
 from graphpeft.adapters.adapter_names import BASE
+from graphpeft.adapters.formulas import Formula
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.reads import in_mixture
 from graphpeft.adapters.state import Adapters, Modules
@@ -176,17 +177,20 @@ class Rows:
         )
 
     @without_compiler("which rows have an adapter that changes a tensor is looked up")
-    def read(self, module: nn.Module, tensor: str) -> torch.Tensor:
+    def read(self, module: nn.Module, acting: Formula) -> torch.Tensor | None:
         """Returns a tensor of a module for code that reads it outside of the graphs that run by row.
 
         Its numbers raise AdaptError where they differ from row to row.
 
         Args:
             module: The module.
-            tensor: The name of the tensor there.
+            acting: Computes the tensor with the adapters that act without rows.
+
+        Returns:
+            The tensor; None if the module isn't the model's.
         """
         names = {name for rows in self.by_count.values() for name in rows.names}
-        return in_mixture(self.modules(), self._adapters, names, module, tensor)
+        return in_mixture(self.modules(), self._adapters, names, module, acting)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -34,11 +34,11 @@ class GivenRows:
     def runner_of(self, module: nn.Module) -> None:
         """Returns None: the graphs that modules wear are those for rows."""
 
-    def read(self, module: nn.Module, tensor: str) -> Tensor:
+    def read(self, module: nn.Module, acting: Any) -> Tensor:
         """Raises ExportError, since a tensor of a module that is read differs from row to row."""
         raise ExportError(
-            f"the model's code reads {tensor} of an adapted {type(module).__name__} beside its call, and that differs "
-            "from row to row; leave the layer out, or export with adapters='inputs'"
+            f"the model's code reads {acting.name} of an adapted {type(module).__name__} beside its call, and that "
+            "differs from row to row; leave the layer out, or export with adapters='inputs'"
         )
 
     def of(self, tensor: Tensor, module: nn.Module) -> RowParameters:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from graphpeft._torch import DisableTorchFunctionSubclass, make_wrapper, pytree, storage_key, written_arguments
-from graphpeft.graph.autocast import is_in_autocast
+from graphpeft.graph.autocast import without_autocast
 from graphpeft.graph.low_rank_sum import METADATA, getter, writes
 from graphpeft.graph.own_tensors import is_in_forward
 
@@ -51,10 +51,7 @@ class Computation(NamedTuple):
                 f"{self.attribute} of a {self.cls.__name__} was read while other adapters acted; read it from the "
                 "layer again"
             )
-        if not is_in_autocast(own.device.type):
-            return self.run(*self.values)
-        with torch.autocast(own.device.type, enabled=False):
-            return self.run(*self.values)
+        return without_autocast(own.device.type, self.run, *self.values)
 
     def viewed(self, view: Callable[[Tensor], Any]) -> Computation:
         """Returns the computation of a view of the changed weight."""

@@ -15,6 +15,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from graphpeft.graph.own_tensors import own_tensor
+
 
 class Computed(NamedTuple):
     """The way in which a layer computes a weight.
@@ -57,7 +59,7 @@ def read_weight(module: nn.Module, attribute: str) -> torch.Tensor | None:
         return hook.compute_weight(module)
     if isinstance(hook, BasePruningMethod):
         return hook.apply_mask(module)
-    return getattr(module, attribute)
+    return own_tensor(module, attribute)
 
 
 def read_as_attributes(graph: fx.Graph, module: nn.Module) -> None:

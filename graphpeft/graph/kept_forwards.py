@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from graphpeft.graph.own_tensors import on_own
+from graphpeft.graph.recomputing import taken_along
 from graphpeft.graph.tensor_parallel_forwards import around_present, hook_of, is_followed, stood_for
 from graphpeft.transaction import delete_item, set_item
 
@@ -121,7 +122,7 @@ def run_set_forward(module: nn.Module) -> functools.partial[Any] | None:
 
 def _run(module: Any, *args: Any, **kwargs: Any) -> Any:
     # the graph around it has the change of the weight
-    with on_own(module):
+    with taken_along(functools.partial(on_own, module)):
         return module._graphpeft_set_forward(*args, **kwargs)
 
 

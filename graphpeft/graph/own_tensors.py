@@ -63,7 +63,14 @@ def own_tensor(module: Any, name: str) -> Any:
     stand_in = getattr(type(module), STAND_INS, {}).get(name)
     if stand_in is not None:
         return stand_in(module)
+    return base_tensor(module, name)
+
+
+def base_tensor(module: Any, name: str) -> Any:
+    """Returns the same of the base, where an adapter's tensor is read in its place."""
     own = module._parameters.get(name)
+    if own is None:
+        own = module._buffers.get(name)
     return _held(module, name) if own is None else own
 
 
@@ -184,10 +191,6 @@ class Asker:
         first = self._frame.f_code.co_varnames[:1]
         return bool(first) and self._frame.f_locals.get(first[0]) is module
 
-    def is_keeping(self, cls: Any) -> bool:
-        """Returns whether it is a method of `cls` that keeps the module's state, and computes nothing."""
-        return self._frame.f_code.co_name != "forward" and self._home == cls.__module__
-
     @property
     def takes_parameters(self) -> bool:
         """Whether it is ``get_parameter``, which takes no other tensor."""
@@ -197,6 +200,12 @@ class Asker:
     def chooses_kernels(self) -> bool:
         """Whether it is a layer of PyTorch, which runs its fast path on plain tensors alone."""
         return self._home.startswith("torch.nn.modules.") and not torch.is_grad_enabled()
+
+
+def is_keeping(cls: Any) -> bool:
+    """Returns whether the caller's caller is a method of `cls` that keeps a module's state, and computes nothing."""
+    frame = sys._getframe(2)
+    return frame.f_code.co_name != "forward" and frame.f_globals.get("__name__") == cls.__module__
 
 
 def is_in_forward() -> bool:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
+from graphpeft.code.attribute_paths import ANY
 from graphpeft.code.source import read_anew, uses_in_forward
 from graphpeft.graph import in_place
 from graphpeft.graph.copied_graphs import copy_graph
@@ -195,7 +196,7 @@ class Plan:
             paths = [f"{used}." for used in (*uses.read, *uses.called)]
             for name in self.modules[path]._parameters:
                 tensor = f"{join(within(path, around), name)}."
-                if name in uses.read_elsewhere or any(used.startswith(tensor) for used in paths):
+                if not uses.read_elsewhere.isdisjoint((name, ANY)) or any(used.startswith(tensor) for used in paths):
                     return f"its {name} is read by {around or 'the model'}, which needn't call it"
         return None
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
@@ -592,3 +594,134 @@ def test_layers_inside_of_a_function_with_a_gradient_of_its_own_are_warned_of():
 
     with pytest.warns(PeftWarning, match=r"may call inner in a torch\.autograd\.Function"):
         adapted(Inside())
+
+
+# what a call has besides
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_set_forward_recomputes_with_the_weight_that_it_had(use_reentrant: bool):
+    def gradients(checkpointed: bool) -> list[Tensor]:
+        layer = nn.Linear(4, 4, bias=False, dtype=torch.float64)
+
+        def compute(x: Tensor) -> Tensor:
+            return torch.tanh(F.linear(x, layer.weight))
+
+        layer.forward = lambda x: checkpoint(compute, x, use_reentrant=use_reentrant) if checkpointed else compute(x)
+        model: Any = get_peft_model(nn.Sequential(layer), lora("0"))
+        x = X.double().requires_grad_()
+        model(x).sum().backward()
+        return [x.grad, layer.default.lora_A.grad, layer.default.lora_B.grad]  # type: ignore[list-item]
+
+    torch.manual_seed(0)
+    wanted = gradients(checkpointed=False)
+    torch.manual_seed(0)
+    torch.testing.assert_close(gradients(checkpointed=True), wanted)
+
+
+@pytest.mark.parametrize("computed", [parametrizations.weight_norm, parametrizations.orthogonal])
+def test_a_later_adapter_of_a_computed_weight_starts_from_the_base(computed: Callable[[nn.Module], nn.Module]):
+    model = Reading()
+    model.inner = computed(model.inner)
+    base = own_weight(model.inner).detach()
+    model = adapted(model)
+    model.add_adapter("other", lora("inner"))
+    model.set_adapter("other")
+    torch.testing.assert_close(model.inner.weight + 0, base + change(model, "other"))
+    torch.testing.assert_close(model(X, adapter_names=["other"] * 3), model(X))
+    model.add_adapter("magnitudes", lora("inner", use_dora=True))
+    norms = (base + change(model, "magnitudes")).norm(dim=1)
+    torch.testing.assert_close(model.inner.magnitudes.lora_magnitude, norms)
+
+
+def test_rows_of_a_model_around_leave_the_changes_of_one_inside():
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = adapted(DecidingReader()), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x))
+
+    model: Any = get_peft_model(Outer(), lora("last"), "one")
+    model.add_adapter("other", lora("last"))
+    of_each = {}
+    for name in ("one", "other"):
+        model.set_adapter(name)
+        of_each[name] = model(X)
+    names = ["one", "other", "one"]
+    wanted = torch.stack([of_each[name][row] for row, name in enumerate(names)])
+    torch.testing.assert_close(model(X, adapter_names=names), wanted)
+
+
+class DecidingReader(Reading):
+    """Decides on values, so that its own code reads the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() > -1e9 else x
+
+
+def test_rows_ask_for_a_bias_that_adapters_change_and_that_others_read():
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.inner(x)) + operator.attrgetter("bias")(self.inner)
+
+    model = adapted(Reader(), lora_bias=True)
+    nn.init.ones_(model.inner.default.lora_bias)
+    wanted = model(X)
+    model.add_adapter("elsewhere", lora("last"))
+    model.set_adapter("elsewhere")
+    torch.testing.assert_close(model(X, adapter_names=["default"] * 3), wanted)
+    with pytest.raises(AdaptError, match="reads bias of inner"):
+        model(X, adapter_names=["default", "elsewhere", "default"])
+
+
+def test_a_wrapper_of_getattr_changes_no_read(monkeypatch: pytest.MonkeyPatch):
+    model = adapted()
+    wanted, plain = model(X), nn.Module.__getattr__
+    monkeypatch.setattr(nn.Module, "__getattr__", lambda module, name: plain(module, name))
+    torch.testing.assert_close(model(X), wanted)
+
+
+def test_a_read_without_the_adapters_tensors_raises():
+    model = adapted()
+    del model.inner.default.lora_A
+    with pytest.raises(RuntimeError, match=r"weight with the changes of adapters can't be computed.*lora_A"):
+        model.inner.weight  # noqa: B018
+
+
+@pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_dropout_of_a_stack_that_is_read_is_not_compiled_away():
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(2, 4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.bmm(x.expand(2, 3, 4), self.w) if x.sum() > -1e9 else x
+
+    config = LoraConfig(r=2, init_lora_weights=False, target_parameters=["w"], lora_dropout=0.5)
+    model: Any = get_peft_model(Stack(), config)
+    torch.testing.assert_close(torch.compile(model.eval(), backend="eager")(X), model(X))
+    with pytest.raises(RuntimeError, match="dropout beside a stack of matrices isn't compiled"):
+        torch.compile(model.train(), backend="eager")(X)
+
+
+@pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_a_compiled_read_is_as_precise_as_another_under_autocast():
+    model = adapted(DecidingReader())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(torch.compile(model, backend="eager")(X), model(X))
+
+
+def test_a_recurrent_layer_keeps_its_own_list_of_parameters():
+    model: Any = get_peft_model(nn.LSTM(4, 4), LoraConfig(r=2, target_parameters=["weight_ih_l0"]))
+    new = nn.Parameter(torch.zeros(16, 4))
+    model.weight_ih_l0 = new
+    assert vars(model)["_flat_weights"][0] is new

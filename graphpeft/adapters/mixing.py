@@ -338,10 +338,9 @@ def _let_reads_ask(
     """Lets whoever reads what differs from row to row ask for the rows of the present call."""
     asked = {path: {*own} for path, own in reading.items()}
     for name in names:
-        method = adapters.by_name[name].config.method
         for adapted in adapters.by_name[name].weight_sites:
             if not adapted.site.is_called:
-                asked.setdefault(adapted.site.owner, set()).update(changed_at(adapted, method))
+                asked.setdefault(adapted.site.owner, set()).update(changed_at(adapted))
     let_ask(modules, adapters, {path: sorted(own) for path, own in asked.items()})
 
 

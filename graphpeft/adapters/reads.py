@@ -147,7 +147,6 @@ def _apart(adapters: Adapters, seats: Mapping[str, int]) -> dict[str, Reads]:
 
 def _tag(adapted: Any, attributes: Mapping[str, str], slot: int, method: str) -> Tag:
     """Returns the tag that a node of an adapter would have in a graph of its weight's own module."""
-    bias = adapted.site.bias if changes_bias(adapted.rule) else None
     return Tag(
         slot,
         method,
@@ -156,7 +155,7 @@ def _tag(adapted: Any, attributes: Mapping[str, str], slot: int, method: str) ->
         attributes=tuple(attributes.items()),
         is_change=is_change(adapted),
         weight=adapted.site.attribute,
-        bias=None if bias is None else bias.rpartition(".")[2],
+        bias=_changed_bias(adapted),
         of_one_call=adapted.site.call is not None,
     )
 
@@ -300,9 +299,15 @@ def _changes_at(adapted: Any, method: str) -> Changes:
     return Changes(tag.weight, tag.bias, (tag,))
 
 
-def changed_at(adapted: Any, method: str) -> tuple[str, ...]:
+def changed_at(adapted: Any) -> tuple[str, ...]:
     """Returns the names of the tensors that an adapter changes in the module of a site: the weight, and a bias."""
-    return tuple(dict(_merged([_changes_at(adapted, method)])))
+    bias = _changed_bias(adapted)
+    return (adapted.site.attribute,) if bias is None else (adapted.site.attribute, bias)
+
+
+def _changed_bias(adapted: Any) -> str | None:
+    bias = adapted.site.bias if changes_bias(adapted.rule) else None
+    return None if bias is None else bias.rpartition(".")[2]
 
 
 def let_ask(modules: Modules, adapters: Adapters, asked: Mapping[str, Iterable[str]]) -> None:

@@ -63,7 +63,8 @@ def own_tensor(module: Any, name: str) -> Any:
     stand_in = getattr(type(module), STAND_INS, {}).get(name)
     if stand_in is not None:
         return stand_in(module)
-    return base_tensor(module, name)
+    own = module._parameters.get(name)
+    return base_tensor(module, name) if own is None else own
 
 
 def base_tensor(module: Any, name: str) -> Any:

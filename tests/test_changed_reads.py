@@ -602,7 +602,7 @@ def test_layers_inside_of_a_function_with_a_gradient_of_its_own_are_warned_of():
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_a_set_forward_recomputes_with_the_weight_that_it_had(use_reentrant: bool):
     def gradients(checkpointed: bool) -> list[Tensor]:
-        layer = nn.Linear(4, 4, bias=False, dtype=torch.float64)
+        layer: Any = nn.Linear(4, 4, bias=False, dtype=torch.float64)
 
         def compute(x: Tensor) -> Tensor:
             return torch.tanh(F.linear(x, layer.weight))
@@ -611,7 +611,7 @@ def test_a_set_forward_recomputes_with_the_weight_that_it_had(use_reentrant: boo
         model: Any = get_peft_model(nn.Sequential(layer), lora("0"))
         x = X.double().requires_grad_()
         model(x).sum().backward()
-        return [x.grad, layer.default.lora_A.grad, layer.default.lora_B.grad]  # type: ignore[list-item]
+        return [x.grad, layer.default.lora_A.grad, layer.default.lora_B.grad]
 
     torch.manual_seed(0)
     wanted = gradients(checkpointed=False)
@@ -621,7 +621,7 @@ def test_a_set_forward_recomputes_with_the_weight_that_it_had(use_reentrant: boo
 
 @pytest.mark.parametrize("computed", [parametrizations.weight_norm, parametrizations.orthogonal])
 def test_a_later_adapter_of_a_computed_weight_starts_from_the_base(computed: Callable[[nn.Module], nn.Module]):
-    model = Reading()
+    model: Any = Reading()
     model.inner = computed(model.inner)
     base = own_weight(model.inner).detach()
     model = adapted(model)

@@ -170,9 +170,13 @@ def _own_in_fx_graph(module: nn.Module) -> Callable[[str], Any]:
             return found
         # the new graph has the adapted layer, whose attribute gives the changed tensor
         layer = tracer.create_proxy("get_attr", path, (), {})
-        return tracer.create_proxy("call_function", own_tensor, (layer, name), {})
+        return tracer.create_proxy("call_function", _own_where_traced_again, (layer, name), {})
 
     return read
+
+
+def _own_where_traced_again(layer: nn.Module, name: str) -> Any:
+    return _own_in_fx_graph(layer)(name) if is_traced_by_fx() else own_tensor(layer, name)
 
 
 class _Step(NamedTuple):

@@ -601,7 +601,7 @@ def test_layers_inside_of_a_function_with_a_gradient_of_its_own_are_warned_of():
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_a_set_forward_recomputes_with_the_weight_that_it_had(use_reentrant: bool):
-    def gradients(checkpointed: bool) -> list[Tensor]:
+    def gradients(checkpointed: bool) -> list[Any]:
         layer: Any = nn.Linear(4, 4, bias=False, dtype=torch.float64)
 
         def compute(x: Tensor) -> Tensor:

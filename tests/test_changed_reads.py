@@ -685,6 +685,9 @@ def test_a_wrapper_of_getattr_changes_no_read(monkeypatch: pytest.MonkeyPatch):
     wanted, plain = model(X), nn.Module.__getattr__
     monkeypatch.setattr(nn.Module, "__getattr__", lambda module, name: plain(module, name))
     torch.testing.assert_close(model(X), wanted)
+    with torch.no_grad():
+        model.inner.weight.zero_()
+    assert not own_weight(model.inner).any()
 
 
 def test_a_read_without_the_adapters_tensors_raises():

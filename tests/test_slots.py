@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -219,3 +221,69 @@ def test_an_adapted_model_inside_of_another_one_keeps_its_own(is_outer_first: bo
     outer[0].unload()
     assert torch.equal(outer(x), base(x))
     assert [type(module) for module in outer.modules()] == [type(module) for module in base.modules()]
+
+
+class Inner(nn.Module):
+    """Reads a weight beside the layer that has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.w = nn.Linear(6, 6), nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.called(x), self.w)
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = Inner(), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.inner(x)) @ self.inner.called.weight
+
+
+TARGETS = {
+    "inside": (["called"], ["w"], ["called", "w"]),
+    "around": (["last"], ["inner.called"], ["last", "inner.w"]),
+}
+STEPS = st.tuples(st.sampled_from([*TARGETS]), st.lists(st.integers(0, 2), unique=True, min_size=1))
+
+
+@given(st.lists(STEPS, min_size=1, max_size=6), st.sampled_from([["inside", "around"], ["around", "inside"]]))
+def test_adapters_of_a_model_and_of_one_inside_act_whichever_slots_they_have(steps, order):
+    torch.manual_seed(0)
+    model = Around()
+    parts = {"inside": model.inner, "around": model}
+    for side in order:
+        for number, targets in enumerate(TARGETS[side]):
+            of_weights = [target for target in targets if target.endswith("w")]
+            layers = [target for target in targets if target not in of_weights]
+            config = LoraConfig(
+                r=2, lora_alpha=2, target_modules=layers, target_parameters=of_weights, init_lora_weights=False
+            )
+            if number:
+                parts[side].add_adapter(f"{side}{number}", config)
+            else:
+                get_peft_model(parts[side], config, f"{side}{number}")
+    x, acting = torch.randn(3, 6), {side: [0] for side in TARGETS}
+    for side, numbers in steps:
+        acting[side] = numbers
+        parts[side].set_adapter([f"{side}{number}" for number in numbers])
+        wanted = with_sums(model, [f"{side}{number}" for side in TARGETS for number in acting[side]])
+        torch.testing.assert_close(model(x), wanted(x), rtol=1e-4, atol=1e-4)
+
+
+def with_sums(model: nn.Module, names: list[str]) -> nn.Module:
+    """Returns a plain model with the sums of a model's weights and of the changes by adapters."""
+    tensors = {path: tensor.detach() for path, tensor in model.named_parameters()}
+    plain = Around()
+    with torch.no_grad():
+        for path, weight in plain.named_parameters():
+            weight.copy_(tensors[path])
+            around, _, own = path.rpartition(".")
+            for name in names:
+                start = f"{around}.{name}." + ("" if own == "weight" else f"{own}_")
+                if f"{start}lora_A" in tensors:
+                    weight += tensors[f"{start}lora_B"] @ tensors[f"{start}lora_A"]
+    return plain

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 
 from torch import fx, nn
 from torch.fx.proxy import TraceError as ProxyError
@@ -45,21 +45,25 @@ def _kept(adapters: Adapters, wanted: Iterable[str]) -> list[str]:
 
 def _slots_of_others(adapters: Adapters, names: list[str], modules: Modules) -> set[int]:
     """Returns the slots that adapters have there of a model inside of this one, or around it."""
-    sites = [adapted.site for name in names for adapted in adapters.by_name[name].sites]
-    owners = {type(modules[path]): modules[path] for path in {site.owner for site in sites} & modules.keys()}
-    read = {slot for module in owners.values() for slot in slots.read_in(module)}
-    regions = {type(modules[path]): modules[path] for path in {site.region for site in sites} & modules.keys()}
-    worn = [template for template in map(template_of, regions.values()) if template is not None]
-    return read.union(*(template.slots for template in worn)) - {*adapters.slots.values()}
+    own = adapters.slots_by_module()
+    changed = {path for name in names for path in adapters.by_name[name].modules_changed} & modules.keys()
+    # modules of a class have the same adapters in slots
+    kinds = {(type(modules[path]), frozenset(own.get(path, ()))): modules[path] for path in changed}
+    found: set[int] = set()
+    for (_, owned), module in kinds.items():
+        template = template_of(module)
+        found |= {*slots.read_in(module), *(template.slots if template is not None else ())} - owned
+    return found
 
 
-def names_of_others(module: nn.Module, adapters: Adapters) -> dict[int, str]:
-    """Returns the adapters in slots of a module's graph that are those of another model."""
-    names = names_in_slots(module)
-    if not names:
-        return {}
-    own = set(adapters.slots.values())
-    return {slot: name for slot, name in names.items() if slot not in own}
+def names_of_others(module: nn.Module, own: Collection[int]) -> dict[int, str]:
+    """Returns the adapters in slots of a module's graph that are those of another model.
+
+    Args:
+        module: The module.
+        own: The slots of this model's adapters there.
+    """
+    return {slot: name for slot, name in names_in_slots(module).items() if slot not in own}
 
 
 def templates_with(adapters: Adapters, seats: Mapping[str, int], modules: Modules) -> dict[str, Template | None]:

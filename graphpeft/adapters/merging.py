@@ -358,6 +358,7 @@ def _note_parameters(modules: Modules, adapter: Adapter) -> None:
     sites = [_with_parameter(modules, adapted) for adapted in adapter.sites]
     if sites != adapter.sites:
         set_attribute(adapter, "sites", sites)
+        vars(adapter).pop("apart", None)  # has the sites as they were
 
 
 def _with_parameter(modules: Modules, adapted: AdaptedSite) -> AdaptedSite:

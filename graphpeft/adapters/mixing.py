@@ -254,13 +254,16 @@ def _made_runners(all_modules: Callable[[], Modules], adapters: Adapters, names:
         _refuse_rows_elsewhere(modules, by_region)
         regions = regions_of_weights(by_region)
         runners: dict[int, Runner] = {}
+        slots = adapters.slots_by_module()
         for region, by_name in by_region.items():
-            plain = bare(adapters, region, modules)
+            plain, others = bare(adapters, region, modules), names_of_others(modules[region], slots.get(region, ()))
             graph = at_once(plain, modules[region], region, by_name, regions) if region not in reading else None
             if isinstance(graph, Template):
-                runners[id(modules[region])] = graph.forward_for(names_of_others(modules[region], adapters))
+                runners[id(modules[region])] = graph.forward_for(others)
             else:
-                runners[id(modules[region])] = in_turn(plain, modules[region], region, adapters, region in reading)
+                runners[id(modules[region])] = in_turn(
+                    plain, modules[region], region, adapters, others, region in reading
+                )
         for region in by_region:
             _let_ask(modules, adapters, region)
         _let_reads_ask(modules, adapters, names, reading)
@@ -293,8 +296,8 @@ _LAYERS_OF_TRANSFORMERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLaye
 """PyTorch's classes of modules that say whether the batch comes first: themselves, or by their attention."""
 
 
-def _refuse_read_elsewhere(modules: Modules, adapters: Adapters, reading: Mapping[str, Collection[str]]) -> None:
-    """Raises AdaptError unless the tensors of these names are read by the forwards of their modules alone."""
+def _refuse_read_elsewhere(modules: Modules, adapters: Adapters, reading: Collection[str]) -> None:
+    """Raises AdaptError unless the forwards of these modules alone read the tensors that differ from row to row."""
     finder = SiteFinder(modules[""], Known(adapters.lifted, adapters.found)) if reading else None
     for path in reading:
         assert finder is not None

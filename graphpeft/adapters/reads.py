@@ -41,15 +41,16 @@ Reads = tuple[tuple[str, Changes], ...]
 # which tensors are read so
 
 
-def layer_of(template: Template | None, module: nn.Module, adapters: Adapters) -> in_place.Layer | None:
+def layer_of(template: Template | None, module: nn.Module, before: Collection[int]) -> in_place.Layer | None:
     """Returns what lets other code read the tensors that adapters change in a module's own graph; None without any.
 
     Args:
         template: The graph that the module is to have; None if it is to run its own code.
         module: The module.
-        adapters: The model's adapters. Those of a model around or inside, which are in no graph, act as before.
+        before: The slots in which the model's adapters were there. The changes by those of a model around or inside,
+            which are in no graph, stay.
     """
-    others = _of_others(module, template, adapters)
+    others = _of_others(module, template, before)
     if template is None:
         return _layer(tuple(others.items())) if others else None
     if "reads" not in template.facts:
@@ -59,12 +60,12 @@ def layer_of(template: Template | None, module: nn.Module, adapters: Adapters) -
     return _layer(_together(dict(in_graph), others)) if others else layer
 
 
-def _of_others(module: nn.Module, template: Template | None, adapters: Adapters) -> dict[str, Changes]:
+def _of_others(module: nn.Module, template: Template | None, before: Collection[int]) -> dict[str, Changes]:
     """Returns the changes that adapters of a model around or inside make in no graph of a module."""
     worn = [layer.recipe[1][0] for layer in in_place.layers_of(module) if layer.kind == "reads"]
     if not worn:
         return {}
-    own = {*adapters.slots.values(), *(template.slots if template is not None else ())}
+    own = {*before, *(template.slots if template is not None else ())}
     left = {}
     for name, changes in worn[0]:
         tags = tuple([tag for tag in changes.tags if tag.slot not in own])
@@ -84,7 +85,11 @@ def _together(*parts: Mapping[str, Changes]) -> Reads:
 
 
 def layers_apart(
-    modules: Modules, adapters: Adapters, templates: Mapping[str, Template | None], seats: Mapping[str, int]
+    modules: Modules,
+    adapters: Adapters,
+    templates: Mapping[str, Template | None],
+    seats: Mapping[str, int],
+    before: Mapping[str, Collection[int]],
 ) -> Iterator[tuple[str, in_place.Layer | None]]:
     """Yields the same by path for modules whose tensors are changed, or asked for, otherwise than in their own graph.
 
@@ -93,6 +98,7 @@ def layers_apart(
         adapters: Its adapters.
         templates: The graphs that regions are to have.
         seats: The adapters that are to act, with their slots.
+        before: The slots of those that act now, by the paths of the modules that they change.
     """
     apart = _apart(adapters, seats)
     for path, reads in apart.items():
@@ -102,7 +108,8 @@ def layers_apart(
         if path in modules:
             template = templates[path] if path in templates else template_of(modules[path])
             in_graph = _in_graph(template) if template is not None and template.slots else ()
-            asked, others = _unchanged(adapters.asking.get(path, ())), _of_others(modules[path], template, adapters)
+            asked = _unchanged(adapters.asking.get(path, ()))
+            others = _of_others(modules[path], template, before.get(path, ()))
             reads = _together(asked, others, dict(in_graph), dict(apart.get(path, ())))
             yield path, _layer(reads) if reads else None
 
@@ -259,7 +266,7 @@ def in_mixture(
     tensor = acting.name
     # adapters of a model around or inside may have the slots that this model's have at other modules
     others = acting.without(
-        slot for name, slot in adapters.slots.items() if _changes_module(adapters.by_name[name], path)
+        slot for name, slot in adapters.slots.items() if path in adapters.by_name[name].modules_changed
     )
     found = {name: adapters.by_name[name] for name in names if name != BASE and not adapters.are_off}
     by_name = {name: _of_adapter(each, name, path, tensor, others) for name, each in found.items()}
@@ -274,10 +281,6 @@ def in_mixture(
         f"different adapters, and no one tensor is {tensor} of them all; call the model for one adapter at a time"
     )
     return changed_weight(own, computation_of(functools.partial(refuse, reason), (own,), module, tensor))
-
-
-def _changes_module(adapter: Adapter, path: str) -> bool:
-    return any(adapted.site.owner == path for adapted in adapter.weight_sites)
 
 
 def _of_adapter(

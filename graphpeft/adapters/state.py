@@ -155,12 +155,12 @@ class Adapter:
 
     @property
     def weight_sites(self) -> list[Any]:
-        """Those of the sites that are weights."""
+        """The sites that are weights."""
         return [adapted for adapted in self.sites if isinstance(adapted.site, Site)]
 
     @functools.cached_property
     def apart(self) -> list[Any]:
-        """Those of the sites that are weights whose module has no graph with the adapter's nodes."""
+        """The sites that are weights of modules that have no graph with the adapter's nodes."""
         return [
             a for a in self.weight_sites if not a.site.is_called and (a.site.region != a.site.owner or a.site.own_code)
         ]
@@ -253,6 +253,11 @@ class Adapter:
         }
 
     @functools.cached_property
+    def modules_changed(self) -> frozenset[str]:
+        """The paths of the modules that it changes: of its weights, and of the graphs that have its nodes."""
+        return frozenset([path for adapted in self.sites for path in (adapted.site.owner, adapted.site.region)])
+
+    @functools.cached_property
     def owners(self) -> list[str]:
         """The paths of the modules that have its tensors, each once."""
         of_sites = [adapted.site.owner for adapted in self.sites if adapted.specs]
@@ -343,6 +348,17 @@ class Adapters:
     def acting(self) -> list[str]:
         """The names of those whose nodes are in the graphs."""
         return list(self.slots)
+
+    def slots_by_module(self) -> dict[str, set[int]]:
+        """Returns the slots of those whose nodes are in the graphs, by the paths of the modules that they change.
+
+        At other modules, adapters of a model around or inside may have the same slots.
+        """
+        found: dict[str, set[int]] = {}
+        for name, slot in self.slots.items():
+            for path in self.by_name[name].modules_changed:
+                found.setdefault(path, set()).add(slot)
+        return found
 
     @classmethod
     def before_any(cls, modules: Modules) -> Adapters:

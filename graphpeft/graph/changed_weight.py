@@ -227,13 +227,18 @@ def _changed_in(values: Any) -> list[ChangedWeight]:
 
 def _written(func: Any, args: Any, kwargs: Any) -> Iterable[Any]:
     """Returns what a function writes into."""
-    of_operator = written_arguments(func)
+    of_operator = _written_by_operator(func, args, kwargs)
     if of_operator:
-        return [args[place] if place < len(args) else kwargs.get(name) for name, place in of_operator.items()]
+        return of_operator
     first = args[:1] or [kwargs.get(name) for name in ("tensor", "input", "self")]
     if func in _RENORMING and (kwargs.get("max_norm") is not None or [*args[3:4]] not in ([], [None])):
         return [*args[1:2], kwargs.get("weight")]
     return [*(first if writes(func) or func in _SETTERS else ()), kwargs.get("out")]
+
+
+def _written_by_operator(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    places = written_arguments(func).items()
+    return [args[place] if place < len(args) else kwargs.get(name) for name, place in places]
 
 
 def _write(func: Any, args: Any, kwargs: Any, written: list[ChangedWeight]) -> Any:
@@ -282,9 +287,7 @@ def _is_the_same(func: Any, args: Any) -> bool:
 
 
 def _refuse_operator(func: Any, args: Any, kwargs: Any) -> None:
-    places = written_arguments(func).items()
-    written = [args[place] if place < len(args) else kwargs.get(name) for name, place in places]
-    if _changed_in(written):
+    if _changed_in(_written_by_operator(func, args, kwargs)):
         raise RuntimeError(f"{func} would write into a weight with the changes of adapters; {_WAY_OUT}")
 
 

@@ -1,7 +1,7 @@
 """A module's own tensors, where its attributes give them with the changes of adapters.
 
-While an adapter acts on a layer, ``layer.weight`` gives its weight with the adapter's change to whatever reads it. The
-graph that has the adapter's nodes reads the own weight, and so does code that moves, shards or saves a model.
+While an adapter acts on a layer, its attribute ``weight`` gives the weight with the adapter's change. The graph with
+that adapter's nodes reads the own weight, and so does code that moves, shards or saves a model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ReadChanged(property):
 def own_weight(layer: nn.Module, name: str = "weight") -> torch.Tensor:
     """Returns a layer's own weight, without the changes of the adapters that act on it.
 
-    ``layer.weight`` gives the changed weight to whoever reads it while an adapter acts.
+    While an adapter acts, the attribute ``layer.weight`` gives the changed weight; ``parameters()`` has the own one.
 
     Args:
         layer: A module, adapted or not.

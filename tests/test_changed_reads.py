@@ -515,6 +515,15 @@ def test_a_view_that_is_made_without_gradients_has_none():
     assert not layer.weight.detach()[1:].requires_grad
 
 
+def test_a_tensor_that_is_kept_has_the_numbers_of_each_use():
+    model = adapted()
+    with torch.no_grad():
+        kept = model.inner.weight
+        before = kept + 0
+        model.inner.default.lora_B.mul_(2)
+        torch.testing.assert_close(kept + 0, before + change(model) / 2)
+
+
 # what can't be read
 
 
@@ -526,6 +535,28 @@ def test_an_effect_that_is_no_change_of_a_weight_is_an_error_where_it_is_read():
     assert read.shape == (6, 4)
     with pytest.raises(AdaptError, match=r"weight of a layer is read by .*LORA does there is no change .*own_weight"):
         read + 0
+
+
+class Asking(nn.Module):
+    """Asks a weight for its dtype, as T5 does, and may compute with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(6, 4, max_norm=0.5)
+
+    def forward(self, tokens: Tensor, multiplies: bool) -> Tensor:
+        found = self.table(tokens).to(self.table.weight.dtype)
+        return F.linear(found, self.table.weight) if multiplies else found
+
+
+@pytest.mark.compiled
+def test_code_may_ask_for_the_dtype_of_a_weight_without_changed_numbers_where_it_is_compiled():
+    tokens = torch.tensor([1, 4])
+    model: Any = get_peft_model(Asking(), lora("table"))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tokens, False), model(tokens, False))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="LORA does there is no change of its weight"):
+        compiled(tokens, True)
 
 
 def test_readers_in_a_batch_of_several_adapters_are_told():

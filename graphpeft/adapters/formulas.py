@@ -16,7 +16,7 @@ from torch.fx.proxy import TraceError as ProxyError
 from graphpeft._torch import is_recorded_by_jit, is_transformed, symbolic_tracing
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.graph.autocast import without_autocast
-from graphpeft.graph.changed_weight import Computation, changed_weight, note_read
+from graphpeft.graph.changed_weight import Computation, RefusedWeight, changed_weight, note_read
 from graphpeft.graph.compiling import compiled
 from graphpeft.graph.ops import Weight
 from graphpeft.graph.own_tensors import own_tensor
@@ -62,6 +62,8 @@ class Formula:
     def __init__(self, name: str, changes: Changes) -> None:
         self.name, self._changes = name, changes
         self._refusal = _refusal(name, changes)
+        of_reason = {"reason": self._refusal}
+        self._refused = type("RefusedWeight", (RefusedWeight,), of_reason) if self._refusal is not None else None
         # worked out before a compiler looks on
         self._steps = [] if self._refusal is not None else [_Step.of(tag, changes.bias) for tag in changes.tags]
 
@@ -96,9 +98,9 @@ class Formula:
 
     def captured(self, module: nn.Module) -> Tensor:
         """Returns the changed tensor by the rules' own code, which a compiler, and ``fx.symbolic_trace``, follows."""
-        if self._refusal is not None:
-            raise AdaptError(self._refusal)
         own = own_tensor(module, self._changes.weight)
+        if self._refused is not None:
+            return own.as_subclass(self._refused)
         try:
             return without_autocast(own.device.type, self._by_rules, module)
         except AttributeError as error:

@@ -172,6 +172,24 @@ class ChangedWeight(Tensor):
         return numbers_of(self).detach().clone()
 
 
+class RefusedWeight(Tensor):
+    """A weight without changed numbers, as compiled code reads it: it answers its shape, dtype and device alone.
+
+    Attributes:
+        reason: The reason, for a person.
+    """
+
+    reason: str
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Raises RuntimeError for what asks for numbers."""
+        if func not in METADATA:
+            raise RuntimeError(cls.reason)
+        with DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
 def numbers_of(value: Any) -> Any:
     """Returns the numbers of a changed weight, and any other value as it is."""
     if type(value) is not ChangedWeight:

@@ -201,6 +201,66 @@ def test_a_layer_that_is_called_and_read_is_traced_by_fx_with_one_change():
     torch.testing.assert_close(traced(X), model(X))
 
 
+COMPUTED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "a parameter": lambda layer: layer,
+    "parametrized": parametrizations.weight_norm,
+    "set by a hook": nn.utils.weight_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("computed", COMPUTED)
+@pytest.mark.parametrize("trace", [fx.symbolic_trace, lambda model: graphpeft.trace(model, (X,))], ids=["fx", "flat"])
+def test_a_weight_that_is_read_is_traced_with_one_change_however_it_is_computed(trace: Any, computed: str):
+    model = Functional()
+    model.inner = COMPUTED[computed](model.inner)  # pyright: ignore[reportAttributeAccessIssue]
+    model = adapted(model)
+    torch.testing.assert_close(trace(model)(X), model(X))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("computed", COMPUTED)
+def test_a_region_is_recorded_without_the_changes_of_what_it_reads(computed: str):
+    model: Any = Functional()
+    model.inner = COMPUTED[computed](model.inner)
+    model = get_peft_model(model, lora("inner"), "called")
+    model.add_adapter("functional", lora("w"))
+    model.set_adapter("functional")
+    inner, tensors = model.inner, dict(model.named_parameters())
+    w = tensors["w"] + 3 / 2 * tensors["functional.w_lora_B"] @ tensors["functional.w_lora_A"]
+    base, x = own_weight(inner), X @ w
+    torch.testing.assert_close(model(X), F.linear(x, base, inner.bias) + F.linear(X, base))
+    model.set_adapter(["called", "functional"])
+    weight = base + change(model, "called")
+    torch.testing.assert_close(model(X), F.linear(x, weight, inner.bias) + F.linear(X, weight))
+
+
+class Counting(nn.Module):
+    """Stays a call in a trace, since it counts its calls and decides on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.calls = nn.Linear(4, 4), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.layer(x) if x.sum() > -1e9 else x
+
+
+class Whole(Counting):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("cls", [Whole, Counting], ids=["inlined", "kept"])
+def test_a_layer_that_a_hook_reads_is_traced_with_one_change(cls: type[Counting]):
+    inside, last = cls(), nn.Linear(4, 4)
+    layer = inside.layer
+    last.register_forward_pre_hook(lambda _, args: (F.linear(args[0], layer.weight),))  # pyright: ignore[reportArgumentType]
+    model = get_peft_model(nn.Sequential(inside, last), lora("layer"))
+    torch.testing.assert_close(graphpeft.trace(model, (X,))(X), model(X))
+
+
 def test_a_learning_check_names_no_layer_that_is_read():
     assert graphpeft.check_learning(adapted(), (X,)).dead == ()
 

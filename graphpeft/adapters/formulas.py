@@ -107,7 +107,7 @@ class Formula:
             raise self._failing(error) from error
 
     def _by_rules(self, module: nn.Module) -> Tensor:
-        read = _own_in_fx_graph(module) if is_traced_by_fx() else functools.partial(own_tensor, module)
+        read = functools.partial(own_in_fx_graph if is_traced_by_fx() else own_tensor, module)
         is_stack = own_tensor(module, self._changes.weight).ndim > 2
         weight = base = read(self._changes.weight)
         bias: Any = None if self._changes.bias is None else read(self._changes.bias)
@@ -159,26 +159,10 @@ def computation_of(run: Callable[..., Tensor], values: tuple[Any, ...], module: 
     return Computation(run, values, weakref.ref(module), name, type(module))
 
 
-def _own_in_fx_graph(module: nn.Module) -> Callable[[str], Any]:
-    """Returns a function that records a read of a module's own tensor where ``fx.symbolic_trace`` runs its code."""
-
-    def read(name: str) -> Any:
-        found = nn.Module.__getattr__(module, name)
-        if not isinstance(found, fx.Proxy):
-            return own_tensor(module, name)
-        tracer: Any = found.tracer
-        path = tracer.path_of_module(module)
-        if not tracer.is_leaf_module(module, path):
-            return found
-        # the new graph has the adapted layer, whose attribute gives the changed tensor
-        layer = tracer.create_proxy("get_attr", path, (), {})
-        return tracer.create_proxy("call_function", _own_where_traced_again, (layer, name), {})
-
-    return read
-
-
-def _own_where_traced_again(layer: nn.Module, name: str) -> Any:
-    return _own_in_fx_graph(layer)(name) if is_traced_by_fx() else own_tensor(layer, name)
+def own_in_fx_graph(module: nn.Module, name: str) -> Any:
+    """Returns what records a read of a module's own tensor where ``fx.symbolic_trace``, or `trace`, runs its code."""
+    is_registered = name in module._parameters or name in module._buffers
+    return nn.Module.__getattr__(module, name) if is_registered else own_tensor(module, name)
 
 
 class _Step(NamedTuple):

@@ -16,7 +16,7 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 from graphpeft.adapters.adapter_names import BASE
-from graphpeft.adapters.formulas import Changes, Formula, computation_of, is_traced_by_fx, refuse
+from graphpeft.adapters.formulas import Changes, Formula, computation_of, is_traced_by_fx, own_in_fx_graph, refuse
 from graphpeft.adapters.graphs import attributes_at, is_change
 from graphpeft.adapters.present_rows import ROWS
 from graphpeft.adapters.state import Adapter, Adapters, Modules
@@ -27,7 +27,15 @@ from graphpeft.graph.changed_weight import (
     numbers_of,
     refuse_read,
 )
-from graphpeft.graph.own_tensors import Asker, ReadChanged, base_tensor, is_keeping, is_on_own, own_tensor
+from graphpeft.graph.own_tensors import (
+    Asker,
+    ReadChanged,
+    base_tensor,
+    is_keeping,
+    is_on_own,
+    is_recording_reads,
+    own_tensor,
+)
 from graphpeft.graph.scaled_sum import is_captured
 from graphpeft.graph.tags import TAG, Tag, changes_at
 from graphpeft.graph.template import Template, template_of
@@ -230,7 +238,7 @@ def _read(formula: Formula, module: nn.Module) -> Any:
         in_rows = None if rows is None else rows.read(module, formula)
         return formula.captured(module) if in_rows is None else in_rows
     if is_traced_by_fx() and not is_captured():
-        return formula.captured(module)  # it records what is computed
+        return _recorded(formula, module)
     own, asker = own_tensor(module, formula.name), Asker(1)
     if own is None or asker.means_own(module):
         return own
@@ -240,6 +248,21 @@ def _read(formula: Formula, module: nn.Module) -> Any:
         found._is_param = True
         return found
     return numbers_of(found) if asker.chooses_kernels else found
+
+
+def _recorded(formula: Formula, module: nn.Module) -> Any:
+    """Returns what records a read: of the attribute, in a graph that has the layer; of the computation, in another."""
+    own = own_in_fx_graph(module, formula.name)
+    if is_recording_reads():
+        return own
+    # what a hook has computed is no proxy, but what it is computed from is one
+    others = [nn.Module.__getattr__(module, name) for name, value in module._parameters.items() if value is not None]
+    tracer: Any = next((each.tracer for each in (own, *others) if isinstance(each, fx.Proxy)), None)
+    path = None if tracer is None else tracer.path_of_module(module)
+    if path is None or not tracer.is_leaf_module(module, path):
+        return formula.captured(module)
+    layer = tracer.create_proxy("get_attr", path, (), {})  # a graph that reads the tensor needn't have the layer
+    return tracer.create_proxy("call_function", getattr, (layer, formula.name), {})
 
 
 # batches whose rows have different adapters

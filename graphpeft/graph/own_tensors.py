@@ -93,6 +93,15 @@ def let_read_own(node: fx.Node) -> None:
     node.meta[_OWN] = True
 
 
+def let_read_all_own(graph: fx.Graph, model: nn.Module) -> None:
+    """Lets all nodes do so that read a tensor for which an attribute of a layer stands."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for node in graph.nodes:
+        path, _, name = str(node.target).rpartition(".")
+        if node.op == "get_attr" and isinstance(getattr(type(modules.get(path)), name, None), ReadChanged):
+            let_read_own(node)
+
+
 def as_own(graph: fx.Graph, source: str, variables: dict[str, Any]) -> str:
     """Returns the source of a graph with its reads of own tensors, and adds what these need to its globals."""
     paths = {node.name: f"self.{node.target}" for node in graph.nodes if _OWN in node.meta}
@@ -149,6 +158,19 @@ def is_on_own(module: nn.Module) -> bool:
 
 
 _ON_OWN: PerCall[tuple[nn.Module, ...]] = PerCall("layers on their own weights", "run the compiled model in a thread")
+
+
+def recording_reads() -> contextlib.AbstractContextManager[None]:
+    """Lets layers' attributes be read as they are without adapters, for a graph that has the layers and reads them."""
+    return _RECORDING_READS.during(True)
+
+
+def is_recording_reads() -> bool:
+    """Returns whether such a graph is recorded."""
+    return _RECORDING_READS.get() is True
+
+
+_RECORDING_READS: PerCall[bool] = PerCall("recordings of graphs", "record the graph before it is compiled")
 
 
 _ON_THE_WAY = ("__getattr__", "__setattr__", "_set_attribute", "register_parameter")

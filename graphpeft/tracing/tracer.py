@@ -275,6 +275,10 @@ class ValueTracer(fx.Tracer):
             self._attributes[name] = self.create_proxy("get_attr", name, (), {})
         return self._attributes[name]
 
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Returns False: a graph either has what a layer's adapters compute, or reads the layer's attributes."""
+        return False
+
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """Records the call of a submodule: the calls of its forward if it can be inlined, else one ``call_module``."""
         # the forward itself has made a module that isn't in the model, such as a loss

@@ -101,8 +101,9 @@ def _graph_layers(
         own = before.get(region, ())
         kind = template, type(module), frozenset(own)
         if kind not in known:
-            names = {**seated, **names_of_others(module, own)}
-            layer = None if template is None else template.layer_for(names)
+            layer = None
+            if template is not None:
+                layer = template.layer_for({**seated, **names_of_others(module, own)})
             known[kind] = {"graph": layer, "reads": layer_of(plain, module, own)}
         yield region, known[kind]
 

@@ -20,7 +20,6 @@ from graphpeft.graph.template import Graphs, Template, names_in_slots, template_
 from graphpeft.rules import rewrite
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.code_in_graphs import RuleError
-from graphpeft.rules.rule import Mergeable
 from graphpeft.sites.site import CallSite
 from graphpeft.wording import joined
 
@@ -31,9 +30,10 @@ def slots_for(adapters: Adapters, wanted: list[str], modules: Modules) -> dict[s
     The first ones that stay where they are keep theirs; the others get the first that are free.
     """
     seats = {name: adapters.slots[name] for name in _kept(adapters, wanted)}
-    taken = {*seats.values(), *_slots_of_others(adapters, wanted[len(seats) :], modules)}
+    coming = wanted[len(seats) :]
+    taken = {*seats.values(), *(_slots_of_others(adapters, coming, modules) if coming else ())}
     free = (slot for slot in itertools.count() if slot not in taken)
-    return seats | dict(zip(wanted[len(seats) :], free, strict=False))
+    return seats | dict(zip(coming, free, strict=False))
 
 
 def _kept(adapters: Adapters, wanted: Iterable[str]) -> list[str]:
@@ -186,7 +186,7 @@ def with_adapter(
                     op = op_in(graph, named, node, adapted.site.op, module, region)
                     try:
                         rewrite.insert(
-                            graph, op, rule, attributes, slot, method, is_change(adapted), _is_of_one_call(adapted)
+                            graph, op, rule, attributes, slot, method, adapted.is_change, _is_of_one_call(adapted)
                         )
                     except (RuleError, ProxyError) as error:
                         raise AdaptError(f"{type(rule).__name__} of {method} can't adapt {region}: {error}") from error
@@ -199,14 +199,7 @@ def _edit(adapted: AdaptedSite, region: str) -> tuple[Hashable, ...]:
     """Returns the key of the nodes that an adapter inserts at a site."""
     site, owner = adapted.site, adapted.site.owner
     place = "" if owner == region else within(owner, region)
-    return site.op, site.nodes, adapted.rule, place, adapted.in_holder, site.reads, is_change(adapted)
-
-
-def is_change(adapted: AdaptedSite) -> bool:
-    """Returns whether what an adapter does at an operation is a change of its weight, as far as the rule tells."""
-    rule = adapted.rule
-    # a bias without a place to be merged into is no matter of the weight
-    return isinstance(rule, Mergeable) and (rule.changes_bias or rule.unmergeable(adapted.site) is None)
+    return site.op, site.nodes, adapted.rule, place, adapted.in_holder, site.reads, adapted.is_change
 
 
 def _is_of_one_call(adapted: AdaptedSite) -> bool:

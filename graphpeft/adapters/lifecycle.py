@@ -298,7 +298,8 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
             take_off(modules[path], root)
             stop_hiding(modules[path])
     _forget_regions(modules, adapters, adapter)
-    _stop_asking(modules, adapters)
+    if adapters.asking:
+        _stop_asking(modules, adapters)
     for (path, attribute), tensor in adapter.overwritten.items():
         if path in modules and modules[path]._parameters.get(attribute) is not None:
             with written(modules[path]):
@@ -310,8 +311,6 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
 
 def _stop_asking(modules: Modules, adapters: Adapters) -> None:
     """Lets readers of tensors of which no adapter is left ask for the rows of a batch no longer."""
-    if not adapters.asking:
-        return
     there = {path for adapter in adapters.by_name.values() for path in adapter.owners}
     for path in [path for path in adapters.asking if path not in there]:
         delete_item(adapters.asking, path)

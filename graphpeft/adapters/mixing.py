@@ -29,7 +29,7 @@ from graphpeft.adapters.graphs import bare, names_of_others
 from graphpeft.adapters.in_turn import in_turn
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.present_rows import ROWS
-from graphpeft.adapters.reads import changed_at, let_ask
+from graphpeft.adapters.reads import let_ask
 from graphpeft.adapters.rows import RowAdapters, Rows, Runner, place_of
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.graph import in_place
@@ -343,7 +343,7 @@ def _let_reads_ask(
     for name in names:
         for adapted in adapters.by_name[name].weight_sites:
             if not adapted.site.is_called:
-                asked.setdefault(adapted.site.owner, set()).update(changed_at(adapted))
+                asked.setdefault(adapted.site.owner, set()).update(adapted.changed)
     let_ask(modules, adapters, {path: sorted(own) for path, own in asked.items()})
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from graphpeft.adapters.adapter_names import BASE
 from graphpeft.adapters.formulas import Changes, Formula, computation_of, is_traced_by_fx, own_in_fx_graph, refuse
-from graphpeft.adapters.graphs import attributes_at, is_change
+from graphpeft.adapters.graphs import attributes_at
 from graphpeft.adapters.present_rows import ROWS
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.graph import in_place
@@ -39,11 +39,13 @@ from graphpeft.graph.own_tensors import (
 from graphpeft.graph.scaled_sum import is_captured
 from graphpeft.graph.tags import TAG, Tag, changes_at
 from graphpeft.graph.template import Template, template_of
-from graphpeft.rules.rule import changes_bias
-from graphpeft.transaction import set_item
+from graphpeft.transaction import set_items
 
 Reads = tuple[tuple[str, Changes], ...]
 """The tensors of a module that others read with changes, by name."""
+
+_READS = "_graphpeft_reads"
+"""The attribute of a class that has them."""
 
 
 # which tensors are read so
@@ -70,12 +72,12 @@ def layer_of(template: Template | None, module: nn.Module, before: Collection[in
 
 def _of_others(module: nn.Module, template: Template | None, before: Collection[int]) -> dict[str, Changes]:
     """Returns the changes that adapters of a model around or inside make in no graph of a module."""
-    worn = [layer.recipe[1][0] for layer in in_place.layers_of(module) if layer.kind == "reads"]
+    worn = getattr(type(module), _READS, ())
     if not worn:
         return {}
     own = {*before, *(template.slots if template is not None else ())}
     left = {}
-    for name, changes in worn[0]:
+    for name, changes in worn:
         tags = tuple([tag for tag in changes.tags if tag.slot not in own])
         if tags:
             left[name] = changes._replace(tags=tags)
@@ -108,11 +110,12 @@ def layers_apart(
         seats: The adapters that are to act, with their slots.
         before: The slots of those that act now, by the paths of the modules that they change.
     """
-    apart = _apart(adapters, seats)
+    apart = _apart(adapters, seats) if seats else {}
     for path, reads in apart.items():
         for name, changes in reads if path in modules else ():
             _formula(name, changes).check(own_tensor(modules[path], name), path)
-    for path in {**apart, **_apart(adapters, adapters.slots), **adapters.asking}:
+    left = [adapted.site.owner for name in adapters.slots for adapted in adapters.by_name[name].apart]
+    for path in dict.fromkeys([*apart, *left, *adapters.asking]):
         if path in modules:
             template = templates[path] if path in templates else template_of(modules[path])
             in_graph = _in_graph(template) if template is not None and template.slots else ()
@@ -168,9 +171,9 @@ def _tag(adapted: Any, attributes: Mapping[str, str], slot: int, method: str) ->
         adapted.site.attribute,
         rule=adapted.rule,
         attributes=tuple(attributes.items()),
-        is_change=is_change(adapted),
+        is_change=adapted.is_change,
         weight=adapted.site.attribute,
-        bias=_changed_bias(adapted),
+        bias=adapted.changed[1] if len(adapted.changed) > 1 else None,
         of_one_call=adapted.site.call is not None,
     )
 
@@ -181,10 +184,14 @@ def _tag(adapted: Any, attributes: Mapping[str, str], slot: int, method: str) ->
 @functools.lru_cache(maxsize=1024)
 def _layer(reads: Reads) -> in_place.Layer:
     namespace: dict[str, Any] = {name: _attribute(_formula(name, changes)) for name, changes in reads}
-    namespace |= {"register_parameter": _registering(frozenset(dict(reads))), "__setattr__": _set_attribute}
+    namespace |= {
+        _READS: reads,
+        "register_parameter": _registering(frozenset(dict(reads))),
+        "__setattr__": _set_attribute,
+    }
     # a recurrent layer of PyTorch computes with a list of its parameters
     namespace["_flat_weights"] = property(_flat_weights, _set_flat_weights)
-    return in_place.Layer("reads", (), namespace, (_layer, (reads,)))
+    return in_place.Layer("reads", (), namespace | {_READS: reads}, (_layer, (reads,)))
 
 
 # cached, since the rules of changes in no graph are run before they are read
@@ -325,28 +332,17 @@ def _changes_at(adapted: Any, method: str) -> Changes:
     return Changes(tag.weight, tag.bias, (tag,))
 
 
-def changed_at(adapted: Any) -> tuple[str, ...]:
-    """Returns the names of the tensors that an adapter changes in the module of a site: the weight, and a bias."""
-    bias = _changed_bias(adapted)
-    return (adapted.site.attribute,) if bias is None else (adapted.site.attribute, bias)
-
-
-def _changed_bias(adapted: Any) -> str | None:
-    bias = adapted.site.bias if changes_bias(adapted.rule) else None
-    return None if bias is None else bias.rpartition(".")[2]
-
-
 def let_ask(modules: Modules, adapters: Adapters, asked: Mapping[str, Iterable[str]]) -> None:
     """Lets whoever reads these tensors, by the paths of their modules, ask for the rows of the present call."""
+    asking = {path: tuple(dict.fromkeys((*adapters.asking.get(path, ()), *names))) for path, names in asked.items()}
+    set_items(adapters.asking, asking)
     known: dict[Any, in_place.Layer] = {}
     wanted = []
-    for path, names in asked.items():
-        own = tuple(dict.fromkeys((*adapters.asking.get(path, ()), *names)))
-        set_item(adapters.asking, path, own)
+    for path, own in asking.items():
         key = type(modules[path]), own
         if key not in known:
-            worn = [layer.recipe[1][0] for layer in in_place.layers_of(modules[path]) if layer.kind == "reads"]
-            known[key] = _layer(tuple({**_unchanged(own), **dict(*worn)}.items()))
+            worn = dict(getattr(type(modules[path]), _READS, ()))
+            known[key] = _layer(tuple({**_unchanged(own), **worn}.items()))
         wanted.append((modules[path], {"reads": known[key]}))
     in_place.exchange_all(wanted)
 

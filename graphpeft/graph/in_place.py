@@ -250,7 +250,8 @@ def _new_class(original: type, layers: tuple[Layer, ...]) -> type:
         namespace.update({name: _Absent(name) for cls in last for name in dir(cls) if name not in own})
         for layer in reversed(layers):
             inner = namespace.get("forward", original.forward)
-            namespace.update({name: _own(value, original) for name, value in layer.namespace.items()})
+            functions = {name: v for name, v in layer.namespace.items() if isinstance(v, types.FunctionType)}
+            namespace.update({**layer.namespace, **{name: _own(v, original) for name, v in functions.items()}})
             if layer.kind in _AROUND_FORWARDS and "forward" in layer.namespace:
                 # callers leave out arguments that a forward doesn't take
                 namespace["forward"].__signature__ = inspect.signature(inner)
@@ -309,9 +310,7 @@ def _ordering(metaclass: Any, last: tuple[type, ...], original_first: bool) -> A
     return type(metaclass.__name__, (metaclass,), {"mro": mro})
 
 
-def _own(value: Any, original: type) -> Any:
-    if not isinstance(value, types.FunctionType):
-        return value
+def _own(value: types.FunctionType, original: type) -> types.FunctionType:
     # torch.compile keys the sizes of inputs by the code's file, line and name, so the name has to differ, too
     code = value.__code__.replace(co_name=f"{value.__code__.co_name} of {original.__name__}")
     own = types.FunctionType(code, value.__globals__, value.__name__, value.__defaults__, value.__closure__)
@@ -349,8 +348,9 @@ def layers_of(module: nn.Module) -> tuple[Layer, ...]:
     Raises:
         RuntimeError: If other code has replaced the class of a dressed module.
     """
-    own = under_shards(type(module)).__dict__.get("_graphpeft_layers")
-    if is_class_exchanged(module):
+    cls = under_shards(type(module))
+    own = cls.__dict__.get("_graphpeft_layers")
+    if own is None and hasattr(cls, "_graphpeft_layers"):
         raise RuntimeError(
             f"the class of an adapted {original_class(module).__name__} was exchanged since it was adapted, as "
             "parametrizations do; take that off first, or do it before adapting"

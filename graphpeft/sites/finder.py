@@ -20,9 +20,8 @@ from graphpeft.graph.ops import convolution
 from graphpeft.graph.own_forward import own_code
 from graphpeft.graph.paths import join, within
 from graphpeft.graph.traced_model import plain_attribute, stands_for
-from graphpeft.sites.called_otherwise import CalledOtherwise
-from graphpeft.sites.held import HeldParameters
 from graphpeft.sites.layer_kinds import kind_of_layer
+from graphpeft.sites.past_attributes import CalledOtherwise, HeldParameters
 from graphpeft.sites.quantised import described, is_quantised
 from graphpeft.sites.regions import Lifted, Regions
 from graphpeft.sites.set_forwards import computes_otherwise

@@ -1,7 +1,7 @@
 """Uses of a layer's weight that go past its attribute, where no change of an adapter is read.
 
-A module may hold the parameter itself. It may call the layer with other weights, or in a function with a gradient of its
-own.
+A module may hold the parameter itself, call the layer with other weights, or call it in a function with a gradient of
+its own.
 """
 
 from __future__ import annotations

@@ -609,7 +609,6 @@ class Asking(nn.Module):
         return F.linear(found, self.table.weight) if multiplies else found
 
 
-@pytest.mark.compiled
 def test_code_may_ask_for_the_dtype_of_a_weight_without_changed_numbers_where_it_is_compiled():
     tokens = torch.tensor([1, 4])
     model: Any = get_peft_model(Asking(), lora("table"))
@@ -788,7 +787,6 @@ def test_a_read_without_the_adapters_tensors_raises():
         model.inner.weight  # noqa: B018
 
 
-@pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_dropout_of_a_stack_that_is_read_is_not_compiled_away():
     class Stack(nn.Module):
@@ -806,7 +804,6 @@ def test_dropout_of_a_stack_that_is_read_is_not_compiled_away():
         torch.compile(model.train(), backend="eager")(X)
 
 
-@pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_a_compiled_read_is_as_precise_as_another_under_autocast():
     model = adapted(DecidingReader())

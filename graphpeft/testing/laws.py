@@ -72,7 +72,8 @@ def assert_fresh_adapter_changes_no_output(
 
     PyTorch chooses some layers' kernels by requires_grad, as the fast path of `nn.MultiheadAttention`. So the base has
     frozen weights, as an adapted model has. A changed weight that code reads requires grad where gradients are
-    recorded; so the adapted weights of the base may, too, as those that the adapter trains copies of.
+    recorded, as a table with trained rows does; so the adapted weights of the base may, too, as those that the adapter
+    trains copies of.
 
     Args:
         build: Builds the model.
@@ -91,9 +92,9 @@ def assert_fresh_adapter_changes_no_output(
         tolerance = 1e-5 if is_half or config.starts_as_identity == "within rounding" else 0.0
         adapted = get_peft_model(build().train(mode), config, example_inputs=inputs)
         every = accepted(inputs, others, adapted)
-        changed = [one.site.weight for one in adapted._peft_adapters.by_name["default"].weight_sites]
-        trained = adapted._peft_adapters.by_name["default"].fully_trained
-        copied = [join(path, name) for path, names in trained.items() for name in names]
+        adapter = adapted._peft_adapters.by_name["default"]
+        copied = [join(path, name) for path, names in adapter.fully_trained.items() for name in names]
+        changed = [*[one.site.weight for one in adapter.weight_sites], *[join(path, "weight") for path in adapter.rows]]
         bases = [requiring_grad(base, paths) for paths in (copied, (*copied, *changed))]
         for records in (False, True):
             when = f"with training={mode}, {'gradients' if records else 'no gradients'}"

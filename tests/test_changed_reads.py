@@ -19,7 +19,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 import graphpeft
-from graphpeft import AdaptError, LoraConfig, LoraPerCallConfig, PeftWarning, get_peft_model, own_weight
+from graphpeft import (
+    AdaptError,
+    LilyConfig,
+    LoraConfig,
+    LoraPerCallConfig,
+    PeftWarning,
+    TraceError,
+    TrainableTokensConfig,
+    get_peft_model,
+    own_weight,
+)
 from graphpeft._torch import DisableTorchFunctionSubclass
 from graphpeft.graph import changed_weight
 
@@ -258,7 +268,54 @@ def test_a_layer_that_a_hook_reads_is_traced_with_one_change(cls: type[Counting]
     layer = inside.layer
     last.register_forward_pre_hook(lambda _, args: (F.linear(args[0], layer.weight),))  # pyright: ignore[reportArgumentType]
     model = get_peft_model(nn.Sequential(inside, last), lora("layer"))
-    torch.testing.assert_close(graphpeft.trace(model, (X,))(X), model(X))
+    traced = graphpeft.trace(model, (X,))
+    torch.testing.assert_close(traced(X), model(X))
+    torch.testing.assert_close(fx.GraphModule(traced, traced.graph)(X), model(X))
+
+
+class BesideLast(Functional):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(super().forward(x))
+
+
+def frozen() -> Any:
+    return adapted(Functional(), init_lora_weights="pissa")
+
+
+def saved() -> Any:
+    model = adapted(BesideLast())
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["last"], modules_to_save=["inner"]))
+    nn.init.ones_(dict(model.named_parameters())["inner.other.weight"])
+    return model
+
+
+def with_rows() -> Any:
+    table = nn.Sequential(nn.Embedding(6, 4), Shared())
+    table[1].table = table[0]  # pyright: ignore[reportAttributeAccessIssue]
+    model: Any = get_peft_model(table, lora("0"))
+    model.add_adapter("other", TrainableTokensConfig(target_modules=["0"], token_indices=[1, 3]))
+    nn.init.ones_(next(tensor for name, tensor in model.named_parameters() if "other" in name))
+    return model
+
+
+class Shared(nn.Module):
+    table: nn.Embedding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.table.weight)
+
+
+@pytest.mark.parametrize("make", [frozen, saved, with_rows])
+@pytest.mark.parametrize("trace", [graphpeft.trace, lambda model, _: fx.symbolic_trace(model)], ids=["flat", "fx"])
+def test_what_an_adapter_reads_in_a_weights_place_is_traced_with_the_changes(make: Callable[[], Any], trace: Any):
+    model = make()
+    model.set_adapter([*model.peft_config])
+    inputs = (torch.tensor([1, 4]) if make is with_rows else X,)
+    torch.testing.assert_close(trace(model, inputs)(*inputs), model(*inputs))
 
 
 def test_a_learning_check_names_no_layer_that_is_read():
@@ -616,6 +673,29 @@ def test_code_may_ask_for_the_dtype_of_a_weight_without_changed_numbers_where_it
     torch.testing.assert_close(compiled(tokens, False), model(tokens, False))
     with pytest.raises(torch._dynamo.exc.Unsupported, match="LORA does there is no change of its weight"):
         compiled(tokens, True)
+
+
+def test_a_trace_may_ask_for_the_dtype_of_a_weight_without_changed_numbers():
+    tokens = torch.tensor([1, 4])
+    model: Any = get_peft_model(Asking(), lora("table"))
+    torch.testing.assert_close(graphpeft.trace(model, (tokens, False))(tokens, False), model(tokens, False))
+    with pytest.raises(TraceError, match="LORA does there is no change of its weight"):
+        graphpeft.trace(model, (tokens, True))
+
+
+def test_compiled_code_asks_a_bias_without_changed_numbers_for_its_own_size():
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) * self.inner.bias.numel()
+
+    model = adapted(Sized(), lora_bias=True)
+    model.add_adapter("other", LilyConfig(r=2, target_modules=["inner"]))
+    model.set_adapter(["default", "other"])
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(X), model(X))
 
 
 def test_readers_in_a_batch_of_several_adapters_are_told():

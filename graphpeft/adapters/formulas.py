@@ -13,13 +13,13 @@ import torch.fx as fx
 from torch import Tensor, nn
 from torch.fx.proxy import TraceError as ProxyError
 
-from graphpeft._torch import is_recorded_by_jit, is_transformed, symbolic_tracing
+from graphpeft._torch import is_recorded_by_jit, is_transformed
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.graph.autocast import without_autocast
 from graphpeft.graph.changed_weight import Computation, RefusedWeight, changed_weight, note_read
 from graphpeft.graph.compiling import compiled
 from graphpeft.graph.ops import Weight
-from graphpeft.graph.own_tensors import own_tensor
+from graphpeft.graph.own_tensors import base_tensor, is_traced_by_fx, own_in_fx_graph, own_tensor
 from graphpeft.graph.scaled_sum import is_captured
 from graphpeft.graph.tags import Tag
 from graphpeft.rules import rewrite
@@ -40,15 +40,6 @@ class Changes(NamedTuple):
     weight: str
     bias: str | None
     tags: tuple[Tag, ...]
-
-
-_GETATTR = nn.Module.__getattr__
-
-
-def is_traced_by_fx() -> bool:
-    """Returns whether a tracer of torch.fx records the reads of modules' attributes."""
-    present: Any = nn.Module.__getattr__
-    return present is not _GETATTR and getattr(present, "__globals__", None) is vars(symbolic_tracing)
 
 
 class Formula:
@@ -97,18 +88,20 @@ class Formula:
         return self._of_stack if own.ndim > 2 else self._of_matrix
 
     def captured(self, module: nn.Module) -> Tensor:
-        """Returns the changed tensor by the rules' own code, which a compiler, and ``fx.symbolic_trace``, follows."""
-        own = own_tensor(module, self._changes.weight)
+        """Returns the changed tensor by the rules' own code, which a compiler, and ``fx.symbolic_trace``, follows.
+
+        One without changed numbers answers questions about its kind alone.
+        """
         if self._refused is not None:
-            return own.as_subclass(self._refused)
+            return own_tensor(module, self.name).as_subclass(self._refused)
         try:
-            return without_autocast(own.device.type, self._by_rules, module)
+            return without_autocast(base_tensor(module, self._changes.weight).device.type, self._by_rules, module)
         except AttributeError as error:
             raise self._failing(error) from error
 
     def _by_rules(self, module: nn.Module) -> Tensor:
         read = functools.partial(own_in_fx_graph if is_traced_by_fx() else own_tensor, module)
-        is_stack = own_tensor(module, self._changes.weight).ndim > 2
+        is_stack = base_tensor(module, self._changes.weight).ndim > 2
         weight = base = read(self._changes.weight)
         bias: Any = None if self._changes.bias is None else read(self._changes.bias)
         base_bias = bias
@@ -157,12 +150,6 @@ class Formula:
 def computation_of(run: Callable[..., Tensor], values: tuple[Any, ...], module: nn.Module, name: str) -> Computation:
     """Returns the computation of a tensor of a module, now."""
     return Computation(run, values, weakref.ref(module), name, type(module))
-
-
-def own_in_fx_graph(module: nn.Module, name: str) -> Any:
-    """Returns what records a read of a module's own tensor where ``fx.symbolic_trace``, or `trace`, runs its code."""
-    is_registered = name in module._parameters or name in module._buffers
-    return nn.Module.__getattr__(module, name) if is_registered else own_tensor(module, name)
 
 
 class _Step(NamedTuple):

@@ -357,8 +357,7 @@ def _note_parameters(modules: Modules, adapter: Adapter) -> None:
     """Notes which weights are parameters by now, as after remove_weight_norm, and were computed when adapted."""
     sites = [_with_parameter(modules, adapted) for adapted in adapter.sites]
     if sites != adapter.sites:
-        set_attribute(adapter, "sites", sites)
-        vars(adapter).pop("apart", None)  # has the sites as they were
+        adapter.exchange_sites(sites)
 
 
 def _with_parameter(modules: Modules, adapted: AdaptedSite) -> AdaptedSite:

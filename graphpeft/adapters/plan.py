@@ -312,7 +312,7 @@ def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template) 
     if isinstance(site, Site) and has_bias and site.bias is not None:
         changed = (site.attribute, site.bias.rpartition(".")[2])
     plan.sites.append(
-        AdaptedSite(site, rule, specs, constants, names, in_holder, dtype, replaced, shared, is_change, changed)
+        AdaptedSite(site, rule, specs, constants, names, in_holder, dtype, is_change, changed, replaced, shared)
     )
     plan.templates[site.region] = template
 

@@ -16,7 +16,7 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 from graphpeft.adapters.adapter_names import BASE
-from graphpeft.adapters.formulas import Changes, Formula, computation_of, is_traced_by_fx, own_in_fx_graph, refuse
+from graphpeft.adapters.formulas import Changes, Formula, computation_of, refuse
 from graphpeft.adapters.graphs import attributes_at
 from graphpeft.adapters.present_rows import ROWS
 from graphpeft.adapters.state import Adapter, Adapters, Modules
@@ -31,10 +31,14 @@ from graphpeft.graph.own_tensors import (
     Asker,
     ReadChanged,
     base_tensor,
+    fx_tracer,
     is_keeping,
     is_on_own,
     is_recording_reads,
+    is_traced_by_fx,
+    own_in_fx_graph,
     own_tensor,
+    read_in_fx_graph,
 )
 from graphpeft.graph.scaled_sum import is_captured
 from graphpeft.graph.tags import TAG, Tag, changes_at
@@ -191,7 +195,7 @@ def _layer(reads: Reads) -> in_place.Layer:
     }
     # a recurrent layer of PyTorch computes with a list of its parameters
     namespace["_flat_weights"] = property(_flat_weights, _set_flat_weights)
-    return in_place.Layer("reads", (), namespace | {_READS: reads}, (_layer, (reads,)))
+    return in_place.Layer("reads", (), namespace, (_layer, (reads,)))
 
 
 # cached, since the rules of changes in no graph are run before they are read
@@ -262,14 +266,10 @@ def _recorded(formula: Formula, module: nn.Module) -> Any:
     own = own_in_fx_graph(module, formula.name)
     if is_recording_reads():
         return own
-    # what a hook has computed is no proxy, but what it is computed from is one
-    others = [nn.Module.__getattr__(module, name) for name, value in module._parameters.items() if value is not None]
-    tracer: Any = next((each.tracer for each in (own, *others) if isinstance(each, fx.Proxy)), None)
-    path = None if tracer is None else tracer.path_of_module(module)
-    if path is None or not tracer.is_leaf_module(module, path):
+    tracer = fx_tracer(module, own)
+    if tracer is None or not tracer.is_leaf_module(module, tracer.path_of_module(module)):
         return formula.captured(module)
-    layer = tracer.create_proxy("get_attr", path, (), {})  # a graph that reads the tensor needn't have the layer
-    return tracer.create_proxy("call_function", getattr, (layer, formula.name), {})
+    return read_in_fx_graph(tracer, getattr, module, formula.name)
 
 
 # batches whose rows have different adapters

@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from graphpeft.sites.quantisers import Codes
 from graphpeft.sites.regions import Lifted
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.targeting.full_training import TrainedRows
-from graphpeft.transaction import set_attribute
+from graphpeft.transaction import set_attribute, undone_by
 
 Modules = Mapping[str, nn.Module]
 """A model's modules by path."""
@@ -236,7 +236,16 @@ class Adapter:
             found += [(path, overrides.override_name(name, adapter)) for name in names]
         return found + [(path, overrides.rows(adapter)) for path in self.rows]
 
-    # sites may be exchanged for others with tensors of the same names
+    def exchange_sites(self, sites: Sequence[AdaptedSite]) -> None:
+        """Exchanges the sites for others of the same weights, with tensors of the same names; inside a transaction."""
+        undone_by(self._set_sites, list(self.sites))
+        self._set_sites(sites)
+
+    def _set_sites(self, sites: Sequence[AdaptedSite]) -> None:
+        self.sites[:] = sites
+        vars(self).pop("apart", None)  # has the sites as they were
+
+    # other sites have tensors of the same names
     @functools.cached_property
     def _at_sites(self) -> list[tuple[str, str]]:
         """The module's path and the name of each tensor at its sites."""

@@ -173,7 +173,7 @@ class ChangedWeight(Tensor):
 
 
 class RefusedWeight(Tensor):
-    """A weight without changed numbers, as compiled code reads it: it answers its shape, dtype and device alone.
+    """A weight without changed numbers, as compiled and traced code reads it: it answers its shape, dtype and device.
 
     Attributes:
         reason: The reason, for a person.

@@ -358,11 +358,6 @@ def layers_of(module: nn.Module) -> tuple[Layer, ...]:
     return own or ()
 
 
-def is_class_exchanged(module: nn.Module) -> bool:
-    """Returns whether other code has replaced the class of a dressed module by one that derives from it."""
-    return is_exchanged(type(module))
-
-
 def is_exchanged(cls: type) -> bool:
     """Returns whether a class derives from that of a dressed module, and is another one."""
     cls = under_shards(cls)

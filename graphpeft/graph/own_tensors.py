@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.fx as fx
 from torch import nn
 
-from graphpeft._torch import CODE_OF_CALLS
+from graphpeft._torch import CODE_OF_CALLS, symbolic_tracing
 from graphpeft.graph.per_call import PerCall
 
 STAND_INS = "_graphpeft_stand_ins"
@@ -93,15 +94,6 @@ def let_read_own(node: fx.Node) -> None:
     node.meta[_OWN] = True
 
 
-def let_read_all_own(graph: fx.Graph, model: nn.Module) -> None:
-    """Lets all nodes do so that read a tensor for which an attribute of a layer stands."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for node in graph.nodes:
-        path, _, name = str(node.target).rpartition(".")
-        if node.op == "get_attr" and isinstance(getattr(type(modules.get(path)), name, None), ReadChanged):
-            let_read_own(node)
-
-
 def as_own(graph: fx.Graph, source: str, variables: dict[str, Any]) -> str:
     """Returns the source of a graph with its reads of own tensors, and adds what these need to its globals."""
     paths = {node.name: f"self.{node.target}" for node in graph.nodes if _OWN in node.meta}
@@ -158,19 +150,6 @@ def is_on_own(module: nn.Module) -> bool:
 
 
 _ON_OWN: PerCall[tuple[nn.Module, ...]] = PerCall("layers on their own weights", "run the compiled model in a thread")
-
-
-def recording_reads() -> contextlib.AbstractContextManager[None]:
-    """Lets layers' attributes be read as they are without adapters, for a graph that has the layers and reads them."""
-    return _RECORDING_READS.during(True)
-
-
-def is_recording_reads() -> bool:
-    """Returns whether such a graph is recorded."""
-    return _RECORDING_READS.get() is True
-
-
-_RECORDING_READS: PerCall[bool] = PerCall("recordings of graphs", "record the graph before it is compiled")
 
 
 _ON_THE_WAY = ("__getattr__", "__setattr__", "_set_attribute", "register_parameter")
@@ -239,3 +218,78 @@ def is_in_forward() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+# reads in graphs that are recorded
+
+
+def recording_reads() -> contextlib.AbstractContextManager[None]:
+    """Lets layers' attributes be read as they are without adapters, for a graph that has the layers and reads them."""
+    return _RECORDING_READS.during(True)
+
+
+def is_recording_reads() -> bool:
+    """Returns whether such a graph is recorded."""
+    return _RECORDING_READS.get() is True
+
+
+_RECORDING_READS: PerCall[bool] = PerCall("recordings of graphs", "record the graph before it is compiled")
+
+
+_GETATTR = nn.Module.__getattr__
+
+
+def is_traced_by_fx() -> bool:
+    """Returns whether a tracer of torch.fx records the reads of modules' attributes."""
+    present: Any = nn.Module.__getattr__
+    return present is not _GETATTR and getattr(present, "__globals__", None) is vars(symbolic_tracing)
+
+
+def own_in_fx_graph(module: nn.Module, name: str) -> Any:
+    """Returns what records a read of a module's own tensor where a tracer of torch.fx runs the module's code."""
+    is_registered = name in module._parameters or name in module._buffers
+    if is_registered and (is_recording_reads() or name not in getattr(type(module), STAND_INS, {})):
+        return nn.Module.__getattr__(module, name)
+    return own_tensor(module, name)
+
+
+def fx_tracer(module: nn.Module, own: Any) -> Any:
+    """Returns the tracer that records a read of a module's tensor, or None.
+
+    Args:
+        module: The module.
+        own: What `own_in_fx_graph` returns for the tensor.
+    """
+    if isinstance(own, fx.Proxy):
+        return own.tracer
+    # what a hook has computed is no proxy, but what it is computed from is one
+    others = (nn.Module.__getattr__(module, name) for name, own in module._parameters.items() if own is not None)
+    return next((other.tracer for other in others if isinstance(other, fx.Proxy)), None)
+
+
+def read_in_fx_graph(tracer: Any, function: Callable[[nn.Module, str], Any], module: nn.Module, name: str) -> fx.Proxy:
+    """Records a function that reads a tensor of a layer; so a graph has the layer, and not only its tensor."""
+    layer = tracer.create_proxy("get_attr", tracer.path_of_module(module), (), {})
+    return tracer.create_proxy("call_function", function, (layer, name), {})
+
+
+def own_of_kept(layer: nn.Module, name: str) -> Any:
+    """Returns an own tensor of a layer for a graph that also calls a module with the layer, as it is adapted."""
+    tracer = fx_tracer(layer, own_in_fx_graph(layer, name)) if is_traced_by_fx() else None
+    return own_tensor(layer, name) if tracer is None else read_in_fx_graph(tracer, own_of_kept, layer, name)
+
+
+def read_own_of_kept(graphs: Iterable[fx.Graph], model: nn.Module) -> None:
+    """Lets graphs read own tensors of layers that modules have which they call."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for graph in graphs:
+        called = tuple([f"{node.target}." for node in graph.nodes if node.op == "call_module"])
+        for node in [node for node in graph.nodes if node.op == "get_attr" and str(node.target).startswith(called)]:
+            path, _, name = str(node.target).rpartition(".")
+            if isinstance(getattr(type(modules.get(path)), name, None), ReadChanged):
+                with graph.inserting_before(node):
+                    layer = graph.create_node("get_attr", path)
+                    own = graph.create_node("call_function", own_of_kept, (layer, name))
+                own.meta = node.meta
+                node.replace_all_uses_with(own)
+                graph.erase_node(node)

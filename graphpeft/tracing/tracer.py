@@ -116,9 +116,8 @@ class ValueTracer(fx.Tracer):
         """Drops all proxies, and clears the caches that still hold some."""
         self._attributes, self._copies, self._objects, self._before_writes = {}, {}, {}, []
         # the traceback of an error keeps proxies alive, so live proxies show nothing then
-        has_left_some = (
-            self.session.has_hashed if sys.exc_info()[0] else any(proxy() is not None for proxy in self._proxies)
-        )
+        are_alive = any(proxy() is not None for proxy in self._proxies)
+        has_left_some = self.session.has_hashed if sys.exc_info()[0] else are_alive
         self._proxies, self.session.has_hashed = [], False
         if has_left_some:
             forget_traced_values()
@@ -410,8 +409,6 @@ class ValueTracer(fx.Tracer):
             self._copies[name] = self.create_proxy("call_method", "clone", (self.attribute(name),), {})
         return self._copies[name].node
 
-    # example values
-
     @property
     def is_running(self) -> bool:
         """Whether calls aren't recorded now: code runs on example values, or in another thread."""
@@ -426,8 +423,6 @@ class ValueTracer(fx.Tracer):
     def is_recording(self) -> bool:
         """Whether this thread is tracing and records its calls now."""
         return self._thread is not None and not self.is_running
-
-    # decisions
 
     def decide(self, proxy: fx.Proxy, answer: Any, decision: str | None = None) -> None:
         """Adds a check that `proxy` is `answer` in every run. The caller must not use `proxy` afterwards."""

@@ -896,3 +896,15 @@ def test_a_recurrent_layer_keeps_its_own_list_of_parameters():
     new = nn.Parameter(torch.zeros(16, 4))
     model.weight_ih_l0 = new
     assert vars(model)["_flat_weights"][0] is new
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # which Dynamo asks for
+@pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_layer_is_compiled_with_the_change(cls: Any):
+    model: Any = get_peft_model(
+        nn.Sequential(cls(4, 4)), LoraConfig(r=2, target_parameters=["0.weight_ih_l0"], init_lora_weights=False)
+    )
+    with model.disable_adapter():
+        base = model(X)[0]
+    assert not torch.allclose(model(X)[0], base)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(X)[0], model(X)[0])

@@ -250,23 +250,26 @@ TARGETS = {
 STEPS = st.tuples(st.sampled_from([*TARGETS]), st.lists(st.integers(0, 2), unique=True, min_size=1))
 
 
-@given(st.lists(STEPS, min_size=1, max_size=6), st.sampled_from([["inside", "around"], ["around", "inside"]]))
-def test_adapters_of_a_model_and_of_one_inside_act_whichever_slots_they_have(steps, order):
+ADDED = [(side, number) for side in TARGETS for number in range(3)]
+
+
+@given(st.permutations(ADDED), st.lists(STEPS, min_size=1, max_size=6))
+def test_adapters_of_a_model_and_of_one_inside_act_in_whichever_order_they_come(added, steps):
     torch.manual_seed(0)
     model = Around()
-    parts = {"inside": model.inner, "around": model}
-    for side in order:
-        for number, targets in enumerate(TARGETS[side]):
-            of_weights = [target for target in targets if target.endswith("w")]
-            layers = [target for target in targets if target not in of_weights]
-            config = LoraConfig(
-                r=2, lora_alpha=2, target_modules=layers, target_parameters=of_weights, init_lora_weights=False
-            )
-            if number:
-                parts[side].add_adapter(f"{side}{number}", config)
-            else:
-                get_peft_model(parts[side], config, f"{side}{number}")
-    x, acting = torch.randn(3, 6), {side: [0] for side in TARGETS}
+    parts: dict[str, Any] = {"inside": model.inner, "around": model}
+    first = {}
+    for side, number in added:
+        of_weights = [target for target in TARGETS[side][number] if target.endswith("w")]
+        layers = [target for target in TARGETS[side][number] if target not in of_weights]
+        config = LoraConfig(
+            r=2, lora_alpha=2, target_modules=layers, target_parameters=of_weights, init_lora_weights=False
+        )
+        if side in first:
+            parts[side].add_adapter(f"{side}{number}", config)
+        else:
+            first[side] = get_peft_model(parts[side], config, f"{side}{number}"), number
+    x, acting = torch.randn(3, 6), {side: [number] for side, (_, number) in first.items()}
     for side, numbers in steps:
         acting[side] = numbers
         parts[side].set_adapter([f"{side}{number}" for number in numbers])

@@ -15,6 +15,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
+from graphpeft._torch import without_compiler
 from graphpeft.adapters.adapter_names import BASE
 from graphpeft.adapters.formulas import Changes, Formula, computation_of, refuse
 from graphpeft.adapters.graphs import attributes_at
@@ -218,14 +219,16 @@ def _registering(names: Set[str]) -> Callable[..., None]:
     return register_parameter
 
 
+@without_compiler("Dynamo runs recurrent layers uncompiled")
 def _flat_weights(module: Any) -> list[Any]:
     if "_flat_weights" not in vars(module):
         raise AttributeError(f"a {type(module).__name__} has no _flat_weights")
-    if not torch.compiler.is_dynamo_compiling() and is_keeping(nn.RNNBase):
+    if is_keeping(nn.RNNBase):
         return vars(module)["_flat_weights"]
     return [getattr(module, name, None) for name in module._flat_weights_names]
 
 
+@without_compiler("Dynamo runs recurrent layers uncompiled")
 def _set_flat_weights(module: Any, value: list[Any]) -> None:
     vars(module)["_flat_weights"] = value
 

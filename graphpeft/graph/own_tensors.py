@@ -132,7 +132,8 @@ _MEANING_OWN = (
 _METHODS_ON_OWN = frozenset(
     (
         *("_save_to_state_dict", "_load_from_state_dict", "__getstate__", "__setstate__"),
-        *("_apply", "extra_repr", "reset_parameters", "_reset_parameters", "_init_flat_weights", "flatten_parameters"),
+        *("_apply", "extra_repr", "reset_parameters", "_reset_parameters"),
+        *("_init_flat_weights", "_weights_have_changed", "flatten_parameters"),
     )
 )
 """Methods of a module's class in which it means its own tensors: what saves, loads, moves, fills and shows them."""

@@ -71,9 +71,9 @@ class Regions:
         # a model has many modules, and few classes
         kinds = {kind for kind in set(map(type, self.modules.values())) if issubclass(kind, fx.GraphModule)}
         graphs = {path for path, module in self.modules.items() if type(module) in kinds and runs_graph(module)}
-        # where an adapter has brought the graph, the next one's sites are to be in the regions that they would be in
-        # without it: a layer's own graph runs before that of the module around
-        self.graphs = graphs - known.keys()
+        # where an adapter of this model, or of one around or inside, has brought the graph, the next one's sites are to
+        # be in the regions that they would be in without it: a layer's own graph runs before that of the module around
+        self.graphs = {path for path in graphs - known.keys() if not _is_brought(self.modules[path])}
         self.known = known
         self.example_inputs = example_inputs
         self.recordings = Recordings()
@@ -194,6 +194,12 @@ class Regions:
         if self.example_inputs is None:
             return None
         return example_runs.inputs_of(self.modules[""], self.modules[path], self.example_inputs)
+
+
+def _is_brought(module: nn.Module) -> bool:
+    """Returns whether an adapter has brought the graph of a module, which nobody has edited since."""
+    template = template_of(module)
+    return template is not None and template.shared and not issubclass(in_place.original_class(module), fx.GraphModule)
 
 
 def _scripted(modules: Mapping[str, nn.Module]) -> dict[str, str]:

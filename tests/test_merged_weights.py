@@ -356,3 +356,23 @@ def test_a_bias_that_was_taken_away_is_told_where_an_adapter_has_another(merge: 
     model[0].bias = None
     with pytest.raises(AdaptError, match=r"0\.default\.bias of adapter 'default' is gone, since it or its module"):
         getattr(model, merge)()
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize("first", ["inside", "around"])
+def test_adapters_of_two_models_are_not_merged_into_one_weight_at_a_time(merge: str, first: str) -> None:
+    whole: Any = nn.Sequential(net(), nn.ReLU())
+    models = {
+        "inside": get_peft_model(whole[0], LoraConfig(r=2, target_modules=["0"], init_lora_weights=False), "inside"),
+        "around": get_peft_model(whole, LoraConfig(r=2, target_modules=["0.0"], init_lora_weights=False), "around"),
+    }
+    one = models.pop(first)
+    (other,) = models.values()
+    before = whole(X)
+    one.merge_adapter()
+    with pytest.raises(AdaptError, match=r"another model, around this one or inside of it, is merged into"):
+        getattr(other, merge)()
+    torch.testing.assert_close(whole(X), before)
+    one.merge_and_unload()
+    getattr(other, merge)()
+    torch.testing.assert_close(whole(X), before)

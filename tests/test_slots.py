@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
 
 from graphpeft import AdaptError, LoraConfig, get_peft_model, names_in_slots, optimize, trace
+from graphpeft.adapters.reads import READS
 from graphpeft.graph import holders
 from graphpeft.graph.tags import TAG
 from graphpeft.graph.template import template_of
@@ -275,6 +276,25 @@ def test_adapters_of_a_model_and_of_one_inside_act_in_whichever_order_they_come(
         parts[side].set_adapter([f"{side}{number}" for number in numbers])
         wanted = with_sums(model, [f"{side}{number}" for side in TARGETS for number in acting[side]])
         torch.testing.assert_close(model(x), wanted(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("target", ["inner.w", "inner.called"])
+def test_an_adapter_that_goes_leaves_those_of_a_model_inside_where_rows_were_asked_for(target: str) -> None:
+    torch.manual_seed(0)
+    model: Any = Around()
+    get_peft_model(model, LoraConfig(r=2, target_modules=[target], init_lora_weights=False), "around0")
+    x = torch.randn(3, 6)
+    inside = target.removeprefix("inner.")
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=[inside], init_lora_weights=False)
+    model.add_adapter("around1", LoraConfig(r=2, target_modules=["last"], init_lora_weights=False))
+    model(x, adapter_names=["around1"] * 3)
+    get_peft_model(model.inner, config, "inside0")
+    model.set_adapter("around1")
+    model.delete_adapter("around0")
+    model.delete_adapter("around1")
+    torch.testing.assert_close(model(x), with_sums(model, ["inside0"])(x), rtol=1e-4, atol=1e-4)
+    model.inner.delete_adapter("inside0")
+    assert not any(hasattr(type(module), READS) for module in model.modules())
 
 
 def with_sums(model: nn.Module, names: list[str]) -> nn.Module:

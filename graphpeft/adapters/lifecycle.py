@@ -19,6 +19,7 @@ from graphpeft.adapters.exchanged import refuse_exchanged
 from graphpeft.adapters.graphs import without_any
 from graphpeft.adapters.merging import unmerge, with_originals
 from graphpeft.adapters.plan import AdaptError, Plan
+from graphpeft.adapters.reads import READS
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors, adapters_of
 from graphpeft.adapters.tensors import new_tensors, overwrite
 from graphpeft.adapters.trainable import thaw
@@ -28,6 +29,7 @@ from graphpeft.graph.forward_classes import holds_own_tensor
 from graphpeft.graph.hidden_holders import hide_holders, stop_hiding
 from graphpeft.graph.holders import (
     HolderGroup,
+    has_holders,
     has_tensor,
     holder_for,
     new_place,
@@ -297,9 +299,11 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
         if path in modules:
             take_off(modules[path], root)
             stop_hiding(modules[path])
+            if hasattr(type(modules[path]), READS) and not has_holders(modules[path]):
+                in_place.take_off(modules[path], "reads")
     _forget_regions(modules, adapters, adapter)
     if adapters.asking:
-        _stop_asking(modules, adapters)
+        _stop_asking(adapters)
     for (path, attribute), tensor in adapter.overwritten.items():
         if path in modules and modules[path]._parameters.get(attribute) is not None:
             with written(modules[path]):
@@ -309,13 +313,11 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
                     held.copy_(tensor)
 
 
-def _stop_asking(modules: Modules, adapters: Adapters) -> None:
-    """Lets readers of tensors of which no adapter is left ask for the rows of a batch no longer."""
+def _stop_asking(adapters: Adapters) -> None:
+    """Forgets which tensors' readers ask for the rows of a batch where no adapter is left."""
     there = {path for adapter in adapters.by_name.values() for path in adapter.owners}
     for path in [path for path in adapters.asking if path not in there]:
         delete_item(adapters.asking, path)
-        if path in modules:
-            in_place.take_off(modules[path], "reads")
 
 
 def _forget_regions(modules: Modules, adapters: Adapters, gone: Adapter) -> None:

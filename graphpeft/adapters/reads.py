@@ -49,7 +49,7 @@ from graphpeft.transaction import set_items
 Reads = tuple[tuple[str, Changes], ...]
 """The tensors of a module that others read with changes, by name."""
 
-_READS = "_graphpeft_reads"
+READS = "_graphpeft_reads"
 """The attribute of a class that has them."""
 
 
@@ -76,15 +76,15 @@ def layer_of(template: Template | None, module: nn.Module, before: Collection[in
 
 
 def _of_others(module: nn.Module, template: Template | None, before: Collection[int]) -> dict[str, Changes]:
-    """Returns the changes that adapters of a model around or inside make in no graph of a module."""
-    worn = getattr(type(module), _READS, ())
+    """Returns the changes that adapters of a model around or inside make in no graph of a module, and their asking."""
+    worn = getattr(type(module), READS, ())
     if not worn:
         return {}
     own = {*before, *(template.slots if template is not None else ())}
     left = {}
     for name, changes in worn:
         tags = tuple([tag for tag in changes.tags if tag.slot not in own])
-        if tags:
+        if tags or not changes.tags:  # without any, rows of another model may ask for it
             left[name] = changes._replace(tags=tags)
     return left
 
@@ -190,7 +190,7 @@ def _tag(adapted: Any, attributes: Mapping[str, str], slot: int, method: str) ->
 def _layer(reads: Reads) -> in_place.Layer:
     namespace: dict[str, Any] = {name: _attribute(_formula(name, changes)) for name, changes in reads}
     namespace |= {
-        _READS: reads,
+        READS: reads,
         "register_parameter": _registering(frozenset(dict(reads))),
         "__setattr__": _set_attribute,
     }
@@ -344,7 +344,7 @@ def let_ask(modules: Modules, adapters: Adapters, asked: Mapping[str, Iterable[s
     for path, own in asking.items():
         key = type(modules[path]), own
         if key not in known:
-            worn = dict(getattr(type(modules[path]), _READS, ()))
+            worn = dict(getattr(type(modules[path]), READS, ()))
             known[key] = _layer(tuple({**_unchanged(own), **worn}.items()))
         wanted.append((modules[path], {"reads": known[key]}))
     in_place.exchange_all(wanted)

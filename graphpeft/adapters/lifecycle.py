@@ -294,16 +294,17 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
     set_attribute(adapters, "trainable", adapters.trainable - {name})
     adapters.note_call_inputs(modules[""])
     forget_mixing(adapters)
+    there = {path for other in adapters.by_name.values() for path in other.owners}
     for path, root in adapter.roots(name):
         # somebody may have put another module in the place of an adapted one
         if path in modules:
             take_off(modules[path], root)
             stop_hiding(modules[path])
-            if hasattr(type(modules[path]), READS) and not has_holders(modules[path]):
+            if path not in there and hasattr(type(modules[path]), READS) and not has_holders(modules[path]):
                 in_place.take_off(modules[path], "reads")
     _forget_regions(modules, adapters, adapter)
-    if adapters.asking:
-        _stop_asking(adapters)
+    for path in [path for path in adapters.asking if path not in there]:
+        delete_item(adapters.asking, path)
     for (path, attribute), tensor in adapter.overwritten.items():
         if path in modules and modules[path]._parameters.get(attribute) is not None:
             with written(modules[path]):
@@ -311,13 +312,6 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
                 remember(held)
                 with torch.no_grad():
                     held.copy_(tensor)
-
-
-def _stop_asking(adapters: Adapters) -> None:
-    """Forgets which tensors' readers ask for the rows of a batch where no adapter is left."""
-    there = {path for adapter in adapters.by_name.values() for path in adapter.owners}
-    for path in [path for path in adapters.asking if path not in there]:
-        delete_item(adapters.asking, path)
 
 
 def _forget_regions(modules: Modules, adapters: Adapters, gone: Adapter) -> None:

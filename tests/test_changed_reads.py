@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import Unsupported
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -671,7 +672,7 @@ def test_code_may_ask_for_the_dtype_of_a_weight_without_changed_numbers_where_it
     model: Any = get_peft_model(Asking(), lora("table"))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(tokens, False), model(tokens, False))
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="LORA does there is no change of its weight"):
+    with pytest.raises(Unsupported, match="LORA does there is no change of its weight"):
         compiled(tokens, True)
 
 

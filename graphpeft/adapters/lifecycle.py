@@ -28,8 +28,8 @@ from graphpeft.graph.autocast import in_own_precision
 from graphpeft.graph.forward_classes import holds_own_tensor
 from graphpeft.graph.hidden_holders import hide_holders, stop_hiding
 from graphpeft.graph.holders import (
+    HOLDERS,
     HolderGroup,
-    has_holders,
     has_tensor,
     holder_for,
     new_place,
@@ -294,17 +294,18 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
     set_attribute(adapters, "trainable", adapters.trainable - {name})
     adapters.note_call_inputs(modules[""])
     forget_mixing(adapters)
-    there = {path for other in adapters.by_name.values() for path in other.owners}
     for path, root in adapter.roots(name):
         # somebody may have put another module in the place of an adapted one
         if path in modules:
             take_off(modules[path], root)
             stop_hiding(modules[path])
-            if path not in there and hasattr(type(modules[path]), READS) and not has_holders(modules[path]):
+            if hasattr(type(modules[path]), READS) and HOLDERS not in vars(modules[path]):
                 in_place.take_off(modules[path], "reads")
     _forget_regions(modules, adapters, adapter)
-    for path in [path for path in adapters.asking if path not in there]:
-        delete_item(adapters.asking, path)
+    if adapters.asking:
+        there = {path for other in adapters.by_name.values() for path in other.owners}
+        for path in adapters.asking.keys() - there:
+            delete_item(adapters.asking, path)
     for (path, attribute), tensor in adapter.overwritten.items():
         if path in modules and modules[path]._parameters.get(attribute) is not None:
             with written(modules[path]):

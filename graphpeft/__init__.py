@@ -21,6 +21,7 @@ from graphpeft.auto import (
 from graphpeft.exporting import ExportError, ExportReport, export, export_adapter, generation_inputs
 from graphpeft.graph import ops
 from graphpeft.graph.errors import GuardError, NeedsInputsError, TraceError
+from graphpeft.graph.own_tensors import own_weight
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.template import names_in_slots
 from graphpeft.learning import LearningReport, SiteLearning, TensorLearning, check_learning
@@ -165,6 +166,7 @@ __all__ = [
     "names_in_slots",
     "ops",
     "optimize",
+    "own_weight",
     "penalty_of",
     "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",

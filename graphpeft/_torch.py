@@ -41,10 +41,10 @@ from torch._subclasses import fake_tensor
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as leave_autocast
 from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace as symbolic_tracing
 from torch.fx.graph import PythonCode
 from torch.nn.modules import module as _hooks
 from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
-from torch.nn.utils.stateless import _reparametrize_module as reparametrized
 from torch.overrides import _get_current_function_mode as current_function_mode
 from torch.overrides import _pop_mode_temporarily as function_mode_set_aside
 from torch.utils._python_dispatch import TorchDispatchMode, is_in_torch_dispatch_mode
@@ -52,6 +52,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 __all__ = [
     "CHECKPOINT_GENERATOR",  # the implementation of `checkpoint` with use_reentrant=False
+    "CODE_OF_CALLS",  # tells by the frames around whether a module is being called
     "FORWARD_HOOKS_OF_ALL",  # global hooks that a forward runs
     "GROUPED_MM",  # products with experts' weights, some of which fake tensors refuse
     "PADDING_OF_CONVOLUTION",  # for convolutions with padding other than zeros
@@ -82,6 +83,7 @@ __all__ = [
     "has_hooks_of_all",  # a hook may keep a tensor that a pass would overwrite
     "is_in_backward",  # a checkpoint runs a forward again, which may be in a thread of PyTorch's own
     "is_in_torch_dispatch_mode",  # tells whether operators are recorded, as by `make_fx`
+    "is_recorded_by_jit",  # its constants are plain tensors
     "is_transformed",  # under a transform, passes leave computations unchanged
     "leave_autocast",
     "make_wrapper",  # tensors without numbers of their own
@@ -90,11 +92,11 @@ __all__ = [
     "post_accumulate_hooks",  # such hooks may step an optimizer in a backward that is undone
     "printed_target",  # a node's target as text
     "pytree",  # flattens nested containers as `fx` and `torch.export` do
-    "reparametrized",  # replaces a module's tensors during its forward; `functional_call` would run hooks
     "saved_tensors_go_elsewhere",  # tells whether hooks handle tensors saved for backward
     "schemas_of",  # the arguments of PyTorch's functions and methods, by name
     "sharded_parameter_behind",  # the same for `fully_shard`
     "storage_key",  # tells which tensors share memory, also fake ones
+    "symbolic_tracing",  # tells fx's own tracer from the one of this library
     "uncompiled",  # hooks and modes see what runs; with fullgraph=True, compiled code refuses them
     "version",  # counts in-place writes into a tensor
     "without_compiler",  # leaves the compiler's import to its users
@@ -115,6 +117,8 @@ CHECKPOINT_GENERATOR = next(
 Since 2.15, the name ends in ``_impl``, and the function without ``_impl`` only calls it.
 """
 
+CODE_OF_CALLS = frozenset((nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__))
+
 # autograd
 
 
@@ -127,6 +131,11 @@ def saved_tensors_go_elsewhere() -> bool:
 def is_transformed() -> bool:
     """Returns whether a transform of ``torch.func`` or forward-mode AD is active."""
     return function_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_recorded_by_jit() -> bool:
+    """Returns whether ``torch.jit.trace`` runs."""
+    return torch._C._get_tracing_state() is not None
 
 
 def is_in_backward() -> bool:

@@ -2,7 +2,6 @@
 
 import functools
 import operator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -210,12 +209,6 @@ class ByTheGetterOfTheClass(Reader):
         return F.linear(x, ByTheGetterOfTheClass.read(self), self.inner.bias)
 
 
-class ByNameOfMethod(Reader):
-    def forward(self, x):
-        get: Any = self.inner.__getattr__
-        return F.linear(x, get("weight"), get("bias"))
-
-
 class ByGetParameter(Reader):
     def forward(self, x):
         return F.linear(x, self.get_parameter("inner.weight"), self.get_parameter("inner.bias"))
@@ -225,10 +218,8 @@ ADAPTED = [
     Reader, SelfByAnotherName, ByVariable, ByLambda, ByPartial, ByPartials, ByPartialMethod, ByFunctionInAttribute,
     ByFunctionOfTheClass, ByFunctionInVariable, ByStaticMethod, ByProperty, ByList, ByLoop, ByFunctionInside, ByGetattr,
     ByBaseClass, ByNamedBaseClass, ByDecorated, Calls, OfTheOneInside,
-    ByGetter, ByTheGetterOfTheClass, ByNameOfMethod, ByGetParameter, UndecidedArguments,
+    ByGetter, ByTheGetterOfTheClass, ByGetParameter, UndecidedArguments, ByOwnCall,
 ]  # fmt: skip
-
-REFUSED = [ByOwnCall]
 
 
 class WithOtherWeights(nn.Module):

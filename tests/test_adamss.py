@@ -230,9 +230,18 @@ def test_what_has_no_groups_is_refused_with_the_reason(monkeypatch: pytest.Monke
         patch.setattr(groups, "_labels", lambda left, number: torch.zeros(len(left), dtype=torch.int64))
         with pytest.raises(AdaptError, match="its rows are of 1 kinds, and not of num_subspaces=3"):
             get_peft_model(LINEAR.build(), AdamssConfig(**OPTIONS))
-    encoder = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
-    with pytest.raises(AdaptError, match="its bias would change as well, and no graph shows where that is added"):
-        get_peft_model(encoder, AdamssConfig(target_modules=["linear1"]))
+
+
+@pytest.mark.parametrize("records", [False, True])
+def test_a_bias_is_changed_too_where_an_encoder_reads_it(records: bool):
+    encoder = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
+    x = torch.randn(2, 3, 8)
+    before = encoder(x)
+    adapted = moved(get_peft_model(encoder, AdamssConfig(target_modules=["linear1"])))
+    with torch.set_grad_enabled(records):
+        found = adapted(x)
+        assert not torch.allclose(found, before)
+        torch.testing.assert_close(adapted.merge_and_unload()(x), found)
 
 
 @pytest.mark.parametrize(

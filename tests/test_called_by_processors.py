@@ -172,22 +172,28 @@ def test_a_processor_set_later_that_calls_its_layers_is_adapted_too():
     assert torch.equal(adapted(X), before)
 
 
+class Deciding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.inner if x.sum() > 0 else x
+
+
 def test_the_report_names_modules_that_run_their_own_code_on_changed_weights():
-    report = explain(_seeded(lambda: nn.Sequential(HandingTheLayerOn(ReadingLayer()))), LoraConfig(**OPTIONS))
+    report = explain(_seeded(lambda: nn.Sequential(Deciding())), LoraConfig(**OPTIONS))
     assert "runs its own code on changed weights" in str(report)
-    assert [row.site.own_code for row in report.adapted] == ["it hands its inner to processor, which may read weight"]
+    [reason] = [row.site.own_code for row in report.adapted]
+    assert reason is not None
+    assert reason.startswith("0 can't become a graph: ")
 
 
-def test_dropout_acts_on_what_a_processor_multiplies_by_the_weight():
+def test_a_processor_multiplies_by_the_changed_weight_without_dropout():
     model: Any = _seeded(lambda: Attention(ReadingModule()))
     get_peft_model(model, LoraConfig(**OPTIONS, lora_dropout=0.5)).train()
-    torch.manual_seed(3)
-    found = model(X)
-    torch.manual_seed(3)
-    tensors = model.inner.default
-    branch = F.dropout(X, 0.5) @ tensors.lora_A.T @ tensors.lora_B.T
-    laws.require_close(found, F.linear(X, model.inner.weight) + tensors.lora_scaling * branch, 1e-6, "dropout")
-    adapted = model.eval()(X)
+    found, adapted = model(X), model.eval()(X)
+    laws.require_close(found, adapted, 1e-6, "in training and in evaluation")
     laws.require_close(model.merge_and_unload()(X), adapted, 1e-6, "merged and adapted")
 
 
@@ -238,20 +244,10 @@ class CallingIt(nn.Module):
         return sum(self.window(x, None if mask is None else x * mask) for mask in self.masks)
 
 
-@pytest.mark.parametrize(
-    ("masks", "op"),
-    [
-        ((None,), "Linear"),
-        ((0.5,), "Linear"),
-        ((0.5, 0.25), "Linear"),
-        ((None, 0.5), "Weight"),
-        ((0.5, None), "Weight"),
-    ],
-)
-def test_the_example_inputs_decide_what_optional_arguments_a_graph_expects(masks: tuple[float | None, ...], op: str):
+@pytest.mark.parametrize("masks", [(None,), (0.5,), (0.5, 0.25), (None, 0.5), (0.5, None)])
+def test_a_module_that_reads_a_weight_is_called_with_and_without_optional_arguments(masks: tuple[float | None, ...]):
     model = _seeded(lambda: CallingIt(*masks))
     config = LoraConfig(**OPTIONS)
-    assert [row.site.op.__name__ for row in explain(model, config, example_inputs=(X,)).adapted] == [op]
     adapted: Any = get_peft_model(model, config, example_inputs=(X,))
     found = adapted(X)
     laws.require_close(adapted.merge_and_unload()(X), found, 1e-5, "merged and adapted")

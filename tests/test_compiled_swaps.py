@@ -421,7 +421,7 @@ def test_a_swap_that_fails_leaves_room_and_scale(tmp_path: Path, monkeypatch: py
     def fails(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("graphpeft.adapters.hotswap.exchange_sites", fails)
+    monkeypatch.setattr("graphpeft.adapters.state.Adapter.exchange_sites", fails)
     with pytest.raises(KeyboardInterrupt):
         hotswap_adapter(model, second, "default")
     require_unchanged(model, before, "the call")

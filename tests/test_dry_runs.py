@@ -38,7 +38,7 @@ pytestmark = pytest.mark.quick("dry_runs")
 
 @pytest.fixture(autouse=True)
 def _nobody_waits_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dry_runs, "_PATIENCE", 5.0)
+    monkeypatch.setattr(dry_runs, "_PATIENCE", 60.0)
 
 
 X = torch.arange(12.0).view(3, 4) / 12

@@ -21,7 +21,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import graphpeft
-from graphpeft import AdaptError, LoraConfig, PeftModel, get_peft_model, trace
+from graphpeft import AdaptError, LoraConfig, PeftModel, get_peft_model, own_weight, trace
 from graphpeft.adapters import acting
 
 
@@ -262,7 +262,7 @@ def test_a_copy_runs_it_on_its_own_weights(change: SetForward) -> None:
     base = copied.unload()
     assert base.first.forward != vars(model.first).get("forward")
     with torch.no_grad():
-        base.first.weight.copy_(model.first.weight)
+        base.first.weight.copy_(own_weight(model.first))
     assert torch.equal(base(X), net(change)(X))
 
 
@@ -308,7 +308,7 @@ def test_what_it_returns_is_not_written_into() -> None:
     model = adapted(keeping)
     graphpeft.optimize(model)
     model(X)
-    assert torch.equal(kept[-1], F.linear(X, model.first.weight, model.first.bias))
+    assert torch.equal(kept[-1], F.linear(X, own_weight(model.first), model.first.bias))
 
 
 @pytest.mark.parametrize("change", [a_lambda, a_method, around_the_old_one, of_a_parent, around_the_models])
@@ -365,20 +365,23 @@ def test_a_weight_that_it_reads_from_a_layer_inside_is_adapted_there() -> None:
     assert model.inner.forward.__name__ == "<lambda>"
 
 
-def test_a_weight_that_the_models_own_reads_is_refused_and_the_others_are_not() -> None:
+def test_a_weight_that_the_models_own_reads_is_changed_there() -> None:
     model = net()
-    before = vars(model.first).copy()
     model.forward = lambda x: F.linear(model.inner(model.first(x)), model.last.weight)
-    with pytest.raises(AdaptError, match=r"last.*its forward was set on the instance"):
-        get_peft_model(model, LoraConfig(r=2, target_modules=["last"]))
-    assert vars(model.first) == before
+    before = model(X)
+    model = filled(get_peft_model(model, LoraConfig(r=2, target_modules=["last"])))
+    expected = model(X)
+    assert not torch.allclose(expected, before)
+    torch.testing.assert_close(model.merge_and_unload()(X), expected)
 
 
-def test_one_that_looks_for_the_forward_of_the_class_in_each_call_is_refused() -> None:
+def test_one_that_looks_for_the_forward_of_the_class_in_each_call_runs_on_the_changed_weight() -> None:
     model = net()
     model.first.forward = lambda x: type(model.first).forward(model.first, x)
-    with pytest.raises(AdaptError, match=r"keep that before, as in `forward = module\.forward`"):
-        get_peft_model(model, LoraConfig(**OPTIONS))
+    model = filled(get_peft_model(model, LoraConfig(r=2, target_modules=["first"])))
+    expected = model(X)
+    assert not torch.allclose(expected, net()(X))
+    torch.testing.assert_close(model.merge_and_unload()(X), expected)
 
 
 def test_one_that_is_set_on_an_adapted_layer_stays_until_it_is_taken_off() -> None:

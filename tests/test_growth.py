@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft import LoraConfig, get_peft_model, trace
+from graphpeft import LoraConfig, get_peft_model, own_weight, trace
 from graphpeft.graph import template as graph_module
 from graphpeft.graph.template import Template
 from graphpeft.sites import weight_uses
@@ -46,7 +46,7 @@ def expected(model: Any, names: list[str], x: Tensor) -> Tensor:
     """Returns what a model of explicit weights computes with these adapters."""
     for number, path in enumerate(("0", "2")):
         layer = model.get_submodule(path)
-        weight = layer.weight
+        weight = own_weight(layer)
         for name in names:
             adapter_config = model.peft_config[name]
             if path in adapter_config.target_modules:

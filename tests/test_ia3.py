@@ -159,5 +159,7 @@ def test_a_kernel_that_is_read_otherwise_is_scaled(inputs: bool):
     factors = model.layer.default.ia3_l
     with torch.no_grad():
         base.layer.weight.mul_(factors if inputs else factors.transpose(0, 1))
+        if not inputs:
+            nn.Module.get_parameter(base.layer, "bias").mul_(factors.flatten())
     torch.testing.assert_close(model(x), base(x), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(model.merge_and_unload()(x), base(x), atol=1e-5, rtol=1e-4)

@@ -68,6 +68,11 @@ class Detached(Block):
         return x + self.layer(x).detach()
 
 
+class DetachedWeight(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(F.linear(x, self.layer.weight.detach()))
+
+
 class Unused(Block):
     def forward(self, x: Tensor) -> Tensor:
         self.layer(x)
@@ -90,11 +95,12 @@ class Wall(Block):
 
 
 LIVE: tuple[type[Block], ...] = (Plain, Read, Gated, Compared)
-DEAD: tuple[type[Block], ...] = (Uncalled, Without, Detached, Unused, Zero, Chosen)
+DEAD: tuple[type[Block], ...] = (Uncalled, Without, Detached, DetachedWeight, Unused, Zero, Chosen)
 
 LINES = {
     Without: "y = self.layer(x)",
     Detached: "return x + self.layer(x).detach()",
+    DetachedWeight: "return self.norm(F.linear(x, self.layer.weight.detach()))",
     Unused: "self.layer(x)",
     Zero: "return x + 0 * self.layer(x)",
     Chosen: "return x + self.layer(x).argmax(-1, keepdim=True)",
@@ -152,6 +158,7 @@ def test_planted_dead_sites_are_found_in_many_models(blocks: list[type[Block]]):
         (Uncalled, "never called with this batch; the forward of Uncalled does not mention layer"),
         (Without, "without gradients, as under torch.no_grad()"),
         (Detached, "detach has no gradient"),
+        (DetachedWeight, "detach has no gradient"),
         (Unused, "no part of the loss"),
         (Zero, "zero whatever the adapters hold"),
         (Chosen, "argmax has no gradient"),

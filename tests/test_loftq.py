@@ -30,7 +30,7 @@ from oracle import (
 from torch import nn
 
 import graphpeft
-from graphpeft import AdaptError, LoftQConfig
+from graphpeft import AdaptError, LoftQConfig, own_weight
 from graphpeft.testing import laws
 
 # what PEFT and bitsandbytes warn of is theirs
@@ -92,7 +92,7 @@ def test_merged_is_pefts_and_unloaded_is_the_base(case: Any, options: dict[str, 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_what_is_read_has_no_more_values_than_the_bits_hold(bits: int) -> None:
     options = {"init_lora_weights": "loftq", "loftq_config": LoftQConfig(bits, 1)}
-    weight = by_us(WIDE, **options)[0].weight
+    weight = own_weight(by_us(WIDE, **options)[0])
     blocks = weight.view(-1, 64) if bits == 4 else weight
     assert all(len(block.unique()) <= 2**bits for block in blocks)
     assert len(weight.unique()) > 2**bits

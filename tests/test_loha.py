@@ -15,7 +15,14 @@ from quantised import by_bitsandbytes
 from torch import Tensor, nn
 
 import graphpeft
-from graphpeft import AdaptError, LoHaConfig, get_peft_model, get_peft_model_state_dict, rescale_adapter_scale
+from graphpeft import (
+    AdaptError,
+    LoHaConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    own_weight,
+    rescale_adapter_scale,
+)
 from graphpeft.methods.loha import hadamard
 
 pytestmark = pytest.mark.filterwarnings("ignore:no gradient goes through", "ignore:Converting a PEFT")
@@ -153,7 +160,7 @@ def test_each_expert_has_factors_of_its_own():
     torch.manual_seed(0)
     model: Any = get_peft_model(Kernels(), drawn(target_modules=["experts"]))
     a, b, c, d = (getattr(model.default, f"experts_hada_{name}") for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
-    before = model.experts.detach().clone()
+    before = own_weight(model, "experts").detach().clone()
     assert (a.shape, b.shape) == ((2, 5, 2), (2, 2, 7))
     assert a.abs().max() > 0.6  # as of a matrix of two columns, and not as of a kernel of two inputs
     model.merge_adapter()

@@ -15,7 +15,7 @@ from peft.tuners.lora.conversion import convert_to_lora as convert_by_peft
 from torch import nn
 
 import graphpeft
-from graphpeft import AdaptError, LoKrConfig, get_peft_model, get_peft_model_state_dict
+from graphpeft import AdaptError, LoKrConfig, get_peft_model, get_peft_model_state_dict, own_weight
 from graphpeft.methods.lokr import two_factors
 
 pytestmark = pytest.mark.filterwarnings("ignore:no gradient goes through", "ignore:Converting a PEFT")
@@ -109,7 +109,7 @@ def test_each_expert_has_factors_of_its_own():
     torch.manual_seed(0)
     model: Any = get_peft_model(Kernels(), drawn(target_modules=["experts"], r=9, decompose_factor=5))
     first, second = model.default.experts_lokr_w1, model.default.experts_lokr_w2
-    before = model.experts.detach().clone()
+    before = own_weight(model, "experts").detach().clone()
     assert (first.shape, second.shape) == ((2, 5, 1), (2, 1, 7))
     model.merge_adapter()
     for number in range(2):

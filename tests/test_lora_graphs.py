@@ -34,7 +34,9 @@ BEFORE = [
 def test_a_linear_layer_gets_a_branch():
     layer = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))[0]
     assert body_of(layer) == [
-        *BEFORE,
+        BEFORE[0],
+        'weight = _graphpeft_own_tensor(self, "weight")',
+        *BEFORE[2:],
         "slot0_lora_a = self.slot0.lora_A",
         "slot0_lora_b = self.slot0.lora_B",
         "slot0_lora_scaling = self.slot0.lora_scaling",

@@ -37,7 +37,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import graphpeft
-from graphpeft import AdaptError
+from graphpeft import AdaptError, own_weight
 from graphpeft.testing import laws
 
 # what PEFT warns of is PEFT's
@@ -152,8 +152,9 @@ def test_the_base_keeps_its_weight_and_the_module_reads_what_is_left() -> None:
     assert torch.equal(model.state_dict()["0.weight"], base["0.weight"])
     tensors_of_file = tensors(model)
     A, B = (tensors_of_file[f"base_model.model.0.lora_{name}.weight"] for name in "AB")
-    assert_close(model[0].weight, base["0.weight"] - 1.5 * B @ A)
-    assert not model[0].weight.requires_grad
+    assert_close(own_weight(model[0]), base["0.weight"] - 1.5 * B @ A)
+    assert_close(model[0].weight, base["0.weight"])
+    assert not own_weight(model[0]).requires_grad
     assert sorted(tensors_of_file) == ["base_model.model.0.lora_A.weight", "base_model.model.0.lora_B.weight"]
     model.disable_adapters()
     assert torch.equal(model[0].weight, base["0.weight"])
@@ -382,7 +383,7 @@ KEPT = X._replace(name="kept", make=Kept, targets={"target_modules": ["w"]})
         (CONV_2D, {"init_lora_weights": "pissa"}, "is for linear weights, and it is a convolution"),
         (EMBEDDING, {"init_lora_weights": "pissa"}, "is for linear weights, and it is an embedding"),
         (EXPERTS, {"init_lora_weights": "olora"}, "is for linear weights, and it is a stack of matrices"),
-        (KEPT, {"init_lora_weights": "pissa"}, "keeps its parameters in self.all too"),
+        (KEPT, {"init_lora_weights": "pissa"}, "its w is held by self.all of the model, too"),
         (FUNCTIONAL, {"init_lora_weights": "pissa", "modules_to_save": ["one"]}, "fully trains its w"),
         (LINEAR, {"init_lora_weights": "pizza"}, "'pizza' is not supported; choose one of True, False"),
         (LINEAR, {"init_lora_weights": "pissa_niter_x"}, "is not supported; choose one of True, False"),

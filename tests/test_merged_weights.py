@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import graphpeft
-from graphpeft import AdaptError, LoraConfig, OFTConfig, PeftModel, get_peft_model
+from graphpeft import AdaptError, LoraConfig, OFTConfig, PeftModel, get_peft_model, own_weight
 from graphpeft.adapters import merged_weights
 from graphpeft.adapters.merged_weights import Originals
 from graphpeft.adapters.tensors import fingerprint
@@ -47,7 +47,7 @@ def added(weight: torch.Tensor) -> torch.Tensor:
 
 def write(model: Any) -> None:
     with torch.no_grad():
-        model[0].weight.copy_(added(model[0].weight))
+        own_weight(model[0]).copy_(added(own_weight(model[0])))
 
 
 def write_data(model: Any) -> None:
@@ -161,7 +161,7 @@ def test_base_weights_are_read_with_the_change(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(net(), tmp_path).eval()
     model.unmerge_adapter()
-    loaded[0].weight.data.copy_(model[0].weight)
+    own_weight(loaded[0]).data.copy_(own_weight(model[0]))
     torch.testing.assert_close(loaded(X), model(X))
 
 
@@ -213,7 +213,7 @@ def test_looking_at_a_changed_weight_changes_nothing(tmp_path: Path) -> None:
     assert not torch.equal(Originals(model, model._peft_adapters)["0", "weight"], before.get_parameter("0.weight"))
     model[0].weight.data.copy_(kept)
     model.unmerge_adapter()
-    assert torch.equal(model[0].weight, before.get_parameter("0.weight"))
+    assert torch.equal(own_weight(model[0]), before.get_parameter("0.weight"))
 
 
 def test_a_changed_weight_is_not_freed_of_another_change_than_was_merged() -> None:
@@ -356,3 +356,23 @@ def test_a_bias_that_was_taken_away_is_told_where_an_adapter_has_another(merge: 
     model[0].bias = None
     with pytest.raises(AdaptError, match=r"0\.default\.bias of adapter 'default' is gone, since it or its module"):
         getattr(model, merge)()
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize("first", ["inside", "around"])
+def test_adapters_of_two_models_are_not_merged_into_one_weight_at_a_time(merge: str, first: str) -> None:
+    whole: Any = nn.Sequential(net(), nn.ReLU())
+    models = {
+        "inside": get_peft_model(whole[0], LoraConfig(r=2, target_modules=["0"], init_lora_weights=False), "inside"),
+        "around": get_peft_model(whole, LoraConfig(r=2, target_modules=["0.0"], init_lora_weights=False), "around"),
+    }
+    one = models.pop(first)
+    (other,) = models.values()
+    before = whole(X)
+    one.merge_adapter()
+    with pytest.raises(AdaptError, match=r"another model, around this one or inside of it, is merged into"):
+        getattr(other, merge)()
+    torch.testing.assert_close(whole(X), before)
+    one.merge_and_unload()
+    getattr(other, merge)()
+    torch.testing.assert_close(whole(X), before)

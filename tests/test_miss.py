@@ -12,7 +12,7 @@ from oracle import LINEAR, moved
 from quantised import by_bitsandbytes
 
 import graphpeft
-from graphpeft import AdaptError, LoraConfig, MissConfig, get_peft_model
+from graphpeft import AdaptError, LoraConfig, MissConfig, get_peft_model, own_weight
 
 
 def adapted(**options: Any) -> Any:
@@ -36,7 +36,7 @@ def test_a_small_block_is_repeated_along_the_outputs():
 def test_bat_multiplies_what_an_adapter_before_has_made():
     model = adapted(r=2, init_weights="bat")
     model.add_adapter("lora", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
-    blocks, lora, weight = model[0].default.miss_block, model[0].lora, model[0].weight
+    blocks, lora, weight = model[0].default.miss_block, model[0].lora, own_weight(model[0])
     so_far = weight + 4 * lora.lora_B @ lora.lora_A
     rows = [so_far[2 * i : 2 * i + 2].unflatten(1, (-1, 2)).transpose(0, 1) for i in range(4)]
     made = torch.cat([(w + w @ d + d).transpose(0, 1).flatten(1) for w, d in zip(rows, blocks, strict=True)])

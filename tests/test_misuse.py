@@ -680,7 +680,7 @@ def test_merging_inside_a_region_of_autocast_is_merging(merge: str) -> None:
     assert torch.equal(*merged)
 
 
-def test_a_compiled_model_is_told_from_a_set_forward() -> None:
+def test_a_compiled_model_is_adapted_where_it_reads_its_weight() -> None:
     class Functional(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -690,5 +690,9 @@ def test_a_compiled_model_is_told_from_a_set_forward() -> None:
             return nn.functional.linear(x, self.weight)
 
     compiled: Any = torch.compile(Functional(), backend="eager")
-    with refused(compiled, AdaptError, "torch.compile", "adapt model._orig_mod"):
-        get_peft_model(compiled, LoraConfig(r=2, target_parameters=["weight"]))
+    x = torch.randn(2, 4)
+    before = compiled(x)
+    get_peft_model(compiled, LoraConfig(r=2, target_parameters=["weight"], init_lora_weights=False))
+    adapted = compiled(x)
+    assert not torch.allclose(adapted, before)
+    torch.testing.assert_close(compiled.merge_and_unload()(x), adapted)

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.spectral_norm import spectral_norm
 from torch.nn.utils.weight_norm import remove_weight_norm, weight_norm
 
-from graphpeft import AdaptError, LoraConfig, PeftModel, explain, get_peft_model
+from graphpeft import AdaptError, LoraConfig, PeftModel, explain, get_peft_model, own_weight
 from graphpeft.testing import laws
 
 pytestmark = [
@@ -244,15 +244,15 @@ def test_a_weight_that_is_a_parameter_by_now_is_merged_into(how: str):
     with pytest.raises(AdaptError, match="its weight is computed by WeightNorm"):
         adapted.merge_adapter()
     remove_weight_norm(adapted.layer)
-    before, weight = adapted(x), adapted.layer.weight.detach().clone()
+    before, weight = adapted(x), own_weight(adapted.layer).detach().clone()
     merged = adapted.merge_and_unload() if how == "merge_and_unload" else adapted
     if how == "merge_adapter":
         adapted.merge_adapter()
-    assert not torch.equal(adapted.layer.weight, weight)
+    assert not torch.equal(own_weight(adapted.layer), weight)
     laws.require_close(merged(x), before, 1e-5, "merged and adapted")
     if how == "merge_adapter":
         adapted.unmerge_adapter()
-        assert torch.equal(adapted.layer.weight, weight)
+        assert torch.equal(own_weight(adapted.layer), weight)
         assert torch.equal(adapted(x), before)
 
 

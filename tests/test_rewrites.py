@@ -836,7 +836,7 @@ def test_a_layer_whose_weight_is_read_past_its_forward_is_left():
     report = Rewrite(lambda x, w, b: F.linear(x, w, b), nothing).find(model)
     assert not report.matches
     assert report.left["linear1"] == "its weight is read by the model, which needn't call it"
-    assert report.left["self_attn.out_proj"] == "its weight is read by the model, which needn't call it"
+    assert report.left["self_attn.out_proj"] == "its weight is read by self_attn, which needn't call it"
 
 
 def test_a_value_that_is_drawn_once_is_not_drawn_twice():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import graphpeft
-from graphpeft import AdaptError, TaskType, get_peft_model, get_peft_model_state_dict
+from graphpeft import AdaptError, TaskType, get_peft_model, get_peft_model_state_dict, own_weight
 from graphpeft.adapters import mixing
 
 LIBRARIES = (peft, graphpeft)
@@ -202,7 +202,7 @@ def test_adapters_in_half_precision_are_combined(dtype: torch.dtype, options: di
 def test_lengths_that_were_trained_are_not_combined_and_it_says_so():
     options = {"r": 2, "target_modules": ["up"], "use_dora": True}
     model = with_adapters(graphpeft, MLP.build(), options, options)
-    untrained = model.first.up.weight.detach().norm(dim=1)
+    untrained = own_weight(model.first.up).detach().norm(dim=1)
     model.merge_adapter(["u"])  # whose lengths a new adapter must not see
     with torch.no_grad():
         model.first.up.v.lora_magnitude *= 3
@@ -1017,11 +1017,6 @@ def enters_otherwise(self: Any, x: Tensor) -> Tensor:
     return self.head.without_bias(self.q_proj(x))
 
 
-def enters_by_another_name(self: Any, x: Tensor) -> Tensor:
-    head = self.head
-    return head.without_bias(self.q_proj(x))
-
-
 def enters_untraced(self: Any, x: Tensor) -> Tensor:
     head = self.head
     return head.without_bias(x) if x.sum() > 0 else self.head(self.q_proj(x))
@@ -1034,13 +1029,12 @@ def calls(self: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("forward", "head", "options", "reason"),
     [
-        (subtracts_bias, nn.Linear(8, 8), {"modules_to_save": ["head"]}, "the model reads its tensors"),
-        (subtracts_bias, nn.Linear(8, 8), {"bias": "all"}, "the model reads its tensors"),
-        (enters_otherwise, Entered(8, 8), {"modules_to_save": ["head"]}, "calls a method of it other than its forward"),
-        (enters_by_another_name, Entered(8, 8), {"modules_to_save": ["head"]}, "the model reads its tensors"),
-        (enters_untraced, Entered(8, 8), {"modules_to_save": ["head"]}, "calls a method of it other than its forward"),
-        (calls, nn.BatchNorm1d(8), {"modules_to_save": ["head"]}, "its forward can't become a graph"),
-        (calls, nn.MultiheadAttention(8, 2), {"modules_to_save": ["head"]}, "it has no weight"),
+        (subtracts_bias, nn.Linear(8, 8), {"modules_to_save": ["head"]}, "reads bias of head in a batch whose rows"),
+        (subtracts_bias, nn.Linear(8, 8), {"bias": "all"}, "reads bias of head in a batch whose rows"),
+        (enters_otherwise, Entered(8, 8), {"modules_to_save": ["head"]}, "reads weight of head in a batch whose rows"),
+        (enters_untraced, Entered(8, 8), {"modules_to_save": ["head"]}, "reads weight of head in a batch whose rows"),
+        (calls, nn.BatchNorm1d(8), {"modules_to_save": ["head"]}, "those of head, .*its forward can't become a graph"),
+        (calls, nn.MultiheadAttention(8, 2), {"modules_to_save": ["head"]}, "those of head, .*it has no weight"),
     ],
 )
 def test_tensors_that_are_not_read_by_their_layer_alone_cannot_differ_from_row_to_row(
@@ -1048,8 +1042,8 @@ def test_tensors_that_are_not_read_by_their_layer_alone_cannot_differ_from_row_t
 ):
     given = {"r": 2, "target_modules": ["q_proj"]}
     model = with_adapters(graphpeft, with_head(forward, head), given, given | options)
-    with pytest.raises(AdaptError, match=f"those of head, .*that is called by itself: .*{reason}; activate"):
-        model(torch.randn(2, 8), adapter_names=["u", "v"])
+    with pytest.raises(AdaptError, match=reason):
+        model(torch.rand(2, 8), adapter_names=["u", "v"])
 
 
 def test_methods_that_nobody_calls_keep_no_layer_from_differing_from_row_to_row():

@@ -329,11 +329,12 @@ class Looking(nn.Module):
 
 
 @pytest.mark.parametrize("norms", [(None, 0.1), (0.1, None)])
-def test_a_table_that_shortens_its_rows_is_refused_beside_one_that_does_not(norms: tuple[float | None, ...]) -> None:
-    model = nn.ModuleList(map(Looking, norms))
-    with pytest.raises(AdaptError, match=f"{norms.index(0.1)}.table: .*max_norm") as refused:
-        get_peft_model(model, LoraConfig(r=2, target_modules=["table"]))
-    assert f"{norms.index(None)}.table" not in str(refused.value)
+def test_a_table_that_shortens_its_rows_is_an_error_beside_one_that_does_not(norms: tuple[float | None, ...]) -> None:
+    model = get_peft_model(nn.ModuleList(map(Looking, norms)), LoraConfig(r=2, target_modules=["table"]))
+    rows = torch.tensor([0, 1])
+    with pytest.raises(AdaptError, match="what an adapter of LORA does there is no change of its weight"):
+        model[norms.index(0.1)](rows)
+    model[norms.index(None)](rows)
 
 
 class Hiding(Inner):
@@ -479,7 +480,7 @@ def test_equal_blocks_that_cannot_be_recorded_are_tried_once() -> None:
         model = nn.Sequential(*(Deciding() for _ in range(number)))
         return counting.counted(lambda: get_peft_model(model, LoraConfig(target_modules=["one"]))).recordings
 
-    assert tries(6) == tries(1) > 0
+    assert tries(6) == tries(1) == 0  # a layer inside is adapted without the block
 
 
 @pytest.mark.parametrize("name", ["factor", "_factor"])

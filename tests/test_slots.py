@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
 
 from graphpeft import AdaptError, LoraConfig, get_peft_model, names_in_slots, optimize, trace
+from graphpeft.adapters.reads import READS
 from graphpeft.graph import holders
 from graphpeft.graph.tags import TAG
 from graphpeft.graph.template import template_of
@@ -219,3 +222,91 @@ def test_an_adapted_model_inside_of_another_one_keeps_its_own(is_outer_first: bo
     outer[0].unload()
     assert torch.equal(outer(x), base(x))
     assert [type(module) for module in outer.modules()] == [type(module) for module in base.modules()]
+
+
+class Inner(nn.Module):
+    """Reads a weight beside the layer that has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.w = nn.Linear(6, 6), nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.called(x), self.w)
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = Inner(), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.inner(x)) @ self.inner.called.weight
+
+
+TARGETS = {
+    "inside": (["called"], ["w"], ["called", "w"]),
+    "around": (["last"], ["inner.called"], ["last", "inner.w"]),
+}
+STEPS = st.tuples(st.sampled_from([*TARGETS]), st.lists(st.integers(0, 2), unique=True, min_size=1))
+
+
+ADDED = [(side, number) for side in TARGETS for number in range(3)]
+
+
+@given(st.permutations(ADDED), st.lists(STEPS, min_size=1, max_size=6))
+def test_adapters_of_a_model_and_of_one_inside_act_in_whichever_order_they_come(added, steps):
+    torch.manual_seed(0)
+    model = Around()
+    parts: dict[str, Any] = {"inside": model.inner, "around": model}
+    first = {}
+    for side, number in added:
+        of_weights = [target for target in TARGETS[side][number] if target.endswith("w")]
+        layers = [target for target in TARGETS[side][number] if target not in of_weights]
+        config = LoraConfig(
+            r=2, lora_alpha=2, target_modules=layers, target_parameters=of_weights, init_lora_weights=False
+        )
+        if side in first:
+            parts[side].add_adapter(f"{side}{number}", config)
+        else:
+            first[side] = get_peft_model(parts[side], config, f"{side}{number}"), number
+    x, acting = torch.randn(3, 6), {side: [number] for side, (_, number) in first.items()}
+    for side, numbers in steps:
+        acting[side] = numbers
+        parts[side].set_adapter([f"{side}{number}" for number in numbers])
+        wanted = with_sums(model, [f"{side}{number}" for side in TARGETS for number in acting[side]])
+        torch.testing.assert_close(model(x), wanted(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("target", ["inner.w", "inner.called"])
+def test_an_adapter_that_goes_leaves_those_of_a_model_inside_where_rows_were_asked_for(target: str) -> None:
+    torch.manual_seed(0)
+    model: Any = Around()
+    get_peft_model(model, LoraConfig(r=2, target_modules=[target], init_lora_weights=False), "around0")
+    x = torch.randn(3, 6)
+    inside = target.removeprefix("inner.")
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=[inside], init_lora_weights=False)
+    model.add_adapter("around1", LoraConfig(r=2, target_modules=["last"], init_lora_weights=False))
+    model(x, adapter_names=["around1"] * 3)
+    get_peft_model(model.inner, config, "inside0")
+    model.set_adapter("around1")
+    model.delete_adapter("around0")
+    model.delete_adapter("around1")
+    torch.testing.assert_close(model(x), with_sums(model, ["inside0"])(x), rtol=1e-4, atol=1e-4)
+    model.inner.delete_adapter("inside0")
+    assert not any(hasattr(type(module), READS) for module in model.modules())
+
+
+def with_sums(model: nn.Module, names: list[str]) -> nn.Module:
+    """Returns a plain model with the sums of a model's weights and of the changes by adapters."""
+    tensors = {path: tensor.detach() for path, tensor in model.named_parameters()}
+    plain = Around()
+    with torch.no_grad():
+        for path, weight in plain.named_parameters():
+            weight.copy_(tensors[path])
+            around, _, own = path.rpartition(".")
+            for name in names:
+                start = f"{around}.{name}." + ("" if own == "weight" else f"{own}_")
+                if f"{start}lora_A" in tensors:
+                    weight += tensors[f"{start}lora_B"] @ tensors[f"{start}lora_A"]
+    return plain

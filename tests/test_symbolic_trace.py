@@ -42,10 +42,10 @@ class Flipping(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.skip = nn.Linear(4, 4)
+        self.w = nn.Parameter(torch.randn(4, 4))
 
     def forward(self, x: Tensor, flips: bool = False) -> Tensor:
-        y = F.linear(x, self.skip.weight)
+        y = F.linear(x, self.w)
         return -y if flips else y
 
 
@@ -154,7 +154,7 @@ def test_a_default_stays_a_default_where_layers_alone_are_adapted() -> None:
 
 
 def test_a_decision_of_an_adapted_graph_stays_checked() -> None:
-    model, x = adapted(Flipping, lora("skip")), torch.randn(2, 4)
+    model, x = adapted(Flipping, lora("w")), torch.randn(2, 4)
     for each in (model, fx.symbolic_trace(model)):
         with pytest.raises(GuardError, match="the argument 'flips'"):
             each(x, flips=True)

@@ -75,7 +75,19 @@ class Importing(nn.Module):
         return fresh.run(self.layer, x)
 
 
+class Held(nn.Module):
+    """Has a weight, and no forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+
 class ImportingInARegion(Importing):
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.layer = Held()
+
     def forward(self, x):
         fresh = importlib.import_module(self.name)
         return fresh.linear_with_numbers(self.layer, x)
@@ -130,7 +142,7 @@ def test_what_a_forward_imports_while_it_is_traced_is_what_it_is_without_a_trace
 
 def test_what_a_region_imports_is_what_it_is_without_a_trace(fresh: str):
     model = nn.Sequential(ImportingInARegion(fresh), nn.Linear(8, 8))
-    adapted = get_peft_model(model, LoraConfig(target_modules=["layer"], r=2, init_lora_weights=False))
+    adapted = get_peft_model(model, LoraConfig(target_parameters=["layer.weight"], r=2, init_lora_weights=False))
     _assert_as_without_a_trace(fresh)
     found: Any = adapted(X)
     merged: Any = adapted.merge_and_unload()

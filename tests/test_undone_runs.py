@@ -53,7 +53,7 @@ WRITES = {
     "through data": lambda average, weight: average.data.copy_(weight),
     "through a view": lambda average, weight: average[1].add_(1),
     "new data": set_data,
-    "many": lambda average, weight: torch.nn.utils.vector_to_parameters(weight.flatten(), [average]),
+    "many": lambda average, weight: torch.nn.utils.vector_to_parameters(1 * weight.flatten(), [average]),
     "by a flag": lambda average, weight: nn.functional.relu(average, inplace=True),
     "by name": lambda average, weight: torch.relu_(input=average),
     "statistics": lambda average, weight: nn.functional.batch_norm(weight, average[0], average[1], training=True),

@@ -5,7 +5,8 @@ A region without any runs its own class's code again, so a disabled adapter cost
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -13,6 +14,7 @@ from graphpeft.adapters.exchanged import refuse_exchanged_classes
 from graphpeft.adapters.graphs import names_of_others, slots_for, templates_with
 from graphpeft.adapters.padded_inputs import keep_padded
 from graphpeft.adapters.plan import AdaptError
+from graphpeft.adapters.reads import layer_of, layers_apart
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.graph import in_place, overrides, slots
 from graphpeft.graph.holders import HolderGroup
@@ -34,15 +36,18 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
     in_graphs = [name for name in wanted if name not in adapters.merged]
     seats = slots_for(adapters, in_graphs, modules)
     templates = templates_with(adapters, seats, modules)
+    before = adapters.slots_by_module()
     layers: dict[str, dict[str, in_place.Layer | None]] = {
-        path: {"slots": layer} for path, layer in _slot_layers(modules, adapters, seats)
+        path: {"slots": layer} for path, layer in _slot_layers(modules, adapters, seats, before)
     }
-    _put_into_slots_of_groups(modules, adapters, seats)
+    _put_into_slots_of_groups(modules, adapters, seats, before)
     if adapters.passes is not None:
         # they read what is in slots
         in_place.exchange_all((modules[path], of_module) for path, of_module in layers.items())
-    for region, layer in _graph_layers(modules, adapters, templates, seats):
-        layers.setdefault(region, {})["graph"] = layer
+    for region, of_region in _graph_layers(modules, adapters, templates, seats, before):
+        layers.setdefault(region, {}).update(of_region)
+    for path, layer in layers_apart(modules, adapters, templates, seats, before):
+        layers.setdefault(path, {})["reads"] = layer
     in_place.exchange_all((modules[path], of_module) for path, of_module in layers.items())
     keep_padded(modules, templates)
     row_readers = _row_readers(adapters, wanted)
@@ -73,34 +78,41 @@ def refuse_foreign_forward(module: nn.Module, path: str) -> None:
 
 
 def _graph_layers(
-    modules: Modules, adapters: Adapters, templates: Mapping[str, Template | None], seats: Mapping[str, int]
-) -> Iterator[tuple[str, in_place.Layer | None]]:
+    modules: Modules,
+    adapters: Adapters,
+    templates: Mapping[str, Template | None],
+    seats: Mapping[str, int],
+    before: Mapping[str, Collection[int]],
+) -> Iterator[tuple[str, Mapping[str, in_place.Layer | None]]]:
     """Yields what gives each region the graph of its template, after the passes of the model, by path."""
     seated = {slot: name for name, slot in seats.items()}
-    known: dict[tuple[Template, type], in_place.Layer] = {}  # modules of a class have the same names in slots
+    # modules of a class have the same names in slots
+    known: dict[Any, Mapping[str, in_place.Layer | None]] = {}
     for region, template in templates.items():
         module = modules[region]
         # a graph around the whole model runs around what was set on that, see model/set_forwards.py
         if region or template is None or not template.calls_own_forward:
             refuse_foreign_forward(module, region)
-        if template is None:
-            yield region, None
-            continue
-        if adapters.passes is not None:
+        plain = template
+        if template is not None and adapters.passes is not None:
             template = adapters.passes(template, module)
-        refuse_other_options(module, template)
-        kind = template, type(module)
+        if template is not None:
+            refuse_other_options(module, template)
+        own = before.get(region, ())
+        kind = template, type(module), frozenset(own)
         if kind not in known:
-            known[kind] = template.layer_for({**names_of_others(module, adapters), **seated})
+            layer = None
+            if template is not None:
+                layer = template.layer_for({**seated, **names_of_others(module, own)})
+            known[kind] = {"graph": layer, "reads": layer_of(plain, module, own)}
         yield region, known[kind]
 
 
 def _slot_layers(
-    modules: Modules, adapters: Adapters, seats: Mapping[str, int]
+    modules: Modules, adapters: Adapters, seats: Mapping[str, int], before: Mapping[str, Collection[int]]
 ) -> Iterator[tuple[str, in_place.Layer | None]]:
     """Yields what lets modules of weights have the holders there under the names of slots, by path."""
     names: dict[str, dict[int, str]] = {}
-    before = {*adapters.slots.values()}
     leaving = {name for name, slot in adapters.slots.items() if seats.get(name) != slot}
     for name in (*leaving, *seats):
         for adapted in adapters.by_name[name].sites:
@@ -110,10 +122,13 @@ def _slot_layers(
     for path, own in names.items():
         if path in modules:
             there = slots.read_in(modules[path]).items()
-            yield path, slots.layer_for({slot: name for slot, name in there if slot not in before} | own)
+            left = before.get(path, ())
+            yield path, slots.layer_for({slot: name for slot, name in there if slot not in left} | own)
 
 
-def _put_into_slots_of_groups(modules: Modules, adapters: Adapters, seats: Mapping[str, int]) -> None:
+def _put_into_slots_of_groups(
+    modules: Modules, adapters: Adapters, seats: Mapping[str, int], before: Mapping[str, Collection[int]]
+) -> None:
     """Lets groups have their holders under the names of slots."""
     names: dict[tuple[str, str], dict[int, str]] = {}
     for name in {*adapters.slots, *seats}:
@@ -124,7 +139,7 @@ def _put_into_slots_of_groups(modules: Modules, adapters: Adapters, seats: Mappi
     for (path, group), own in names.items():
         holders = modules[path]._modules.get(group) if path in modules else None
         if isinstance(holders, HolderGroup):
-            slots.read_in_group(holders, own, adapters.slots.values())
+            slots.read_in_group(holders, own, before.get(path, ()))
 
 
 def override_readers(adapters: Adapters, wanted: list[str]) -> dict[str, dict[str, str]]:

@@ -98,7 +98,8 @@ def _refuse_elsewhere(modules: Modules, adapters: Adapters, name: str) -> None:
     if len(held) < len(places):
         lost = next(path for path in places if path not in held)
         raise AdaptError(_gone(lost, places[lost], name))
-    regions = {adapted.site.region: None for adapted in adapter.sites if name in adapters.slots}
+    in_graphs = [adapted.site.region for adapted in adapter.sites if adapted.site.own_code is None]
+    regions = dict.fromkeys(in_graphs if name in adapters.slots else ())
     acting = [path for path, module in outer if name in names_in_slots(module).values()]
     if len(acting) < len(regions):
         lost = next(path for path in regions if path not in acting)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 
 from torch import fx, nn
 from torch.fx.proxy import TraceError as ProxyError
@@ -20,7 +20,7 @@ from graphpeft.graph.template import Graphs, Template, names_in_slots, template_
 from graphpeft.rules import rewrite
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.code_in_graphs import RuleError
-from graphpeft.rules.rule import Mergeable
+from graphpeft.sites.site import CallSite
 from graphpeft.wording import joined
 
 
@@ -30,9 +30,10 @@ def slots_for(adapters: Adapters, wanted: list[str], modules: Modules) -> dict[s
     The first ones that stay where they are keep theirs; the others get the first that are free.
     """
     seats = {name: adapters.slots[name] for name in _kept(adapters, wanted)}
-    taken = {*seats.values(), *_slots_of_others(adapters, wanted[len(seats) :], modules)}
+    coming = wanted[len(seats) :]
+    taken = {*seats.values(), *(_slots_of_others(adapters, coming, modules) if coming else ())}
     free = (slot for slot in itertools.count() if slot not in taken)
-    return seats | dict(zip(wanted[len(seats) :], free, strict=False))
+    return seats | dict(zip(coming, free, strict=False))
 
 
 def _kept(adapters: Adapters, wanted: Iterable[str]) -> list[str]:
@@ -44,21 +45,25 @@ def _kept(adapters: Adapters, wanted: Iterable[str]) -> list[str]:
 
 def _slots_of_others(adapters: Adapters, names: list[str], modules: Modules) -> set[int]:
     """Returns the slots that adapters have there of a model inside of this one, or around it."""
-    sites = [adapted.site for name in names for adapted in adapters.by_name[name].sites]
-    owners = {type(modules[path]): modules[path] for path in {site.owner for site in sites} & modules.keys()}
-    read = {slot for module in owners.values() for slot in slots.read_in(module)}
-    regions = {type(modules[path]): modules[path] for path in {site.region for site in sites} & modules.keys()}
-    worn = [template for template in map(template_of, regions.values()) if template is not None]
-    return read.union(*(template.slots for template in worn)) - {*adapters.slots.values()}
+    own = adapters.slots_by_module()
+    changed = {path for name in names for path in adapters.by_name[name].modules_changed} & modules.keys()
+    # modules of a class have the same adapters in slots
+    kinds = {(type(modules[path]), frozenset(own.get(path, ()))): modules[path] for path in changed}
+    found: set[int] = set()
+    for (_, owned), module in kinds.items():
+        template = template_of(module)
+        found |= {*slots.read_in(module), *(template.slots if template is not None else ())} - owned
+    return found
 
 
-def names_of_others(module: nn.Module, adapters: Adapters) -> dict[int, str]:
-    """Returns the adapters in slots of a module's graph that are those of another model."""
-    names = names_in_slots(module)
-    if not names:
-        return {}
-    own = set(adapters.slots.values())
-    return {slot: name for slot, name in names.items() if slot not in own}
+def names_of_others(module: nn.Module, own: Collection[int]) -> dict[int, str]:
+    """Returns the adapters in slots of a module's graph that are those of another model.
+
+    Args:
+        module: The module.
+        own: The slots of this model's adapters there.
+    """
+    return {slot: name for slot, name in names_in_slots(module).items() if slot not in own}
 
 
 def templates_with(adapters: Adapters, seats: Mapping[str, int], modules: Modules) -> dict[str, Template | None]:
@@ -175,12 +180,14 @@ def with_adapter(
         for index, graph in enumerate(graphs):
             named = {node.name: node for node in graph.nodes}
             for adapted in sites:
-                rule, attributes = adapted.rule, _attributes(adapted, region, slot)
+                rule, attributes = adapted.rule, attributes_at(adapted, region, slot)
                 for node in adapted.site.nodes[index]:
                     # read anew each time: an edit before this one may have given the operation another input
                     op = op_in(graph, named, node, adapted.site.op, module, region)
                     try:
-                        rewrite.insert(graph, op, rule, attributes, slot, method, _is_change(adapted))
+                        rewrite.insert(
+                            graph, op, rule, attributes, slot, method, adapted.is_change, _is_of_one_call(adapted)
+                        )
                     except (RuleError, ProxyError) as error:
                         raise AdaptError(f"{type(rule).__name__} of {method} can't adapt {region}: {error}") from error
 
@@ -192,14 +199,11 @@ def _edit(adapted: AdaptedSite, region: str) -> tuple[Hashable, ...]:
     """Returns the key of the nodes that an adapter inserts at a site."""
     site, owner = adapted.site, adapted.site.owner
     place = "" if owner == region else within(owner, region)
-    return site.op, site.nodes, adapted.rule, place, adapted.in_holder, site.reads, _is_change(adapted)
+    return site.op, site.nodes, adapted.rule, place, adapted.in_holder, site.reads, adapted.is_change
 
 
-def _is_change(adapted: AdaptedSite) -> bool:
-    """Returns whether what an adapter does at an operation is a change of its weight, as far as the rule tells."""
-    rule = adapted.rule
-    # a bias without a place to be merged into is no matter of the weight
-    return isinstance(rule, Mergeable) and (rule.changes_bias or rule.unmergeable(adapted.site) is None)
+def _is_of_one_call(adapted: AdaptedSite) -> bool:
+    return not isinstance(adapted.site, CallSite) and adapted.site.call is not None
 
 
 def op_in(
@@ -239,7 +243,7 @@ def _remove(graphs: Graphs, slot: int) -> None:
         rewrite.remove(graph, slot)
 
 
-def _attributes(adapted: AdaptedSite, region: str, slot: int) -> dict[str, str]:
+def attributes_at(adapted: AdaptedSite, region: str, slot: int) -> dict[str, str]:
     """Returns where a region's graph reads what a rule asks for, by the rule's names."""
     owner, in_slot = adapted.site.owner, adapted.in_slot(slot)
     if owner == region:

@@ -22,7 +22,6 @@ from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.replication import replicate
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors, options_of
 from graphpeft.adapters.swappable import (
-    exchange_sites,
     fitting,
     make_swappable,
     same_specs,
@@ -299,7 +298,7 @@ def _copy(modules: Modules, adapter: Adapter, plan: Plan, sites: list[AdaptedSit
         for name, value in adapted.constants.items():
             holder, own = place_of(owner, adapted.names[name])
             set_number(vars(holder), own, value)
-    exchange_sites(adapter, sites)
+    adapter.exchange_sites(sites)
     set_attribute(adapter, "config", plan.config)
     set_attribute(adapter, "made_with", options_of(plan.config))
     set_attribute(adapter, "report", plan.report)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from graphpeft._torch import pytree
-from graphpeft.adapters.graphs import names_of_others, with_adapter
+from graphpeft.adapters.graphs import with_adapter
 from graphpeft.adapters.present_rows import ROWS, present
 from graphpeft.adapters.rows import RowAdapters, Runner
 from graphpeft.adapters.state import Adapters
@@ -22,7 +22,14 @@ from graphpeft.graph.template import Template
 from graphpeft.wording import number_of
 
 
-def in_turn(plain: Template, module: nn.Module, region: str, adapters: Adapters, has_others: bool) -> Runner:
+def in_turn(
+    plain: Template,
+    module: nn.Module,
+    region: str,
+    adapters: Adapters,
+    others: Mapping[int, str],
+    has_tensors: bool,
+) -> Runner:
     """Returns a function that runs the graph of each adapter on its own rows.
 
     Args:
@@ -30,9 +37,9 @@ def in_turn(plain: Template, module: nn.Module, region: str, adapters: Adapters,
         module: The module.
         region: Its path.
         adapters: The model's adapters.
-        has_others: Whether the module has other tensors for some of them.
+        others: The adapters of another model in the module's graph, by their slots.
+        has_tensors: Whether the module has other tensors for some of the adapters.
     """
-    others = names_of_others(module, adapters)
 
     def forward_with(name: str) -> Callable[..., Any]:
         content = adapters.by_name.get(name)
@@ -72,7 +79,7 @@ def in_turn(plain: Template, module: nn.Module, region: str, adapters: Adapters,
             # regions inside have the same adapter for all of these rows
             of_one = {len(rows): RowAdapters((name,) * len(rows), of_rows.batch, adapters)}
             with taken_along(functools.partial(ROWS.during, batch.of_some(of_one))), given_to_rows(rows):
-                owner = overrides.with_tensors(module, reading_of(name)(module)) if has_others else module
+                owner = overrides.with_tensors(module, reading_of(name)(module)) if has_tensors else module
                 results.append(forward_with(name)(owner, *own_args, **own_kwargs))
         return _together(results, list(groups.values()), module, region)
 

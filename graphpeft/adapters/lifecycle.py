@@ -19,6 +19,7 @@ from graphpeft.adapters.exchanged import refuse_exchanged
 from graphpeft.adapters.graphs import without_any
 from graphpeft.adapters.merging import unmerge, with_originals
 from graphpeft.adapters.plan import AdaptError, Plan
+from graphpeft.adapters.reads import READS
 from graphpeft.adapters.state import Adapter, Adapters, Modules, Tensors, adapters_of
 from graphpeft.adapters.tensors import new_tensors, overwrite
 from graphpeft.adapters.trainable import thaw
@@ -27,6 +28,7 @@ from graphpeft.graph.autocast import in_own_precision
 from graphpeft.graph.forward_classes import holds_own_tensor
 from graphpeft.graph.hidden_holders import hide_holders, stop_hiding
 from graphpeft.graph.holders import (
+    HOLDERS,
     HolderGroup,
     has_tensor,
     holder_for,
@@ -297,7 +299,13 @@ def remove(modules: Modules, adapters: Adapters, name: str) -> None:
         if path in modules:
             take_off(modules[path], root)
             stop_hiding(modules[path])
+            if hasattr(type(modules[path]), READS) and HOLDERS not in vars(modules[path]):
+                in_place.take_off(modules[path], "reads")
     _forget_regions(modules, adapters, adapter)
+    if adapters.asking:
+        there = {path for other in adapters.by_name.values() for path in other.owners}
+        for path in adapters.asking.keys() - there:
+            delete_item(adapters.asking, path)
     for (path, attribute), tensor in adapter.overwritten.items():
         if path in modules and modules[path]._parameters.get(attribute) is not None:
             with written(modules[path]):

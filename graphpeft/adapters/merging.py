@@ -326,6 +326,7 @@ def _refuse_merging(modules: Modules, adapters: Adapters, names: list[str]) -> N
         refuse_missing(modules, adapters.by_name[name], name)
         refuse_empty(modules, adapters.by_name[name], name)
         _refuse_resized(modules, adapters.by_name[name], name)
+        merged_weights.refuse_merged_by_others(modules, adapters, name)
         for region in {adapted.site.region for adapted in adapters.by_name[name].sites} & modules.keys():
             if template_of(modules[region]) is not None or region in adapters.lifted:
                 refuse_other_options(modules[region], worn_in(adapters, region, modules))
@@ -357,7 +358,7 @@ def _note_parameters(modules: Modules, adapter: Adapter) -> None:
     """Notes which weights are parameters by now, as after remove_weight_norm, and were computed when adapted."""
     sites = [_with_parameter(modules, adapted) for adapted in adapter.sites]
     if sites != adapter.sites:
-        set_attribute(adapter, "sites", sites)
+        adapter.exchange_sites(sites)
 
 
 def _with_parameter(modules: Modules, adapted: AdaptedSite) -> AdaptedSite:

@@ -29,6 +29,7 @@ from graphpeft.adapters.graphs import bare, names_of_others
 from graphpeft.adapters.in_turn import in_turn
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.present_rows import ROWS
+from graphpeft.adapters.reads import let_ask
 from graphpeft.adapters.rows import RowAdapters, Rows, Runner, place_of
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.graph import in_place
@@ -37,7 +38,6 @@ from graphpeft.graph.recomputing import taken_along
 from graphpeft.graph.template import OWN_FORWARD, SET_FORWARD, Template, graph_forward, template_of, wear_template
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.sites.finder import Known, SiteFinder
-from graphpeft.sites.readers import caller_of_other_methods
 from graphpeft.sites.regions import Lifted
 from graphpeft.sites.site import CallSite, NoSiteError
 from graphpeft.transaction import set_item, transaction
@@ -254,15 +254,19 @@ def _made_runners(all_modules: Callable[[], Modules], adapters: Adapters, names:
         _refuse_rows_elsewhere(modules, by_region)
         regions = regions_of_weights(by_region)
         runners: dict[int, Runner] = {}
+        slots = adapters.slots_by_module()
         for region, by_name in by_region.items():
-            plain = bare(adapters, region, modules)
+            plain, others = bare(adapters, region, modules), names_of_others(modules[region], slots.get(region, ()))
             graph = at_once(plain, modules[region], region, by_name, regions) if region not in reading else None
             if isinstance(graph, Template):
-                runners[id(modules[region])] = graph.forward_for(names_of_others(modules[region], adapters))
+                runners[id(modules[region])] = graph.forward_for(others)
             else:
-                runners[id(modules[region])] = in_turn(plain, modules[region], region, adapters, region in reading)
+                runners[id(modules[region])] = in_turn(
+                    plain, modules[region], region, adapters, others, region in reading
+                )
         for region in by_region:
             _let_ask(modules, adapters, region)
+        _let_reads_ask(modules, adapters, names, reading)
         worn = [(modules[region], template_of(modules[region])) for region in by_region]
         known = adapters.mixing[_key(adapters, names)] = _Known(runners, _links(modules, by_region), worn)
         if len(adapters.mixing) > _MOST_MIXTURES:
@@ -292,12 +296,12 @@ _LAYERS_OF_TRANSFORMERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLaye
 """PyTorch's classes of modules that say whether the batch comes first: themselves, or by their attention."""
 
 
-def _refuse_read_elsewhere(modules: Modules, adapters: Adapters, reading: Mapping[str, Collection[str]]) -> None:
-    """Raises AdaptError unless the tensors of these names are read by the forwards of their modules alone."""
+def _refuse_read_elsewhere(modules: Modules, adapters: Adapters, reading: Collection[str]) -> None:
+    """Raises AdaptError unless the forwards of these modules alone read the tensors that differ from row to row."""
     finder = SiteFinder(modules[""], Known(adapters.lifted, adapters.found)) if reading else None
-    for path, names in reading.items():
+    for path in reading:
         assert finder is not None
-        reason = _read_elsewhere(finder, path, names)
+        reason = _read_elsewhere(finder, path)
         if reason is not None:
             raise AdaptError(
                 f"an adapter has tensors or rows in the place of those of {path or 'the model'}, and rows of a batch "
@@ -310,22 +314,17 @@ def _refuse_read_elsewhere(modules: Modules, adapters: Adapters, reading: Mappin
             set_item(adapters.lifted, path, lifted)
 
 
-def _read_elsewhere(finder: SiteFinder, path: str, names: Collection[str]) -> str | None:
+def _read_elsewhere(finder: SiteFinder, path: str) -> str | None:
     """Returns the reason why the graph of a module may not be all that reads these tensors of it, or None."""
     if finder.modules[path]._parameters.get("weight") is None:
         return "it has no weight"
     try:
-        region = finder.find(path, "weight").region
-        readers = [region, *(reader for name in sorted(names) for reader in finder.readers.of(path, name))]
+        site = finder.find(path, "weight")
     except NoSiteError as error:
         return str(error)
-    for reader in readers:
-        if reader != path:
-            return f"{reader or 'the model'} reads its tensors"
-    caller = caller_of_other_methods(finder.modules, path, names)
-    if caller is not None:
-        return f"{caller or 'the model'} calls a method of it other than its forward"
-    return "its forward can't become a graph" if finder.templates[path].calls_own_forward else None
+    if site.region != path:
+        return f"{site.region or 'the model'} reads its tensors"
+    return None if site.own_code is None else "its forward can't become a graph"
 
 
 def _let_ask(modules: Modules, adapters: Adapters, region: str) -> None:
@@ -334,6 +333,18 @@ def _let_ask(modules: Modules, adapters: Adapters, region: str) -> None:
         refuse_foreign_forward(modules[region], region)
     adapters.mixable.add(region)
     in_place.put_on(modules[region], _LAYER)
+
+
+def _let_reads_ask(
+    modules: Modules, adapters: Adapters, names: Iterable[str], reading: Mapping[str, Collection[str]]
+) -> None:
+    """Lets whoever reads what differs from row to row ask for the rows of the present call."""
+    asked = {path: {*own} for path, own in reading.items()}
+    for name in names:
+        for adapted in adapters.by_name[name].weight_sites:
+            if not adapted.site.is_called:
+                asked.setdefault(adapted.site.owner, set()).update(adapted.changed)
+    let_ask(modules, adapters, {path: sorted(own) for path, own in asked.items()})
 
 
 def run_at_once(modules: Modules, adapters: Adapters, name: str) -> None:

@@ -29,7 +29,7 @@ from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.contradictions import contradiction, lacking_base, unfit_bases
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.report import Refusal, Report
-from graphpeft.rules.rule import ReplacesWeight
+from graphpeft.rules.rule import Mergeable, ReplacesWeight, changes_bias
 from graphpeft.rules.weight_reader import WeightReader
 from graphpeft.sites.finder import NOTHING_KNOWN, Known, SiteFinder
 from graphpeft.sites.site import CallSite, LeafSite, Site
@@ -305,7 +305,15 @@ def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template) 
     in_holder = names_in_holder(specs, constants, site.prefix)
     names = _names(in_holder, rule.held_in, plan.report.adapter)
     shared = _shared(plan, site, specs, names, dtype)
-    plan.sites.append(AdaptedSite(site, rule, specs, constants, names, in_holder, dtype, replaced, shared))
+    has_bias = changes_bias(rule)
+    # a bias without a place to be merged into is no matter of the weight
+    is_change = isinstance(rule, Mergeable) and (has_bias or rule.unmergeable(site) is None)
+    changed = (site.attribute,) if isinstance(site, Site) else ()
+    if isinstance(site, Site) and has_bias and site.bias is not None:
+        changed = (site.attribute, site.bias.rpartition(".")[2])
+    plan.sites.append(
+        AdaptedSite(site, rule, specs, constants, names, in_holder, dtype, is_change, changed, replaced, shared)
+    )
     plan.templates[site.region] = template
 
 

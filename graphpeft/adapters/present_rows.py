@@ -30,6 +30,15 @@ class PresentRows(Protocol):
         """Returns how a region runs, or None where it runs as it does without rows."""
         ...
 
+    def read(self, module: nn.Module, acting: Any) -> torch.Tensor | None:
+        """Returns a tensor for code that reads it outside of the graphs by row; None if the module isn't the model's.
+
+        Args:
+            module: The module.
+            acting: The `Formula` of the tensor with the adapters that act without rows.
+        """
+        ...
+
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the adapters that some row has."""

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphpeft._torch import without_compiler
 from graphpeft.adapters.adapter_names import BASE
+from graphpeft.adapters.formulas import Formula
 from graphpeft.adapters.plan import AdaptError
+from graphpeft.adapters.reads import in_mixture
 from graphpeft.adapters.state import Adapters, Modules
 from graphpeft.graph.holders import as_number
 from graphpeft.rules.adapted_site import AdaptedSite
@@ -172,6 +175,22 @@ class Rows:
             f"since this batch was given adapters by row, {joined(list(names))} were {how}; leave mixed_batch, and "
             "enter it anew"
         )
+
+    @without_compiler("which rows have an adapter that changes a tensor is looked up")
+    def read(self, module: nn.Module, acting: Formula) -> torch.Tensor | None:
+        """Returns a tensor of a module for code that reads it outside of the graphs that run by row.
+
+        Its numbers raise AdaptError where they differ from row to row.
+
+        Args:
+            module: The module.
+            acting: Computes the tensor with the adapters that act without rows.
+
+        Returns:
+            The tensor; None if the module isn't the model's.
+        """
+        names = {name for rows in self.by_count.values() for name in rows.names}
+        return in_mixture(self.modules(), self._adapters, names, module, acting)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from graphpeft.sites.quantisers import Codes
 from graphpeft.sites.regions import Lifted
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.targeting.full_training import TrainedRows
-from graphpeft.transaction import set_attribute
+from graphpeft.transaction import set_attribute, undone_by
 
 Modules = Mapping[str, nn.Module]
 """A model's modules by path."""
@@ -155,8 +155,15 @@ class Adapter:
 
     @property
     def weight_sites(self) -> list[Any]:
-        """Those of the sites that are weights."""
+        """The sites that are weights."""
         return [adapted for adapted in self.sites if isinstance(adapted.site, Site)]
+
+    @functools.cached_property
+    def apart(self) -> list[Any]:
+        """The sites that are weights of modules that have no graph with the adapter's nodes."""
+        return [
+            a for a in self.weight_sites if not a.site.is_called and (a.site.region != a.site.owner or a.site.own_code)
+        ]
 
     @property
     def coded_sites(self) -> list[Any]:
@@ -229,7 +236,16 @@ class Adapter:
             found += [(path, overrides.override_name(name, adapter)) for name in names]
         return found + [(path, overrides.rows(adapter)) for path in self.rows]
 
-    # sites may be exchanged for others with tensors of the same names
+    def exchange_sites(self, sites: Sequence[AdaptedSite]) -> None:
+        """Exchanges the sites for others of the same weights, with tensors of the same names; inside a transaction."""
+        undone_by(self._set_sites, list(self.sites))
+        self._set_sites(sites)
+
+    def _set_sites(self, sites: Sequence[AdaptedSite]) -> None:
+        self.sites[:] = sites
+        vars(self).pop("apart", None)  # has the sites as they were
+
+    # other sites have tensors of the same names
     @functools.cached_property
     def _at_sites(self) -> list[tuple[str, str]]:
         """The module's path and the name of each tensor at its sites."""
@@ -244,6 +260,11 @@ class Adapter:
             for name, spec in adapted.specs.items()
             if not spec.is_trained
         }
+
+    @functools.cached_property
+    def modules_changed(self) -> frozenset[str]:
+        """The paths of the modules that it changes: of its weights, and of the graphs that have its nodes."""
+        return frozenset([path for adapted in self.sites for path in (adapted.site.owner, adapted.site.region)])
 
     @functools.cached_property
     def owners(self) -> list[str]:
@@ -285,6 +306,7 @@ class Adapters:
         mixing: How regions run on a batch with several adapters, by what these have in common.
         signatures: What each adapter has in common with others in that, by its name.
         mixable: The paths of the regions that can run so.
+        asking: The tensors whose readers ask for the rows of a batch, by the path of their module.
         call_inputs: The arguments that adapters read in each call of the model, by name, with whether its forward takes
             them, too.
         positional: The names of the forward's arguments in their order, if there are any such.
@@ -311,6 +333,7 @@ class Adapters:
     mixing: Cache = field(default_factory=Cache)
     signatures: Cache = field(default_factory=Cache)
     mixable: set[str] = field(default_factory=set)
+    asking: dict[str, tuple[str, ...]] = field(default_factory=dict)
     is_disabled: bool = False
     pauses: frozenset[object] = frozenset()
     has_penalties: bool = False
@@ -334,6 +357,17 @@ class Adapters:
     def acting(self) -> list[str]:
         """The names of those whose nodes are in the graphs."""
         return list(self.slots)
+
+    def slots_by_module(self) -> dict[str, set[int]]:
+        """Returns the slots of those whose nodes are in the graphs, by the paths of the modules that they change.
+
+        At other modules, adapters of a model around or inside may have the same slots.
+        """
+        found: dict[str, set[int]] = {}
+        for name, slot in self.slots.items():
+            for path in self.by_name[name].modules_changed:
+                found.setdefault(path, set()).add(slot)
+        return found
 
     @classmethod
     def before_any(cls, modules: Modules) -> Adapters:

@@ -8,7 +8,7 @@ In files, factors have their own rank. Training leaves the zeros as they are, si
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -117,14 +117,8 @@ def make_swappable(modules: Modules, adapter: Adapter, rank: int) -> None:
             if not isinstance(value, torch.Tensor):
                 # on the CPU, so that it is a number for kernels of any device, and in the precision that it had
                 set_item(vars(holder), own, torch.tensor(value, dtype=torch.float64))
-    exchange_sites(adapter, sites)
+    adapter.exchange_sites(sites)
     set_attribute(adapter, "padded_to", max(rank, adapter.padded_to or 0))
-
-
-def exchange_sites(adapter: Adapter, sites: Sequence[AdaptedSite]) -> None:
-    """Exchanges what an adapter knows of its sites; inside a transaction."""
-    undone_by(adapter.sites.__setitem__, slice(None), list(adapter.sites))
-    adapter.sites[:] = sites
 
 
 def _factors(adapter: Adapter) -> list[tuple[AdaptedSite, ParameterSpec]]:

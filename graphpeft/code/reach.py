@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Set
+from collections.abc import Hashable, Iterable, Iterator, Set
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -59,12 +59,32 @@ class Reach:
         self._known: dict[int, tuple[Any, list[Namespace]]] = {}
         starts = {module: list(_starts(module)) for module in self._inside}
         self.names = {"forward"}
-        functions_run([value for values in starts.values() for value in values], self.names, self._inside.__contains__)
+        self._note_names([value for values in starts.values() for value in values])
         for module in root.modules():
             self._note(Namespace.of_object(module), module)
             for value in starts[module]:
                 for namespace in self._reachable_from(value):
                     self._note(namespace, module)
+
+    def _note_names(self, starts: Iterable[Any]) -> None:
+        """Notes the names in the code of the user's functions that may run; a method does if reached code names it."""
+        waiting, seen = list(starts), dict[int, Any]()
+        unnamed: defaultdict[str, list[Any]] = defaultdict(list)
+        while waiting:
+            value = waiting.pop()
+            kind = type(value)  # isinstance would read __class__, which user objects can override
+            if kind in PLAIN or id(value) in seen or (issubclass(kind, nn.Module) and value in self._inside):
+                continue
+            seen[id(value)] = value
+            waiting += opened(value, self.names)[1]
+            if issubclass(kind, type) and _is_of_a_user(value):
+                for name, method in _methods(value).items():
+                    if name not in self.names:
+                        unnamed[name].append(method)
+            elif kind is FunctionType and not is_of_a_library(value.__globals__.get("__name__")):
+                new = names_in(value.__code__).read - self.names
+                self.names |= new
+                waiting += [method for name in new for method in unnamed.pop(name, ())]
 
     @property
     def namespaces(self) -> Iterable[Namespace]:
@@ -122,40 +142,6 @@ def _starts(module: nn.Module) -> Iterator[Any]:
         elif value and id(value) not in seen:
             seen.add(id(value))
             waiting += parts_of(value)
-
-
-def functions_run(
-    starts: Iterable[Any], named: set[str], ends_at: Callable[[nn.Module], bool] = lambda _: True
-) -> list[FunctionType]:
-    """Returns the user's functions that code may run which reaches some values, and adds the names in their code.
-
-    A method is run once reached code contains its name; special methods, as ``__call__``, are run without one.
-
-    Args:
-        starts: The values.
-        named: The names in code that runs, by which methods are found; those in the functions are added to it.
-        ends_at: Whether the search ends at a module; it does at all of them by default.
-    """
-    found: list[FunctionType] = []
-    waiting, seen = list(starts), dict[int, Any]()
-    unnamed: defaultdict[str, list[Any]] = defaultdict(list)
-    while waiting:
-        value = waiting.pop()
-        kind = type(value)  # isinstance would read __class__, which user objects can override
-        if kind in PLAIN or id(value) in seen or (issubclass(kind, nn.Module) and ends_at(value)):
-            continue
-        seen[id(value)] = value
-        waiting += opened(value, named)[1]
-        if issubclass(kind, type) and _is_of_a_user(value):
-            for name, method in _methods(value).items():
-                if name not in named:
-                    unnamed[name].append(method)
-        elif kind is FunctionType and not is_of_a_library(value.__globals__.get("__name__")):
-            found.append(value)
-            new = names_in(value.__code__).read - named
-            named |= new
-            waiting += [method for name in new for method in unnamed.pop(name, ())]
-    return found
 
 
 def functions_held(module: nn.Module) -> Iterator[FunctionType]:

@@ -96,7 +96,7 @@ def uses_in_forward(cls: type) -> Uses:
     for function in reached.functions:
         if function not in methods:
             may_be_any = function.__globals__.get("__name__") == cls.__module__
-            uses.read_elsewhere.update(read_by(function) - (set() if may_be_any else {ANY}))
+            uses.read_elsewhere.update(_read_by(function) - (set() if may_be_any else {ANY}))
     uses.read_elsewhere.update(reached.got)
     has_own_gradient = FunctionMeta in reached.kinds
     return uses._replace(replaces_weights=reached.replaces_weights, has_own_gradient=has_own_gradient)
@@ -116,7 +116,7 @@ def _named_in(function: FunctionType, cls: type) -> list[Any]:
     return found
 
 
-def read_by(function: FunctionType) -> set[str]:
+def _read_by(function: FunctionType) -> set[str]:
     """Returns the names of attributes that a function reads from any value, with `ANY` if a name is unknown."""
     return {path.removeprefix("*.") for path, _ in paths_in_bytecode(function.__code__, None)}
 
@@ -391,21 +391,3 @@ def is_logging_call(code: CodeType, line: int) -> bool:
 def is_of_pytorch(cls: type) -> bool:
     """Returns whether a class is one of PyTorch's, or built in."""
     return cls.__module__.partition(".")[0] in ("torch", "builtins")
-
-
-def methods_reading(cls: type, attribute: str) -> frozenset[str]:
-    """Returns the names of all methods of `cls` that read an attribute of ``self``, called by its forward or not."""
-    return frozenset(name for name, method in _own_methods(cls).items() if _reads(method, attribute))
-
-
-@cached_by_class
-def _own_methods(cls: type) -> Mapping[str, Any]:
-    """Returns the methods of a user's class by name; `reset_parameters` initialises weights before any adapter."""
-    of_users = [vars(base).items() for base in cls.__mro__ if not is_of_pytorch(base)]
-    names = {name for members in of_users for name, value in members if inspect.isfunction(value)}
-    return {name: inspect.unwrap(getattr(cls, name)) for name in names - {"reset_parameters"}}
-
-
-def _reads(method: Any, attribute: str) -> bool:
-    paths = paths_in(method, has_self=True) if inspect.isfunction(method) else ()
-    return any(path == attribute or path.startswith(f"{attribute}.") for path, _ in paths)

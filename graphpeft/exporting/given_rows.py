@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from graphpeft.adapters.present_rows import RowParameters
+from graphpeft.exporting.errors import ExportError
 from graphpeft.graph.holders import name_at, place_of, value_at
 from graphpeft.wording import number_of
 
@@ -32,6 +33,13 @@ class GivenRows:
 
     def runner_of(self, module: nn.Module) -> None:
         """Returns None: the graphs that modules wear are those for rows."""
+
+    def read(self, module: nn.Module, acting: Any) -> Tensor:
+        """Raises ExportError, since a tensor of a module that is read differs from row to row."""
+        raise ExportError(
+            f"the model's code reads {acting.name} of an adapted {type(module).__name__} beside its call, and that "
+            "differs from row to row; leave the layer out, or export with adapters='inputs'"
+        )
 
     def of(self, tensor: Tensor, module: nn.Module) -> RowParameters:
         """Returns the adapters' parameters for the rows of `tensor`.

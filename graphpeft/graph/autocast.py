@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.amp.autocast_mode import is_autocast_available
+
+T = TypeVar("T")
 
 HALVES = (torch.float16, torch.bfloat16)
 """The dtypes in which rounding twice instead of once visibly changes results."""
@@ -21,6 +24,14 @@ def is_in_autocast(device: str) -> bool:
         device: The kind, as ``"cpu"``.
     """
     return is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(device: str, run: Callable[..., T], *args: Any) -> T:
+    """Returns the result of a function whose operations on a kind of device no region of autocast changes."""
+    if not is_in_autocast(device):
+        return run(*args)
+    with torch.autocast(device, enabled=False):
+        return run(*args)
 
 
 def depth_of_autocast() -> int:

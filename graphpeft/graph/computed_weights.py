@@ -15,6 +15,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from graphpeft.graph.own_tensors import own_tensor
+
 
 class Computed(NamedTuple):
     """The way in which a layer computes a weight.
@@ -57,13 +59,7 @@ def read_weight(module: nn.Module, attribute: str) -> torch.Tensor | None:
         return hook.compute_weight(module)
     if isinstance(hook, BasePruningMethod):
         return hook.apply_mask(module)
-    return getattr(module, attribute)
-
-
-def has_tensor(module: nn.Module, attribute: str) -> bool:
-    """Returns whether a module's `attribute` is its own tensor, or a weight that it computes."""
-    is_own = attribute in module._parameters or attribute in module._buffers
-    return is_own or computed_from(module, attribute) is not None
+    return own_tensor(module, attribute)
 
 
 def read_as_attributes(graph: fx.Graph, module: nn.Module) -> None:

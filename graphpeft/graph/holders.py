@@ -165,12 +165,12 @@ def put_on(module: nn.Module, path: str, holder: Holder | None) -> None:
 
 def _hold(module: nn.Module, name: str, holder: Holder) -> None:
     # without those that other code has taken away
-    there = vars(module).get(_HOLDERS, frozenset()) & module._modules.keys()
-    set_item(vars(module), _HOLDERS, there | {name})
+    there = vars(module).get(HOLDERS, frozenset()) & module._modules.keys()
+    set_item(vars(module), HOLDERS, there | {name})
     set_item(module._modules, name, holder)
 
 
-_HOLDERS = "_graphpeft_holders"
+HOLDERS = "_graphpeft_holders"
 """The attribute of a module with the names of its holders, and of groups of them."""
 
 
@@ -195,8 +195,8 @@ def take_off(module: nn.Module, path: str) -> None:
 def _let_go(module: nn.Module, name: str) -> None:
     if name in module._modules:
         delete_item(module._modules, name)
-        names = vars(module).get(_HOLDERS, frozenset()) - {name}
-        set_item(vars(module), _HOLDERS, names) if names else delete_item(vars(module), _HOLDERS)
+        names = vars(module).get(HOLDERS, frozenset()) - {name}
+        set_item(vars(module), HOLDERS, names) if names else delete_item(vars(module), HOLDERS)
 
 
 def _inside(module: nn.Module, name: str) -> nn.Module:
@@ -294,7 +294,7 @@ def has_place(module: nn.Module, name: str) -> bool:
 
 def has_holders(module: nn.Module) -> bool:
     """Returns whether `module` has holders, or groups of them."""
-    return _HOLDERS in vars(module)
+    return HOLDERS in vars(module)
 
 
 def has_own_modules(module: nn.Module) -> bool:
@@ -320,7 +320,7 @@ def own_modules(module: nn.Module) -> list[tuple[str, nn.Module | None]]:
     where the module's own come first, or there are none.
     """
     inner: Mapping[str, Any] = module._modules
-    names: Any = module.__dict__.get(_HOLDERS, ())
+    names: Any = module.__dict__.get(HOLDERS, ())
     if not inner or (len(inner) == len(names) and next(reversed(inner)) in names and next(iter(inner)) in names):
         return []
     if len(inner) >= len(names) > 0:

@@ -26,14 +26,14 @@ from graphpeft._torch import without_compiler
 from graphpeft.graph.forward_arguments import leading_to_class
 from graphpeft.graph.holders import adapters_at, distribute_adapters, tree_of, without_holders
 from graphpeft.graph.kept_forwards import follow, has_forward, keep_own_forward, own_forwards, step_aside, step_back
+from graphpeft.graph.own_tensors import own_tensor
 from graphpeft.graph.paths import STATE
 from graphpeft.graph.sharded_classes import over_shards, under_shards
 from graphpeft.graph.sharding import is_asked_by
 from graphpeft.peft_classes import ending_in
 
-KINDS = ("peft", "methods", "rows", "graph", "slots", "padded", "merged", "hiding", "tensors")
+KINDS = ("peft", "methods", "reads", "rows", "graph", "slots", "padded", "merged", "hiding", "tensors")
 """The kinds of layers, outermost first: ``methods`` wraps ``rows``, which wraps ``graph``, which reads ``tensors``."""
-
 
 _TENSOR_PARALLEL = "torch.distributed.tensor"
 _READ = ("merged", "tensors")
@@ -141,7 +141,7 @@ class Dressed:
             )
         if not is_asked_by(_TENSOR_PARALLEL):
             for own, parameter in self.__dict__["_parameters"].items():
-                if param is not None and param is not parameter and own != name and param is getattr(self, own):
+                if param is not None and param is not parameter and own != name and param is own_tensor(self, own):
                     raise RuntimeError(
                         f"{own} of a {self._graphpeft_original.__name__} is an adapter's tensor while that is active, "
                         f"so it can't become {name} too, as by pruning; do that before you adapt the model, or after "
@@ -250,7 +250,8 @@ def _new_class(original: type, layers: tuple[Layer, ...]) -> type:
         namespace.update({name: _Absent(name) for cls in last for name in dir(cls) if name not in own})
         for layer in reversed(layers):
             inner = namespace.get("forward", original.forward)
-            namespace.update({name: _own(value, original) for name, value in layer.namespace.items()})
+            functions = {name: v for name, v in layer.namespace.items() if isinstance(v, types.FunctionType)}
+            namespace.update({**layer.namespace, **{name: _own(v, original) for name, v in functions.items()}})
             if layer.kind in _AROUND_FORWARDS and "forward" in layer.namespace:
                 # callers leave out arguments that a forward doesn't take
                 namespace["forward"].__signature__ = inspect.signature(inner)
@@ -309,9 +310,7 @@ def _ordering(metaclass: Any, last: tuple[type, ...], original_first: bool) -> A
     return type(metaclass.__name__, (metaclass,), {"mro": mro})
 
 
-def _own(value: Any, original: type) -> Any:
-    if not isinstance(value, types.FunctionType):
-        return value
+def _own(value: types.FunctionType, original: type) -> types.FunctionType:
     # torch.compile keys the sizes of inputs by the code's file, line and name, so the name has to differ, too
     code = value.__code__.replace(co_name=f"{value.__code__.co_name} of {original.__name__}")
     own = types.FunctionType(code, value.__globals__, value.__name__, value.__defaults__, value.__closure__)
@@ -349,18 +348,14 @@ def layers_of(module: nn.Module) -> tuple[Layer, ...]:
     Raises:
         RuntimeError: If other code has replaced the class of a dressed module.
     """
-    own = under_shards(type(module)).__dict__.get("_graphpeft_layers")
-    if is_class_exchanged(module):
+    cls = under_shards(type(module))
+    own = cls.__dict__.get("_graphpeft_layers")
+    if own is None and hasattr(cls, "_graphpeft_layers"):
         raise RuntimeError(
             f"the class of an adapted {original_class(module).__name__} was exchanged since it was adapted, as "
             "parametrizations do; take that off first, or do it before adapting"
         )
     return own or ()
-
-
-def is_class_exchanged(module: nn.Module) -> bool:
-    """Returns whether other code has replaced the class of a dressed module by one that derives from it."""
-    return is_exchanged(type(module))
 
 
 def is_exchanged(cls: type) -> bool:

@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import nn
 
+from graphpeft.graph.own_tensors import on_own
+from graphpeft.graph.recomputing import taken_along
 from graphpeft.graph.tensor_parallel_forwards import around_present, hook_of, is_followed, stood_for
 from graphpeft.transaction import delete_item, set_item
 
@@ -119,7 +121,9 @@ def run_set_forward(module: nn.Module) -> functools.partial[Any] | None:
 
 
 def _run(module: Any, *args: Any, **kwargs: Any) -> Any:
-    return module._graphpeft_set_forward(*args, **kwargs)
+    # the graph around it has the change of the weight
+    with taken_along(functools.partial(on_own, module)):
+        return module._graphpeft_set_forward(*args, **kwargs)
 
 
 def _place_of_foreign(module: nn.Module) -> str | None:

@@ -162,10 +162,10 @@ class LowRankSum(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Computes what is known of the parts, and gives the sum to all other functions."""
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func in METADATA:
             with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if type(args[0] if args else None) is LowRankSum and _writes(func):
+        if type(args[0] if args else None) is LowRankSum and writes(func):
             raise RuntimeError(
                 f"{func.__name__} would change a weight in place, to which the change of an adapter isn't added; merge "
                 "the adapter, or leave this weight out of its targets"
@@ -200,7 +200,7 @@ def _lost_gradients(value: Any) -> bool:
     return value.requires_grad and not value.total.requires_grad
 
 
-def _writes(function: Any) -> bool:
+def writes(function: Any) -> bool:
     """Returns whether a function of tensors changes its first argument."""
     name = getattr(function, "__name__", "")
     return name in _WRITING or (name.endswith("_") and not name.endswith("__"))
@@ -338,15 +338,15 @@ def _without_ellipses(equation: str, *dimensions: int) -> str:
     return f"{','.join(spelled)}->{output.replace('...', max(named, key=len))}"
 
 
-def _getter(name: str) -> Any:
+def getter(name: str) -> Any:
     """Returns the function that reads an attribute of tensors."""
     return getattr(Tensor, name).__get__
 
 
-_METADATA: frozenset[Any] = frozenset(
+METADATA: frozenset[Any] = frozenset(
     [
-        *map(_getter, ("shape", "dtype", "device", "ndim", "layout", "requires_grad")),
-        *map(_getter, ("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized")),
+        *map(getter, ("shape", "dtype", "device", "ndim", "layout", "requires_grad")),
+        *map(getter, ("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized")),
         *(
             getattr(Tensor, name)
             for name in ("size", "dim", "numel", "stride", "is_floating_point", "is_complex", "__len__")
@@ -357,8 +357,8 @@ _METADATA: frozenset[Any] = frozenset(
 
 _READERS: dict[Any, _Reader] = {
     Tensor.__getitem__: _Reader(_index, ("self", "index")),
-    _getter("mT"): _Reader(LowRankSum.transposed, ("self",)),
-    **dict.fromkeys((_getter("T"), Tensor.t, torch.t), _Reader(_transpose_matrix, ("self",))),
+    getter("mT"): _Reader(LowRankSum.transposed, ("self",)),
+    **dict.fromkeys((getter("T"), Tensor.t, torch.t), _Reader(_transpose_matrix, ("self",))),
     **dict.fromkeys((Tensor.transpose, torch.transpose), _Reader(_transpose, ("input", "dim0", "dim1"))),
     F.linear: _Reader(_linear, ("input", "weight", "bias")),
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _Reader(_matmul, ("input", "other"))),

@@ -9,7 +9,6 @@ with ``module.token_adapter.trainable_tokens_delta.<adapter>``, PEFT's name, in 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,8 +19,8 @@ from torch import nn
 from graphpeft._torch import without_compiler
 from graphpeft.graph import in_place
 from graphpeft.graph.holders import name_at, place_of, tensor_at, value_at
+from graphpeft.graph.own_tensors import STAND_INS
 from graphpeft.graph.sharding import in_all, is_asked_by, is_managed
-from graphpeft.transaction import at_end_of
 
 Names = tuple[str, ...]
 
@@ -73,31 +72,6 @@ def read(module: nn.Module, others: dict[str, str], rows: Rows = ()) -> None:
 def read_own(module: nn.Module) -> None:
     """Makes `module` read its own tensors."""
     in_place.take_off(module, "tensors")
-
-
-def stands_in(module: nn.Module, name: str) -> bool:
-    """Returns whether `module` reads an override of its tensor `name`."""
-    return any(name in layer.namespace for layer in in_place.layers_of(module) if layer.kind == "tensors")
-
-
-@contextlib.contextmanager
-def read_for_now(module: nn.Module, name: str, tensor: torch.Tensor) -> Iterator[None]:
-    """Makes `module` read `tensor` instead of the override of its tensor `name`, for the duration of the context."""
-    before = module.__dict__.get(_FOR_NOW, {})
-    with contextlib.ExitStack() as stack:
-        at_end_of(stack, _read_as_before, module, before)
-        module.__dict__[_FOR_NOW] = {**before, name: tensor}
-        yield
-
-
-def _read_as_before(module: nn.Module, before: Mapping[str, torch.Tensor]) -> None:
-    if before:
-        module.__dict__[_FOR_NOW] = before
-    else:
-        module.__dict__.pop(_FOR_NOW, None)
-
-
-_FOR_NOW = "_graphpeft_read_for_now"
 
 
 def with_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -175,6 +149,7 @@ def _layer(pairs: tuple[tuple[str, str], ...], rows: Rows) -> in_place.Layer:
         own: property(reader, fdel=functools.partial(_delete_own, own)) for own, reader in readers.items()
     }
     namespace |= {"__setattr__": assign, "_save_to_state_dict": _save, "_load_from_state_dict": _load}
+    namespace[STAND_INS] = readers
     return in_place.Layer("tensors", (), namespace, (_layer, (pairs, rows)))
 
 
@@ -234,18 +209,12 @@ def _load(module: nn.Module, *args: Any, **options: Any) -> None:
 
 
 def _read(own: str, other: str, module: nn.Module) -> torch.Tensor:
-    now = module.__dict__.get(_FOR_NOW)
-    if now is not None and own in now:
-        return now[own]
     if is_managed(module) and is_asked_by(_FSDP):
         return _own(module, own)
     return value_at(module, other)
 
 
 def _read_with_rows(rows: Rows, module: nn.Module) -> torch.Tensor:
-    now = module.__dict__.get(_FOR_NOW)
-    if now is not None and "weight" in now:
-        return now["weight"]
     table = _own(module, "weight")
     if is_managed(module) and is_asked_by(_FSDP):
         return table

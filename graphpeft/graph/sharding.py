@@ -149,6 +149,10 @@ def lacking_values(
     return None
 
 
+_READS = "graphpeft.adapters.reads"
+"""Its methods of adapted layers hand on what they are asked."""
+
+
 def is_asked_by(package: str) -> bool:
     """Returns whether the function that asks this was called by code of a package, such as a part of PyTorch's.
 
@@ -157,9 +161,10 @@ def is_asked_by(package: str) -> bool:
     if torch.compiler.is_compiling():
         return False
     frame: Any = sys._getframe(2)
-    while frame.f_code.co_name == "__getattr__" and frame.f_globals.get("__name__", "").startswith("torch."):
-        frame = frame.f_back
     name = frame.f_globals.get("__name__", "")
+    while name == _READS or (frame.f_code.co_name == "__getattr__" and name.startswith("torch.")):
+        frame = frame.f_back
+        name = frame.f_globals.get("__name__", "")
     return name == package or name.startswith(f"{package}.")
 
 

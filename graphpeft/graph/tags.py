@@ -29,6 +29,9 @@ class Tag:
         attributes: On replacing nodes, the attributes that the rule reads, by the rule's names for them.
         is_change: On replacing nodes, whether the rule changes the operation's weight.
         place: On replacing nodes, the adapter's place, from 1, in the order in which adapters change the operation.
+        weight: On replacing nodes, the path of the operation's weight; "" without one.
+        bias: On replacing nodes, the path of the bias that the operation adds and the rule changes, or None.
+        of_one_call: On replacing nodes, whether the adapter acts in one of the weight's operations alone.
     """
 
     slot: int
@@ -40,6 +43,9 @@ class Tag:
     attributes: tuple[tuple[str, str], ...] = ()
     place: int = 0
     is_change: bool = True
+    weight: str = ""
+    bias: str | None = None
+    of_one_call: bool = False
 
     @property
     def stands_for(self) -> str | None:
@@ -69,7 +75,7 @@ def top(graph: fx.Graph, node: fx.Node, site: str) -> fx.Node:
 
 def changes_at(graph: fx.Graph, site: str) -> list[Tag]:
     """Returns one tag of each adapter that changes an operation, in the order of the changes."""
-    tags = (node.meta[TAG] for node in graph.nodes if TAG in node.meta)
+    tags = [node.meta[TAG] for node in graph.nodes if TAG in node.meta]
     by_place = {tag.place: tag for tag in tags if tag.site == site and tag.place}
     return [by_place[place] for place in sorted(by_place)]
 

@@ -24,7 +24,7 @@ from graphpeft.graph.compiling import compiled
 from graphpeft.graph.contexts import closing_regions
 from graphpeft.graph.copied_graphs import as_named, by_name, copy_graph
 from graphpeft.graph.no_wrappers import NoWrapper
-from graphpeft.graph.one_at_a_time import run_alone
+from graphpeft.graph.own_tensors import as_own
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.graph.tags import TAG
 
@@ -93,16 +93,16 @@ class Template:
         self.graphs = graphs
         self.before = before
         self.codes = [graph.python_code(root_module="self") for graph in graphs]
+        for graph, code in zip(graphs, self.codes, strict=True):
+            code.src = as_own(graph, code.src, code.globals)
         self.shared = shared
         self.plain = self if plain is None else plain
         self.facts, self.meta = dict[Hashable, Any](), dict[str, Any]()
         self.slots = frozenset(node.meta[TAG].slot for graph in graphs for node in graph.nodes if TAG in node.meta)
-        self.fixed, self._exchanged = dict[str, Any](), list[str]()
+        self.fixed = dict[str, Any]()
         for graph in graphs:
             for node in graph.nodes:
                 self.fixed |= node.meta.get(FIXED, {})
-                if node.target == OWN_FORWARD:
-                    self._exchanged += [p for u in node.users for a in u.args[1:2] if isinstance(a, dict) for p in a]
         self.absent = frozenset[str]().union(*(n.meta.get(ABSENT, ()) for graph in graphs for n in graph.nodes))
         self._back: tuple[Hashable, Template] | None = None
         self._derived: weakref.WeakValueDictionary[Hashable, Template] = weakref.WeakValueDictionary()
@@ -143,8 +143,7 @@ class Template:
             closing_regions(graph, slots.named(forward, names))
             for graph, forward in zip(self.graphs, self._forwards, strict=True)
         ]
-        forward = forwards[0] if len(forwards) == 1 else _by_mode(*forwards)
-        return run_alone(self._exchanged, forward) if self._exchanged else forward
+        return forwards[0] if len(forwards) == 1 else _by_mode(*forwards)
 
     def needs(self, name: str) -> bool:
         """Returns whether an adapter's nodes read an attribute of the module."""

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from graphpeft._torch import base_of, pytree
+from graphpeft.graph.changed_weight import ChangedWeight, layer_of
 from graphpeft.graph.facts import writes_by_method
 from graphpeft.graph.guards import is_machinery
 from graphpeft.graph.running_nodes import GENERATED, running_node
@@ -61,7 +62,7 @@ class Watch(TorchFunctionMode):
     """Watches a forward while its context is entered.
 
     Attributes:
-        called: The line of code of the first call of each watched module, by path.
+        called: The line of code of the first call of each watched module, or of the first read of its weight, by path.
         empty: The paths of those that were given no rows in any call.
         cuts: The operations at which values leave the graph of gradients, in their order.
         silent: The functions whose backward gives no gradient; None before the loss is made.
@@ -77,12 +78,14 @@ class Watch(TorchFunctionMode):
         # the places of the cuts whose results a tensor was computed from
         self._behind: Any = WeakTensorKeyDictionary()
         self._escaped: set[int] = set()
+        self._paths: dict[int, str] = {}
 
     @contextlib.contextmanager
     def of(self, modules: Mapping[str, nn.Module], paths: Iterable[str]) -> Iterator[None]:
         """Watches calls of modules, and all operations, in the context."""
+        self._paths = {id(modules[path]): path for path in paths}
         with contextlib.ExitStack() as stack:
-            for path in paths:
+            for path in self._paths.values():
                 note = modules[path].register_forward_pre_hook(
                     lambda _, args, kwargs, path=path: self._note_call(path, (args, kwargs)), with_kwargs=True
                 )
@@ -116,6 +119,9 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         read = _tensors(_read_by(name, args, kwargs))
+        layers = [id(layer_of(tensor)) for tensor in read if type(tensor) is ChangedWeight]
+        for path in [self._paths[layer] for layer in layers if layer in self._paths]:
+            self.called.setdefault(path, line_of(sys._getframe(1)))
         # before the call, which may detach what it is given
         tracked = tuple((tensor, _made_by(tensor)) for tensor in read if tensor.requires_grad)
         result = func(*args, **kwargs)

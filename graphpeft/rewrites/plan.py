@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from graphpeft.code.source import read_anew
+from graphpeft.code.attribute_paths import ANY
+from graphpeft.code.source import read_anew, uses_in_forward
 from graphpeft.graph import in_place
 from graphpeft.graph.copied_graphs import copy_graph
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.facts import line_of
+from graphpeft.graph.forward_classes import class_of_forward
 from graphpeft.graph.holders import has_holders
 from graphpeft.graph.inputs import ExampleInputs
-from graphpeft.graph.paths import STATE, join, modules_by_path
+from graphpeft.graph.paths import STATE, join, modules_by_path, within
 from graphpeft.graph.template import Before, Graphs, Template, template_of
 from graphpeft.rewrites.match import Match
 from graphpeft.rewrites.matching import Occurrence, Stop, occurrences
@@ -24,9 +26,7 @@ from graphpeft.rewrites.reading import Reader
 from graphpeft.rewrites.replacing import replace_all
 from graphpeft.rewrites.report import Matched, NearMiss
 from graphpeft.sites import example_runs
-from graphpeft.sites.readers import Readers
 from graphpeft.sites.regions import Regions
-from graphpeft.sites.site import NoSiteError
 
 Where = Callable[[Match], str | None]
 """Returns why a match doesn't count, or None if it does."""
@@ -125,10 +125,6 @@ class Plan:
         called = {path: module for path, module in self._regions.modules.items() if self._regions.is_called(path)}
         return example_runs.inputs_of_each(self._model, called, self._example_inputs)
 
-    @functools.cached_property
-    def _readers(self) -> Readers:
-        return Readers(self._regions)
-
     def _paths(self, inside: Iterable[str] | None) -> list[str]:
         """Returns the paths of the modules whose forwards are read, the innermost first."""
         if isinstance(inside, str):
@@ -193,13 +189,15 @@ class Plan:
 
     def _read_past(self, path: str) -> str | None:
         """Returns that other code computes with a module's tensors without calling it, if it does."""
-        for name in self.modules[path]._parameters:
-            try:
-                readers = self._readers.of(path, name)
-            except NoSiteError as error:
-                return str(error)
-            if readers:
-                return f"its {name} is read by {readers[0] or 'the model'}, which needn't call it"
+        around = path
+        while around:
+            around = around.rpartition(".")[0]
+            uses = uses_in_forward(class_of_forward(self.modules[around]))
+            paths = [f"{used}." for used in (*uses.read, *uses.called)]
+            for name in self.modules[path]._parameters:
+                tensor = f"{join(within(path, around), name)}."
+                if not uses.read_elsewhere.isdisjoint((name, ANY)) or any(used.startswith(tensor) for used in paths):
+                    return f"its {name} is read by {around or 'the model'}, which needn't call it"
         return None
 
     def _find(self, template: Template, path: str) -> _Read:

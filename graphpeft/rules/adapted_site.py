@@ -31,6 +31,8 @@ class AdaptedSite(NamedTuple):
         names: The attributes of the owner that hold parameters and constants, by the rule's names for them.
         in_holder: The paths of the same in the adapter's holder.
         dtype: The dtype of the parameters.
+        is_change: Whether what the adapter does there is a change of the weight, as far as the rule tells.
+        changed: The names of the owner's tensors that the adapter changes there: a weight, and the bias beside it.
         replaced: The names of the adapter's frozen overrides, by the names of the owner's own tensors.
         shared: The parameters that another site holds: the path of its owner, and their name there.
     """
@@ -42,6 +44,8 @@ class AdaptedSite(NamedTuple):
     names: Mapping[str, str]
     in_holder: NamesInHolder
     dtype: torch.dtype
+    is_change: bool
+    changed: tuple[str, ...]
     replaced: Mapping[str, str] = MappingProxyType({})
     shared: Mapping[str, tuple[str, str]] = MappingProxyType({})
 

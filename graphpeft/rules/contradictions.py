@@ -56,9 +56,11 @@ def contradiction(specs: Mapping[str, ParameterSpec], constants: Iterable[str]) 
         return f"{max(keys, key=keys.count)} is the name of two parameters in files"
     paths = [spec.path or name for name, spec in specs.items()]
     for path in paths:
-        if paths.count(path) > 1 or any(other.startswith(f"{path}.") for other in paths):
+        inside = [other for other in paths if other.startswith(f"{path}.")]
+        if inside or paths.count(path) > 1:
             return f"{path} is the path of a parameter, and there is another one at it or inside"
-    return next((reason for name, spec in specs.items() if (reason := _in_spec(name, spec)) is not None), None)
+    reasons = [_in_spec(name, spec) for name, spec in specs.items()]
+    return next(filter(None, reasons), None)
 
 
 def _in_spec(name: str, spec: ParameterSpec) -> str | None:

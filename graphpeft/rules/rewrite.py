@@ -7,7 +7,7 @@ to the graph. Every node of an adapter has a `Tag`, so removing the adapter mean
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from graphpeft.graph.calls import CALLS, calls_of
 from graphpeft.graph.changed_products import is_apart
 from graphpeft.graph.ops import Computation, Operation, Weight
 from graphpeft.graph.ops.boundaries import Boundary, Leaf
+from graphpeft.graph.own_tensors import let_read_own
 from graphpeft.graph.recorded import as_node
 from graphpeft.graph.tags import TAG, Tag, changes_at, own_input, read_before, top
 from graphpeft.rules.adds_to_weight import own_weight
@@ -65,6 +66,7 @@ def insert(
     slot: int,
     method: str,
     is_change: bool = True,
+    of_one_call: bool = False,
 ) -> None:
     """Inserts the nodes of `rule` at `op`, after the nodes of other adapters.
 
@@ -77,6 +79,7 @@ def insert(
         slot: The adapter's slot.
         method: The `peft_type` of the adapter's method.
         is_change: Whether the rule's effect there is a change of the weight.
+        of_one_call: Whether the adapter acts in this one of the weight's operations alone.
 
     Raises:
         NoChangeError: If the rule asks for the present weight, and an earlier adapter's effect is no change of the
@@ -88,6 +91,7 @@ def insert(
         entered, replaced = _emit(
             graph, op, rule, {**attributes, **{name: CallInput(name) for name in rule.call_inputs}}
         )
+    of_weight = {} if isinstance(op, Boundary) else _reading_own(graph, op, changes_bias(rule), before)
     calls = op.around if isinstance(op, Boundary) else calls_of(op.node)
     place = max((tag.place for tag in changes_at(graph, op.name)), default=0) + 1
     for node in [node for node in graph.nodes if node not in before]:
@@ -97,10 +101,21 @@ def insert(
         tag = Tag(slot, method, op.name)
         if node in replaced or node in entered:
             of_node = {"rule": rule, "attributes": tuple(attributes.items()), "place": place, "is_change": is_change}
+            of_node |= {"of_one_call": of_one_call, **of_weight}
             over, enters_for = (nodes[node].name if node in nodes else None for nodes in (replaced, entered))
             tag = dataclasses.replace(tag, over=over, enters_for=enters_for, **of_node)
         node.meta[TAG] = tag
         node.meta[CALLS] = calls
+
+
+def _reading_own(graph: fx.Graph, op: Operation, changes_bias: bool, before: Collection[fx.Node]) -> dict[str, Any]:
+    """Lets a graph read an operation's own tensors, and returns the paths of those that other readers get changed."""
+    bias = None if isinstance(op, Weight) else op.bias
+    changed = (op.weight, bias) if changes_bias else (op.weight,)
+    for node in graph.nodes:
+        if node.op == "get_attr" and (node.target in changed or (node.target == bias and node not in before)):
+            let_read_own(node)
+    return {"weight": op.weight, "bias": bias if changes_bias else None}
 
 
 Sources = Mapping[str, str | CallInput]
@@ -248,7 +263,7 @@ def _operands(graph: fx.Graph, op: Computation, rule: Any, attributes: Sources) 
         asked.append(asked_by(rule.delta))
     if "bias_change" in asked[0].names and changes_bias(rule):
         asked.append(asked_by(rule.bias_delta))
-    found = _operands_so_far(graph, op, asked)
+    found = _operands_so_far(graph, op.weight, op.bias, changes_at(graph, op.name), asked)
     if "change" in asked[0].names:
         found["change"] = _change(graph, rule, found, attributes).node
     if "bias_change" in asked[0].names and changes_bias(rule):
@@ -258,9 +273,19 @@ def _operands(graph: fx.Graph, op: Computation, rule: Any, attributes: Sources) 
     return found
 
 
-def _operands_so_far(graph: fx.Graph, op: Computation, asked: list[Asked]) -> dict[str, fx.Node]:
+def changed_bias(graph: fx.Graph, weight: str, bias: str, changes: Sequence[Tag]) -> fx.Node:
+    """Emits a bias with the changes of adapters, given a tag of each, and returns it; raises as `insert` does."""
+    return _operands_so_far(graph, weight, bias, changes, [asked_by(_of_bias)])["bias"]
+
+
+def _of_bias(bias: Any) -> None:
+    """Stands for a function that asks for the bias."""
+
+
+def _operands_so_far(
+    graph: fx.Graph, weight: str, bias: str | None, earlier: Sequence[Tag], asked: list[Asked]
+) -> dict[str, fx.Node]:
     """Emits the operands of an operation that functions ask for, with the changes of earlier adapters."""
-    earlier = changes_at(graph, op.name)
     asks_for_bias = any(each.may_be("bias") for each in asked)
     of_bias = [tag for tag in earlier if changes_bias(tag.rule)] if asks_for_bias else []
     asks_for_base_bias = any(
@@ -270,19 +295,19 @@ def _operands_so_far(graph: fx.Graph, op: Computation, asked: list[Asked]) -> di
     asks_for_weight = any(each.may_be("weight") for each in asked)
     found: dict[str, fx.Node] = {}
     if asks_for_weight or any(each.may_be("base") for each in asked):
-        found["base"] = graph.create_node("get_attr", op.weight)
+        found["base"] = graph.create_node("get_attr", weight)
     if asks_for_weight:
         found["weight"] = found["base"]
-    if op.bias is not None and (asks_for_bias or asks_for_base_bias):
-        found["base_bias"] = graph.create_node("get_attr", op.bias)
-    if op.bias is not None and asks_for_bias:
+    if bias is not None and (asks_for_bias or asks_for_base_bias):
+        found["base_bias"] = graph.create_node("get_attr", bias)
+    if bias is not None and asks_for_bias:
         found["bias"] = found["base_bias"]
     for tag in earlier:
         attributes = dict(tag.attributes)
         # a change of the bias uses the weight before the same adapter's change
         change = _bias_change(graph, tag.rule, found, attributes) if tag in of_bias else None
         if asks_for_weight and not tag.is_change:
-            raise NoChangeError(op.weight, tag.slot)
+            raise NoChangeError(weight, tag.slot)
         if asks_for_weight:
             found["weight"] = _sum(found["weight"], _change(graph, tag.rule, found, attributes))
         if change is not None:
@@ -326,6 +351,8 @@ def replace(
         paths: Attributes of the module that owns the graph, which the function can ask for, by name.
     """
     assert not isinstance(op, Weight)
+    if not isinstance(op, Leaf):
+        _reading_own(graph, op, True, [*graph.nodes])
     users = set(op.node.users) - (op.inside if isinstance(op, Leaf) else set())
     with torch.enable_grad(), graph.inserting_before(op.node.next):
         result = _call(function, RuleTracer(graph), {**nodes, "x": op.x, "y": op.node}, paths, {"operation": op})

@@ -17,7 +17,6 @@ from graphpeft.graph.layers import given
 from graphpeft.graph.paths import join, modules_by_path, within
 from graphpeft.graph.template import Template, runs_graph, template_of
 from graphpeft.sites import example_runs
-from graphpeft.sites.handed_layers import refuse_handed_layers
 from graphpeft.sites.weight_uses import WeightUses, weight_uses
 from graphpeft.tracing.lift import Recordings
 
@@ -72,9 +71,9 @@ class Regions:
         # a model has many modules, and few classes
         kinds = {kind for kind in set(map(type, self.modules.values())) if issubclass(kind, fx.GraphModule)}
         graphs = {path for path, module in self.modules.items() if type(module) in kinds and runs_graph(module)}
-        # where an adapter has brought the graph, the next one's sites are to be in the regions that they would be in
-        # without it: a layer's own graph runs before that of the module around
-        self.graphs = graphs - known.keys()
+        # where an adapter of this model, or of one around or inside, has brought the graph, the next one's sites are to
+        # be in the regions that they would be in without it: a layer's own graph runs before that of the module around
+        self.graphs = {path for path in graphs - known.keys() if not _is_brought(self.modules[path])}
         self.known = known
         self.example_inputs = example_inputs
         self.recordings = Recordings()
@@ -85,13 +84,13 @@ class Regions:
 
     def template(self, path: str) -> Template | None:
         """Returns the graph of the module at `path`, or None if it can't have one; `errors` says why."""
+        if path in self.errors:
+            return None
         found = self.templates.get(path)
-        if found is not None or path in self.errors:
+        if found is not None:
             return found
-        module = self.modules[path]
         try:
             found = self.present(path) or self._lift(path)
-            refuse_handed_layers(found, module)
             if found.calls_own_forward:
                 raise TraceError(
                     "an adapter changes what it is given, so that its graph only calls its code; unload that "
@@ -195,6 +194,12 @@ class Regions:
         if self.example_inputs is None:
             return None
         return example_runs.inputs_of(self.modules[""], self.modules[path], self.example_inputs)
+
+
+def _is_brought(module: nn.Module) -> bool:
+    """Returns whether an adapter has brought the graph of a module, which nobody has edited since."""
+    template = template_of(module)
+    return template is not None and template.shared and not issubclass(in_place.original_class(module), fx.GraphModule)
 
 
 def _scripted(modules: Mapping[str, nn.Module]) -> dict[str, str]:

@@ -67,8 +67,9 @@ class Site(NamedTuple):
             own included, share one adapter's tensors.
         computed: How the weight is computed from other tensors; None if it is a parameter.
         set_forward: Why a forward that was set on the layer isn't known to compute what its class does; or None.
-        own_code: Why the region has no graph of its operations, and runs its own code on the changed weight; or None.
+        own_code: Why no graph has the operations, so that the model's code computes with the changed weight; or None.
         fixed: The arguments of the region's forward that can have one value alone, each as ``name=value``.
+        is_called: Whether operations are calls of the weight's module in a flat graph.
 
     Examples:
         >>> report = explain(nn.Sequential(nn.Linear(8, 16)), LoraConfig(r=2, target_modules=["0"]))
@@ -101,6 +102,7 @@ class Site(NamedTuple):
     computed: Computed | None = None
     set_forward: str | None = None
     fixed: tuple[str, ...] = ()
+    is_called: bool = False
 
     way_out = "narrow target_modules, or leave targets out with exclude_modules where the method has it"
 

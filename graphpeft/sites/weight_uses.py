@@ -30,6 +30,7 @@ class WeightUses(NamedTuple):
         bias: The path of the tensor that all operations add, or None.
         bias_conflict: Why a change of the added bias can't be a change of that tensor, or None.
         both_ways: Whether some of the operations read the weight as (in, out), and others as (out, in).
+        is_called: Whether operations are calls of the weight's module.
     """
 
     op: Any
@@ -43,6 +44,7 @@ class WeightUses(NamedTuple):
     bias: str | None
     bias_conflict: str | None
     both_ways: bool
+    is_called: bool = False
 
 
 def weight_uses(template: Template, module: nn.Module) -> dict[str, WeightUses]:
@@ -69,16 +71,16 @@ def _uses_of(path: str, template: Template, found: list[list[ops.Computation]], 
     nodes = tuple(tuple(op.name for op in of_graph) for of_graph in places)
     op, groups = next(iter(kinds)) if is_of_one_kind else (ops.Weight, 1)
     is_unused = not any(op.node in alive for of_graph in places for op in of_graph)
-    is_called_beside = not is_of_one_kind and any(op.node.op == "call_module" for op in all_own)
+    is_called = "call_module" in {op.node.op for op in all_own}
+    is_called_beside = not is_of_one_kind and is_called
     transposed = bool(all_own) and all_own[0].transposed
     biases = {op.bias for op in all_own} if is_of_one_kind else set()
     bias = biases.pop() if len(biases) == 1 else None
     conflict = _bias_conflict(template, all_own, bias) if is_of_one_kind else None
     both_ways = is_of_one_kind and len({op.transposed for op in all_own}) > 1
     shortens = any(isinstance(op, ops.Embedding) and op.shortens for op in all_own)
-    return WeightUses(
-        op, nodes, transposed, groups, shortens, others, is_called_beside, is_unused, bias, conflict, both_ways
-    )
+    of_bias = bias, conflict, both_ways
+    return WeightUses(op, nodes, transposed, groups, shortens, others, is_called_beside, is_unused, *of_bias, is_called)
 
 
 def _bias_conflict(template: Template, operations: list[ops.Computation], bias: str | None) -> str | None:

@@ -13,7 +13,7 @@ without a fault. They are computed only until d is within it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,17 @@ def require_alike(one: Callable[[], Any], other: Callable[[], Any], tolerance: f
         require_within(found, expected, math.inf, law)  # results of another kind or shape are no rounding
         if not _roundings_explain(found, expected, one, other, tolerance):
             raise
+
+
+def require_one_alike(one: Callable[[], Any], others: Sequence[Callable[[], Any]], tolerance: float, law: str) -> None:
+    """Raises unless a computation gives results close to those of one of several others, as `require_alike` does."""
+    *before, last = others
+    for other in before:
+        try:
+            return require_alike(one, other, tolerance, law)
+        except LawError:
+            continue
+    return require_alike(one, last, tolerance, law)
 
 
 def _roundings_explain(

@@ -7,6 +7,7 @@ from torch import nn
 
 from graphpeft.adapters import changes
 from graphpeft.adapters.state import Adapter, Modules
+from graphpeft.graph.own_tensors import own_tensor
 
 
 @torch.no_grad()
@@ -23,7 +24,7 @@ def with_trained(base: nn.Module, adapter: Adapter, modules: Modules) -> nn.Modu
     """
     read_instead = [(path, name) for path, names in adapter.overrides.items() for name in names]
     for path, name in (*read_instead, *((path, "weight") for path in adapter.rows)):
-        getattr(base.get_submodule(path), name).copy_(getattr(modules[path], name))
+        getattr(base.get_submodule(path), name).copy_(own_tensor(modules[path], name))
     return base
 
 

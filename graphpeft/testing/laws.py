@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from graphpeft.adapters.state import Adapter
-from graphpeft.graph import ops
 from graphpeft.graph.errors import GuardError
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.paths import join
@@ -25,7 +24,7 @@ from graphpeft.model.adapt import explain, get_peft_model
 from graphpeft.model.peft_model import PeftModel
 from graphpeft.model.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
 from graphpeft.rules.config import PeftConfig
-from graphpeft.testing.alike import require_alike
+from graphpeft.testing.alike import require_alike, require_one_alike
 from graphpeft.testing.blame import Build, blames_a_site, describe
 from graphpeft.testing.by_hand import with_deltas
 from graphpeft.testing.comparing import ROUNDING, LawError, require_close, require_equal
@@ -40,6 +39,7 @@ from graphpeft.testing.runs import (
     left_by,
     loss_of,
     perturbed,
+    requiring_grad,
     run,
     run_copy,
 )
@@ -71,8 +71,9 @@ def assert_fresh_adapter_changes_no_output(
     precision, where DoRA rounds as PEFT does.
 
     PyTorch chooses some layers' kernels by requires_grad, as the fast path of `nn.MultiheadAttention`. So the base has
-    frozen weights, as an adapted model has. Where gradients are recorded and an adapter changes a weight as such, the
-    changed weight requires grad; then the base's weight does, too, as where the adapter trains a copy of it.
+    frozen weights, as an adapted model has. A changed weight that code reads requires grad where gradients are
+    recorded, as a table with trained rows does; so the adapted weights of the base may, too, as those that the adapter
+    trains copies of.
 
     Args:
         build: Builds the model.
@@ -91,20 +92,17 @@ def assert_fresh_adapter_changes_no_output(
         tolerance = 1e-5 if is_half or config.starts_as_identity == "within rounding" else 0.0
         adapted = get_peft_model(build().train(mode), config, example_inputs=inputs)
         every = accepted(inputs, others, adapted)
-        sites = [one.site for one in adapted._peft_adapters.by_name["default"].weight_sites]
-        changed = [site.weight for site in sites if site.op is ops.Weight]
-        trained = adapted._peft_adapters.by_name["default"].fully_trained
-        copied = [join(path, name) for path, names in trained.items() for name in names]
+        adapter = adapted._peft_adapters.by_name["default"]
+        copied = [join(path, name) for path, names in adapter.fully_trained.items() for name in names]
+        changed = [*[one.site.weight for one in adapter.weight_sites], *[join(path, "weight") for path in adapter.rows]]
+        bases = [requiring_grad(base, paths) for paths in (copied, (*copied, *changed))]
         for records in (False, True):
-            base.requires_grad_(False)
-            for path in (*copied, *(changed if records else ())):
-                base.get_parameter(path).requires_grad_()
             when = f"with training={mode}, {'gradients' if records else 'no gradients'}"
             with torch.set_grad_enabled(records):
                 if modes is None and mode and draw_otherwise(adapted, base, inputs):
                     return
-                with_it, without = (functools.partial(run_copy, model, every) for model in (adapted, base))
-                require_alike(with_it, without, tolerance, f"{when}, a fresh adapter changes the output")
+                with_it, *without = (functools.partial(run_copy, model, every) for model in (adapted, *bases))
+                require_one_alike(with_it, without, tolerance, f"{when}, a fresh adapter changes the output")
 
 
 @blames_a_site

@@ -54,6 +54,14 @@ def run_each(model: nn.Module, every: Sequence[ExampleInputs]) -> Any:
     return {f"inputs {number}": run(model, inputs) for number, inputs in enumerate(every)}
 
 
+def requiring_grad(model: nn.Module, paths: Sequence[str]) -> nn.Module:
+    """Returns a copy of a model in which these parameters alone require grad."""
+    copied = copy.deepcopy(model).requires_grad_(False)
+    for path in paths:
+        copied.get_parameter(path).requires_grad_()
+    return copied
+
+
 def run_copy(
     model: nn.Module, every: Sequence[ExampleInputs], change: Callable[[Any], Any] = lambda copied: copied
 ) -> Any:

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from graphpeft.graph.changed_weight import RefusedWeight
+from graphpeft.graph.errors import TraceError
+
 
 class Constants:
     """The constants of one tracer's graphs.
@@ -29,7 +32,12 @@ class Constants:
         Args:
             value: The constant.
             is_made_anew: Returns whether a constant is a tensor that the forward has made.
+
+        Raises:
+            TraceError: If it is a weight that has no changed numbers.
         """
+        if isinstance(value, RefusedWeight):
+            raise TraceError(value.reason)
         names = [name for name, constant in self.values.items() if constant is value]
         names += [name for name, made in self._made.items() if made is value]
         if not names and is_made_anew(value):

@@ -37,6 +37,7 @@ from graphpeft.graph.inputs import ExampleInputs, split_inputs
 from graphpeft.graph.kept_forwards import set_forward
 from graphpeft.graph.offloading import unhooked
 from graphpeft.graph.ops import LAYER_OPTIONS
+from graphpeft.graph.own_tensors import recording_reads
 from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
 from graphpeft.graph.settings import add_check
@@ -155,9 +156,10 @@ def _template(tracer: ValueTracer, module: nn.Module, example_inputs: ExampleInp
             f"{cls.__name__}'s forward asks whether values are the same object; pass example_inputs: a tuple of "
             "positional arguments or a dict of keyword arguments of the model"
         )
-    recorded = in_each_mode(
-        module, lambda modes: record_forward(tracer, module, module.forward, *split_inputs(example_inputs), modes)
-    )
+    with recording_reads():
+        recorded = in_each_mode(
+            module, lambda modes: record_forward(tracer, module, module.forward, *split_inputs(example_inputs), modes)
+        )
     if recorded.other_mode_error is not None:
         raise recorded.other_mode_error
     for name, value in tracer.session.constants.values.items():

@@ -22,6 +22,7 @@ from graphpeft.graph.errors import TraceError
 from graphpeft.graph.facts import value_inputs
 from graphpeft.graph.holders import has_own_modules
 from graphpeft.graph.inputs import ExampleInputs, split_inputs
+from graphpeft.graph.own_tensors import read_own_of_kept
 from graphpeft.graph.settings import Reads, Settings, Watch
 from graphpeft.graph.template import GraphForward, Graphs, Template, wear_template
 from graphpeft.graph.traced_model import Place, TracedModel, module_told
@@ -152,6 +153,8 @@ def _graph_module(model: nn.Module, recorded: Recorded, tracer: ValueTracer) -> 
     _refuse_reserved_names(reads)
     # built once for all copies of layers, of which a model has hundreds
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    # changes are in the graphs, and a layer in a module that stays a call has them, too
+    read_own_of_kept(recorded.graphs, model)
     for kind, path in _in_order(model, recorded.graphs):
         if kind == INLINED:
             _container(root, model, path)

@@ -116,9 +116,8 @@ class ValueTracer(fx.Tracer):
         """Drops all proxies, and clears the caches that still hold some."""
         self._attributes, self._copies, self._objects, self._before_writes = {}, {}, {}, []
         # the traceback of an error keeps proxies alive, so live proxies show nothing then
-        has_left_some = (
-            self.session.has_hashed if sys.exc_info()[0] else any(proxy() is not None for proxy in self._proxies)
-        )
+        are_alive = any(proxy() is not None for proxy in self._proxies)
+        has_left_some = self.session.has_hashed if sys.exc_info()[0] else are_alive
         self._proxies, self.session.has_hashed = [], False
         if has_left_some:
             forget_traced_values()
@@ -275,6 +274,10 @@ class ValueTracer(fx.Tracer):
             self._attributes[name] = self.create_proxy("get_attr", name, (), {})
         return self._attributes[name]
 
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Returns False: a graph either has what a layer's adapters compute, or reads the layer's attributes."""
+        return False
+
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """Records the call of a submodule: the calls of its forward if it can be inlined, else one ``call_module``."""
         # the forward itself has made a module that isn't in the model, such as a loss
@@ -406,8 +409,6 @@ class ValueTracer(fx.Tracer):
             self._copies[name] = self.create_proxy("call_method", "clone", (self.attribute(name),), {})
         return self._copies[name].node
 
-    # example values
-
     @property
     def is_running(self) -> bool:
         """Whether calls aren't recorded now: code runs on example values, or in another thread."""
@@ -422,8 +423,6 @@ class ValueTracer(fx.Tracer):
     def is_recording(self) -> bool:
         """Whether this thread is tracing and records its calls now."""
         return self._thread is not None and not self.is_running
-
-    # decisions
 
     def decide(self, proxy: fx.Proxy, answer: Any, decision: str | None = None) -> None:
         """Adds a check that `proxy` is `answer` in every run. The caller must not use `proxy` afterwards."""

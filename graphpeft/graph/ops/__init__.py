@@ -14,6 +14,7 @@ from graphpeft.graph.ops.embedding import Embedding
 from graphpeft.graph.ops.linear import Linear, transpose_of
 from graphpeft.graph.ops.set_forwards import function_of
 from graphpeft.graph.ops.weight import Weight
+from graphpeft.graph.own_tensors import own_tensor
 from graphpeft.graph.tags import TAG
 
 __all__ = [
@@ -53,7 +54,11 @@ def read_op(node: fx.Node, root: nn.Module) -> Computation | None:
     """Returns the operation that `node` computes, or None if it is of no known kind."""
     op = _spelled(node, root)
     # a product with a batch of matrices is spelled like one with a matrix; only the weight's dimensions differ
-    return op if op is not None and op.describes(operator.attrgetter(op.weight)(root).ndim) else None
+    if op is None:
+        return None
+    around, _, name = op.weight.rpartition(".")
+    owner = operator.attrgetter(around)(root) if around else root
+    return op if op.describes(own_tensor(owner, name).ndim) else None
 
 
 def _spelled(node: fx.Node, root: nn.Module) -> Computation | None:

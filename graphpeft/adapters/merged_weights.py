@@ -249,13 +249,13 @@ _LAYER = in_place.Layer("merged", (), {"_load_from_state_dict": _load, "_apply":
 
 
 def refuse_merged_by_others(modules: Modules, adapters: Adapters, name: str) -> None:
-    """Raises AdaptError if adapters of a model around or inside are merged into a weight that an adapter changes."""
-    own = {path for path, _ in merged_places(adapters)}
-    for adapted in changing_sites(modules, adapters.by_name[name]):
+    """Raises AdaptError if adapters of a model around or inside are merged into a module that an adapter changes."""
+    adapter, own = adapters.by_name[name], {path for path, _ in merged_places(adapters)}
+    for adapted in (*changing_sites(modules, adapter), *adapter.coded_sites):
         path = adapted.site.owner
-        if path not in own and _BITS in vars(modules[path]):
+        if path not in own and path in modules and _BITS in vars(modules[path]):
             raise AdaptError(
-                f"an adapter of another model, around this one or inside of it, is merged into {adapted.site.weight}, "
+                f"an adapter of another model, around this one or inside of it, is merged into {path or 'the model'}, "
                 f"and taking it out would take {name!r} out, too; call merge_and_unload(), or unmerge_adapter(), "
                 "of that model first"
             )

@@ -264,7 +264,7 @@ def fx_tracer(module: nn.Module, own: Any) -> Any:
     if isinstance(own, fx.Proxy):
         return own.tracer
     # what a hook has computed is no proxy, but what it is computed from is one
-    others = (nn.Module.__getattr__(module, name) for name, own in module._parameters.items() if own is not None)
+    others = (nn.Module.__getattr__(module, name) for name, each in module._parameters.items() if each is not None)
     return next((other.tracer for other in others if isinstance(other, fx.Proxy)), None)
 
 

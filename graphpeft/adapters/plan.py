@@ -29,7 +29,7 @@ from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.contradictions import contradiction, lacking_base, unfit_bases
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.report import Refusal, Report
-from graphpeft.rules.rule import Mergeable, ReplacesWeight, changes_bias
+from graphpeft.rules.rule import Mergeable, ReplacesWeight
 from graphpeft.rules.weight_reader import WeightReader
 from graphpeft.sites.finder import NOTHING_KNOWN, Known, SiteFinder
 from graphpeft.sites.site import CallSite, LeafSite, Site
@@ -305,9 +305,10 @@ def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template) 
     in_holder = names_in_holder(specs, constants, site.prefix)
     names = _names(in_holder, rule.held_in, plan.report.adapter)
     shared = _shared(plan, site, specs, names, dtype)
-    has_bias = changes_bias(rule)
+    is_mergeable = isinstance(rule, Mergeable)
+    has_bias = is_mergeable and rule.changes_bias
     # a bias without a place to be merged into is no matter of the weight
-    is_change = isinstance(rule, Mergeable) and (has_bias or rule.unmergeable(site) is None)
+    is_change = is_mergeable and (has_bias or rule.unmergeable(site) is None)
     changed = (site.attribute,) if isinstance(site, Site) else ()
     if isinstance(site, Site) and has_bias and site.bias is not None:
         changed = (site.attribute, site.bias.rpartition(".")[2])

@@ -133,6 +133,14 @@ def test_a_report_is_that_of_the_active_adapter():
         model.adapter_report()
 
 
+def test_the_active_adapter_is_what_activates_it_again():
+    model = adapted("mine")
+    model.add_adapter("other", LoraConfig(target_modules=["head"]))
+    for active in ("mine", ["mine", "other"], []):
+        model.set_adapter(active)
+        assert model.active_adapter == active
+
+
 def test_the_active_config_is_that_of_the_active_adapter():
     model = adapted("mine")
     model.add_adapter("other", LoraConfig(target_modules=["head"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 import peft
 import pytest
 import torch
-from models import BERT, GPT2, LLAMA, Example, llama_config, output
+from models import BERT, GPT2, LLAMA, Example, equal, llama_config, output
 from oracle import perturb
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaForCausalLM
@@ -44,12 +45,27 @@ class Convolutional(nn.Module):
         return self.projector(self.norm(x))
 
 
+class Recurrent(nn.Module):
+    """A recurrent layer, which computes with a list of its parameters."""
+
+    def __init__(self, cls: Any) -> None:
+        super().__init__()
+        self.rnn, self.head = cls(4, 3, num_layers=2, bidirectional=True), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0])
+
+
 def tied_llama() -> nn.Module:
     torch.manual_seed(0)
     return LlamaForCausalLM(llama_config(tie_word_embeddings=True)).eval()
 
 
 CONVOLUTIONAL = Example("convolutional", Convolutional, lambda g: (torch.randn(5, 4, generator=g),), {})
+RECURRENT = [
+    Example(cls.__name__, functools.partial(Recurrent, cls), CONVOLUTIONAL.arguments, {})
+    for cls in (nn.LSTM, nn.GRU, nn.RNN)
+]
 TIED = Example("tied-llama", tied_llama, LLAMA.arguments, {})
 
 CASES = [
@@ -57,6 +73,7 @@ CASES = [
     pytest.param(GPT2, "LNTuningConfig", {}, id="default norms"),
     pytest.param(CONVOLUTIONAL, "LNTuningConfig", {"target_modules": ["norm"]}, id="a norm with buffers"),
     pytest.param(CONVOLUTIONAL, "LNTuningConfig", {"target_modules": ["projector"]}, id="a module with others inside"),
+    *(pytest.param(each, "LNTuningConfig", {"target_modules": ["rnn"]}, id=each.name) for each in RECURRENT),
     pytest.param(
         LLAMA,
         "LNTuningConfig",
@@ -223,6 +240,15 @@ def test_what_a_method_lacks_is_no_option_of_it(tmp_path: Path) -> None:
         get_peft_model(LLAMA.build(), config)
     LNTuningConfig(target_modules=["norm"]).save_pretrained(tmp_path)
     assert "layers_pattern" not in json.loads((tmp_path / "adapter_config.json").read_text())
+
+
+@pytest.mark.parametrize("example", RECURRENT, ids=lambda example: example.name)
+def test_a_recurrent_layer_is_compiled_with_what_stands_in(example: Example) -> None:
+    model: Any = get_peft_model(example.build(), LNTuningConfig(target_modules=["rnn"]))
+    perturb(model)
+    inputs = example.inputs()
+    assert not equal(model(*inputs), example.build()(*inputs))
+    assert equal(output(torch.compile(model, backend="eager"), inputs), output(model, inputs))
 
 
 def test_a_task_brings_no_head_to_a_method_without_modules_to_save() -> None:

@@ -116,7 +116,7 @@ def _scale_gathered(parameter: torch.Tensor, factors: torch.Tensor) -> None:
 
 def is_managed(module: nn.Module) -> bool:
     """Returns whether `fully_shard` or FSDP shards the tensors that `module` had then, and sums up gradients."""
-    return "_is_fsdp_managed_module" in vars(module)
+    return "_is_fsdp_managed_module" in module.__dict__
 
 
 def is_partitioned(tensor: Any) -> bool:

@@ -42,13 +42,9 @@ class AdapterInfo(nn.Module):
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The name of the active adapter, or the list of names if several are: what `set_adapter` takes.
-
-        Raises:
-            AdaptError: If no adapter is active.
-        """
+        """The name of the active adapter, or the list of names if several or none are: what `set_adapter` takes."""
         active = self.active_adapters
-        return active if len(active) > 1 else self._first_active
+        return active[0] if len(active) == 1 else active
 
     @property
     def _first_active(self) -> str:

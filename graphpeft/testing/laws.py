@@ -45,7 +45,7 @@ from graphpeft.testing.runs import (
 )
 from graphpeft.testing.snapshots import require_unchanged, require_unloaded, snapshot, with_saved
 from graphpeft.testing.steady import require_steady
-from graphpeft.testing.unmerging import require_no_merge, require_unmerged_exactly
+from graphpeft.testing.unmerging import require_no_merge, require_read_as_merged, require_unmerged_exactly
 from graphpeft.testing.variants import of_sites_that_merge
 from graphpeft.tracing.trace import trace
 from graphpeft.wording import joined
@@ -150,6 +150,8 @@ def assert_adapted_is_base_with_delta(
 ) -> None:
     """Law 3: adapted = base with the deltas added by hand = merged; and `unload` restores the base exactly.
 
+    Weights that are read while the adapter acts are the merged ones.
+
     In evaluation, an adapted model is a function of its inputs, row by row, as far as the base is; with a reference, it
     is this function. Active adapters leave their copies of `modules_to_save`.
 
@@ -219,7 +221,7 @@ def _adapted_is_base_with_delta(
         add_deltas = functools.partial(with_deltas, adapter=adapter, modules=dict(adapted.named_modules()))
         by_hand = functools.partial(run_copy, build().train(mode), every, add_deltas)
         # it refuses a tied weight, where a delta added by hand would change the other layer, too
-        copy.deepcopy(adapted).merge_and_unload()
+        require_read_as_merged(adapted, copy.deepcopy(adapted).merge_and_unload(), adapter, tolerance)
         require_alike(by_hand, active, tolerance, f"training={mode}: adapted isn't base with deltas")
         require_alike(merged, active, tolerance, f"training={mode}: merged differs from adapted")
     else:

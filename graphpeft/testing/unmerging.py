@@ -1,13 +1,17 @@
-"""Checks of adapters for which merged isn't adapted: quantised weights round, and other sites refuse to be merged."""
+"""Checks of merging beside outputs: weights that are read, quantised weights, which round, and sites that refuse."""
 
 from __future__ import annotations
 
 import warnings
 from typing import Any
 
+from torch import fx
+
+from graphpeft.adapters.changes import changing_sites
 from graphpeft.adapters.plan import AdaptError
+from graphpeft.adapters.state import Adapter
 from graphpeft.graph.inputs import ExampleInputs
-from graphpeft.testing.comparing import LawError, require_equal
+from graphpeft.testing.comparing import LawError, require_close, require_equal
 from graphpeft.testing.runs import run
 from graphpeft.testing.snapshots import require_unchanged, snapshot
 
@@ -28,6 +32,27 @@ def require_unmerged_exactly(adapted: Any, inputs: ExampleInputs) -> None:
         adapted.merge_adapter()
     adapted.unmerge_adapter()
     require_equal(run(adapted, inputs), before, "unmerged differs from before merging")
+
+
+def require_read_as_merged(adapted: Any, merged: Any, adapter: Adapter, tolerance: float) -> None:
+    """Raises unless who reads a weight that the adapter changes gets the merged one.
+
+    Args:
+        adapted: The model. A flat graph has its own weights there, and is passed over.
+        merged: What merging makes of it.
+        adapter: The active adapter.
+        tolerance: The allowed difference, as for `require_close`.
+
+    Raises:
+        LawError: If a weight differs.
+    """
+    if isinstance(adapted, fx.GraphModule):
+        return
+    modules, merged_modules = dict(adapted.named_modules()), dict(merged.named_modules())
+    for one in changing_sites(modules, adapter):
+        path, name = one.site.owner, one.site.attribute
+        found, expected = (getattr(each[path], name).detach() + 0 for each in (modules, merged_modules))
+        require_close(found, expected, tolerance, f"{one.site.weight}, read while the adapter acts, isn't the merged one")
 
 
 def require_no_merge(adapted: Any) -> None:

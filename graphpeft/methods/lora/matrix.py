@@ -73,9 +73,12 @@ class LoraMatrix(LoraRule, Mergeable, ReplacesWeight, Combines):
         """Returns the weight with its change, beside the factors of that if what is multiplied has dropout."""
         if not self.drops:
             return super().changed_weight(weight, given)
-        A, B = given["lora_A"], given["lora_B"]
-        factors = (A.mT, B.mT) if self.flipped else (B, A)
+        factors = self.factors_of_change(given["lora_A"], given["lora_B"])
         return plus_product(weight, *factors, given["lora_scaling"], lora_dropout, training)
+
+    def factors_of_change(self, lora_A: Any, lora_B: Any) -> tuple[Any, Any]:
+        """Returns B and A, or the transposes of A and B where these are factors of the weight's transpose."""
+        return (lora_A.mT, lora_B.mT) if self.flipped else (lora_B, lora_A)
 
     def as_product(self, delta: Any) -> Any:
         """Returns a change of the weight as the matrix B A."""

@@ -139,13 +139,15 @@ class LoraBlocks(LoraLinear):
 
     def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s B A."""
-        A, B = self._whole(lora_A, lora_B)
-        return super().delta(A, B, lora_scaling)
+        return super().delta(*self._whole(lora_A, lora_B), lora_scaling)
+
+    def factors_of_change(self, lora_A: Any, lora_B: Any) -> tuple[Any, Any]:
+        """Returns the whole factors."""
+        return super().factors_of_change(*self._whole(lora_A, lora_B))
 
     def matrices(self, operation: Any, lora_A: Any, lora_B: Any) -> tuple[Any, Any]:
         """Returns the transposes of the whole factors."""
-        A, B = self._whole(lora_A, lora_B)
-        return super().matrices(operation, A, B)
+        return super().matrices(operation, *self._whole(lora_A, lora_B))
 
     def _whole(self, lora_A: Any, lora_B: Any) -> tuple[Any, Any]:
         """Returns A and B with zeros around the blocks, (…, r, in) and (…, out, r)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import functools
 import json
 import pickle
 import threading
@@ -626,6 +627,20 @@ def test_a_table_with_as_many_entries_as_there_are_rows_is_not_taken_for_rows():
     model = with_adapters(graphpeft, Positioned(), *[{"r": 2, "target_modules": ["mixer.w"], "use_dora": True}] * 2)
     with pytest.raises(ValueError, match="of which it isn't known which are rows of the batch"):
         model(torch.randn(3, 3, 8), adapter_names=["u", "v", "__base__"])
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_a_model_in_double_precision_have_exact_scales(default: torch.dtype):
+    options: list[dict[str, Any]] = [{"r": rank, "lora_alpha": 1, "target_modules": ["0"]} for rank in (3, 7)]
+    model = with_adapters(graphpeft, nn.Sequential(nn.Linear(8, 8)), *options).double()
+    x, names = torch.randn(3, 8).double(), ["u", "v", "u"]
+    expected = by_row(model, (x,), names)
+    torch.set_default_dtype(default)
+    try:
+        found = output(functools.partial(model, adapter_names=names), (x,))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
 
 
 def test_rows_in_half_precision_have_scales_of_their_own():

@@ -91,7 +91,8 @@ class RowAdapters:
         if len(there) == 1:
             return next(iter(there))
         if values not in self._numbers:
-            self._numbers[values] = torch.tensor([0.0 if value is None else value for value in values])
+            numbers = [0.0 if value is None else value for value in values]
+            self._numbers[values] = torch.tensor(numbers, dtype=torch.float64)
         return self._numbers[values]
 
     def dropout(self, owner: nn.Module, stem: str) -> Any:
@@ -101,7 +102,7 @@ class RowAdapters:
         if found.count(found[0]) == len(found):
             return found[0]
         if found not in self._numbers:
-            self._numbers[found] = torch.tensor(found)
+            self._numbers[found] = torch.tensor(found, dtype=torch.float64)
         return self._numbers[found]
 
     def _holders(self, owner: nn.Module, where: Where | None) -> list[nn.Module | None]:

@@ -350,7 +350,10 @@ class RunsByRow(ABC):
 
     @property
     def constants_by_row(self) -> Mapping[str, float | None]:
-        """The constants that `by_row` reads, each with its value for an adapter without it; None for any value."""
+        """The constants that `by_row` reads, each with its value for an adapter without it; None for any value.
+
+        Where rows have different ones, `by_row` gets a tensor of shape (rows,), in double precision and on the CPU.
+        """
         return {}
 
     def joined(self, rules: Sequence[Any]) -> Any:

@@ -52,7 +52,9 @@ def require_read_as_merged(adapted: Any, merged: Any, adapter: Adapter, toleranc
     for one in changing_sites(modules, adapter):
         path, name = one.site.owner, one.site.attribute
         found, expected = (getattr(each[path], name).detach() + 0 for each in (modules, merged_modules))
-        require_close(found, expected, tolerance, f"{one.site.weight}, read while the adapter acts, isn't the merged one")
+        require_close(
+            found, expected, tolerance, f"{one.site.weight}, read while the adapter acts, isn't the merged one"
+        )
 
 
 def require_no_merge(adapted: Any) -> None:

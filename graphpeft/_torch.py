@@ -45,6 +45,7 @@ from torch.fx import _symbolic_trace as symbolic_tracing
 from torch.fx.graph import PythonCode
 from torch.nn.modules import module as _hooks
 from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
+from torch.nn.utils import stateless
 from torch.overrides import _get_current_function_mode as current_function_mode
 from torch.overrides import _pop_mode_temporarily as function_mode_set_aside
 from torch.utils._python_dispatch import TorchDispatchMode, is_in_torch_dispatch_mode
@@ -53,6 +54,7 @@ from torch.utils.checkpoint import CheckpointFunction
 __all__ = [
     "CHECKPOINT_GENERATOR",  # the implementation of `checkpoint` with use_reentrant=False
     "CODE_OF_CALLS",  # tells by the frames around whether a module is being called
+    "CODE_OF_FUNCTIONAL_CALLS",  # tells likewise whether it is called with other weights in place of its own
     "FORWARD_HOOKS_OF_ALL",  # global hooks that a forward runs
     "GROUPED_MM",  # products with experts' weights, some of which fake tensors refuse
     "PADDING_OF_CONVOLUTION",  # for convolutions with padding other than zeros
@@ -118,6 +120,7 @@ Since 2.15, the name ends in ``_impl``, and the function without ``_impl`` only 
 """
 
 CODE_OF_CALLS = frozenset((nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__))
+CODE_OF_FUNCTIONAL_CALLS = stateless._functional_call.__code__
 
 # autograd
 

@@ -3,11 +3,8 @@
 import functools
 import operator
 
-import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call
-from torch.nn.utils.stateless import _reparametrize_module
 
 
 def by_layer(layer, x):
@@ -220,84 +217,3 @@ ADAPTED = [
     ByBaseClass, ByNamedBaseClass, ByDecorated, Calls, OfTheOneInside,
     ByGetter, ByTheGetterOfTheClass, ByGetParameter, UndecidedArguments, ByOwnCall,
 ]  # fmt: skip
-
-
-class WithOtherWeights(nn.Module):
-    """Calls its layer with another weight in place of the layer's own."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner, self.fast = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4))
-
-    def forward(self, x):
-        return torch.func.functional_call(self.inner, {"weight": self.fast}, (x,))
-
-
-class WithOtherWeightsInside(nn.Module):
-    """Hands what has the layer to a function that calls it so."""
-
-    def __init__(self):
-        super().__init__()
-        self.net, self.fast = nn.Sequential(nn.Linear(4, 4)), nn.Parameter(torch.randn(4, 4))
-        self.net.inner = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return _called(self.net, self.fast, x)
-
-
-def _called(net, fast, x):
-    return functional_call(net, {"inner.weight": fast}, (x,))
-
-
-class WithOtherWeightsByAnotherName(WithOtherWeights):
-    def forward(self, x):
-        return fast_call(self.inner, {"weight": self.fast}, (x,))
-
-
-fast_call = functional_call
-
-
-class WithOtherWeightsByGetattr(WithOtherWeights):
-    def forward(self, x):
-        return getattr(torch.func, "functional_call")(self.inner, {"weight": self.fast}, (x,))  # noqa: B009
-
-
-class WithOtherWeightsByATable(WithOtherWeights):
-    def forward(self, x):
-        return CALLS["fast"](self.inner, {"weight": self.fast}, (x,))
-
-
-CALLS = {"fast": functional_call}
-
-
-class WithOtherWeightsByAnAttribute(WithOtherWeights):
-    def __init__(self):
-        super().__init__()
-        self.call = functional_call
-
-    def forward(self, x):
-        return self.call(self.inner, {"weight": self.fast}, (x,))
-
-
-class WithOtherWeightsByAPartial(WithOtherWeightsByAnAttribute):
-    def __init__(self):
-        super().__init__()
-        self.call = functools.partial(functional_call, strict=False)
-
-
-class WithOtherWeightsForATime(WithOtherWeights):
-    def forward(self, x):
-        with _reparametrize_module(self.inner, {"weight": self.fast}):
-            return self.inner(x)
-
-
-REPLACED = [
-    WithOtherWeights,
-    WithOtherWeightsInside,
-    WithOtherWeightsByAnotherName,
-    WithOtherWeightsByGetattr,
-    WithOtherWeightsByATable,
-    WithOtherWeightsByAnAttribute,
-    WithOtherWeightsByAPartial,
-    WithOtherWeightsForATime,
-]

@@ -14,6 +14,7 @@ import peft
 import pytest
 import timm
 import torch
+import transformers
 from click.testing import CliRunner
 from contracts import FIRST
 from contracts.contract import Contract
@@ -365,6 +366,26 @@ def test_merge_writes_the_folder_of_a_transformers_model(here: Path):
     base = load_file(here / "base" / "model.safetensors")
     changed = {name for name, tensor in base.items() if not torch.equal(tensor, merged[name])}
     assert changed == {name for name in base if "q_proj" in name}
+
+
+def test_a_merged_model_takes_the_place_of_an_earlier_one_whole(here: Path, monkeypatch: pytest.MonkeyPatch):
+    saved_llama(here)
+    assert main(["merge", "adapter", "merged"]) == 0
+    stale = ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    for name in (*stale, "notes.txt"):
+        (here / "merged" / name).write_text("{}")
+    before = {file.name: file.read_bytes() for file in (here / "merged").iterdir()}
+
+    def fails(model: Any, folder: Path) -> None:
+        (folder / "config.json").write_text("{")
+        raise OSError("no space is left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(transformers.PreTrainedModel, "save_pretrained", fails)
+        assert main(["merge", "adapter", "merged"]) == 1
+    assert {file.name: file.read_bytes() for file in (here / "merged").iterdir()} == before
+    assert main(["merge", "adapter", "merged"]) == 0
+    assert {file.name for file in (here / "merged").iterdir()} == before.keys() - {*stale}
 
 
 def test_merge_of_a_model_of_ones_own_asks_for_a_file(here: Path, capsys: pytest.CaptureFixture[str]):

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib.util
 import py_compile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.machinery import SourcelessFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import hidden_readers
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 
-from graphpeft import AdaptError, LoraConfig, TraceError, get_peft_model, trace
+from graphpeft import GuardError, LoraConfig, TraceError, get_peft_model, trace
 from graphpeft.testing import laws
 
 pytestmark = pytest.mark.quick("code", "sites")
@@ -79,14 +82,77 @@ def test_a_weight_is_adapted_where_it_is_read(name: str, load: Loaded, tmp_path:
     laws.require_close(adapted.merge_and_unload()(X), found, 1e-5, "merged and adapted")
 
 
-@pytest.mark.parametrize("load", LOADED)
-@pytest.mark.parametrize("name", [cls.__name__ for cls in hidden_readers.REPLACED])
-def test_a_layer_that_is_called_with_other_weights_is_refused(name: str, load: Loaded, tmp_path: Path):
-    model = _models(load, name, tmp_path)
+class Fast(nn.Module):
+    """Calls its layer with another weight in place of the layer's own, and another layer as it is."""
+
+    def __init__(self, spelling: Callable[[Any, Tensor], Tensor]):
+        super().__init__()
+        self.inner, self.outer, self.fast = nn.Linear(4, 4), nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4))
+        self.spelling, self.runner = spelling, SimpleNamespace(run=functional_call)
+        self.partial = functools.partial(functional_call, self.inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.spelling(self, x))
+
+
+def _by_vmap(self: Any, x: Tensor) -> Tensor:
+    weights = torch.stack([self.fast, 2 * self.fast])
+    return torch.vmap(lambda weight: functional_call(self.inner, {"weight": weight}, (x,)))(weights).sum(0)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        lambda self, x: torch.func.functional_call(self.inner, {"weight": self.fast}, (x,)),
+        lambda self, x: getattr(torch.func, "functional" + "_call")(self.inner, {"weight": self.fast}, (x,)),
+        lambda self, x: self.runner.run(self.get_submodule("inner"), {"weight": 2 * self.fast}, (x,)),
+        lambda self, x: self.partial({"weight": self.fast.clone()}, (x,)),
+        lambda self, x: functional_call(nn.Sequential(self.inner), {"0.weight": self.fast}, (x,)),
+        _by_vmap,
+    ],
+    ids=["by name", "by getattr", "in an object", "in a partial", "inside of another", "by vmap"],
+)
+def test_a_layer_that_the_model_calls_with_other_weights_is_told(spelling: Callable[[Any, Tensor], Tensor]):
+    model = nn.Sequential(Fast(spelling))
     before = model(X)
-    with pytest.raises(AdaptError, match=r"by torch\.func\.functional_call, with other weights in place of its own"):
-        get_peft_model(model, CONFIG)
-    assert torch.equal(model(X), before)
+    adapted: Any = get_peft_model(model, CONFIG)
+    for _ in range(2):
+        with pytest.raises(GuardError, match=r"the model calls 0\.inner by torch\.func\.functional_call.*leave it out"):
+            adapted(X)
+    with adapted.disable_adapter():
+        assert torch.equal(adapted(X), before)
+    assert torch.equal(adapted.unload()(X), before)
+
+
+def test_other_layers_beside_one_that_is_called_with_other_weights_are_adapted():
+    model = nn.Sequential(Fast(_by_vmap))
+    adapted: Any = get_peft_model(model, LoraConfig(target_modules=["outer"], r=2, init_lora_weights=False))
+    found = adapted(X)
+    laws.require_close(adapted.merge_and_unload()(X), found, 1e-5, "merged and adapted")
+
+
+def test_a_layer_that_the_model_calls_with_its_own_weights_is_adapted():
+    model = nn.Sequential(Fast(lambda self, x: functional_call(self.inner, dict(self.inner.named_parameters()), (x,))))
+    base = model(X)
+    adapted: Any = get_peft_model(model, CONFIG)
+    found = adapted(X)
+    assert not torch.allclose(found, base)
+    laws.require_close(adapted.merge_and_unload()(X), found, 1e-5, "merged and adapted")
+
+
+def test_an_adapted_model_is_called_with_other_weights():
+    adapted: Any = get_peft_model(nn.Sequential(Fast(lambda self, x: self.inner(x))), CONFIG)
+    found = adapted(X)
+    others = {name: 2 * own.detach() for name, own in adapted.named_parameters()}
+    for _ in range(2):
+        laws.require_close(functional_call(adapted, others, (X,)), _with(adapted, others)(X), 1e-6, "other weights")
+        laws.require_close(adapted(X), found, 0, "after it")
+
+
+def _with(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(dict(values), strict=False)
+    return copied
 
 
 def _asking(text: str) -> nn.Module:

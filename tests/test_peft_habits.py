@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import peft
 import pytest
 import torch
 from models import LLAMA, MLP, T5
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaForSequenceClassification
 
 import graphpeft
@@ -210,6 +211,25 @@ def test_a_saved_adapter_of_the_same_name_gives_its_values(is_trainable: bool, t
     assert {p.requires_grad for n, p in model.named_parameters() if ".default." in n} == {is_trainable}
     assert model.head.weight is tensor
     torch.testing.assert_close(model(X), expected)
+
+
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.4}, {"init_lora_weights": "pissa"}], ids=["dropout", "pissa"])
+def test_an_adapter_is_loaded_over_itself_whatever_the_order_of_its_layers(options: Any, tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.inner, self.w = nn.Linear(8, 8), nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(self.up(x)) @ self.w
+
+    model = get_peft_model(Net(), LoraConfig(r=2, target_modules=["w", "up", "inner"], **options)).eval()
+    found = model(X[:, :8])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "lora_dropout=0.4 is saved as 0")
+        model.save_pretrained(tmp_path)
+        model.load_adapter(tmp_path, "default")
+    torch.testing.assert_close(model.eval()(X[:, :8]), found)
 
 
 def test_a_saved_adapter_of_the_same_name_and_other_options_is_refused(tmp_path: Path) -> None:

@@ -786,6 +786,21 @@ def test_roberta_large_counts_its_parameters_as_peft_does(capsys: pytest.Capture
     assert printed[0].startswith("trainable params: 1,351,938 || all params: ")
 
 
+@pytest.mark.parametrize("config", [graphpeft.PromptEncoderConfig, graphpeft.PrefixTuningConfig], ids=["p", "prefix"])
+def test_a_prompt_is_saved_in_its_own_precision(config: Any, tmp_path: Path) -> None:
+    more = {"prefix_projection": True} if config is graphpeft.PrefixTuningConfig else {}
+    options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3, "encoder_hidden_size": 12, **more}
+    model: Any = get_peft_model(LLAMA.build(), config(**options))
+    model.save_pretrained(tmp_path / "outside")
+    with torch.autocast("cpu", torch.bfloat16):
+        model.save_pretrained(tmp_path / "inside")
+    files = [
+        safetensors.torch.load_file(tmp_path / where / "adapter_model.safetensors") for where in ("outside", "inside")
+    ]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+
+
 def test_a_config_of_pefts_documentation_is_loaded_and_saved_unchanged(tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "encoder_hidden_size": 128,

@@ -10,6 +10,7 @@ import sys
 import threading
 import types
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,35 @@ class Waiting(nn.Module):
         self.is_running.set()
         self.may_end.wait(2)
         return self.layer(x) + torch.arange(8)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.LSTM(8, 8), lambda: nn.MultiheadAttention(8, 2)], ids=["lstm", "attention"]
+)
+def test_a_module_whose_call_is_recorded_keeps_its_tensors_for_other_threads(
+    make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+):
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer: Any = make()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(*[x] * (1 if isinstance(self.layer, nn.LSTM) else 3))[0]
+
+    model = Outer()
+    layer = model.layer
+    own, forward = list(layer.parameters()), type(layer).forward
+    kept: list[bool] = []
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kept.append(all(now is before for now, before in zip(layer.parameters(), own, strict=True)))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(layer), "forward", watched)
+    trace(model, (X,))
+    assert kept
+    assert all(kept)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks")

@@ -21,10 +21,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import nn
 from torch.autograd.function import FunctionMeta
-from torch.nn.utils import stateless
 
 from graphpeft.code.attribute_paths import ANY, paths_in, paths_in_bytecode
 
@@ -39,14 +37,12 @@ class Uses(NamedTuple):
         called: The paths of attributes of ``self`` that the code calls.
         read_elsewhere: The names of attributes read from other variables than ``self``, such as ``weight`` of
             ``layer.weight``, where ``layer`` may be a submodule.
-        replaces_weights: Whether it names ``torch.func.functional_call``, which calls a module with other weights.
         has_own_gradient: Whether it names a ``torch.autograd.Function`` of the user's.
     """
 
     read: set[str]
     called: set[str]
     read_elsewhere: set[str]
-    replaces_weights: bool = False
     has_own_gradient: bool = False
 
 
@@ -99,7 +95,7 @@ def uses_in_forward(cls: type) -> Uses:
             uses.read_elsewhere.update(_read_by(function) - (set() if may_be_any else {ANY}))
     uses.read_elsewhere.update(reached.got)
     has_own_gradient = FunctionMeta in reached.kinds
-    return uses._replace(replaces_weights=reached.replaces_weights, has_own_gradient=has_own_gradient)
+    return uses._replace(has_own_gradient=has_own_gradient)
 
 
 def _named_in(function: FunctionType, cls: type) -> list[Any]:
@@ -232,14 +228,12 @@ class Reached(NamedTuple):
         kinds: The types of the values.
         got: The names of attributes that functions made by ``operator.attrgetter`` read.
         has_tables: Whether modules are in a container among the values, by which code can tell them apart.
-        replaces_weights: As in `Uses`.
     """
 
     functions: Mapping[FunctionType, bool]
     kinds: Set[type]
     got: Set[str]
     has_tables: bool
-    replaces_weights: bool
 
 
 def functions_in_forward(cls: type) -> Mapping[FunctionType, bool]:
@@ -270,7 +264,6 @@ def _reached(starts: Iterable[Any], cls: type) -> Reached:
     waiting = [(start, False) for start in starts]
     found: dict[FunctionType, bool] = {}
     values: list[Any] = []
-    replaces_weights = False
     while waiting:
         member, is_named = waiting.pop()
         is_named &= issubclass(type(member), FunctionType | functools._lru_cache_wrapper)
@@ -279,9 +272,6 @@ def _reached(starts: Iterable[Any], cls: type) -> Reached:
             found[function] = is_named and found.get(function, True) and function.__name__ not in _CALLED_BY
             if is_known or _is_excluded(function):
                 continue
-            # the name, since the values of `torch.func.functional_call` aren't looked up; and the function by any name
-            names = names_in(function.__code__)
-            replaces_weights |= not (_REPLACING.isdisjoint(names.read) and _REPLACING.isdisjoint(names.texts))
             named = _named_in(function, cls)
             values += named
             waiting += [(value, True) for value in named]
@@ -291,27 +281,7 @@ def _reached(starts: Iterable[Any], cls: type) -> Reached:
         set(map(type, values)),
         {name for getter in getters for path in getter.__reduce__()[1] for name in path.split(".")},
         any(is_table_of_modules(value) for value in values if type(value) in _CONTAINERS),
-        replaces_weights or has_functional_call(values),
     )
-
-
-_REPLACING = frozenset(("functional_call", "_reparametrize_module"))
-"""The names of functions that call a module with other weights than its own."""
-
-_FUNCTIONAL_CALLS = frozenset(map(id, (torch.func.functional_call, stateless.functional_call)))
-"""The numbers of these functions."""
-
-
-def has_functional_call(values: Iterable[Any]) -> bool:
-    """Returns whether a function that calls a module with other weights is among values, or in tables or partials."""
-    every = list(values)
-    kinds = {*map(type, every)}
-    if functools.partial in kinds:
-        every += [each.func for each in every if type(each) is functools.partial]
-    if not kinds.isdisjoint((dict, list, tuple)):
-        tables = [each for each in every if type(each) in (dict, list, tuple)]
-        every += itertools.chain.from_iterable(each.values() if type(each) is dict else each for each in tables)
-    return not _FUNCTIONAL_CALLS.isdisjoint(map(id, every))
 
 
 def is_table_of_modules(value: Any) -> bool:

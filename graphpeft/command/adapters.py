@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -156,13 +157,26 @@ def merge(adapter: str, path: str, base: str | None, as_json: bool) -> None:
         raise click.UsageError(
             f"a {type(merged).__name__} can't save itself as a folder; name a file, {path}.safetensors"
         )
-    if is_file:
-        with Staging(Path(path).parent) as staging:
+    with Staging(Path(path).parent if is_file else Path(path)) as staging:
+        if is_file:
             save_model(merged, str(staging.folder / Path(path).name))
-            staging.put()
-    else:
-        merged.save_pretrained(path)  # which takes away the shards of an earlier one
+        else:
+            merged.save_pretrained(staging.folder)
+        written = staging.put()
+    if not is_file:
+        _remove_weights(Path(path), except_for=written)
     tell({"adapter": adapter, "merged": path}, as_json)
+
+
+def _remove_weights(folder: Path, except_for: Collection[Path]) -> None:
+    """Removes files of weights of an earlier model, such as shards, which a loader could prefer."""
+    for file in folder.absolute().iterdir():
+        if _WEIGHTS.fullmatch(file.name) and file not in except_for:
+            file.unlink()
+
+
+_WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+"""The names that Transformers and Diffusers give such files."""
 
 
 def _refuse_the_other_kind(path: str, is_file: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from graphpeft._torch import CODE_OF_CALLS, symbolic_tracing
+from graphpeft._torch import CODE_OF_CALLS, CODE_OF_FUNCTIONAL_CALLS, symbolic_tracing
+from graphpeft.graph.errors import GuardError
+from graphpeft.graph.paths import STATE
 from graphpeft.graph.per_call import PerCall
 
 STAND_INS = "_graphpeft_stand_ins"
@@ -60,11 +63,17 @@ def own_weight(layer: nn.Module, name: str = "weight") -> torch.Tensor:
 
 
 def own_tensor(module: Any, name: str) -> Any:
-    """Returns a tensor of a module as its attribute would give it without the changes of adapters."""
+    """Returns a tensor of a module as its attribute would give it without the changes of adapters.
+
+    Raises:
+        GuardError: If the model whose adapters act calls the module with another tensor in place of its own.
+    """
+    own = module._parameters.get(name)
+    if not torch.compiler.is_compiling() and PRESENT.get(module, {}).get(name, id(own)) != id(own):
+        _refuse_given(module, name, own)
     stand_in = getattr(type(module), STAND_INS, {}).get(name)
     if stand_in is not None:
         return stand_in(module)
-    own = module._parameters.get(name)
     return base_tensor(module, name) if own is None else own
 
 
@@ -87,6 +96,30 @@ def _held(module: Any, name: str) -> Any:
     if name in module._parameters:
         return None
     return nn.Module.__getattr__(module, name)  # which raises the usual error, or finds a buffer
+
+
+PRESENT: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()
+"""The identities of the tensors that adapters change in modules, by name: when these were adapted, or read last."""
+
+
+def _refuse_given(module: Any, name: str, own: Any) -> None:
+    """Raises if ``torch.func.functional_call`` in a model has put a tensor into a module; else takes note of it.
+
+    Where it is around the model's own call, the adapters act on what it is given, as they do on the model's weights.
+    """
+    is_given, frame = False, sys._getframe(2)
+    while frame is not None:
+        is_given = is_given or frame.f_code is CODE_OF_FUNCTIONAL_CALLS
+        if frame.f_code in CODE_OF_CALLS and STATE in vars(model := frame.f_locals["self"]):
+            if is_given:
+                path = next(path for path, known in model.named_modules() if known is module)
+                raise GuardError(
+                    f"the model calls {path} by torch.func.functional_call, with other weights in place of its own; "
+                    "merging would lose what an adapter changes in these, so leave it out of the adapter's targets"
+                )
+            break
+        frame = frame.f_back
+    PRESENT[module][name] = id(own)
 
 
 def let_read_own(node: fx.Node) -> None:

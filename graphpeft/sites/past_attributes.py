@@ -1,7 +1,6 @@
 """Uses of a layer's weight that go past its attribute, where no change of an adapter is read.
 
-A module may hold the parameter itself, call the layer with other weights, or call it in a function with a gradient of
-its own.
+A module may hold the parameter itself, or call the layer in a function with a gradient of its own.
 """
 
 from __future__ import annotations
@@ -18,13 +17,12 @@ from torch import nn
 from graphpeft._torch import FORWARD_HOOKS_OF_ALL
 from graphpeft.code.contents import PLAIN
 from graphpeft.code.reach import opened
-from graphpeft.code.source import has_functional_call, uses_in_forward
+from graphpeft.code.source import uses_in_forward
 from graphpeft.graph.forward_classes import class_of_forward
 from graphpeft.graph.holders import has_own_modules
 from graphpeft.graph.kept_forwards import KNOWN, OF_HOOKS
 from graphpeft.graph.paths import join
 from graphpeft.peft_errors import PeftWarning
-from graphpeft.sites.site import NoSiteError
 
 _HOOKS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and "hooks" in name)
 
@@ -84,8 +82,8 @@ def _parameters_in(start: Any) -> Iterator[nn.Parameter]:
             waiting += [part for part in opened(value)[1] if type(part) not in _PLAIN_TYPES]
 
 
-class CalledOtherwise:
-    """The modules of one model that its code may so call.
+class CalledInFunctions:
+    """The modules of one model that its code may call in a function with a gradient of its own.
 
     Args:
         modules: The modules by path.
@@ -96,42 +94,28 @@ class CalledOtherwise:
         self._modules, self._graphs = modules, graphs
 
     @functools.cached_property
-    def _found(self) -> tuple[dict[str, str], dict[str, str]]:
-        """The paths of the modules that are called with other weights, and in a function, each with its caller's."""
-        with_others: dict[str, str] = {}
-        in_function: dict[str, str] = {}
+    def _found(self) -> dict[str, str]:
+        """The paths of the modules that are called so, each with its caller's."""
+        found: dict[str, str] = {}
         for path, module in self._modules.items():
-            # those of PyTorch call theirs as they are
+            # those of PyTorch have none
             is_of_pytorch = type(module).__module__.startswith("torch.nn.modules.")
             if is_of_pytorch or path in self._graphs or not has_own_modules(module):
                 continue
-            uses: Any = uses_in_forward(class_of_forward(module))
-            replaces = uses.replaces_weights or has_functional_call(vars(module).values())
-            for read in uses.read if replaces or uses.has_own_gradient else ():
+            uses = uses_in_forward(class_of_forward(module))
+            for read in uses.read if uses.has_own_gradient else ():
                 if read.partition(".")[0] in module._modules:
-                    called = join(path, read)
-                    with_others.update({called: path} if replaces else {})
-                    in_function.update({called: path} if uses.has_own_gradient else {})
-        return with_others, in_function
+                    found[join(path, read)] = path
+        return found
 
-    def check(self, owner: str) -> None:
-        """Checks the module that owns a weight, and warns once of each module inside of which it gets no gradient.
+    def warn(self, owner: str) -> None:
+        """Warns once of each module with a weight inside of which adapters may get no gradient.
 
         Args:
-            owner: The path of the module.
-
-        Raises:
-            NoSiteError: If it may be called with another tensor in the place of its own.
+            owner: The path of the module that owns the weight.
         """
-        with_others, in_function = self._found
-        for around in _around(owner) if with_others or in_function else ():
-            caller = with_others.get(around)
-            if caller is not None:
-                raise NoSiteError(
-                    f"{caller or 'the model'} calls {around} by torch.func.functional_call, with other weights in "
-                    "place of its own, and so without what an adapter would change in them"
-                )
-            caller = in_function.pop(around, None)
+        for around in _around(owner) if self._found else ():
+            caller = self._found.pop(around, None)
             if caller is not None:
                 warnings.warn(
                     f"{caller or 'the model'} may call {around} in a torch.autograd.Function. Its backward runs only "

@@ -220,19 +220,16 @@ class Examples:
                 assert self._session.recording is not None
                 with self._session.recording.outside():
                     return self._run_on_numbers(target, args, kwargs)
-            if target in self._session.kept:
-                with random_python_states_kept(), unchanged(module), _slow_path():
-                    return self._with_fakes(module)(*args, **kwargs)
             # on fresh fake tensors, so that writes into buffers are lost
-            if _is_simple_layer(module):
+            if target not in self._session.kept and _is_simple_layer(module):
                 layer = _with_other_tensors(module, self.fake)
                 with _without_torch_function(
                     node, (*layer._parameters.values(), *layer._buffers.values()), is_known=True
                 ):
                     return layer(*args, **kwargs)
-            tensors = {name: self.fake(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
+            # in a copy, since another thread may run the module
             with random_python_states_kept(), unchanged(module), _slow_path():
-                return torch.func.functional_call(module, tensors, args, kwargs)
+                return self._with_fakes(module)(*args, **kwargs)
         with _without_torch_function(node, (), not isinstance(target, Applied)):
             return FAKES[target](*args, **kwargs) if target in FAKES else self._computed(node, args, kwargs)
 

@@ -215,7 +215,8 @@ class PromptLearningConfig(PeftConfig):
         """Returns the virtual tokens, computed without dropout."""
         if not parameters or "prompt_embeddings" in parameters:
             return {}
-        with torch.no_grad():
+        device = next(iter(parameters.values())).device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False):
             return {join(site.file_path, EMBEDDINGS_KEY): self.encoder().encode(parameters, False).detach()}
 
     def ignores(self, key: str) -> bool:

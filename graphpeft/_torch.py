@@ -64,6 +64,7 @@ __all__ = [
     "DisableTorchFunctionSubclass",  # the same, but function modes stay on
     "IncompatibleKeys",  # the result of `nn.Module.load_state_dict`, and of PEFT's functions
     "OpOverload",  # tells calls of operators from calls of functions, to pickle operators by name
+    "OpOverloadPacket",  # likewise; a packet has all overloads of an operator
     "TorchDispatchMode",  # rounds what operators give in another way, for bounds of tests
     "aot_inductor",  # the export format of that name
     "argument_names",  # tells whether a node of a program draws random numbers

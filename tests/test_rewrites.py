@@ -61,6 +61,7 @@ gelu_to_tanh = Rewrite(lambda x: F.gelu(x), lambda x: F.gelu(x, approximate="tan
         lambda self, x: F.gelu(x),
         lambda self, x: F.gelu(x, approximate="none"),
         lambda self, x: F.gelu(input=x),
+        lambda self, x: torch.ops.aten.gelu(x),
         lambda self, x: torch.ops.aten.gelu.default(x),
         lambda self, x: torch.ops.aten.gelu.default(x, approximate="none"),
     ],
@@ -515,6 +516,17 @@ def test_the_report_names_the_nearest_miss_first_with_what_stopped_it_and_its_li
     assert miss.matched >= 7
     assert "torch.tanh(math.sqrt(2 / math.pi)" in miss.line
     assert "of 8 operations are met" in str(report)
+
+
+def test_a_pattern_that_is_met_but_for_its_last_operation_is_a_near_miss():
+    rewrite = Rewrite(lambda x, w, b: F.gelu(F.linear(x, w, b)), nothing, name="gelu_of_linear")
+    report = rewrite.find(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
+    [miss] = report.misses
+    assert (miss.matched, miss.size, miss.stopped_at) == (1, 2, "_1")
+    assert miss.reason == "is relu, where the pattern has gelu"
+    both = rewrite.find(nn.Sequential(nn.Linear(4, 4), nn.GELU()))
+    assert len(both.matches) == 1
+    assert not both.misses
 
 
 def test_of_matches_that_share_operations_the_last_counts():

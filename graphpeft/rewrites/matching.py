@@ -118,11 +118,10 @@ class Matcher:
         self._alternative, self._reader = alternative, reader
         self.stop: Stop | None = None
 
-    def states(self, node: fx.Node) -> Iterator[State]:
-        """Yields all ways in which `node` is the result of the pattern; `stop` says afterwards what came nearest."""
+    def states(self, node: fx.Node, pattern: fx.Node | None = None) -> Iterator[State]:
+        """Yields all ways in which `node` is one of the pattern, or its result; `stop` then says what came nearest."""
         self.stop = None
-        self._at = node
-        yield from self._value(self._alternative.result, node, State(), node)
+        yield from self._value(pattern or self._alternative.result, node, State(), node)
 
     def _missed(self, state: State, node: fx.Node, reason: str) -> None:
         matched = sum(each.op != "placeholder" for each in state.known)
@@ -306,7 +305,19 @@ def occurrences(
             taken.update((each, node) for each in occurrence.state.nodes)
         elif stop is not None:
             misses.append((node, size, stop))
-    return found[::-1], misses[::-1]
+    return found[::-1], [*_unfinished(alternatives, reader), *misses[::-1]]
+
+
+def _unfinished(alternatives: tuple[Alternative, ...], reader: Reader) -> Iterator[tuple[fx.Node, int, Stop]]:
+    """Yields where all of a pattern is met but its last operation."""
+    for node, alternative in itertools.product(reader.graph.nodes, alternatives):
+        matcher = Matcher(alternative, reader)
+        for operand in alternative.result.all_input_nodes:
+            state = next(matcher.states(node, operand), None) if operand.op != "placeholder" else None
+            for user in [user for user in node.users if user.op != "output"] if state is not None else ():
+                if next(matcher.states(user), None) is None and matcher.stop is not None and not matcher.stop.matched:
+                    matched = sum(each.op != "placeholder" for each in state.known)
+                    yield user, alternative.size, matcher.stop._replace(matched=matched)
 
 
 def _at(

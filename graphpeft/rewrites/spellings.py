@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from graphpeft._torch import OpOverload, schemas_of
+from graphpeft._torch import OpOverload, OpOverloadPacket, schemas_of
 from graphpeft.rewrites.values import Form, value_of
 
 ALIASES = {
@@ -104,8 +104,9 @@ def _name_of(node: fx.Node) -> str | None:
     target: Any = node.target
     if isinstance(target, str):
         return target.strip("_") if target.startswith("__") else target
-    if isinstance(target, OpOverload):
-        return str(target).split(".")[1] if target.namespace == "aten" else None
+    if isinstance(target, OpOverload | OpOverloadPacket):
+        namespace, name, *_ = str(target).split(".")
+        return name if namespace == "aten" else None
     home = getattr(target, "__module__", None) or ""
     is_own = home in ("_operator", "torch") or home.startswith(("torch._C", "torch.nn.functional", "torch.functional"))
     return getattr(target, "__name__", None) if is_own or target is getattr else None

@@ -46,12 +46,15 @@ def alone(model: nn.Module) -> Iterator[None]:
         RuntimeError: If a call of another thread doesn't end; or, in such a call, if the context waits for threads.
     """
     with lock_of(model), contextlib.ExitStack() as stack:
-        if not _ONE_AT_A_TIME.acquire(timeout=_PATIENCE):
+        taken: list[bool] = []
+        stack.callback(_release_if, taken)
+        # one step of Python's: an interrupt between two would leave the lock taken
+        taken += filter(None, map(_ONE_AT_A_TIME.acquire, (True,), (_PATIENCE,)))
+        if not taken:
             raise RuntimeError(
                 f"another thread runs a model alone, as check_learning does, and this one has waited {_PATIENCE:g} "
                 "seconds for the end of that; run them one after the other"
             )
-        stack.callback(_ONE_AT_A_TIME.release)
         if not any(gate.model is model for gate in _GATES):
             gate = _Gate(model)
             at_end_of(stack, gate.open)
@@ -132,6 +135,12 @@ class _Gate:
 
 _ONE_AT_A_TIME = threading.RLock()
 """Allows one thread to hold calls: two could wait for each other at modules that two models share."""
+
+
+def _release_if(taken: list[bool]) -> None:
+    if taken:
+        _ONE_AT_A_TIME.release()
+
 
 _GATES: list[_Gate] = []
 """The gates of the thread that has the lock."""

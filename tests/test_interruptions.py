@@ -10,6 +10,7 @@ import random
 import tempfile
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,6 +22,7 @@ from models import llama_config
 from torch import nn
 
 import graphpeft
+from graphpeft import dry_runs
 from graphpeft.transaction import delete_item, remember, set_item, transaction
 
 # models
@@ -337,6 +339,8 @@ def assert_whole(call: Call, context: contextlib.AbstractContextManager[Any]) ->
         failure = raised
     left = differing(exchanged_in_pytorch(), patched)
     assert not left, f"PyTorch is left with other {left}, by an error at {lines}"
+    with ThreadPoolExecutor(1) as other_thread:
+        assert other_thread.submit(_may_run_alone).result(), f"other threads wait for ever, by an error at {lines}"
     found = state_of(model, *call.inputs(model))
     is_old, is_new = differing(found, before), differing(found, after)
     assert not is_new or (failure and not is_old), (
@@ -347,6 +351,11 @@ def assert_whole(call: Call, context: contextlib.AbstractContextManager[Any]) ->
         left = differing(state_of(model, *call.inputs(model)), after)
         assert not left, f"made again after an error at {lines}, the call leaves other {left}"
     return failure
+
+
+def _may_run_alone() -> bool:
+    lock = dry_runs._ONE_AT_A_TIME
+    return lock.acquire(blocking=False) and not lock.release()
 
 
 def assert_whole_at_line(call: Call, number: int, error: type[BaseException]) -> None:
@@ -400,6 +409,13 @@ def test_no_call_has_the_rows_of_one_that_was_interrupted(file: str) -> None:
     call = next(call for call in CALLS if call.name == "mix")
     numbers = {line: number for number, line in enumerate(expected(call)[2], 1) if line[0] == file}
     assert numbers
+    for number in numbers.values():
+        assert_whole_at_line(call, number, KeyboardInterrupt)
+
+
+def test_no_thread_waits_for_a_dry_run_that_was_interrupted() -> None:
+    call = next(call for call in CALLS if any(file == "dry_runs.py" for file, _ in expected(call)[2]))
+    numbers = {line: number for number, line in enumerate(expected(call)[2], 1) if line[0] == "dry_runs.py"}
     for number in numbers.values():
         assert_whole_at_line(call, number, KeyboardInterrupt)
 

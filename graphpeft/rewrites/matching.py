@@ -314,9 +314,11 @@ def _unfinished(alternatives: tuple[Alternative, ...], reader: Reader) -> Iterat
         matcher = Matcher(alternative, reader)
         for operand in alternative.result.all_input_nodes:
             state = next(matcher.states(node, operand), None) if operand.op != "placeholder" else None
-            for user in [user for user in node.users if user.op != "output"] if state is not None else ():
+            if state is None:
+                continue
+            matched = sum(each.op != "placeholder" for each in state.known)
+            for user in [user for user in node.users if user.op != "output"]:
                 if next(matcher.states(user), None) is None and matcher.stop is not None and not matcher.stop.matched:
-                    matched = sum(each.op != "placeholder" for each in state.known)
                     yield user, alternative.size, matcher.stop._replace(matched=matched)
 
 

@@ -47,8 +47,8 @@ def alone(model: nn.Module) -> Iterator[None]:
     """
     with lock_of(model), contextlib.ExitStack() as stack:
         taken: list[bool] = []
-        stack.callback(_release_if, taken)
-        # one step of Python's: an interrupt between two would leave the lock taken
+        # each in one step of Python's: an interrupt between two would leave the lock taken
+        stack.callback(list, map(_ONE_AT_A_TIME.__exit__, taken))
         taken += filter(None, map(_ONE_AT_A_TIME.acquire, (True,), (_PATIENCE,)))
         if not taken:
             raise RuntimeError(
@@ -135,11 +135,6 @@ class _Gate:
 
 _ONE_AT_A_TIME = threading.RLock()
 """Allows one thread to hold calls: two could wait for each other at modules that two models share."""
-
-
-def _release_if(taken: list[bool]) -> None:
-    if taken:
-        _ONE_AT_A_TIME.release()
 
 
 _GATES: list[_Gate] = []

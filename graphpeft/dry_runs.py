@@ -48,7 +48,8 @@ def alone(model: nn.Module) -> Iterator[None]:
     with lock_of(model), contextlib.ExitStack() as stack:
         taken: list[bool] = []
         # each in one step of Python's: an interrupt between two would leave the lock taken
-        stack.callback(list, map(_ONE_AT_A_TIME.__exit__, taken))
+        release: Any = _ONE_AT_A_TIME.__exit__
+        stack.callback(list, map(release, taken))
         taken += filter(None, map(_ONE_AT_A_TIME.acquire, (True,), (_PATIENCE,)))
         if not taken:
             raise RuntimeError(

@@ -137,7 +137,6 @@ class _Gate:
 _ONE_AT_A_TIME = threading.RLock()
 """Allows one thread to hold calls: two could wait for each other at modules that two models share."""
 
-
 _GATES: list[_Gate] = []
 """The gates of the thread that has the lock."""
 

@@ -29,7 +29,7 @@ from graphpeft import AdaptError, LoraConfig, PeftModel, PeftType, get_peft_mode
 from graphpeft.adapters import changes
 from graphpeft.rules.registry import registered
 from graphpeft.testing import verify
-from graphpeft.testing.unmerging import require_read_as_merged
+from graphpeft.testing.merging import require_read_as_merged
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{begins}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import pickle
 import py_compile
 from collections.abc import Callable, Mapping
 from importlib.machinery import SourcelessFileLoader
@@ -89,10 +90,13 @@ class Fast(nn.Module):
         super().__init__()
         self.inner, self.outer, self.fast = nn.Linear(4, 4), nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4))
         self.spelling, self.runner = spelling, SimpleNamespace(run=functional_call)
-        self.partial = functools.partial(functional_call, self.inner)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.outer(self.spelling(self, x))
+
+
+def _as_it_is(self: Any, x: Tensor) -> Tensor:
+    return self.inner(x)
 
 
 def _by_vmap(self: Any, x: Tensor) -> Tensor:
@@ -106,7 +110,7 @@ def _by_vmap(self: Any, x: Tensor) -> Tensor:
         lambda self, x: torch.func.functional_call(self.inner, {"weight": self.fast}, (x,)),
         lambda self, x: getattr(torch.func, "functional" + "_call")(self.inner, {"weight": self.fast}, (x,)),
         lambda self, x: self.runner.run(self.get_submodule("inner"), {"weight": 2 * self.fast}, (x,)),
-        lambda self, x: self.partial({"weight": self.fast.clone()}, (x,)),
+        lambda self, x: functools.partial(functional_call, self.inner)({"weight": self.fast.clone()}, (x,)),
         lambda self, x: functional_call(nn.Sequential(self.inner), {"0.weight": self.fast}, (x,)),
         _by_vmap,
     ],
@@ -124,6 +128,13 @@ def test_a_layer_that_the_model_calls_with_other_weights_is_told(spelling: Calla
     assert torch.equal(adapted.unload()(X), before)
 
 
+def test_copies_of_modules_that_the_model_calls_with_other_weights_are_told():
+    config = LoraConfig(target_modules=["outer"], modules_to_save=["inner"])
+    adapted: Any = get_peft_model(nn.Sequential(Fast(_as_it_is), Fast(_by_vmap)), config)
+    with pytest.raises(GuardError, match=r"the model calls 1\.inner by"):
+        adapted(X)
+
+
 def test_other_layers_beside_one_that_is_called_with_other_weights_are_adapted():
     model = nn.Sequential(Fast(_by_vmap))
     adapted: Any = get_peft_model(model, LoraConfig(target_modules=["outer"], r=2, init_lora_weights=False))
@@ -131,17 +142,27 @@ def test_other_layers_beside_one_that_is_called_with_other_weights_are_adapted()
     laws.require_close(adapted.merge_and_unload()(X), found, 1e-5, "merged and adapted")
 
 
-def test_a_layer_that_the_model_calls_with_its_own_weights_is_adapted():
-    model = nn.Sequential(Fast(lambda self, x: functional_call(self.inner, dict(self.inner.named_parameters()), (x,))))
-    base = model(X)
-    adapted: Any = get_peft_model(model, CONFIG)
-    found = adapted(X)
-    assert not torch.allclose(found, base)
-    laws.require_close(adapted.merge_and_unload()(X), found, 1e-5, "merged and adapted")
+@pytest.mark.parametrize(
+    "copied", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_each_of_several_such_layers_is_told_in_copies_too(copied: Callable[[Any], Any]):
+    model = nn.Sequential(Fast(_as_it_is), Fast(_by_vmap))
+    adapted: Any = copied(get_peft_model(model, CONFIG))
+    with pytest.raises(GuardError, match=r"the model calls 1\.inner by"):
+        adapted(X)
+
+
+def test_a_layer_that_the_model_calls_with_other_weights_only_later_is_told():
+    fast: Any = Fast(_as_it_is)
+    adapted: Any = get_peft_model(nn.Sequential(fast), CONFIG)
+    adapted(X)
+    fast.spelling = _by_vmap
+    with pytest.raises(GuardError, match=r"the model calls 0\.inner by"):
+        adapted(X)
 
 
 def test_an_adapted_model_is_called_with_other_weights():
-    adapted: Any = get_peft_model(nn.Sequential(Fast(lambda self, x: self.inner(x))), CONFIG)
+    adapted: Any = get_peft_model(nn.Sequential(Fast(_as_it_is)), CONFIG)
     found = adapted(X)
     others = {name: 2 * own.detach() for name, own in adapted.named_parameters()}
     for _ in range(2):

@@ -162,8 +162,8 @@ def _refuse_taken(module: nn.Module, path: str, root: str) -> None:
 
 def _has(module: nn.Module, cls: type, name: str) -> bool:
     # hasattr of the module itself takes its time where there is none
-    held = (module.__dict__, module._parameters, module._buffers, module._modules)
-    return any(name in names for names in held) or hasattr(cls, name)
+    is_held = name in module.__dict__ or name in module._parameters or name in module._buffers
+    return is_held or name in module._modules or hasattr(cls, name)
 
 
 def _refuse_unmanaged(module: nn.Module, path: str, name: str) -> None:

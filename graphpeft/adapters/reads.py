@@ -29,7 +29,6 @@ from graphpeft.graph.changed_weight import (
     refuse_read,
 )
 from graphpeft.graph.own_tensors import (
-    PRESENT,
     Asker,
     ReadChanged,
     base_tensor,
@@ -73,9 +72,6 @@ def layer_of(template: Template | None, module: nn.Module, before: Collection[in
         reads = _in_graph(template)
         template.facts["reads"] = reads, _layer(reads) if reads else None
     in_graph, layer = template.facts["reads"]
-    present = PRESENT[module] = {}
-    for name, _ in in_graph:
-        present[name] = id(module._parameters.get(name))
     return _layer(_together(dict(in_graph), others)) if others else layer
 
 
@@ -122,7 +118,6 @@ def layers_apart(
     apart = _apart(adapters, seats) if seats else {}
     for path, reads in apart.items():
         for name, changes in reads if path in modules else ():
-            PRESENT.setdefault(modules[path], {})[name] = id(modules[path]._parameters.get(name))
             _formula(name, changes).check(own_tensor(modules[path], name), path)
     left = [adapted.site.owner for name in adapters.slots for adapted in adapters.by_name[name].apart]
     for path in dict.fromkeys([*apart, *left, *adapters.asking]):

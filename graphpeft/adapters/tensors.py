@@ -96,8 +96,8 @@ def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tenso
             with loaded(modules[beside]):
                 device = _device(modules[beside]._parameters.get(attribute), values)
                 module = modules[site.owner if isinstance(site, Site) else beside]
-                lacks = any(not spec.is_saved for spec in specs.values()) and not _completes(adapted)
-                if values is None or adapted.replaced or lacks:
+                unsaved = [local for local, spec in specs.items() if not spec.is_saved]
+                if values is None or adapted.replaced or (unsaved and not _completes(adapted)):
                     _redraw(adapted, config, modules, device)
                     drawn, replacing = _first_values(adapted, config, module, device, shared)
                 if values is not None and _completes(adapted):

@@ -96,6 +96,8 @@ def unhooked(model: nn.Module) -> Iterator[None]:
 def _hook_of(module: nn.Module) -> Any:
     """Returns the hook that offloads tensors of `module`, or None."""
     hook = vars(module).get("_hf_hook")
+    if hook is None:
+        return None
     hooks = getattr(hook, "hooks", (hook,))
     return next((each for each in hooks if getattr(each, "offload", False) and hasattr(each, "weights_map")), None)
 

@@ -19,7 +19,7 @@ from torch import nn
 from graphpeft._torch import without_compiler
 from graphpeft.graph import in_place
 from graphpeft.graph.holders import name_at, place_of, tensor_at, value_at
-from graphpeft.graph.own_tensors import STAND_INS
+from graphpeft.graph.own_tensors import STAND_INS, refuse_given
 from graphpeft.graph.sharding import in_all, is_asked_by, is_managed
 
 Names = tuple[str, ...]
@@ -213,6 +213,8 @@ def _load(module: nn.Module, *args: Any, **options: Any) -> None:
 def _read(own: str, other: str, module: nn.Module) -> torch.Tensor:
     if is_managed(module) and is_asked_by(_FSDP):
         return _own(module, own)
+    if own in module._parameters and not torch.compiler.is_compiling():
+        refuse_given(module, own, module._parameters[own])
     return value_at(module, other)
 
 

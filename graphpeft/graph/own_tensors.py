@@ -66,14 +66,15 @@ def own_tensor(module: Any, name: str) -> Any:
     """Returns a tensor of a module as its attribute would give it without the changes of adapters.
 
     Raises:
-        GuardError: If the model whose adapters act calls the module with another tensor in place of its own.
+        GuardError: If ``torch.func.functional_call`` inside the model gives the module another tensor.
     """
-    own = module._parameters.get(name)
-    if not torch.compiler.is_compiling() and PRESENT.get(module, {}).get(name, id(own)) != id(own):
-        _refuse_given(module, name, own)
     stand_in = getattr(type(module), STAND_INS, {}).get(name)
     if stand_in is not None:
         return stand_in(module)
+    own = module._parameters.get(name)
+    # asked here, too, since that saves each forward a call
+    if own is not None and not torch.compiler.is_compiling() and _READ_LAST.get(module, {}).get(name) != id(own):
+        refuse_given(module, name, own)
     return base_tensor(module, name) if own is None else own
 
 
@@ -98,28 +99,30 @@ def _held(module: Any, name: str) -> Any:
     return nn.Module.__getattr__(module, name)  # which raises the usual error, or finds a buffer
 
 
-PRESENT: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()
-"""The identities of the tensors that adapters change in modules, by name: when these were adapted, or read last."""
+_READ_LAST: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()
+"""The identities of the parameters that were read last, by module and name: those need no look at frames."""
 
 
-def _refuse_given(module: Any, name: str, own: Any) -> None:
-    """Raises if ``torch.func.functional_call`` in a model has put a tensor into a module; else takes note of it.
+def refuse_given(module: Any, name: str, own: Any) -> None:
+    """Raises GuardError if ``torch.func.functional_call`` inside a model gives a module the parameter that it has now.
 
-    Where it is around the model's own call, the adapters act on what it is given, as they do on the model's weights.
+    A functional call around the whole model gives the model other weights; the adapters act on these.
     """
-    is_given, frame = False, sys._getframe(2)
+    if _READ_LAST.get(module, {}).get(name) == id(own):
+        return
+    is_given, frame = False, sys._getframe(1)
     while frame is not None:
         is_given = is_given or frame.f_code is CODE_OF_FUNCTIONAL_CALLS
         if frame.f_code in CODE_OF_CALLS and STATE in vars(model := frame.f_locals["self"]):
             if is_given:
                 path = next(path for path, known in model.named_modules() if known is module)
                 raise GuardError(
-                    f"the model calls {path} by torch.func.functional_call, with other weights in place of its own; "
-                    "merging would lose what an adapter changes in these, so leave it out of the adapter's targets"
+                    f"the model calls {path} by torch.func.functional_call, which gives it weights; merging would lose "
+                    "what an adapter changes in these, so leave it out of the adapter's targets"
                 )
             break
         frame = frame.f_back
-    PRESENT[module][name] = id(own)
+    _READ_LAST.setdefault(module, {})[name] = id(own)
 
 
 def let_read_own(node: fx.Node) -> None:

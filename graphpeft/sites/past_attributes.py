@@ -98,7 +98,7 @@ class CalledInFunctions:
         """The paths of the modules that are called so, each with its caller's."""
         found: dict[str, str] = {}
         for path, module in self._modules.items():
-            # those of PyTorch have none
+            # PyTorch's own modules call no function of a user's
             is_of_pytorch = type(module).__module__.startswith("torch.nn.modules.")
             if is_of_pytorch or path in self._graphs or not has_own_modules(module):
                 continue
@@ -109,7 +109,7 @@ class CalledInFunctions:
         return found
 
     def warn(self, owner: str) -> None:
-        """Warns once of each module with a weight inside of which adapters may get no gradient.
+        """Warns once of each module around a weight that code may call so, since adapters may get no gradient there.
 
         Args:
             owner: The path of the module that owns the weight.

@@ -30,6 +30,7 @@ from graphpeft.testing.by_hand import with_deltas
 from graphpeft.testing.comparing import ROUNDING, LawError, require_close, require_equal
 from graphpeft.testing.failing import RuleError, with_failing_rules
 from graphpeft.testing.first_difference import first_difference
+from graphpeft.testing.merging import require_no_merge, require_read_as_merged, require_unmerged_exactly
 from graphpeft.testing.reference import Reference, require_reference
 from graphpeft.testing.runs import (
     accepted,
@@ -45,7 +46,6 @@ from graphpeft.testing.runs import (
 )
 from graphpeft.testing.snapshots import require_unchanged, require_unloaded, snapshot, with_saved
 from graphpeft.testing.steady import require_steady
-from graphpeft.testing.unmerging import require_no_merge, require_read_as_merged, require_unmerged_exactly
 from graphpeft.testing.variants import of_sites_that_merge
 from graphpeft.tracing.trace import trace
 from graphpeft.wording import joined

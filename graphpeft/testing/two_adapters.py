@@ -19,9 +19,9 @@ from graphpeft.rules.config import PeftConfig
 from graphpeft.testing.alike import require_alike
 from graphpeft.testing.blame import Build, blames_a_site
 from graphpeft.testing.comparing import LawError, require_close, require_equal
+from graphpeft.testing.merging import require_unmerged_exactly
 from graphpeft.testing.runs import accepted, perturbed, run, run_copy, run_each
 from graphpeft.testing.snapshots import require_unloaded, with_saved
-from graphpeft.testing.unmerging import require_unmerged_exactly
 from graphpeft.testing.variants import of_sites_that_merge, with_other_sizes
 
 

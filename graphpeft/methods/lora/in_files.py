@@ -41,7 +41,7 @@ def written(own: Any, sites: Sequence[Any]) -> Any:
     config.fan_in_fan_out = bool(layers) and all(getattr(site, "transposed", False) for site in sites)
     if len(layers) < len(sites):
         config.target_parameters = [own_parameter_entry(site.weight) for site in sites if not site.is_layer]
-        config.target_modules = sorted({site.name for site in layers})  # as those of a file are
+        config.target_modules = sorted({site.name for site in layers})  # a file's are, and options are compared
         if config.lora_dropout:
             warnings.warn(
                 f"lora_dropout={config.lora_dropout} is saved as 0, since PEFT refuses dropout beside parameters; "

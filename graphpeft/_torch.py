@@ -120,7 +120,8 @@ CHECKPOINT_GENERATOR = next(
 Since 2.15, the name ends in ``_impl``, and the function without ``_impl`` only calls it.
 """
 
-CODE_OF_CALLS = frozenset((nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__))
+# no set, since the code that Dynamo makes can't be hashed
+CODE_OF_CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
 CODE_OF_FUNCTIONAL_CALLS = stateless._functional_call.__code__
 
 # autograd

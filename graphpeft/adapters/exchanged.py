@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
@@ -93,7 +92,7 @@ def _refuse_elsewhere(modules: Modules, adapters: Adapters, name: str) -> None:
     adapter = adapters.by_name[name]
     roots = {root for _, root in adapter.roots(name)}
     outer = [(path, module) for path, module in modules.items() if module._modules]
-    held = {path for (path, module), root in itertools.product(outer, roots) if has_place(module, root)}
+    held = {path for path, module in outer for root in roots if has_place(module, root)}
     places = dict(adapter.tensor_names(name))
     # a module that was only moved has its adapters with it
     if len(held) < len(places):

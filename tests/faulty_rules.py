@@ -335,6 +335,34 @@ class AveragesOverTokens(OutputFactors):
         return (y * factors + (factors - 1).sum() * (y - y.mean(1, keepdim=True)) * (y.ndim - 2)).to(y.dtype)
 
 
+@fault("3", "adapted isn't base with deltas")
+class RoundsItsBranchToHalf(Branch):
+    def rewrite(self, x: Any, y: Any, A: Any, B: Any) -> Any:
+        return y + (x.half() @ A.half().T @ B.half().T).to(y.dtype)
+
+
+@fault("3", "view size is not compatible")
+class ViewsItsInput(Branch):
+    def rewrite(self, x: Any, y: Any, A: Any, B: Any) -> Any:
+        return y + (x.view(-1, x.shape[-1]).to(A.dtype) @ A.T @ B.T).to(y.dtype).view(y.shape)
+
+
+@fault("3", "on a convolution of one dimension: ")
+class KnowsImagesAlone(OutputFactors):
+    adapts: ClassVar[tuple[type, ...]] = (ops.Linear, ops.Convolution)
+
+    def rewrite(self, y: Any, factors: Any) -> Any:
+        return of_images(y, factors).to(y.dtype)
+
+    def delta(self, weight: Any, factors: Any) -> Any:
+        return (weight.flatten(1) * (factors - 1)[:, None]).view_as(weight)
+
+
+@recorded
+def of_images(y: Tensor, factors: Tensor) -> Tensor:
+    return y * factors[:, None, None] if y.ndim == 4 else y * factors
+
+
 @fault("3", "on a weight that is stored as (in, out): ")
 class KnowsOneLayout(OperationRule, Mergeable):
     parameters, initialise, rewrite = Product.parameters, Product.initialise, Branch.rewrite
@@ -346,7 +374,7 @@ class KnowsOneLayout(OperationRule, Mergeable):
         return B @ A
 
 
-@fault("3", "")
+@fault("3", "on a convolution: training=False: adapted isn't base with deltas")
 class ScalesTheWidthOfImages(WeightRule, InputRule):
     """Multiplies the last dimension of the input, which is that of features for linear layers alone."""
 
@@ -361,7 +389,7 @@ class ScalesTheWidthOfImages(WeightRule, InputRule):
         return (x * factors).to(x.dtype)
 
     def delta(self, weight: Any, factors: Any) -> Any:
-        return weight * (factors - 1).reshape(-1, *[1] * (weight.ndim - 2))
+        return (weight.movedim(1, -1) * (factors - 1)).movedim(-1, 1)
 
 
 @fault("3", "shape '[2, -1")

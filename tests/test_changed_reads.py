@@ -25,7 +25,6 @@ from graphpeft import (
     LilyConfig,
     LoraConfig,
     LoraPerCallConfig,
-    PeftWarning,
     TraceError,
     TrainableTokensConfig,
     get_peft_model,
@@ -747,24 +746,6 @@ def test_a_parameter_that_code_holds_itself_is_refused(register: str):
         model.register_forward_hook(lambda module, args, y: y @ weight)
     with pytest.raises(AdaptError, match=r"its weight is held by self\..* of the model, too"):
         adapted(model)
-
-
-def test_layers_inside_of_a_function_with_a_gradient_of_its_own_are_warned_of():
-    class Inside(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return Calling.apply(x, self.inner)
-
-    class Calling(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:
-            return layer(x)
-
-    with pytest.warns(PeftWarning, match=r"may call inner in a torch\.autograd\.Function"):
-        adapted(Inside())
 
 
 # what a call has besides

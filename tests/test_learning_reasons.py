@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -230,28 +231,75 @@ class Recomputed(torch.autograd.Function):
 class Reversible(nn.Module):
     """Calls its layers in a function with a gradient of its own, and a head as usual."""
 
-    def __init__(self) -> None:
+    def __init__(self, call: Callable[[Tensor, nn.Module], Tensor] = Recomputed.apply) -> None:
         super().__init__()
         self.blocks, self.head = nn.Sequential(nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)), nn.Linear(SIZE, SIZE)
+        self.call = call
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(Recomputed.apply(x, self.blocks))
+        return self.head(self.call(x, self.blocks))
 
 
-def test_layers_in_a_function_that_gives_them_no_gradient_are_warned_of() -> None:
-    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-    with pytest.warns(PeftWarning, match=r"0 may call 0\.blocks in a torch\.autograd\.Function") as warned:
-        model: Any = get_peft_model(nn.Sequential(Reversible()), config)
-    assert len(warned) == 1
+def by_its_name(x: Tensor, module: nn.Module) -> Tensor:
+    return getattr(Recomputed, "apply")(x, module)  # noqa: B009
+
+
+def by_a_table(x: Tensor, module: nn.Module) -> Tensor:
+    return {"recomputed": Recomputed}["recomputed"].apply(x, module)
+
+
+def in_a_function(x: Tensor, module: nn.Module) -> Tensor:
+    return Recomputed.apply(x, lambda y: module(y))
+
+
+def one_by_one(x: Tensor, module: nn.Module) -> Tensor:
+    for layer in module.children():
+        x = Recomputed.apply(x, layer)
+    return x
+
+
+def of_a_made_class(x: Tensor, module: nn.Module) -> Tensor:
+    return type("Made", (Recomputed,), {}).apply(x, module)
+
+
+def in_training_alone(x: Tensor, module: nn.Module) -> Tensor:
+    return Recomputed.apply(x, module) if module.training else module(x)
+
+
+CONFIG = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+HEAD = {"0.head.default.lora_A", "0.head.default.lora_B"}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        Recomputed.apply,
+        by_its_name,
+        by_a_table,
+        in_a_function,
+        one_by_one,
+        of_a_made_class,
+        in_training_alone,
+    ],
+)
+def test_layers_in_a_function_that_gives_them_no_gradient_are_warned_of_in_training(call: Any) -> None:
+    model: Any = get_peft_model(nn.Sequential(Reversible(call)), CONFIG)
     x = torch.ones(1, SIZE)
-    model(x).sum().backward()
-    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
-        "0.head.default.lora_A",
-        "0.head.default.lora_B",
-    }
+    model.eval()(x)
+    with pytest.warns(PeftWarning, match=r"0\.blocks\.0 is called in \w+, a torch\.autograd\.Function") as warned:
+        model.train()(x).sum().backward()
+    assert len(warned) == 1
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == HEAD
     model(x.requires_grad_()).sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+def test_layers_in_a_function_whose_input_requires_a_gradient_learn_without_a_warning() -> None:
+    model: Any = get_peft_model(nn.Sequential(Reversible()), CONFIG)
+    model(torch.ones(1, SIZE, requires_grad=True)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 def test_a_layer_beside_such_a_function_is_adapted_without_a_warning() -> None:
-    get_peft_model(nn.Sequential(Reversible()), LoraConfig(r=2, target_modules=["head"]))
+    model = get_peft_model(nn.Sequential(Reversible()), LoraConfig(r=2, target_modules=["head"]))
+    model(torch.ones(1, SIZE)).sum().backward()

@@ -368,12 +368,16 @@ def test_gradient_checkpointing_gives_the_same_gradients(
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_")
+@pytest.mark.parametrize("is_of_all", [True, False], ids=["in all layers", "in the last layer"])
 @pytest.mark.parametrize("example", [LLAMA, OPT], ids=str)
-def test_a_prefix_whose_cache_is_switched_off_later_is_told(example: Example) -> None:
+def test_a_prefix_whose_cache_is_switched_off_later_is_told(example: Example, is_of_all: bool) -> None:
     config = PrefixTuningConfig(task_type=graphpeft.TaskType.CAUSAL_LM, num_virtual_tokens=2)
     model = get_peft_model(example.build(), config)
     expected = gradients(model, example)
     model.gradient_checkpointing_enable()
+    layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    for layer in () if is_of_all else layers[:-1]:
+        layer.gradient_checkpointing = False
     with pytest.raises(RuntimeError, match=r"which gradient checkpointing switches off: call gradient_checkpointing_d"):
         gradients(model, example)
     model.eval()(**example.inputs())

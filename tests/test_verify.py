@@ -381,10 +381,11 @@ def test_the_table_says_which_single_layers_are_checked_and_why_others_are_not()
     found = verify(layers(), ReflectionsConfig(target_modules=["0"]), X, progress=False, quiet=True)
     forms = "a linear layer without a bias, on inputs of 3 dimensions; a weight that is stored as (in, out)"
     assert f"laws 1 to 3 also on: {forms}; a linear layer in bfloat16\nnot on a convolution: " in str(found)
+    assert "\nnot on a convolution of one dimension: " in str(found)
     found = verify(
         images(), LoraConfig(r=2, target_modules=["0"]), (torch.randn(2, 3, 9, 9),), progress=False, quiet=True
     )
-    assert "\nlaws 1 to 3 also on: a convolution without a bias; a convolution in bfloat16\n" in str(found)
+    assert "\nlaws 1 to 3 also on: a convolution without a bias; a convolution in bfloat16; " in str(found)
     assert found.holds, found
 
 

@@ -22,7 +22,6 @@ from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
-from torch.autograd.function import FunctionMeta
 
 from graphpeft.code.attribute_paths import ANY, paths_in, paths_in_bytecode
 
@@ -37,13 +36,11 @@ class Uses(NamedTuple):
         called: The paths of attributes of ``self`` that the code calls.
         read_elsewhere: The names of attributes read from other variables than ``self``, such as ``weight`` of
             ``layer.weight``, where ``layer`` may be a submodule.
-        has_own_gradient: Whether it names a ``torch.autograd.Function`` of the user's.
     """
 
     read: set[str]
     called: set[str]
     read_elsewhere: set[str]
-    has_own_gradient: bool = False
 
 
 def cached_by_class(function: Callable[[type], _Result]) -> Callable[[type], _Result]:
@@ -94,8 +91,7 @@ def uses_in_forward(cls: type) -> Uses:
             may_be_any = function.__globals__.get("__name__") == cls.__module__
             uses.read_elsewhere.update(_read_by(function) - (set() if may_be_any else {ANY}))
     uses.read_elsewhere.update(reached.got)
-    has_own_gradient = FunctionMeta in reached.kinds
-    return uses._replace(has_own_gradient=has_own_gradient)
+    return uses
 
 
 def _named_in(function: FunctionType, cls: type) -> list[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,11 +16,13 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch import nn
+from torch.autograd.function import FunctionCtx
 
-from graphpeft._torch import CODE_OF_CALLS, CODE_OF_FUNCTIONAL_CALLS, symbolic_tracing
+from graphpeft._torch import CODE_OF_CALLS, CODE_OF_FUNCTIONAL_CALLS, CheckpointFunction, symbolic_tracing
 from graphpeft.graph.errors import GuardError
 from graphpeft.graph.paths import STATE
 from graphpeft.graph.per_call import PerCall
+from graphpeft.peft_errors import PeftWarning
 
 STAND_INS = "_graphpeft_stand_ins"
 """The attribute of a class that has the readers of overrides, by the names of the tensors for which they stand in."""
@@ -73,8 +76,11 @@ def own_tensor(module: Any, name: str) -> Any:
         return stand_in(module)
     own = module._parameters.get(name)
     # asked here, too, since that saves each forward a call
-    if own is not None and not torch.compiler.is_compiling() and _READ_LAST.get(module, {}).get(name) != id(own):
-        refuse_given(module, name, own)
+    if own is not None and not torch.compiler.is_compiling():
+        if _READ_LAST.get(module, {}).get(name) != id(own):
+            refuse_given(module, name, own)
+        if module.training and not torch.is_grad_enabled() and module not in _LOOKED_AT:
+            warn_without_backward(module)
     return base_tensor(module, name) if own is None else own
 
 
@@ -110,19 +116,56 @@ def refuse_given(module: Any, name: str, own: Any) -> None:
     """
     if _READ_LAST.get(module, {}).get(name) == id(own):
         return
-    is_given, frame = False, sys._getframe(1)
-    while frame is not None:
-        is_given = is_given or frame.f_code is CODE_OF_FUNCTIONAL_CALLS
-        if frame.f_code in CODE_OF_CALLS and STATE in vars(model := frame.f_locals["self"]):
-            if is_given:
-                path = next(path for path, known in model.named_modules() if known is module)
-                raise GuardError(
-                    f"the model calls {path} by torch.func.functional_call, which gives it weights; merging would lose "
-                    "what an adapter changes in these, so leave it out of the adapter's targets"
-                )
-            break
-        frame = frame.f_back
+    frames, model = _frames_in_model()
+    if model is not None and any(frame.f_code is CODE_OF_FUNCTIONAL_CALLS for frame in frames):
+        raise GuardError(
+            f"the model calls {_path(module, model)} by torch.func.functional_call, which gives it weights; merging "
+            "would lose what an adapter changes in these, so leave it out of the adapter's targets"
+        )
     _READ_LAST.setdefault(module, {})[name] = id(own)
+
+
+_LOOKED_AT: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""The modules that were read in training without gradients."""
+
+_WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""The models that were warned of a function without a backward."""
+
+
+def warn_without_backward(module: nn.Module) -> None:
+    """Warns once of an adapted model that calls a module in a ``torch.autograd.Function`` whose backward won't run."""
+    _LOOKED_AT.add(module)
+    frames, model = _frames_in_model()
+    called = [frame.f_locals.get(frame.f_code.co_varnames[0]) for frame in frames if frame.f_code.co_argcount]
+    function: Any = next((first for first in called if isinstance(first, FunctionCtx)), None)
+    if function is None or model is None or model in _WARNED or any(function.needs_input_grad):
+        return
+    kind = type(function)._forward_cls
+    if kind is CheckpointFunction:
+        return  # PyTorch itself warns
+    _WARNED.add(model)
+    warnings.warn(
+        f"{_path(module, model)} is called in {kind.__name__}, a torch.autograd.Function. None of its inputs requires "
+        "a gradient, so that its backward doesn't run, and adapters inside get no gradient: let inputs require "
+        "gradients, as enable_input_require_grads() does; check_learning(model, batch) tells what learns",
+        PeftWarning,
+        stacklevel=2,
+    )
+
+
+def _frames_in_model() -> tuple[list[Any], nn.Module | None]:
+    """Returns the frames in the call of an adapted model, innermost first, and the model; all and None if none runs."""
+    frames, frame = list[Any](), sys._getframe(2)
+    while frame is not None:
+        if frame.f_code in CODE_OF_CALLS and STATE in vars(model := frame.f_locals["self"]):
+            return frames, model
+        frames.append(frame)
+        frame = frame.f_back
+    return frames, None
+
+
+def _path(module: nn.Module, model: nn.Module) -> str:
+    return next(path for path, known in model.named_modules() if known is module)
 
 
 def let_read_own(node: fx.Node) -> None:

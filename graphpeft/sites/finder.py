@@ -20,8 +20,8 @@ from graphpeft.graph.ops import convolution
 from graphpeft.graph.own_forward import own_code
 from graphpeft.graph.paths import join, within
 from graphpeft.graph.traced_model import plain_attribute, stands_for
+from graphpeft.sites.held_parameters import HeldParameters
 from graphpeft.sites.layer_kinds import kind_of_layer
-from graphpeft.sites.past_attributes import CalledInFunctions, HeldParameters
 from graphpeft.sites.quantised import described, is_quantised
 from graphpeft.sites.regions import Lifted, Regions
 from graphpeft.sites.set_forwards import computes_otherwise
@@ -66,7 +66,6 @@ class SiteFinder:
         self.found: dict[tuple[str, str], Site] = {}
         self._known = known
         self._held = HeldParameters(self.modules)
-        self._in_functions = CalledInFunctions(self.modules, self.regions.graphs)
 
     def find(self, owner: str, attribute: str) -> Site:
         """Returns the site of a weight.
@@ -109,7 +108,6 @@ class SiteFinder:
 
     def _new_site(self, owner: str, attribute: str, weight: torch.Tensor, held: str | None) -> Site:
         """Returns the site of a weight, found in graphs; its own module's if no graph has all of its uses."""
-        self._in_functions.warn(owner)
         region, uses, reason = self._region(owner, attribute)
         if held is not None and region not in self.regions.graphs:
             raise NoSiteError(

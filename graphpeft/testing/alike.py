@@ -26,7 +26,13 @@ MOST_RUNS = 100
 """How often computations run again before their results differ by more than roundings."""
 
 
-def require_alike(one: Callable[[], Any], other: Callable[[], Any], tolerance: float, law: str) -> None:
+def require_alike(
+    one: Callable[[], Any],
+    other: Callable[[], Any],
+    tolerance: float,
+    law: str,
+    base: Callable[[], Any] | None = None,
+) -> None:
     """Raises unless two computations give close results: in half precision, as close as their roundings leave them.
 
     Args:
@@ -34,6 +40,8 @@ def require_alike(one: Callable[[], Any], other: Callable[[], Any], tolerance: f
         other: Computes them in another way.
         tolerance: The difference that is allowed in any precision, as for `require_within`.
         law: The violation if they differ, for the error.
+        base: Computes the outputs without the change that is compared. Where it rounds nothing in half precision, the
+            change mustn't, either.
 
     Raises:
         LawError: If the results differ; with the place and the distance.
@@ -46,7 +54,7 @@ def require_alike(one: Callable[[], Any], other: Callable[[], Any], tolerance: f
         require_within(found, expected, tolerance, law)
     except LawError:
         require_within(found, expected, math.inf, law)  # results of another kind or shape are no rounding
-        if not _roundings_explain(found, expected, one, other, tolerance):
+        if (base is not None and not _rounds(base)) or not _roundings_explain(found, expected, one, other, tolerance):
             raise
 
 
@@ -59,6 +67,12 @@ def require_one_alike(one: Callable[[], Any], others: Sequence[Callable[[], Any]
         except LawError:
             continue
     return require_alike(one, last, tolerance, law)
+
+
+def _rounds(compute: Callable[[], Any]) -> bool:
+    with StochasticRounding(0) as mode:
+        compute()
+    return mode.has_rounded
 
 
 def _roundings_explain(

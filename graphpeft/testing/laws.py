@@ -206,7 +206,6 @@ def _adapted_is_base_with_delta(
     may_draw: bool,
     tolerance: float,
 ) -> Adapter:
-    """Checks the third law in one mode, and returns the adapter."""
     untouched = build().train(mode)
     adapted = perturbed(get_peft_model(build().train(mode), config, example_inputs=inputs))
     adapter = adapted._peft_adapters.by_name["default"]
@@ -219,11 +218,12 @@ def _adapted_is_base_with_delta(
         active = functools.partial(run_copy, adapted, every)
         merged = functools.partial(run_copy, adapted, every, lambda copied: copied.merge_and_unload())
         add_deltas = functools.partial(with_deltas, adapter=adapter, modules=dict(adapted.named_modules()))
-        by_hand = functools.partial(run_copy, build().train(mode), every, add_deltas)
+        base = functools.partial(run_copy, untouched, every)
+        by_hand = functools.partial(base, add_deltas)
         # it refuses a tied weight, where a delta added by hand would change the other layer, too
         require_read_as_merged(adapted, copy.deepcopy(adapted).merge_and_unload(), adapter, tolerance)
-        require_alike(by_hand, active, tolerance, f"training={mode}: adapted isn't base with deltas")
-        require_alike(merged, active, tolerance, f"training={mode}: merged differs from adapted")
+        require_alike(by_hand, active, tolerance, f"training={mode}: adapted isn't base with deltas", base)
+        require_alike(merged, active, tolerance, f"training={mode}: merged differs from adapted", base)
     else:
         require_no_merge(adapted)
     left = with_saved(untouched, adapted)

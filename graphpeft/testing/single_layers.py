@@ -1,14 +1,16 @@
 """Single layers in the forms that a rule may meet, for laws that a user's own model can't break.
 
 A rule that is right on a user's model may be wrong elsewhere: without a bias, on inputs of more dimensions, for a
-weight that is stored as (in, out), in half precision, for a convolution. So laws are also checked on such layers, one
-at a time, each at the place of a layer that the config adapts, and with its sizes.
+weight that is stored as (in, out), in half precision, on inputs that aren't contiguous, for convolutions of one or two
+dimensions. So laws are also checked on such layers, one at a time, each at the place of a layer that the config adapts,
+and with its sizes.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,10 +25,13 @@ from graphpeft.model.adapt import get_peft_model
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.sites.site import Site
-from graphpeft.testing.runs import run, seed_generators
+from graphpeft.testing.runs import run_each, seed_generators
 
 MOST = 16
 """The most features of a convolution, whose inputs are as wide as it has features."""
+
+TOLERANCE = 1e-5
+"""The allowed difference of a single layer's outputs: less than half precision's rounding of the change alone."""
 
 
 class Subject(NamedTuple):
@@ -39,6 +44,7 @@ class Subject(NamedTuple):
         inputs: Inputs of the model.
         others: Other inputs, of other sizes.
         has_reference: Whether an author's reference holds for it.
+        tolerance: The allowed difference of outputs that rounding alone may make.
     """
 
     what: str
@@ -47,6 +53,7 @@ class Subject(NamedTuple):
     inputs: ExampleInputs
     others: tuple[ExampleInputs, ...]
     has_reference: bool = True
+    tolerance: float = 1e-4
 
     @property
     def adaptation(self) -> tuple[Callable[[], nn.Module], PeftConfig, ExampleInputs]:
@@ -60,18 +67,18 @@ class Form(NamedTuple):
     Attributes:
         what: A description.
         layer: Makes it.
-        shapes: The shapes of its inputs.
+        shapes: The shapes of its inputs, and of other ones, which aren't contiguous.
         dtype: Its dtype and that of its inputs.
         has_reference: Whether an author's reference holds for it.
-        may_fail: Whether it is a kind of layer that the rule needn't know, so that only wrong values break a law.
+        of: The kind of operation; a rule that doesn't name it needn't know it, so that only wrong values break a law.
     """
 
     what: str
     layer: Callable[[], nn.Module]
-    shapes: tuple[tuple[int, ...], ...]
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
     dtype: torch.dtype = torch.float32
     has_reference: bool = True
-    may_fail: bool = False
+    of: type | None = None
 
 
 class StoredInOut(nn.Module):
@@ -104,23 +111,26 @@ def _forms_of_linear(site: Site) -> tuple[Form, ...]:
     i, o = site.in_features, site.out_features
     assert i is not None
     assert o is not None
-    narrow, fewer = min(i, MOST), min(o, MOST)
     shapes = ((2, 3, i), (3, 5, i))
-    # as wide as there are features, so that a rule that takes one dimension for the other computes something
-    images = ((2, narrow, 4, narrow), (3, narrow, 5, narrow))
     return (
         Form("a linear layer without a bias, on inputs of 3 dimensions", lambda: nn.Linear(i, o, bias=False), shapes),
         # without a reference: PEFT exchanges some methods' factors for a weight that is no layer's
         Form("a weight that is stored as (in, out)", lambda: StoredInOut(i, o), shapes, has_reference=False),
         Form("a linear layer in bfloat16", lambda: nn.Linear(i, o), shapes, torch.bfloat16),
-        Form(
-            "a convolution",
-            lambda: nn.Conv2d(narrow, fewer, 3, padding=1),
-            images,
-            has_reference=False,
-            may_fail=True,
-        ),
+        _another_convolution("a convolution", nn.Conv2d, i, o),
+        _another_convolution("a convolution of one dimension", nn.Conv1d, i, o),
     )
+
+
+def _another_convolution(what: str, kind: Callable[..., nn.Module], in_channels: int, out_channels: int) -> Form:
+    """Returns a convolution of another kind than the user's layer."""
+    narrow, fewer = min(in_channels, MOST), min(out_channels, MOST)
+    # as wide as there are features, so that a rule that takes one dimension for the other computes something
+    shapes = ((2, narrow, narrow), (3, narrow, narrow))
+    if kind is nn.Conv2d:
+        shapes = ((2, narrow, 4, narrow), (3, narrow, 5, narrow))
+    layer = functools.partial(kind, narrow, fewer, 3, padding=1)
+    return Form(what, layer, shapes, has_reference=False, of=ops.Convolution)
 
 
 def _forms_of_convolution(layer: Any) -> tuple[Form, ...]:
@@ -135,6 +145,7 @@ def _forms_of_convolution(layer: Any) -> tuple[Form, ...]:
     return (
         Form("a convolution without a bias", without_bias, shapes),
         Form("a convolution in bfloat16", lambda: copy.deepcopy(layer), shapes, torch.bfloat16),
+        _another_convolution("a convolution of one dimension", nn.Conv1d, layer.in_channels, layer.out_channels),
     )
 
 
@@ -152,12 +163,13 @@ def single_layers(
         The layers, and why others are left out.
     """
     model = get_peft_model(build(), config, example_inputs=inputs)
-    found: dict[Any, Site] = {}
+    found: dict[Any, AdaptedSite] = {}
     for one in model._peft_adapters.by_name["default"].weight_sites:
         if _is_plain(one):
-            found.setdefault((type(one.rule), one.site.layout), one.site)
+            found.setdefault((type(one.rule), one.site.layout), one)
     subjects, left_out = list[Subject](), list[str]()
-    for site in found.values():
+    for one in found.values():
+        site: Any = one.site
         narrowed = _only_at(site.name, build, config, inputs)
         layer = build().get_submodule(site.owner)
         forms = _forms_of_linear(site) if site.layout is ops.Linear else _forms_of_convolution(layer)
@@ -165,7 +177,8 @@ def single_layers(
             continue
         for form in forms:
             subject = _subject(form, site.owner, narrowed)
-            reason = _refusal(subject, form.may_fail)
+            is_known = form.of is None or form.of in getattr(one.rule, "adapts", ())
+            reason = _refusal(subject, is_known)
             if reason is None:
                 subjects.append(subject)
             else:
@@ -202,18 +215,22 @@ def _subject(form: Form, path: str, config: PeftConfig) -> Subject:
         return layer.to(form.dtype)
 
     generator = torch.Generator().manual_seed(0)
-    inputs, other = ((torch.randn(shape, generator=generator).to(form.dtype),) for shape in form.shapes)
-    return Subject(form.what, build, config, inputs, (other,), form.has_reference)
+    shape, another = form.shapes
+    inputs = torch.randn(shape, generator=generator).to(form.dtype)
+    # stored in the other order, so that no view of it flattens dimensions
+    other = torch.randn(another[::-1], generator=generator).to(form.dtype).permute(*reversed(range(len(another))))
+    return Subject(form.what, build, config, (inputs,), ((other,),), form.has_reference, TOLERANCE)
 
 
-def _refusal(subject: Subject, may_fail: bool) -> str | None:
-    """Returns the reason why the config doesn't adapt a layer, or None."""
+def _refusal(subject: Subject, is_known: bool) -> str | None:
+    """Returns the reason why the config doesn't adapt a layer, or fails on one that the rule doesn't know, or None."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            run(get_peft_model(subject.build(), subject.config, example_inputs=subject.inputs), subject.inputs)
+            adapted = get_peft_model(subject.build(), subject.config, example_inputs=subject.inputs)
+            run_each(adapted, (subject.inputs, *subject.others))
     except AdaptError as error:
         return str(error).partition(chr(10))[0]
     except Exception as error:
-        return f"{type(error).__name__}: {error}" if may_fail else None
+        return None if is_known else f"{type(error).__name__}: {error}"
     return None

@@ -92,7 +92,9 @@ def verify(
 
     def is_base_with_delta(one: Subject) -> None:
         equation = reference if one.has_reference else None
-        laws.assert_adapted_is_base_with_delta(*one.adaptation, others=one.others, reference=equation)
+        laws.assert_adapted_is_base_with_delta(
+            *one.adaptation, tolerance=one.tolerance, others=one.others, reference=equation
+        )
 
     def copies_stay_adapted() -> str:
         assert_copies_stay_adapted(*itself.adaptation, others)

@@ -63,14 +63,14 @@ class PromptRule(BoundaryRule):
         training: Any,
         word_embeddings: Any = None,
         config: Any = None,
-        is_checkpointed: Any = None,
+        layers: Any = None,
         **parameters: Any,
     ) -> dict[str, Any]:
         """Computes the virtual tokens and places them."""
         asked = {name: inputs[name] for name in self.encoder.asks}
         prompt = self.encoder.encode(parameters, training, **asked)
-        if is_checkpointed is not None and self.placement.spends:
-            prompt = kept_in_cache(prompt, is_checkpointed, training)
+        if layers is not None and self.placement.spends:
+            prompt = kept_in_cache(prompt, layers, training)
         return self.placement.enter(prompt, inputs, word_embeddings, config)
 
     def leave(self, output: Any, inputs: Mapping[str, Any], entered: Mapping[str, Any]) -> Any:
@@ -78,19 +78,23 @@ class PromptRule(BoundaryRule):
         return self.placement.leave(output, inputs, entered)
 
 
+def _is_any_checkpointed(layers: nn.Module) -> bool:
+    return any(getattr(layer, "gradient_checkpointing", False) for layer in layers.children())
+
+
 @recorded
-def kept_in_cache(prompt: Tensor, is_checkpointed: bool, training: bool) -> Tensor:
+def kept_in_cache(prompt: Tensor, layers: nn.Module, training: bool) -> Tensor:
     """Returns a prompt.
 
     Args:
         prompt: The prompt.
-        is_checkpointed: Whether the model's layers are checkpointed.
+        layers: The model's layers.
         training: Whether the model is trained.
 
     Raises:
-        RuntimeError: If the layers get no cache, since they are checkpointed.
+        RuntimeError: If a layer gets no cache, since it is checkpointed.
     """
-    if is_checkpointed and training and torch.is_grad_enabled():
+    if training and torch.is_grad_enabled() and _is_any_checkpointed(layers):
         raise RuntimeError(
             "a prefix works through the cache, which gradient checkpointing switches off: call "
             "gradient_checkpointing_disable() on the model, or train another adapter, as LoRA or prompt tuning"

@@ -91,9 +91,10 @@ def _site(finder: SiteFinder, report: Report, role: str, module: Any) -> CallSit
     reads = (("word_embeddings", _path_within(module, module.get_input_embeddings())),)
     reads += (("config", "config"),) if hasattr(module, "config") else ()
     inside = f"{owner}." if owner else ""
-    # of the first one, since each nth layer can be checkpointed
     paths = [path.removeprefix(inside) for path in checkpointable(finder.modules) if path.startswith(inside) and path]
-    reads += tuple(("is_checkpointed", f"{path}.gradient_checkpointing") for path in paths[:1])
+    # all of them, since each nth layer can be checkpointed
+    lists = dict.fromkeys(path.rpartition(".")[0] for path in paths if path.rpartition(".")[2].isdecimal())
+    reads += tuple(("layers", path) for path in list(lists)[:1])
     return CallSite(
         region, nodes, owner, role, beside, torch.get_default_dtype(), arguments, reads, positions=_positions(module)
     )

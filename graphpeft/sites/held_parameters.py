@@ -1,14 +1,9 @@
-"""Uses of a layer's weight that go past its attribute, where no change of an adapter is read.
-
-A module may hold the parameter itself, or call the layer in a function with a gradient of its own.
-"""
+"""Parameters that a module holds beside its attribute of that name, where no change of an adapter is read."""
 
 from __future__ import annotations
 
-import functools
 import sys
-import warnings
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,12 +12,7 @@ from torch import nn
 from graphpeft._torch import FORWARD_HOOKS_OF_ALL
 from graphpeft.code.contents import PLAIN
 from graphpeft.code.reach import opened
-from graphpeft.code.source import uses_in_forward
-from graphpeft.graph.forward_classes import class_of_forward
-from graphpeft.graph.holders import has_own_modules
 from graphpeft.graph.kept_forwards import KNOWN, OF_HOOKS
-from graphpeft.graph.paths import join
-from graphpeft.peft_errors import PeftWarning
 
 _HOOKS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and "hooks" in name)
 
@@ -80,53 +70,3 @@ def _parameters_in(start: Any) -> Iterator[nn.Parameter]:
         elif id(value) not in seen and not issubclass(kind, torch.Tensor | type | nn.Module):
             seen[id(value)] = value
             waiting += [part for part in opened(value)[1] if type(part) not in _PLAIN_TYPES]
-
-
-class CalledInFunctions:
-    """The modules of one model that its code may call in a function with a gradient of its own.
-
-    Args:
-        modules: The modules by path.
-        graphs: The paths of those that are graphs, and have no code of the user's.
-    """
-
-    def __init__(self, modules: Mapping[str, nn.Module], graphs: Set[str]) -> None:
-        self._modules, self._graphs = modules, graphs
-
-    @functools.cached_property
-    def _found(self) -> dict[str, str]:
-        """The paths of the modules that are called so, each with its caller's."""
-        found: dict[str, str] = {}
-        for path, module in self._modules.items():
-            # PyTorch's own modules call no function of a user's
-            is_of_pytorch = type(module).__module__.startswith("torch.nn.modules.")
-            if is_of_pytorch or path in self._graphs or not has_own_modules(module):
-                continue
-            uses = uses_in_forward(class_of_forward(module))
-            for read in uses.read if uses.has_own_gradient else ():
-                if read.partition(".")[0] in module._modules:
-                    found[join(path, read)] = path
-        return found
-
-    def warn(self, owner: str) -> None:
-        """Warns once of each module around a weight that code may call so, since adapters may get no gradient there.
-
-        Args:
-            owner: The path of the module that owns the weight.
-        """
-        for around in _around(owner) if self._found else ():
-            caller = self._found.pop(around, None)
-            if caller is not None:
-                warnings.warn(
-                    f"{caller or 'the model'} may call {around} in a torch.autograd.Function. Its backward runs only "
-                    "if an input requires a gradient, and adapters inside get none without it: let inputs require "
-                    "gradients, as enable_input_require_grads() does; check_learning(model, batch) tells what learns",
-                    PeftWarning,
-                    stacklevel=2,
-                )
-
-
-def _around(path: str) -> list[str]:
-    """Returns a path and those of the modules around it, the model's aside."""
-    names = path.split(".")
-    return [".".join(names[:depth]) for depth in range(len(names), 0, -1)]

@@ -285,7 +285,8 @@ HEAD = {"0.head.default.lora_A", "0.head.default.lora_B"}
 def test_layers_in_a_function_that_gives_them_no_gradient_are_warned_of_in_training(call: Any) -> None:
     model: Any = get_peft_model(nn.Sequential(Reversible(call)), CONFIG)
     x = torch.ones(1, SIZE)
-    model.eval()(x)
+    if call is not in_training_alone:
+        model.eval()(x)
     with pytest.warns(PeftWarning, match=r"0\.blocks\.0 is called in \w+, a torch\.autograd\.Function") as warned:
         model.train()(x).sum().backward()
     assert len(warned) == 1

@@ -19,7 +19,7 @@ from torch import nn
 from graphpeft._torch import without_compiler
 from graphpeft.graph import in_place
 from graphpeft.graph.holders import name_at, place_of, tensor_at, value_at
-from graphpeft.graph.own_tensors import STAND_INS, refuse_given
+from graphpeft.graph.own_tensors import STAND_INS, look_around
 from graphpeft.graph.sharding import in_all, is_asked_by, is_managed
 
 Names = tuple[str, ...]
@@ -214,7 +214,7 @@ def _read(own: str, other: str, module: nn.Module) -> torch.Tensor:
     if is_managed(module) and is_asked_by(_FSDP):
         return _own(module, own)
     if own in module._parameters and not torch.compiler.is_compiling():
-        refuse_given(module, own, module._parameters[own])
+        look_around(module, own, module._parameters[own])
     return value_at(module, other)
 
 

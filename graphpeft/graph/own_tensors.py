@@ -76,11 +76,8 @@ def own_tensor(module: Any, name: str) -> Any:
         return stand_in(module)
     own = module._parameters.get(name)
     # asked here, too, since that saves each forward a call
-    if own is not None and not torch.compiler.is_compiling():
-        if _READ_LAST.get(module, {}).get(name) != id(own):
-            refuse_given(module, name, own)
-        if module.training and not torch.is_grad_enabled() and module not in _LOOKED_AT:
-            warn_without_backward(module)
+    if own is not None and not torch.compiler.is_compiling() and _READ_LAST.get(module, {}).get(name) != id(own):
+        look_around(module, name, own)
     return base_tensor(module, name) if own is None else own
 
 
@@ -108,41 +105,48 @@ def _held(module: Any, name: str) -> Any:
 _READ_LAST: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()
 """The identities of the parameters that were read last, by module and name: those need no look at frames."""
 
-
-def refuse_given(module: Any, name: str, own: Any) -> None:
-    """Raises GuardError if ``torch.func.functional_call`` inside a model gives a module the parameter that it has now.
-
-    A functional call around the whole model gives the model other weights; the adapters act on these.
-    """
-    if _READ_LAST.get(module, {}).get(name) == id(own):
-        return
-    frames, model = _frames_in_model()
-    if model is not None and any(frame.f_code is CODE_OF_FUNCTIONAL_CALLS for frame in frames):
-        raise GuardError(
-            f"the model calls {_path(module, model)} by torch.func.functional_call, which gives it weights; merging "
-            "would lose what an adapter changes in these, so leave it out of the adapter's targets"
-        )
-    _READ_LAST.setdefault(module, {})[name] = id(own)
-
-
-_LOOKED_AT: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""The modules that were read in training without gradients."""
-
 _WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """The models that were warned of a function without a backward."""
 
 
-def warn_without_backward(module: nn.Module) -> None:
-    """Warns once of an adapted model that calls a module in a ``torch.autograd.Function`` whose backward won't run."""
-    _LOOKED_AT.add(module)
-    frames, model = _frames_in_model()
-    called = [frame.f_locals.get(frame.f_code.co_varnames[0]) for frame in frames if frame.f_code.co_argcount]
-    function: Any = next((first for first in called if isinstance(first, FunctionCtx)), None)
-    if function is None or model is None or model in _WARNED or any(function.needs_input_grad):
+def look_around(module: Any, name: str, own: Any) -> None:
+    """Looks at the calls around the first read of a parameter in an adapted model.
+
+    A functional call around the whole model gives the model other weights; the adapters act on these.
+
+    Raises:
+        GuardError: If ``torch.func.functional_call`` inside the model gives the module the parameter that it has now.
+    """
+    if _READ_LAST.get(module, {}).get(name) == id(own):
         return
+    is_given, function, frame = False, None, sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        is_given = is_given or code is CODE_OF_FUNCTIONAL_CALLS
+        first = frame.f_locals.get(code.co_varnames[0]) if code.co_name == "forward" else None
+        if issubclass(type(first), FunctionCtx):  # isinstance would ask an adapted layer for its class
+            function = first
+        if code in CODE_OF_CALLS and STATE in vars(model := frame.f_locals["self"]):
+            if is_given:
+                raise GuardError(
+                    f"the model calls {_path(module, model)} by torch.func.functional_call, which gives it weights; "
+                    "merging would lose what an adapter changes in these, so leave it out of the adapter's targets"
+                )
+            if function is not None and not module.training:
+                return  # to look again in training
+            if function is not None:
+                _warn_without_backward(module, model, function)
+            break
+        frame = frame.f_back
+    _READ_LAST.setdefault(module, {})[name] = id(own)
+
+
+def _warn_without_backward(module: nn.Module, model: nn.Module, function: Any) -> None:
+    """Warns once of a model that calls a layer in a function whose backward won't run."""
     kind = type(function)._forward_cls
-    if kind is CheckpointFunction:
-        return  # PyTorch itself warns
+    # PyTorch itself warns of its checkpoints
+    if any(function.needs_input_grad) or kind is CheckpointFunction or model in _WARNED:
+        return
     _WARNED.add(model)
     warnings.warn(
         f"{_path(module, model)} is called in {kind.__name__}, a torch.autograd.Function. None of its inputs requires "
@@ -151,17 +155,6 @@ def warn_without_backward(module: nn.Module) -> None:
         PeftWarning,
         stacklevel=2,
     )
-
-
-def _frames_in_model() -> tuple[list[Any], nn.Module | None]:
-    """Returns the frames in the call of an adapted model, innermost first, and the model; all and None if none runs."""
-    frames, frame = list[Any](), sys._getframe(2)
-    while frame is not None:
-        if frame.f_code in CODE_OF_CALLS and STATE in vars(model := frame.f_locals["self"]):
-            return frames, model
-        frames.append(frame)
-        frame = frame.f_back
-    return frames, None
 
 
 def _path(module: nn.Module, model: nn.Module) -> str:

@@ -93,8 +93,8 @@ def _site(finder: SiteFinder, report: Report, role: str, module: Any) -> CallSit
     inside = f"{owner}." if owner else ""
     paths = [path.removeprefix(inside) for path in checkpointable(finder.modules) if path.startswith(inside) and path]
     # all of them, since each nth layer can be checkpointed
-    lists = dict.fromkeys(path.rpartition(".")[0] for path in paths if path.rpartition(".")[2].isdecimal())
-    reads += tuple(("layers", path) for path in list(lists)[:1])
+    lists = [path.rpartition(".")[0] for path in paths if path.rpartition(".")[2].isdecimal()]
+    reads += (("layers", lists[0]),) if lists else ()
     return CallSite(
         region, nodes, owner, role, beside, torch.get_default_dtype(), arguments, reads, positions=_positions(module)
     )

@@ -25,9 +25,6 @@ METADATA_ATTRIBUTES = {
 ANY = "*"
 """Stands for any attribute name."""
 
-Paths = tuple[tuple[str, bool], ...]
-"""Attribute paths, and whether the code calls each attribute."""
-
 _ALL_PARAMETERS = frozenset((
     "parameters", "named_parameters", "get_parameter", "state_dict", "_parameters", "__getattr__", "__getattribute__",
 ))  # fmt: skip
@@ -36,9 +33,6 @@ _ALL_PARAMETERS = frozenset((
 _ASKING = {"getattr", "hasattr", "id", "isinstance", "len", "setattr", "super", "type"}
 """Functions that hand their first argument to no code that reads its tensors by names of its own."""
 
-_CALLERS = {"checkpoint"}
-"""Functions that call their first argument and read no attribute of it."""
-
 _LOADS = ("LOAD_FAST", "STORE_FAST_LOAD_FAST", "LOAD_DEREF", "LOAD_CLASSDEREF")
 """Prefixes of instructions that load variables; the last variable of an instruction is on top of the stack."""
 
@@ -46,8 +40,8 @@ _NO_OPERATIONS = ("CACHE", "EXTENDED_ARG")
 """Instructions without effect."""
 
 
-def paths_in(function: FunctionType, has_self: bool) -> Paths:
-    """Returns the paths of attributes that a function reads from its first argument, and whether it calls each.
+def paths_in(function: FunctionType, has_self: bool) -> tuple[str, ...]:
+    """Returns the paths of attributes that a function reads from its first argument.
 
     An attribute of another object has the path ``*.name``; ``x.a.b`` gives ``*.a`` and ``*.b``. The first argument
     itself, as ``self`` in ``call(self, x)``, has the path ``""``.
@@ -111,23 +105,22 @@ def _names_of(code: CodeType) -> Iterator[str]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _in_source(tree: ast.AST, first: str | None) -> Paths:
-    found: list[tuple[str, bool]] = []
+def _in_source(tree: ast.AST, first: str | None) -> tuple[str, ...]:
+    found: list[str] = []
     of_metadata = {id(read) for node, _ in _nodes_in(tree) if (read := _asked_for_metadata(node)) is not None}
     for node, parent in _nodes_in(tree):
         if id(node) in of_metadata:
             continue
         if isinstance(node, ast.Call) and _is_getattr(node):
-            found += [(f"*.{name}", False) for name in _names_asked_for(node, first)]
+            found += [f"*.{name}" for name in _names_asked_for(node, first)]
         if isinstance(node, ast.Attribute) and node.attr in _ALL_PARAMETERS and not _is_of_signature(node):
-            found.append((f"*.{ANY}", False))
+            found.append(f"*.{ANY}")
         if isinstance(node, ast.Name) and node.id == first and _hands_on(parent):
-            found.append(("", False))
+            found.append("")
         if not isinstance(node, ast.Attribute) or isinstance(parent, ast.Attribute):
             continue  # the path ends at an outer node
         if isinstance(node.ctx, ast.Load) and not _reads_no_elements(node, parent):
-            is_called = isinstance(parent, ast.Call) and _is_called(node, parent)
-            found += _as_paths(*_names(node, first), is_called)
+            found += _as_paths(*_names(node, first))
     return tuple(found)
 
 
@@ -141,11 +134,8 @@ def _asked_for_metadata(node: ast.AST) -> ast.expr | None:
     return None
 
 
-def _as_paths(names: list[str], of_first: bool, is_called: bool) -> Iterator[tuple[str, bool]]:
-    if of_first:
-        yield ".".join(names), is_called
-    else:
-        yield from ((f"*.{name}", is_called) for name in names)
+def _as_paths(names: list[str], of_first: bool) -> list[str]:
+    return [".".join(names)] if of_first else [f"*.{name}" for name in names]
 
 
 def _names(node: ast.Attribute, first: str | None) -> tuple[list[str], bool]:
@@ -156,11 +146,6 @@ def _names(node: ast.Attribute, first: str | None) -> tuple[list[str], bool]:
         names.append(value.attr)
         value = value.value
     return names[::-1], isinstance(value, ast.Name) and value.id == first
-
-
-def _is_called(node: ast.AST, call: ast.Call) -> bool:
-    """Returns whether `call` calls the value of `node`, directly or through a function such as ``checkpoint``."""
-    return call.func is node or (_name_of(call.func) in _CALLERS and call.args[:1] == [node])
 
 
 def _name_of(function: ast.expr) -> str | None:
@@ -200,36 +185,34 @@ def _reads_no_elements(node: ast.Attribute, parent: ast.AST | None) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def paths_in_bytecode(code: CodeType, first: str | None) -> Paths:
+def paths_in_bytecode(code: CodeType, first: str | None) -> tuple[str, ...]:
     """Returns the paths of attributes that bytecode reads, as `paths_in` does.
 
     Args:
         code: The code.
         first: The variable at which paths start, or None.
     """
-    found: list[tuple[str, bool]] = []
+    found: list[str] = []
     names: list[str] = []
-    of_first = is_called = False
+    of_first = False
     for instruction in dis.get_instructions(code):
         kind, value = instruction.opname, instruction.argval
         if kind in ("LOAD_ATTR", "LOAD_METHOD"):
             names.append(value)
-            is_called = kind == "LOAD_METHOD" or "NULL|self" in instruction.argrepr
         elif kind not in _NO_OPERATIONS:
             if names and names[-1] not in METADATA_ATTRIBUTES:
-                found += _as_paths(names, of_first, is_called)
+                found += _as_paths(names, of_first)
             elif of_first and not names and kind not in ("STORE_ATTR", "LOAD_SUPER_ATTR"):
-                found.append(("", False))
-            is_called = False
+                found.append("")
             loaded: Any = value[-1] if isinstance(value, tuple) and value else value
             names, of_first = [], kind.startswith(_LOADS) and first is not None and loaded == first
             if kind == "LOAD_SUPER_ATTR":
                 names.append(str(value))
             if kind == "LOAD_GLOBAL" and value == "getattr":
-                found.append((f"*.{ANY}", False))
-                found += [(f"*.{said}", False) for said in code.co_consts if str(said).isidentifier()]
+                found.append(f"*.{ANY}")
+                found += [f"*.{said}" for said in code.co_consts if str(said).isidentifier()]
     if not _ALL_PARAMETERS.isdisjoint(code.co_names):
-        found.append((f"*.{ANY}", False))
+        found.append(f"*.{ANY}")
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
             found += paths_in_bytecode(inner, first if first in inner.co_freevars else None)

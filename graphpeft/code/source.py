@@ -33,13 +33,11 @@ class Uses(NamedTuple):
 
     Attributes:
         read: The paths of attributes read from ``self``, such as ``qkv.weight``.
-        called: The paths of attributes of ``self`` that the code calls.
         read_elsewhere: The names of attributes read from other variables than ``self``, such as ``weight`` of
             ``layer.weight``, where ``layer`` may be a submodule.
     """
 
     read: set[str]
-    called: set[str]
     read_elsewhere: set[str]
 
 
@@ -75,14 +73,14 @@ def read_anew() -> None:
 @cached_by_class
 def uses_in_forward(cls: type) -> Uses:
     """Returns the attributes that `cls`'s forward uses, found in its source, or in its bytecode without source."""
-    uses = Uses(set(), set(), set())
+    uses = Uses(set(), set())
     methods = _methods_run(cls)
     # decorators from other Python modules may read attributes by any name, but read no weights
     own = {base.__module__ for base in cls.__mro__}
     for method in methods:
-        for path, is_call in paths_in(method, has_self=True):
+        for path in paths_in(method, has_self=True):
             if not path.startswith("*."):
-                (uses.called if is_call else uses.read).add(path)
+                uses.read.add(path)
             elif path[2:] != ANY or method.__globals__.get("__name__") in own:
                 uses.read_elsewhere.add(path[2:])
     reached = reached_in_forward(cls)
@@ -110,7 +108,7 @@ def _named_in(function: FunctionType, cls: type) -> list[Any]:
 
 def _read_by(function: FunctionType) -> set[str]:
     """Returns the names of attributes that a function reads from any value, with `ANY` if a name is unknown."""
-    return {path.removeprefix("*.") for path, _ in paths_in_bytecode(function.__code__, None)}
+    return {path.removeprefix("*.") for path in paths_in_bytecode(function.__code__, None)}
 
 
 def _methods_run(cls: type) -> dict[FunctionType, None]:
@@ -122,7 +120,7 @@ def _methods_run(cls: type) -> dict[FunctionType, None]:
         for method in _methods_named(cls, waiting.pop()):
             if method not in found and method.__module__ != nn.Module.__module__:
                 found[method] = None
-                paths = members & {path for path, _ in paths_in(method, has_self=True)}
+                paths = members & set(paths_in(method, has_self=True))
                 waiting += paths - seen
                 seen |= paths
     return found

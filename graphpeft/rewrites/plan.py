@@ -193,7 +193,7 @@ class Plan:
         while around:
             around = around.rpartition(".")[0]
             uses = uses_in_forward(class_of_forward(self.modules[around]))
-            paths = [f"{used}." for used in (*uses.read, *uses.called)]
+            paths = [f"{used}." for used in uses.read]
             for name in self.modules[path]._parameters:
                 tensor = f"{join(within(path, around), name)}."
                 if not uses.read_elsewhere.isdisjoint((name, ANY)) or any(used.startswith(tensor) for used in paths):

@@ -14,7 +14,7 @@ from graphpeft.graph.ops.embedding import Embedding
 from graphpeft.graph.ops.linear import Linear, transpose_of
 from graphpeft.graph.ops.set_forwards import function_of
 from graphpeft.graph.ops.weight import Weight
-from graphpeft.graph.own_tensors import own_tensor
+from graphpeft.graph.own_tensors import base_tensor
 from graphpeft.graph.tags import TAG
 
 __all__ = [
@@ -58,7 +58,8 @@ def read_op(node: fx.Node, root: nn.Module) -> Computation | None:
         return None
     around, _, name = op.weight.rpartition(".")
     owner = operator.attrgetter(around)(root) if around else root
-    return op if op.describes(own_tensor(owner, name).ndim) else None
+    weight = owner._parameters.get(name)
+    return op if op.describes((base_tensor(owner, name) if weight is None else weight).ndim) else None
 
 
 def _spelled(node: fx.Node, root: nn.Module) -> Computation | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from graphpeft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftWarning, check_learning, get_peft_model
+from graphpeft import (
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftWarning,
+    check_learning,
+    get_peft_model,
+    own_weight,
+)
 
 pytestmark = pytest.mark.quick("learning")
 
@@ -241,7 +251,20 @@ class Reversible(nn.Module):
 
 
 def by_its_name(x: Tensor, module: nn.Module) -> Tensor:
-    return getattr(Recomputed, "apply")(x, module)  # noqa: B009
+    [name] = [name for name in dir(Recomputed) if name == "apply"]
+    return getattr(Recomputed, name)(x, module)
+
+
+class OfAnotherName(Recomputed):
+    """A function whose forward is called otherwise in the code."""
+
+    @staticmethod
+    def _run(ctx: Any, x: Tensor, module: nn.Module) -> Any:
+        ctx.module = module
+        ctx.save_for_backward(x)
+        return module(x)
+
+    forward = _run
 
 
 def by_a_table(x: Tensor, module: nn.Module) -> Tensor:
@@ -274,6 +297,7 @@ HEAD = {"0.head.default.lora_A", "0.head.default.lora_B"}
     "call",
     [
         Recomputed.apply,
+        OfAnotherName.apply,
         by_its_name,
         by_a_table,
         in_a_function,
@@ -285,6 +309,7 @@ HEAD = {"0.head.default.lora_A", "0.head.default.lora_B"}
 def test_layers_in_a_function_that_gives_them_no_gradient_are_warned_of_in_training(call: Any) -> None:
     model: Any = get_peft_model(nn.Sequential(Reversible(call)), CONFIG)
     x = torch.ones(1, SIZE)
+    assert own_weight(model[0].blocks[0]).requires_grad is False
     if call is not in_training_alone:
         model.eval()(x)
     with pytest.warns(PeftWarning, match=r"0\.blocks\.0 is called in \w+, a torch\.autograd\.Function") as warned:
@@ -304,3 +329,28 @@ def test_layers_in_a_function_whose_input_requires_a_gradient_learn_without_a_wa
 def test_a_layer_beside_such_a_function_is_adapted_without_a_warning() -> None:
     model = get_peft_model(nn.Sequential(Reversible()), LoraConfig(r=2, target_modules=["head"]))
     model(torch.ones(1, SIZE)).sum().backward()
+
+
+def test_code_around_a_layer_may_be_a_function_without_arguments_by_any_name() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(SIZE, SIZE)
+
+        def forward(self, x: Tensor) -> Tensor:
+            def forward() -> Tensor:
+                return self.layer(x)
+
+            return forward()
+
+    model = get_peft_model(nn.Sequential(Inner()), CONFIG)
+    assert model(torch.ones(1, SIZE)).shape == (1, SIZE)
+
+
+def test_a_warning_that_is_an_error_is_one_in_each_forward() -> None:
+    model = get_peft_model(nn.Sequential(Reversible()), CONFIG)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            with pytest.raises(PeftWarning, match="is called in Recomputed"):
+                model(torch.ones(1, SIZE))

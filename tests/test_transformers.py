@@ -385,6 +385,18 @@ def test_a_prefix_whose_cache_is_switched_off_later_is_told(example: Example, is
     torch.testing.assert_close(gradients(model, example), expected)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_")
+def test_a_prefix_of_a_decoder_that_checkpoints_all_its_layers_itself_is_told_of_it() -> None:
+    sizes: dict[str, Any] = {"hidden_size": 16, "n_inner": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model: Any = transformers.ClvpForCausalLM(transformers.ClvpDecoderConfig(vocab_size=64, **sizes)).train()
+    get_peft_model(model, PrefixTuningConfig(task_type=graphpeft.TaskType.CAUSAL_LM, num_virtual_tokens=2))
+    tokens = torch.randint(3, 60, (2, 5))
+    assert model(tokens).logits.isfinite().all()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(RuntimeError, match="which gradient checkpointing switches off"):
+        model(tokens)
+
+
 # copies
 
 

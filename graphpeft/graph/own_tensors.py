@@ -119,26 +119,30 @@ def look_around(module: Any, name: str, own: Any) -> None:
     """
     if _READ_LAST.get(module, {}).get(name) == id(own):
         return
-    is_given, function, frame = False, None, sys._getframe(1)
+    is_called, is_given, function, frame = False, False, None, sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         is_given = is_given or code is CODE_OF_FUNCTIONAL_CALLS
-        first = frame.f_locals.get(code.co_varnames[0]) if code.co_name == "forward" else None
-        if issubclass(type(first), FunctionCtx):  # isinstance would ask an adapted layer for its class
-            function = first
+        if code.co_argcount:
+            first = frame.f_locals.get(code.co_varnames[0])
+            # isinstance would ask an adapted layer for its class
+            function = first if issubclass(type(first), FunctionCtx) else function
+        is_called = is_called or code in CODE_OF_CALLS
         if code in CODE_OF_CALLS and STATE in vars(model := frame.f_locals["self"]):
             if is_given:
                 raise GuardError(
                     f"the model calls {_path(module, model)} by torch.func.functional_call, which gives it weights; "
                     "merging would lose what an adapter changes in these, so leave it out of the adapter's targets"
                 )
-            if function is not None and not module.training:
-                return  # to look again in training
             if function is not None:
+                if not module.training:
+                    return  # to look again in training
                 _warn_without_backward(module, model, function)
             break
         frame = frame.f_back
-    _READ_LAST.setdefault(module, {})[name] = id(own)
+    # reads while no module is called, as while one is adapted, say nothing of its calls
+    if is_called:
+        _READ_LAST.setdefault(module, {})[name] = id(own)
 
 
 def _warn_without_backward(module: nn.Module, model: nn.Module, function: Any) -> None:
@@ -147,7 +151,6 @@ def _warn_without_backward(module: nn.Module, model: nn.Module, function: Any) -
     # PyTorch itself warns of its checkpoints
     if any(function.needs_input_grad) or kind is CheckpointFunction or model in _WARNED:
         return
-    _WARNED.add(model)
     warnings.warn(
         f"{_path(module, model)} is called in {kind.__name__}, a torch.autograd.Function. None of its inputs requires "
         "a gradient, so that its backward doesn't run, and adapters inside get no gradient: let inputs require "
@@ -155,6 +158,8 @@ def _warn_without_backward(module: nn.Module, model: nn.Module, function: Any) -
         PeftWarning,
         stacklevel=2,
     )
+    # not before, since a warning may be an error, and the next forward would run without a word
+    _WARNED.add(model)
 
 
 def _path(module: nn.Module, model: nn.Module) -> str:

@@ -206,6 +206,7 @@ def _adapted_is_base_with_delta(
     may_draw: bool,
     tolerance: float,
 ) -> Adapter:
+    """Checks the third law in one mode, and returns the adapter."""
     untouched = build().train(mode)
     adapted = perturbed(get_peft_model(build().train(mode), config, example_inputs=inputs))
     adapter = adapted._peft_adapters.by_name["default"]
@@ -317,10 +318,8 @@ def assert_spellings_are_adapted_alike(
             found, expected = (functools.partial(run_copy, each, [inputs]) for each in (other, model))
             require_alike(found, expected, 1e-5, "another spelling's outputs differ")
         except LawError as error:
-            adapted = other.adapter_report().adapted
-            raise LawError(
-                "\n".join([str(error), *(describe(site, other, config.method) for site in adapted)])
-            ) from error
+            described = [describe(site, other, config.method) for site in other.adapter_report().adapted]
+            raise LawError("\n".join([str(error), *described])) from error
 
 
 @blames_a_site

@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -75,7 +75,7 @@ class Form(NamedTuple):
 
     what: str
     layer: Callable[[], nn.Module]
-    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    shapes: Sequence[tuple[int, ...]]
     dtype: torch.dtype = torch.float32
     has_reference: bool = True
     of: type | None = None
@@ -117,20 +117,24 @@ def _forms_of_linear(site: Site) -> tuple[Form, ...]:
         # without a reference: PEFT exchanges some methods' factors for a weight that is no layer's
         Form("a weight that is stored as (in, out)", lambda: StoredInOut(i, o), shapes, has_reference=False),
         Form("a linear layer in bfloat16", lambda: nn.Linear(i, o), shapes, torch.bfloat16),
-        _another_convolution("a convolution", nn.Conv2d, i, o),
-        _another_convolution("a convolution of one dimension", nn.Conv1d, i, o),
+        *_convolutions(i, o),
     )
 
 
-def _another_convolution(what: str, kind: Callable[..., nn.Module], in_channels: int, out_channels: int) -> Form:
-    """Returns a convolution of another kind than the user's layer."""
+def _convolutions(in_channels: int, out_channels: int) -> list[Form]:
+    """Returns convolutions of one and two dimensions, whatever the user's layer is."""
     narrow, fewer = min(in_channels, MOST), min(out_channels, MOST)
     # as wide as there are features, so that a rule that takes one dimension for the other computes something
-    shapes = ((2, narrow, narrow), (3, narrow, narrow))
-    if kind is nn.Conv2d:
-        shapes = ((2, narrow, 4, narrow), (3, narrow, 5, narrow))
-    layer = functools.partial(kind, narrow, fewer, 3, padding=1)
-    return Form(what, layer, shapes, has_reference=False, of=ops.Convolution)
+    of_each = {
+        "a convolution": (nn.Conv2d, (2, narrow, 4, narrow), (3, narrow, 5, narrow)),
+        "a convolution of one dimension": (nn.Conv1d, (2, narrow, narrow), (3, narrow, narrow)),
+    }
+    return [
+        Form(
+            what, functools.partial(kind, narrow, fewer, 3, padding=1), shapes, has_reference=False, of=ops.Convolution
+        )
+        for what, (kind, *shapes) in of_each.items()
+    ]
 
 
 def _forms_of_convolution(layer: Any) -> tuple[Form, ...]:
@@ -145,7 +149,7 @@ def _forms_of_convolution(layer: Any) -> tuple[Form, ...]:
     return (
         Form("a convolution without a bias", without_bias, shapes),
         Form("a convolution in bfloat16", lambda: copy.deepcopy(layer), shapes, torch.bfloat16),
-        _another_convolution("a convolution of one dimension", nn.Conv1d, layer.in_channels, layer.out_channels),
+        *_convolutions(layer.in_channels, layer.out_channels),
     )
 
 

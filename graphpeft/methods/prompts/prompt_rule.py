@@ -79,7 +79,7 @@ class PromptRule(BoundaryRule):
 
 
 def _is_any_checkpointed(layers: nn.Module) -> bool:
-    return any(getattr(layer, "gradient_checkpointing", False) for layer in layers.children())
+    return any(getattr(module, "gradient_checkpointing", False) for module in (layers, *layers.children()))
 
 
 @recorded
@@ -88,7 +88,7 @@ def kept_in_cache(prompt: Tensor, layers: nn.Module, training: bool) -> Tensor:
 
     Args:
         prompt: The prompt.
-        layers: The model's layers.
+        layers: The model's layers, or a module that checkpoints all that it has.
         training: Whether the model is trained.
 
     Raises:

@@ -92,9 +92,9 @@ def _site(finder: SiteFinder, report: Report, role: str, module: Any) -> CallSit
     reads += (("config", "config"),) if hasattr(module, "config") else ()
     inside = f"{owner}." if owner else ""
     paths = [path.removeprefix(inside) for path in checkpointable(finder.modules) if path.startswith(inside) and path]
-    # all of them, since each nth layer can be checkpointed
+    # the list of all layers, since some of them may be checkpointed; else what checkpoints all of its layers
     lists = [path.rpartition(".")[0] for path in paths if path.rpartition(".")[2].isdecimal()]
-    reads += (("layers", lists[0]),) if lists else ()
+    reads += tuple([("layers", path) for path in (*lists, *paths)[:1]])
     return CallSite(
         region, nodes, owner, role, beside, torch.get_default_dtype(), arguments, reads, positions=_positions(module)
     )

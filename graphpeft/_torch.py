@@ -55,6 +55,7 @@ __all__ = [
     "CHECKPOINT_GENERATOR",  # the implementation of `checkpoint` with use_reentrant=False
     "CODE_OF_CALLS",  # tells by the frames around whether a module is being called
     "CODE_OF_FUNCTIONAL_CALLS",  # tells likewise whether it is called with other weights in place of its own
+    "CONTEXT_OF",  # the attribute of a function's context class that is the `torch.autograd.Function`
     "FORWARD_HOOKS_OF_ALL",  # global hooks that a forward runs
     "GROUPED_MM",  # products with experts' weights, some of which fake tensors refuse
     "PADDING_OF_CONVOLUTION",  # for convolutions with padding other than zeros
@@ -123,6 +124,7 @@ Since 2.15, the name ends in ``_impl``, and the function without ``_impl`` only 
 # no set, since the code that Dynamo makes can't be hashed
 CODE_OF_CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
 CODE_OF_FUNCTIONAL_CALLS = stateless._functional_call.__code__
+CONTEXT_OF = "_forward_cls"
 
 # autograd
 

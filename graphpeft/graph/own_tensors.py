@@ -18,7 +18,7 @@ import torch.fx as fx
 from torch import nn
 from torch.autograd.function import FunctionCtx
 
-from graphpeft._torch import CODE_OF_CALLS, CODE_OF_FUNCTIONAL_CALLS, CheckpointFunction, symbolic_tracing
+from graphpeft._torch import CODE_OF_CALLS, CODE_OF_FUNCTIONAL_CALLS, CONTEXT_OF, CheckpointFunction, symbolic_tracing
 from graphpeft.graph.errors import GuardError
 from graphpeft.graph.paths import STATE
 from graphpeft.graph.per_call import PerCall
@@ -147,7 +147,7 @@ def look_around(module: Any, name: str, own: Any) -> None:
 
 def _warn_without_backward(module: nn.Module, model: nn.Module, function: Any) -> None:
     """Warns once of a model that calls a layer in a function whose backward won't run."""
-    kind = type(function)._forward_cls
+    kind = getattr(type(function), CONTEXT_OF)
     # PyTorch itself warns of its checkpoints
     if any(function.needs_input_grad) or kind is CheckpointFunction or model in _WARNED:
         return

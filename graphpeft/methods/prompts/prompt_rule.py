@@ -78,10 +78,6 @@ class PromptRule(BoundaryRule):
         return self.placement.leave(output, inputs, entered)
 
 
-def _is_any_checkpointed(layers: nn.Module) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in (layers, *layers.children()))
-
-
 @recorded
 def kept_in_cache(prompt: Tensor, layers: nn.Module, training: bool) -> Tensor:
     """Returns a prompt.
@@ -94,7 +90,8 @@ def kept_in_cache(prompt: Tensor, layers: nn.Module, training: bool) -> Tensor:
     Raises:
         RuntimeError: If a layer gets no cache, since it is checkpointed.
     """
-    if training and torch.is_grad_enabled() and _is_any_checkpointed(layers):
+    modules = (layers, *layers.children())
+    if training and torch.is_grad_enabled() and any(getattr(each, "gradient_checkpointing", False) for each in modules):
         raise RuntimeError(
             "a prefix works through the cache, which gradient checkpointing switches off: call "
             "gradient_checkpointing_disable() on the model, or train another adapter, as LoRA or prompt tuning"

@@ -225,8 +225,7 @@ class Adapter:
 
     def roots(self, adapter: str) -> list[tuple[str, str]]:
         """Returns the places of the adapter's holders, and of tensors that are in none: a module's path, and a name."""
-        of_group = functools.cache(functools.partial(name_at, adapter, ""))  # the same for most sites
-        found = [(adapted.site.owner, of_group(adapted.rule.held_in)) for adapted in self.sites]
+        found = [(adapted.site.owner, name_at(adapter, "", adapted.rule.held_in)) for adapted in self.sites]
         found += [(path, name_at(adapter, "")) for path in self.overrides]
         return list(dict.fromkeys([*found, *((path, overrides.rows(adapter)) for path in self.rows)]))
 

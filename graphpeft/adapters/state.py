@@ -225,7 +225,9 @@ class Adapter:
 
     def roots(self, adapter: str) -> list[tuple[str, str]]:
         """Returns the places of the adapter's holders, and of tensors that are in none: a module's path, and a name."""
-        found = [(adapted.site.owner, name_at(adapter, "", adapted.rule.held_in)) for adapted in self.sites]
+        groups = [(adapted.site.owner, adapted.rule.held_in) for adapted in self.sites]
+        names = {group: name_at(adapter, "", group) for group in {group for _, group in groups}}
+        found = [(owner, names[group]) for owner, group in groups]
         found += [(path, name_at(adapter, "")) for path in self.overrides]
         return list(dict.fromkeys([*found, *((path, overrides.rows(adapter)) for path in self.rows)]))
 

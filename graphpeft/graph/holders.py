@@ -8,7 +8,6 @@ and parts are holders, too. Code that goes through a model's own modules leaves 
 
 from __future__ import annotations
 
-import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -206,7 +205,6 @@ def _inside(module: nn.Module, name: str) -> nn.Module:
     return inner
 
 
-@functools.lru_cache(maxsize=4096)
 def name_at(adapter: str, name: str, group: str = "") -> str:
     """Returns the name, at the module that is adapted, of what an adapter's holder has as `name`; "" is the holder."""
     return ".".join(filter(None, (group, adapter, name)))

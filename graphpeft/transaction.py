@@ -72,7 +72,10 @@ class _Journal:
         while len(self.undo) > begin:
             function, args = self.undo[-1]
             try:
-                function(*args)
+                try:
+                    function(*args)
+                except Exception:
+                    function(*args)  # there may be memory again
             except Exception as error:
                 failed.append(error)
             self.undo.pop()

@@ -23,7 +23,7 @@ from torch import nn
 
 import graphpeft
 from graphpeft import dry_runs
-from graphpeft.transaction import delete_item, remember, set_item, transaction
+from graphpeft.transaction import delete_item, remember, set_item, transaction, undone_by
 
 # models
 
@@ -469,6 +469,23 @@ def test_a_second_interruption_does_not_stop_what_the_first_one_takes_back() -> 
     number = len(expected(call)[2]) - 20  # when all has changed
     for then in range(1, 60, 4):
         assert_whole(call, failing_at_line(number, KeyboardInterrupt, then))
+
+
+@pytest.mark.quick("transaction")
+def test_what_runs_out_of_memory_while_it_is_taken_back_is_tried_once_more() -> None:
+    held, errors = {"before": 0}, [MemoryError()]
+
+    def restore() -> None:
+        if errors:
+            raise errors.pop()
+        del held["first"]
+
+    with contextlib.suppress(ValueError), transaction(nn.Identity()):
+        undone_by(restore)
+        held["first"] = 1
+        set_item(held, "second", 1)
+        raise ValueError
+    assert held == {"before": 0}
 
 
 @pytest.mark.quick("transaction")

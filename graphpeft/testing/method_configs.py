@@ -284,8 +284,8 @@ def weight_decomposed_configs(draw: Any, model: nn.Module, identity: bool) -> We
 
 
 vera_configs = choosing(VeraConfig, NOT_DRAWN, r=[1, 3], vera_dropout=[0.0, 0.4], d_initial=[0.1, -2.0], **DRAWN)
-# with first values that are drawn, the exponentials of three layers in a row overflow
-pvera_configs = choosing(PveraConfig, NOT_DRAWN, r=[1, 3], pvera_dropout=[0.0, 0.4], d_initial=[0.1, -2.0])
+# d scales logarithms of variances: where it is large, or drawn, the exponentials of layers in a row overflow
+pvera_configs = choosing(PveraConfig, NOT_DRAWN, r=[1, 3], pvera_dropout=[0.0, 0.4], d_initial=[0.1, -0.5])
 randlora_configs = choosing(
     RandLoraConfig,
     NOT_DRAWN,

@@ -24,6 +24,16 @@ def is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def has_shards(module: nn.Module) -> bool:
+    """Returns whether tensors of `module` itself are sharded."""
+    # nobody has a DTensor where that isn't imported
+    held = (*module._parameters.values(), *module._buffers.values()) if _DTENSOR in sys.modules else ()
+    return any(map(is_sharded, held))
+
+
+_DTENSOR = "torch.distributed.tensor"
+
+
 def whole(tensor: Any) -> torch.Tensor:
     """Returns a tensor with all its values, gathered from all processes if it is sharded."""
     if not is_sharded(tensor):

@@ -170,7 +170,7 @@ class Reads(DeltaRule):
     what: str
 
     def parameters(self, site: Any, config: Any) -> Any:
-        return {"shift": ParameterSpec((1,), f"shift of {READ[self.what](site)}")}
+        return {"shift": ParameterSpec((1,), f"shift of {READ[self.what](site) if self.what in READ else self.what}")}
 
     def initialise(self, parameters: Any, site: Any, config: Any, module: Any) -> None:
         parameters["shift"].zero_()
@@ -185,7 +185,7 @@ class ReadsConfig(TargetedConfig):
     what: str = ""
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Reads:
-        return Reads(self.what)
+        return Reads(self.what or f"layer {site.name}")
 
 
 @pytest.mark.parametrize("what", READ)
@@ -195,6 +195,12 @@ def test_what_a_rule_reads_of_a_site_is_of_that_site(what: str) -> None:
     keys = [re.sub("AskedSite", "Site", adapted.specs["shift"].key) for adapted in found]
     assert keys == [f"shift of {READ[what](adapted.site)}" for adapted in found]
     assert keys[0] != keys[1]
+
+
+def test_rules_that_a_config_chooses_by_name_are_asked_each() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    found = make_plan(model, ReadsConfig(target_modules=["0", "1"]), "default").sites
+    assert [adapted.specs["shift"].key for adapted in found] == ["shift of layer 0", "shift of layer 1"]
 
 
 def test_a_method_that_reads_no_path_is_asked_once() -> None:

@@ -15,7 +15,7 @@ from graphpeft.files.foreign_files import CheckpointError
 from graphpeft.graph import overrides
 from graphpeft.graph.holders import place_of, tensor_at
 from graphpeft.graph.overrides import own_parameter
-from graphpeft.graph.sharding import distributed_as, equal_in_all, has_shards, is_tensor_parallel, reshard
+from graphpeft.graph.sharding import distributed_as, equal_in_all, have_shards, is_tensor_parallel, reshard
 from graphpeft.graph.values import loaded, value_of, written
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
@@ -51,7 +51,7 @@ def new_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None)
 
 def _distributed(plan: Plan, modules: Modules, made: Tensors) -> Tensors:
     """Returns new tensors as tensor parallelism distributes what they are beside; one that is shared remains one."""
-    if not any(map(has_shards, modules.values())):
+    if not have_shards(modules.values()):
         return made
     beside = {
         (adapted.site.owner, name): adapted.site.beside for adapted in plan.sites for name in adapted.names.values()

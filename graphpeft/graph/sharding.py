@@ -20,15 +20,16 @@ from graphpeft.transaction import at_end_of, remember
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Returns whether a tensor is a ``DTensor``."""
+    """Returns whether a tensor is a ``DTensor``, or a class is that of one."""
     return hasattr(tensor, "full_tensor")
 
 
-def has_shards(module: nn.Module) -> bool:
-    """Returns whether tensors of `module` itself are sharded."""
-    # nobody has a DTensor where that isn't imported
-    held = (*module._parameters.values(), *module._buffers.values()) if _DTENSOR in sys.modules else ()
-    return any(map(is_sharded, held))
+def have_shards(modules: Iterable[nn.Module]) -> bool:
+    """Returns whether tensors of some modules themselves are sharded."""
+    if _DTENSOR not in sys.modules:
+        return False  # nobody has one
+    held = [of for module in modules for of in (module._parameters, module._buffers) if of]
+    return any(map(is_sharded, {type(tensor) for of in held for tensor in of.values()}))
 
 
 _DTENSOR = "torch.distributed.tensor"

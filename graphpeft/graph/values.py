@@ -23,7 +23,7 @@ def loaded(module: nn.Module, *names: str) -> contextlib.AbstractContextManager[
     """
     # a layer may have a hundred adapters
     owners = dict.fromkeys([module, *(place_of(module, name)[0] for name in names)] if names else [module])
-    if "_hf_hook" in vars(module) or any(map(sharding.has_shards, owners)):
+    if "_hf_hook" in vars(module) or sharding.have_shards(owners):
         return _loaded(module, owners)
     return _THERE
 

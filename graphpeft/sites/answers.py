@@ -78,6 +78,7 @@ class Answers:
 
     def __init__(self) -> None:
         self._known: dict[Hashable, Any] = {}
+        self._met: set[Hashable] = set()
 
     def of(self, site: Any, question: Hashable, ask: Callable[[Any], T]) -> T:
         """Returns the answer to a question about a site.
@@ -93,6 +94,9 @@ class Answers:
         found = self._known.get(key, self)
         if found is not self:
             return found
+        if key not in self._met:
+            self._met.add(key)
+            return ask(site)  # most kinds have one site, and an asked one is slower
         asked = AskedSite(*site)
         answer = ask(asked)
         if not asked.is_placed:

@@ -16,7 +16,7 @@ from graphpeft.graph.forward_classes import holds_own_tensor
 from graphpeft.graph.guards import fixed_arguments
 from graphpeft.graph.holders import has_holders
 from graphpeft.graph.inputs import ExampleInputs
-from graphpeft.graph.layers import given
+from graphpeft.graph.layers import is_given
 from graphpeft.graph.ops import convolution
 from graphpeft.graph.own_forward import own_code
 from graphpeft.graph.paths import join, within
@@ -102,7 +102,7 @@ class SiteFinder:
         site = (known and self._as_known(known, weight)) or self._new_site(owner, attribute, weight, held)
         self.found[owner, attribute] = site
         # a graph that was recorded may depend on more than what is compared
-        if alike is not None and site.region == owner and self.templates[owner] is given(module):
+        if alike is not None and site.region == owner and is_given(self.templates[owner]):
             self._firsts[alike] = site
         return site
 

@@ -286,8 +286,8 @@ class ByNameConfig(TargetedConfig):
 def test_options_that_a_method_declares_have_values_by_patterns_in_a_model_and_in_its_file() -> None:
     config = ByNameConfig(factor_pattern={"up": 2.0, "inner.up": 3.0})
     assert config.target_options.patterns == {"factor_pattern": {"up": 2.0, "inner.up": 3.0}}
-    assert [config.value_at("factor", name) for name in ("up", "inner.up", "down")] == [2.0, 2.0, 1.0]
     sites = [SimpleNamespace(name=name, transposed=True) for name in ("up", "inner.up", "down")]
+    assert [config.value_at("factor", site) for site in sites] == [2.0, 2.0, 1.0]
     in_file: Any = config.for_file(sites)
     assert in_file.factor_pattern == {"^up$": 2.0, r"^inner\.up$": 2.0}
     assert in_file.is_turned

@@ -113,7 +113,8 @@ def test_files_hold_the_direction_and_peft_refuses_them(tmp_path: Path) -> None:
     assert torch.equal(loaded(x), model(x))
     found = loaded.peft_config["default"]
     assert isinstance(found.direction, LoHaConfig)
-    assert (found.direction.value_at("alpha", "0"), found.modules_to_save) == (5, ["3"])
+    [site, _] = [adapted.site for adapted in loaded.adapter_report().adapted]
+    assert (found.direction.value_at("alpha", site), found.modules_to_save) == (5, ["3"])
     with pytest.raises(KeyError, match="GRAPHPEFT_WEIGHT_DECOMPOSED"):
         peft.PeftModel.from_pretrained(linear(), str(tmp_path))
 

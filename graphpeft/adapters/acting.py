@@ -5,14 +5,13 @@ A region without any runs its own class's code again, so a disabled adapter cost
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from graphpeft.adapters.exchanged import refuse_exchanged_classes
 from graphpeft.adapters.graphs import names_of_others, slots_for, templates_with
-from graphpeft.adapters.padded_inputs import keep_padded
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.reads import layer_of, layers_apart
 from graphpeft.adapters.state import Adapter, Adapters, Modules
@@ -20,7 +19,7 @@ from graphpeft.graph import in_place, overrides, slots
 from graphpeft.graph.holders import HolderGroup
 from graphpeft.graph.kept_forwards import foreign_forward
 from graphpeft.graph.paths import join
-from graphpeft.graph.template import Template, refuse_other_options
+from graphpeft.graph.template import Template, graph_forward, refuse_other_options
 from graphpeft.transaction import set_attribute
 
 
@@ -49,7 +48,7 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
     for path, layer in layers_apart(modules, adapters, templates, seats, before):
         layers.setdefault(path, {})["reads"] = layer
     in_place.exchange_all((modules[path], of_module) for path, of_module in layers.items())
-    keep_padded(modules, templates)
+    _keep_padded(modules, templates)
     row_readers = _row_readers(adapters, wanted)
     changing = [adapters.by_name[name] for name in (*adapters.read, *wanted)]
     paths = {path for adapter in changing for path in (*adapter.overrides, *adapter.rows)}
@@ -175,3 +174,44 @@ def _both_do(one: Adapter, other: Adapter, path: str, name: str) -> str:
     if all(name in adapter.fully_trained.get(path, ()) for adapter in (one, other)):
         return f"fully train {path}"
     return f"have another tensor in the place of {join(path, name)}"
+
+
+def _keep_padded(modules: Modules, regions: Iterable[str]) -> None:
+    """Keeps ``nn.TransformerEncoder`` from handing nested tensors to layers in which a graph runs.
+
+    In evaluation the encoder packs a padded batch into a nested tensor, which only the fused kernel of a whole layer
+    takes. The kernel knows nothing of adapters, and whether it may run the encoder asks of the weights of its first
+    layer alone.
+    """
+    for path in _around(regions) & modules.keys():
+        encoder = modules[path]
+        if isinstance(encoder, nn.TransformerEncoder):
+            if any(graph_forward(inner) is not None for inner in encoder.layers.modules()):
+                in_place.put_on(encoder, _PADDED)
+            else:
+                in_place.take_off(encoder, "padded")
+
+
+def _around(regions: Iterable[str]) -> set[str]:
+    """Returns the paths of all that is around one of these regions."""
+    around: set[str] = set()
+    for path in regions:
+        while path and (path := path.rpartition(".")[0]) not in around:
+            around.add(path)
+    return around
+
+
+def _is_never_nested(_: nn.Module) -> bool:
+    return False
+
+
+def _set_nested(encoder: nn.Module, value: Any) -> None:
+    encoder.__dict__["use_nested_tensor"] = value
+
+
+def _padded() -> in_place.Layer:
+    return _PADDED
+
+
+# of all that the encoder asks, the one that is of this alone
+_PADDED = in_place.Layer("padded", (), {"use_nested_tensor": property(_is_never_nested, _set_nested)}, (_padded, ()))

@@ -108,7 +108,10 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
     for (path, attribute), tensor in made.items():
         holder, own = new_place(modules[path], attribute)
         held: dict[str, Any] = holder._parameters if isinstance(tensor, nn.Parameter) else holder._buffers
-        set_item(held, own, tensor)
+        if isinstance(holder, HolderGroup):
+            set_item(held, own, tensor)
+        else:
+            held[own] = tensor  # the holder is new, and goes with all that is in it
     for (path, attribute), value in constants.items():
         if type(value) is Dropout:
             holder, own = new_place(modules[path], attribute.removesuffix(".p"))

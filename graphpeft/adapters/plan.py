@@ -23,14 +23,15 @@ from graphpeft.graph.paths import join
 from graphpeft.graph.sharding import is_partitioned
 from graphpeft.graph.template import Template
 from graphpeft.peft_errors import PeftError
-from graphpeft.rules.adapted_site import AdaptedSite, NamesInHolder, names_in_holder
+from graphpeft.rules.adapted_site import AdaptedSite, names_in_holder
 from graphpeft.rules.arguments import unknown_argument
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.contradictions import contradiction, lacking_base, unfit_bases
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.report import Refusal, Report
-from graphpeft.rules.rule import Mergeable, ReplacesWeight
+from graphpeft.rules.rule import Mergeable, ReplacesWeight, changes_bias
 from graphpeft.rules.weight_reader import WeightReader
+from graphpeft.sites.answers import Answers
 from graphpeft.sites.finder import NOTHING_KNOWN, Known, SiteFinder
 from graphpeft.sites.site import CallSite, LeafSite, Site
 from graphpeft.targeting import embedding_layers, targets
@@ -97,6 +98,7 @@ class Plan:
         scopes: The parameters that several sites share, by their scopes.
         found: The sites of weights as they were found, by the path of the weight's module and the weight's name there.
         renewed: The paths of regions that are other modules than when they were adapted before.
+        answers: The rules and tensors of sites, once for all that are alike.
     """
 
     modules: Mapping[str, nn.Module]
@@ -112,6 +114,7 @@ class Plan:
     scopes: dict[str, Scoped] = field(default_factory=dict)
     found: Mapping[tuple[str, str], Site] = field(default_factory=dict)
     renewed: Set[str] = frozenset()
+    answers: Answers = field(default_factory=Answers)
 
 
 def make_plan(
@@ -275,17 +278,35 @@ def _refuse_untied(kept: Sequence[Any], sites: Sequence[Any]) -> None:
 
 
 def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template) -> None:
-    config = plan.config
     dtype = dtype_of_adapter(site.dtype, plan.autocast)
-    rule: Any = config.rule_for(site, dtype)
+    rule = plan.answers.of(site, "rule", functools.partial(_rule_at, plan.config, dtype))
+    adapted = plan.answers.of(site, rule, functools.partial(_adapted, plan, rule, dtype))
+    if isinstance(adapted, str):
+        plan.report.refused.append(Refusal(site.label, adapted, site.way_out))
+        return
+    changed = (site.attribute,) if isinstance(site, Site) else ()
+    if isinstance(site, Site) and site.bias is not None and changes_bias(rule):
+        changed = (site.attribute, site.bias.rpartition(".")[2])
+    shared = _shared(plan, site, adapted.specs, adapted.names, dtype)
+    plan.sites.append(adapted._replace(site=site, rule=rule, changed=changed, shared=shared))
+    plan.templates[site.region] = template
+
+
+def _rule_at(config: Any, dtype: torch.dtype, site: Any) -> Any:
+    rule = config.rule_for(site, dtype)
     _refuse_no_rule(rule)
-    rule = rule.at_site(site, dtype)
+    return rule.at_site(site, dtype)
+
+
+def _adapted(plan: Plan, rule: Any, dtype: torch.dtype, site: Any) -> AdaptedSite | str:
+    """Returns a site with a rule, but for what it shares with others; or the reason why the rule can't adapt it."""
+    config, is_weight = plan.config, isinstance(site, Site)
     reason = rule.check(site, config)
     # the method's own reason tells a user more
-    unfit = unfit_bases(type(rule), type(site), site.op) if reason is None else None
+    unfit = unfit_bases(type(rule), Site if is_weight else type(site), site.op) if reason is None else None
     if unfit is not None:
         raise AdaptError(unfit)
-    if reason is None and isinstance(site, Site) and site.both_ways and not rule.adapts_both_ways:
+    if reason is None and is_weight and site.both_ways and not rule.adapts_both_ways:
         reason = (
             f"its operations read it both as (out, in) and as (in, out), and {type(rule).__name__} knows one of them"
         )
@@ -295,27 +316,19 @@ def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template) 
     if replaced:
         reason = overrides.refusal(plan.modules[site.owner]) or site.unmergeable
     if reason is not None:
-        plan.report.refused.append(Refusal(site.label, reason, site.way_out))
-        return
+        return reason
     specs, constants = rule.parameters(site, config), rule.all_constants(site, config)
     reason = contradiction(specs, constants)
     if reason is not None:
         raise AdaptError(f"{config.method}: {reason}")
     _refuse_unknown_arguments(rule, site, (*specs, *constants), config)
     in_holder = names_in_holder(specs, constants, site.prefix)
-    names = _names(in_holder, rule.held_in, plan.report.adapter)
-    shared = _shared(plan, site, specs, names, dtype)
+    names = {name: name_at(plan.report.adapter, path, rule.held_in) for name, path in in_holder}
     is_mergeable = isinstance(rule, Mergeable)
     has_bias = is_mergeable and rule.changes_bias
     # a bias without a place to be merged into is no matter of the weight
     is_change = is_mergeable and (has_bias or rule.unmergeable(site) is None)
-    changed = (site.attribute,) if isinstance(site, Site) else ()
-    if isinstance(site, Site) and has_bias and site.bias is not None:
-        changed = (site.attribute, site.bias.rpartition(".")[2])
-    plan.sites.append(
-        AdaptedSite(site, rule, specs, constants, names, in_holder, dtype, is_change, changed, replaced, shared)
-    )
-    plan.templates[site.region] = template
+    return AdaptedSite(site, rule, specs, constants, names, in_holder, dtype, is_change, replaced=replaced)
 
 
 def _refuse_no_rule(rule: Any) -> None:
@@ -333,7 +346,8 @@ def _refuse_no_rule(rule: Any) -> None:
 def _refuse_unknown_arguments(rule: Any, site: Any, own: tuple[str, ...], config: PeftConfig) -> None:
     """Raises AdaptError if a function of a rule asks for something of which nothing is known, as by a slip."""
     read = tuple([name for name, _ in site.reads])
-    reason = unknown_argument(rule, type(site), site.op, own + read)
+    kind = Site if isinstance(site, Site) else type(site)
+    reason = unknown_argument(rule, kind, site.op, own + read)
     if reason is not None:
         raise AdaptError(f"{config.method}: {reason}; name a parameter or a constant of the rule, or give a default")
 
@@ -386,12 +400,6 @@ def _refuse_replaced_twice(plan: Plan) -> None:
         if both:
             reason = f"modules_to_save fully trains its {both.pop()}, in whose place the adapter has a frozen one"
             plan.report.refused.append(Refusal(adapted.site.name, reason, adapted.site.way_out))
-
-
-# equal sites share one
-@functools.lru_cache(maxsize=1024)
-def _names(names: NamesInHolder, group: str, adapter: str) -> Mapping[str, str]:
-    return {name: name_at(adapter, path, group) for name, path in names}
 
 
 def dtype_of_adapter(dtype: torch.dtype, autocast: bool) -> torch.dtype:

@@ -15,7 +15,7 @@ from graphpeft.files.foreign_files import CheckpointError
 from graphpeft.graph import overrides
 from graphpeft.graph.holders import place_of, tensor_at
 from graphpeft.graph.overrides import own_parameter
-from graphpeft.graph.sharding import distributed_as, equal_in_all, is_sharded, is_tensor_parallel, reshard
+from graphpeft.graph.sharding import distributed_as, equal_in_all, have_shards, is_tensor_parallel, reshard
 from graphpeft.graph.values import loaded, value_of, written
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
@@ -51,10 +51,7 @@ def new_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None)
 
 def _distributed(plan: Plan, modules: Modules, made: Tensors) -> Tensors:
     """Returns new tensors as tensor parallelism distributes what they are beside; one that is shared remains one."""
-    held = [
-        tensor for module in modules.values() for of in (module._parameters, module._buffers) for tensor in of.values()
-    ]
-    if not any(map(is_sharded, held)):
+    if not have_shards(modules.values()):
         return made
     beside = {
         (adapted.site.owner, name): adapted.site.beside for adapted in plan.sites for name in adapted.names.values()

@@ -121,7 +121,14 @@ def _tensors(graph: fx.Graph, has_bias: bool) -> tuple[fx.Node, fx.Node | None]:
 def _template(graph: fx.Graph, result: fx.Node, has_bias: bool = True, **fixed: Any) -> Template:
     graph.output(result)
     result.meta |= {FIXED: fixed, ABSENT: () if has_bias else ("bias",)}
-    return Template((graph,), shared=True)
+    template = Template((graph,), shared=True)
+    template.facts["is given"] = True
+    return template
+
+
+def is_given(template: Template) -> bool:
+    """Returns whether a template is a hand-written one of a layer."""
+    return "is given" in template.facts
 
 
 @functools.cache

@@ -20,8 +20,19 @@ from graphpeft.transaction import at_end_of, remember
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Returns whether a tensor is a ``DTensor``."""
+    """Returns whether a tensor is a ``DTensor``, or a class is that of one."""
     return hasattr(tensor, "full_tensor")
+
+
+def have_shards(modules: Iterable[nn.Module]) -> bool:
+    """Returns whether tensors of some modules themselves are sharded."""
+    if _DTENSOR not in sys.modules:
+        return False  # nobody has one
+    held = [of for module in modules for of in (module._parameters, module._buffers) if of]
+    return any(map(is_sharded, {type(tensor) for of in held for tensor in of.values()}))
+
+
+_DTENSOR = "torch.distributed.tensor"
 
 
 def whole(tensor: Any) -> torch.Tensor:

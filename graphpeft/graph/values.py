@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,8 +14,7 @@ from graphpeft.graph.holders import place_of, tensor_at
 from graphpeft.transaction import set_item
 
 
-@contextlib.contextmanager
-def loaded(module: nn.Module, *names: str) -> Iterator[None]:
+def loaded(module: nn.Module, *names: str) -> contextlib.AbstractContextManager[None]:
     """Lets `module` have the values of its own tensors for the duration of the context.
 
     Args:
@@ -23,7 +22,17 @@ def loaded(module: nn.Module, *names: str) -> Iterator[None]:
         *names: The names of adapters' tensors at the module, as of `place_of`, which are read, too.
     """
     # a layer may have a hundred adapters
-    owners = dict.fromkeys([module, *(place_of(module, name)[0] for name in names)])
+    owners = dict.fromkeys([module, *(place_of(module, name)[0] for name in names)] if names else [module])
+    if "_hf_hook" in vars(module) or sharding.have_shards(owners):
+        return _loaded(module, owners)
+    return _THERE
+
+
+_THERE = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _loaded(module: nn.Module, owners: Iterable[nn.Module]) -> Iterator[None]:
     with offloading.loaded(module), sharding.gathered(owners):
         yield
 

@@ -49,7 +49,7 @@ class C3A(BranchRule):
         reason = super().check(site, config)
         if reason is not None:
             return reason
-        size, (_, rows, columns) = config.block_size_at(site.name), matrices_of(site)
+        size, (_, rows, columns) = config.block_size_at(site), matrices_of(site)
         if rows % size or columns % size:
             common = math.gcd(rows, columns)
             return (
@@ -60,7 +60,7 @@ class C3A(BranchRule):
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns the rows of all blocks."""
-        size, (stack, rows, columns) = config.block_size_at(site.name), matrices_of(site)
+        size, (stack, rows, columns) = config.block_size_at(site), matrices_of(site)
         return {"c3a_kernel": ParameterSpec((*stack, rows // size, columns // size, size), key="c3a_kernel")}
 
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
@@ -208,13 +208,14 @@ class C3AConfig(TargetedConfig):
         patterns = {"block_size_pattern": self.block_size_pattern or {}}
         return super().target_options._replace(patterns=patterns)
 
-    def block_size_at(self, name: str) -> int:
+    def block_size_at(self, site: Any) -> int:
         """Returns the size of the blocks at a site.
 
         Args:
-            name: The site's name.
+            site: The site.
         """
-        return pattern_values.value_below(self.block_size_pattern or {}, name, self.block_size, "block_size_pattern")
+        patterns, size = self.block_size_pattern, self.block_size
+        return pattern_values.value_below(patterns, site.name, size, "block_size_pattern") if patterns else size
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> C3A:
         """Returns the rule for a weight's shape."""

@@ -44,7 +44,7 @@ class Delora(BranchRule):
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A, B, λ and w."""
-        rank, (stack, rows, columns) = config.value_at("r", site.name), matrices_of(site)
+        rank, (stack, rows, columns) = config.value_at("r", site), matrices_of(site)
         shapes = {"delora_A": (*stack, rank, columns), "delora_B": (*stack, rows, rank), "delora_lambda": (*stack, 1)}
         specs = {name: ParameterSpec(shape, key=name) for name, shape in shapes.items()}
         return {**specs, "delora_w_norm": ParameterSpec((*stack, columns), key="delora_w_norm", is_trained=False)}
@@ -56,14 +56,14 @@ class Delora(BranchRule):
             parameters["delora_B"].zero_()
         else:
             draw(parameters["delora_B"], site)
-        parameters["delora_lambda"].fill_(config.value_at("delora_lambda", site.name))
+        parameters["delora_lambda"].fill_(config.value_at("delora_lambda", site))
         weight = read_weight(module, site.attribute)
         assert weight is not None
         parameters["delora_w_norm"].copy_(as_matrices(self.layout.turned(weight.detach()), site).norm(dim=-2))
 
     def constants(self, site: Any, config: Any) -> Mapping[str, float]:
         """Returns the rank."""
-        return {"rank": config.value_at("r", site.name)}
+        return {"rank": config.value_at("r", site)}
 
     def dropout_of(self, config: Any) -> float:
         """Returns `module_dropout`, which drops elements of the branch's input in PEFT, too."""

@@ -48,12 +48,12 @@ class FourierFT(DeltaRule):
         """Refuses more frequencies than a matrix has."""
         reason = super().check(site, config)
         if reason is None:
-            reason = too_many(site, config.frequencies_at(site.name))
+            reason = too_many(site, config.frequencies_at(site))
         return reason
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns the spectrum, and its places in a matrix, which follow from the seed."""
-        count = config.frequencies_at(site.name)
+        count = config.frequencies_at(site)
         places = ParameterSpec((count,), "fourierft_places", is_trained=False, is_saved=False, dtype=torch.int64)
         spectrum = ParameterSpec((*self.matrices.stack, count), key="fourierft_spectrum")
         return {"fourierft_spectrum": spectrum, "fourierft_places": places}
@@ -167,13 +167,14 @@ class FourierFTConfig(TargetedConfig):
         patterns = {"n_frequency_pattern": self.n_frequency_pattern or {}}
         return super().target_options._replace(patterns=patterns)
 
-    def frequencies_at(self, name: str) -> int:
+    def frequencies_at(self, site: Any) -> int:
         """Returns the number of coefficients at a site.
 
         Args:
-            name: The site's name.
+            site: The site.
         """
-        return pattern_values.value_below(self.n_frequency_pattern or {}, name, self.n_frequency, "n_frequency_pattern")
+        patterns, count = self.n_frequency_pattern, self.n_frequency
+        return pattern_values.value_below(patterns, site.name, count, "n_frequency_pattern") if patterns else count
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> FourierFT:
         """Returns the rule for a weight's shape."""

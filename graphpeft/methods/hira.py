@@ -54,7 +54,7 @@ class Hira(DeltaRule):
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A and B."""
-        rank = config.value_at("r", site.name)
+        rank = config.value_at("r", site)
         shape = (site.out_features, site.in_features) if isinstance(site, LeafSite) else site.matrix_shape
         *stack, rows, columns = shape[: len(shape) - len(self.kernel)]
         shapes = (*stack, rank, columns, *self.kernel), (*stack, rows, rank, *(1,) * len(self.kernel))
@@ -67,7 +67,7 @@ class Hira(DeltaRule):
         if not config.init_weights:
             return
         if config.init_weights == "gaussian" and not self.kernel:
-            A.normal_(std=1 / config.value_at("r", site.name))
+            A.normal_(std=1 / config.value_at("r", site))
         else:
             for factor in A.flatten(0, -3) if A.ndim > 2 and not self.kernel else (A,):
                 nn.init.kaiming_uniform_(factor, a=5**0.5)
@@ -88,7 +88,7 @@ class HiraTable(Hira):
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A, (r, entries), and B, (features, r)."""
-        rank, (entries, features) = config.value_at("r", site.name), site.matrix_shape
+        rank, (entries, features) = config.value_at("r", site), site.matrix_shape
         return {
             "hira_A": _spec("hira_embedding_A", (rank, entries), 0, config),
             "hira_B": _spec("hira_embedding_B", (features, rank), 1, config),

@@ -39,7 +39,7 @@ class LoHa(LycorisRule):
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns the factors of both products, in the order in which PEFT draws them, and their cores."""
-        rank, shape = config.value_at("r", site.name), site.matrix_shape
+        rank, shape = config.value_at("r", site), site.matrix_shape
         if self.has_cores:
             shapes = {"a": (rank, shape[0]), "b": (rank, shape[1])}
         else:

@@ -33,7 +33,7 @@ class LoKr(LycorisRule):
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns W₁ and W₂, or the factors of which they are made, in the order in which PEFT draws them."""
-        rank, shape = config.value_at("r", site.name), site.matrix_shape
+        rank, shape = config.value_at("r", site), site.matrix_shape
         *stack, rows, columns = shape[: len(shape) - len(self.kernel)]
         (rows_1, rows_2), (columns_1, columns_2) = (
             two_factors(size, config.decompose_factor) for size in (rows, columns)

@@ -56,7 +56,7 @@ class LycorisRule(DeltaRule):
     def constants(self, site: Any, config: Any) -> Mapping[str, float]:
         """Returns α/r, and the probabilities of dropout that aren't 0."""
         drops = {"rank_dropout": config.rank_dropout, "module_dropout": config.module_dropout}
-        scale = config.value_at("alpha", site.name) / config.value_at("r", site.name)
+        scale = config.value_at("alpha", site) / config.value_at("r", site)
         return {"scale": scale} | {name: p for name, p in drops.items() if p}
 
     def keeps_apart(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -208,7 +208,7 @@ class WaveFTConfig(TargetedConfig):
         """
         if self.proportional_parameters:
             return self._proportional[site.weight]
-        return self.value_at("n_frequency", site.name)
+        return self.value_at("n_frequency", site)
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> WaveFT:
         """Returns the rule for a weight's shape."""

@@ -45,7 +45,7 @@ class AdaptedSite(NamedTuple):
     in_holder: NamesInHolder
     dtype: torch.dtype
     is_change: bool
-    changed: tuple[str, ...]
+    changed: tuple[str, ...] = ()
     replaced: Mapping[str, str] = MappingProxyType({})
     shared: Mapping[str, tuple[str, str]] = MappingProxyType({})
 

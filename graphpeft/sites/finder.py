@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -16,10 +16,12 @@ from graphpeft.graph.forward_classes import holds_own_tensor
 from graphpeft.graph.guards import fixed_arguments
 from graphpeft.graph.holders import has_holders
 from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.graph.layers import is_given
 from graphpeft.graph.ops import convolution
 from graphpeft.graph.own_forward import own_code
 from graphpeft.graph.paths import join, within
 from graphpeft.graph.traced_model import plain_attribute, stands_for
+from graphpeft.sites.answers import likeness
 from graphpeft.sites.held_parameters import HeldParameters
 from graphpeft.sites.layer_kinds import kind_of_layer
 from graphpeft.sites.quantised import described, is_quantised
@@ -66,6 +68,7 @@ class SiteFinder:
         self.found: dict[tuple[str, str], Site] = {}
         self._known = known
         self._held = HeldParameters(self.modules)
+        self._firsts: dict[Hashable, Site] = {}
 
     def find(self, owner: str, attribute: str) -> Site:
         """Returns the site of a weight.
@@ -77,8 +80,16 @@ class SiteFinder:
         Raises:
             NoSiteError: If the weight has no site.
         """
-        held = self._held.place_of(self.modules[owner], attribute)
-        weight = read_weight(self.modules[owner], attribute)
+        module = self.modules[owner]
+        held = self._held.place_of(module, attribute)
+        alike = self._likeness(owner, attribute) if held is None else None
+        first = self._firsts.get(alike) if alike is not None else None
+        if first is not None:
+            self.templates[owner] = self.templates[first.owner]
+            site = first._replace(region=owner, owner=owner, bias=first.bias and join(owner, "bias"))
+            self.found[owner, attribute] = site
+            return site
+        weight = read_weight(module, attribute)
         assert weight is not None
         if is_lazy(weight):
             raise NoSiteError(f"its {attribute} has no shape yet; run the model once before you adapt it")
@@ -90,7 +101,18 @@ class SiteFinder:
         known = self._known.sites.get((owner, attribute))
         site = (known and self._as_known(known, weight)) or self._new_site(owner, attribute, weight, held)
         self.found[owner, attribute] = site
+        # a graph that was recorded may depend on more than what is compared
+        if alike is not None and site.region == owner and is_given(self.templates[owner]):
+            self._firsts[alike] = site
         return site
+
+    def _likeness(self, owner: str, attribute: str) -> Hashable | None:
+        """Returns what layers with equal sites have in common; None where a site depends on the layer's path, too."""
+        regions = self.regions
+        is_placed = regions.graphs or regions.example_inputs is not None or owner in regions.known or not owner
+        if attribute != "weight" or is_placed or self._is_out_proj(owner):
+            return None
+        return likeness(self.modules[owner])
 
     def _as_known(self, site: Site, weight: torch.Tensor) -> Site | None:
         """Returns the site that an adapter has if its region's graph is as it was then, but for adapters; or None."""

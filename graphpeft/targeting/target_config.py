@@ -102,14 +102,16 @@ class TargetedConfig(PeftConfig):
             patterns={pattern: getattr(self, pattern) for pattern in self.patterns.values()},
         )
 
-    def value_at(self, option: str, name: str) -> Any:
+    def value_at(self, option: str, site: Any) -> Any:
         """Returns the value of one of `patterns` at a site.
 
         Args:
             option: The option.
-            name: The site's name.
+            site: The site.
         """
-        return pattern_values.pattern_value(getattr(self, self.patterns[option]), name, getattr(self, option))
+        patterns, default = getattr(self, self.patterns[option]), getattr(self, option)
+        # a value that asks for no name holds for all sites that are alike
+        return pattern_values.pattern_value(patterns, site.name, default) if patterns else default
 
     def resolved(self, model: nn.Module) -> PeftConfig:
         """Returns the config with `target_modules` filled in: the model's default, or the names for "all-linear"."""
@@ -211,7 +213,7 @@ class TargetedConfig(PeftConfig):
         """Returns the config with `turned_option`, and with patterns of one name each, since PEFT sorts them."""
         changed: dict[str, Any] = {}
         for option, pattern in self.patterns.items():
-            values = {site.name: self.value_at(option, site.name) for site in sites}
+            values = {site.name: self.value_at(option, site) for site in sites}
             changed[pattern] = pattern_values.exact_patterns(values, getattr(self, option))
         if self.turned_option:
             changed[self.turned_option] = bool(sites) and all(getattr(site, "transposed", False) for site in sites)

@@ -193,12 +193,13 @@ def _targeted(
 
 def _weights_of(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> list[_Target]:
     """Returns the weights that a module's name stands for."""
-    if issubclass(stands_for(module), nn.RNNBase | nn.RNNCellBase):
+    cls = stands_for(module)
+    if issubclass(cls, nn.RNNBase | nn.RNNCellBase):
         names = [name for name, tensor in module._parameters.items() if tensor is not None and tensor.ndim > 1]
         return [_Target(join(path, name), path, name) for name in names]
-    weights = _weights_for(stands_for(module))
+    weights = _weights_for(cls)
     weight = module._parameters.get(weights.of_layer[0])
-    if weight is None and kind_of_layer(stands_for(module)) is not None:
+    if weight is None and kind_of_layer(cls) is not None:
         weight = read_weight(module, "weight")
     is_layer = weight is not None and not is_quantised(weight)
     if weights is _OWN_WEIGHT:

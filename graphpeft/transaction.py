@@ -75,7 +75,7 @@ class _Journal:
                 try:
                     function(*args)
                 except Exception:
-                    function(*args)  # there may be memory again
+                    function(*args)  # memory may be free by now; an undo may be repeated
             except Exception as error:
                 failed.append(error)
             self.undo.pop()

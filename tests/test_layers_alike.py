@@ -1,4 +1,4 @@
-"""Layers that are alike are planned once, and each has what it would have if it were planned by itself."""
+"""A plan of equal layers says of each the same as a plan of that layer alone."""
 
 from __future__ import annotations
 

@@ -299,7 +299,7 @@ def _rule_at(config: Any, dtype: torch.dtype, site: Any) -> Any:
 
 
 def _adapted(plan: Plan, rule: Any, dtype: torch.dtype, site: Any) -> AdaptedSite | str:
-    """Returns a site with a rule, but for what it shares with others; or the reason why the rule can't adapt it."""
+    """Returns a site with its rule, its parameters and their names; or the reason why the rule can't adapt it."""
     config, is_weight = plan.config, isinstance(site, Site)
     reason = rule.check(site, config)
     # the method's own reason tells a user more

@@ -30,9 +30,6 @@ _ALL_PARAMETERS = frozenset((
 ))  # fmt: skip
 """Methods and attributes of modules that give access to all parameters."""
 
-_ASKING = {"getattr", "hasattr", "id", "isinstance", "len", "setattr", "super", "type"}
-"""Functions that hand their first argument to no code that reads its tensors by names of its own."""
-
 _LOADS = ("LOAD_FAST", "STORE_FAST_LOAD_FAST", "LOAD_DEREF", "LOAD_CLASSDEREF")
 """Prefixes of instructions that load variables; the last variable of an instruction is on top of the stack."""
 
@@ -43,8 +40,7 @@ _NO_OPERATIONS = ("CACHE", "EXTENDED_ARG")
 def paths_in(function: FunctionType, has_self: bool) -> tuple[str, ...]:
     """Returns the paths of attributes that a function reads from its first argument.
 
-    An attribute of another object has the path ``*.name``; ``x.a.b`` gives ``*.a`` and ``*.b``. The first argument
-    itself, as ``self`` in ``call(self, x)``, has the path ``""``.
+    An attribute of another object has the path ``*.name``; ``x.a.b`` gives ``*.a`` and ``*.b``.
 
     Args:
         function: The function.
@@ -115,11 +111,9 @@ def _in_source(tree: ast.AST, first: str | None) -> tuple[str, ...]:
             found += [f"*.{name}" for name in _names_asked_for(node, first)]
         if isinstance(node, ast.Attribute) and node.attr in _ALL_PARAMETERS and not _is_of_signature(node):
             found.append(f"*.{ANY}")
-        if isinstance(node, ast.Name) and node.id == first and _hands_on(parent):
-            found.append("")
         if not isinstance(node, ast.Attribute) or isinstance(parent, ast.Attribute):
             continue  # the path ends at an outer node
-        if isinstance(node.ctx, ast.Load) and not _reads_no_elements(node, parent):
+        if isinstance(node.ctx, ast.Load) and node.attr not in METADATA_ATTRIBUTES:
             found += _as_paths(*_names(node, first))
     return tuple(found)
 
@@ -148,24 +142,14 @@ def _names(node: ast.Attribute, first: str | None) -> tuple[list[str], bool]:
     return names[::-1], isinstance(value, ast.Name) and value.id == first
 
 
-def _name_of(function: ast.expr) -> str | None:
-    return getattr(function, "attr", getattr(function, "id", None))
-
-
 def _is_getattr(node: ast.Call) -> bool:
     return isinstance(node.func, ast.Name) and node.func.id == "getattr" and len(node.args) > 1
 
 
 def _is_of_signature(node: ast.Attribute) -> bool:
     """Returns whether an attribute is that of a function's signature, whose ``parameters`` are no tensors."""
-    return isinstance(node.value, ast.Call) and _name_of(node.value.func) == "signature"
-
-
-def _hands_on(parent: ast.AST | None) -> bool:
-    """Returns whether a variable goes elsewhere as a whole, as an argument or by another name."""
-    if isinstance(parent, ast.Call):
-        return _name_of(parent.func) not in _ASKING
-    return not isinstance(parent, ast.Attribute | ast.Compare | ast.arguments)
+    function = getattr(node.value, "func", None)
+    return getattr(function, "attr", getattr(function, "id", None)) == "signature"
 
 
 def _names_asked_for(node: ast.Call, first: str | None) -> list[str]:
@@ -174,14 +158,6 @@ def _names_asked_for(node: ast.Call, first: str | None) -> list[str]:
         return [ANY]
     # getattr(self, "name") reads an attribute of the module itself, not a weight of a submodule
     return [] if isinstance(node.args[0], ast.Name) and node.args[0].id == first else [str(name.value)]
-
-
-def _reads_no_elements(node: ast.Attribute, parent: ast.AST | None) -> bool:
-    if node.attr in METADATA_ATTRIBUTES:
-        return True
-    if isinstance(parent, ast.Compare):
-        return all(isinstance(compared, ast.Is | ast.IsNot) for compared in parent.ops)
-    return isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) and parent.func.id == "isinstance"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -202,8 +178,6 @@ def paths_in_bytecode(code: CodeType, first: str | None) -> tuple[str, ...]:
         elif kind not in _NO_OPERATIONS:
             if names and names[-1] not in METADATA_ATTRIBUTES:
                 found += _as_paths(names, of_first)
-            elif of_first and not names and kind not in ("STORE_ATTR", "LOAD_SUPER_ATTR"):
-                found.append("")
             loaded: Any = value[-1] if isinstance(value, tuple) and value else value
             names, of_first = [], kind.startswith(_LOADS) and first is not None and loaded == first
             if kind == "LOAD_SUPER_ATTR":

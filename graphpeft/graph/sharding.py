@@ -20,7 +20,7 @@ from graphpeft.transaction import at_end_of, remember
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Returns whether a tensor is a ``DTensor``, or a class is that of one."""
+    """Returns whether a tensor, or a class of tensors, is a ``DTensor``."""
     return hasattr(tensor, "full_tensor")
 
 

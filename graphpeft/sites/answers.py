@@ -1,4 +1,4 @@
-"""What is found out once for all layers, and all sites, that differ in nothing but their place in the model."""
+"""One answer for all layers, or all sites, that differ in their paths alone."""
 
 from __future__ import annotations
 
@@ -18,10 +18,7 @@ _EMPTY = frozenset(name for name, value in vars(_NO_MODULE).items() if not isins
 
 
 def likeness(layer: nn.Module) -> Hashable | None:
-    """Returns all that a layer's site depends on but its path; None for a layer with more than options and parameters.
-
-    Layers with equal results have equal graphs and classes.
-    """
+    """Returns the class, the options and the parameters of a layer; None for a layer with anything else of its own."""
     found: list[Any] = [type(layer)]
     for name, value in vars(layer).items():
         kind = type(value)

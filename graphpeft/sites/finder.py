@@ -101,7 +101,7 @@ class SiteFinder:
         known = self._known.sites.get((owner, attribute))
         site = (known and self._as_known(known, weight)) or self._new_site(owner, attribute, weight, held)
         self.found[owner, attribute] = site
-        # a graph that was recorded may depend on more than what is compared
+        # a recorded graph may depend on more than options, such as the layout in memory
         if alike is not None and site.region == owner and is_given(self.templates[owner]):
             self._firsts[alike] = site
         return site

@@ -33,8 +33,8 @@ from graphpeft import (
 from graphpeft.adapters.adapting import modules_of
 from graphpeft.graph.tags import TAG
 from graphpeft.graph.template import template_of
-from graphpeft.showing.page import page
 from graphpeft.showing.picture import DrawnModule, DrawnSite, Picture
+from graphpeft.showing.picture_file import page
 from graphpeft.showing.reading import picture_of
 from graphpeft.testing.memory import kept_bytes
 

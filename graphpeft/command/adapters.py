@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 import re
 from collections.abc import Collection, Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from safetensors.torch import save_model
 
 from graphpeft.adapters.saved_adapter import SavedAdapter, read
 from graphpeft.command.completing import FOLDER, PLACE
-from graphpeft.command.environment import environment
 from graphpeft.command.printing import as_json, tell
 from graphpeft.command.sources import Given, base_from, on_its_base
 from graphpeft.files.atomic_files import Staging
@@ -236,3 +238,49 @@ def _adapted(adapter: str, base: str | None) -> Given:
     given = base_from(base)
     place = Path(adapter) if Path(adapter).exists() else adapter
     return given._replace(model=PeftModel.from_pretrained(given.model, place))
+
+
+_PACKAGES = (
+    "transformers",
+    "timm",
+    "torchvision",
+    "peft",
+    "diffusers",
+    "accelerate",
+    "trl",
+    "bitsandbytes",
+    "torchao",
+    "safetensors",
+    "huggingface-hub",
+    "onnxruntime",
+)
+
+
+def environment() -> dict[str, str | None]:
+    """Returns versions by name; None for a package that isn't installed.
+
+    Returns:
+        Versions of this library, PyTorch, the packages around them, and Python; the system, and PyTorch's accelerator.
+    """
+    return {
+        "graphpeft": version("graphpeft"),
+        "torch": torch.__version__,  # with its build, as +cpu
+        **{name: _version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "accelerator": _accelerator(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _accelerator() -> str | None:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return None if found is None else found.type

@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from graphpeft.adapters.adapting import known_adapters, modules_of
-from graphpeft.adapters.state import Adapters
-from graphpeft.adapters.targeted_names import targeted_modules, targeted_parameters
+from graphpeft.adapters.state import Adapter, Adapters
 from graphpeft.graph.holders import has_tensor, tensor_at
 from graphpeft.graph.in_place import original_class
 from graphpeft.graph.paths import unwrapped
 from graphpeft.model.adapter_info import AdapterInfo
 from graphpeft.sites.quantised import backend_of
+from graphpeft.sites.site import Site
+from graphpeft.targeting.targets import match_parameter
 
 Value = TypeVar("Value")
 
@@ -252,3 +253,26 @@ class StatusMethods(AdapterInfo):
             The status of all adapters together.
         """
         return get_model_status(self)
+
+
+def targeted_modules(adapters: Adapters) -> list[str]:
+    """Returns the paths of the modules that adapters adapt as modules, without `modules_to_save`."""
+    found: dict[str, None] = {}
+    for adapter in adapters.by_name.values():
+        sites = (adapted.site for adapted in adapter.sites)
+        found |= dict.fromkeys(site.owner for site in sites if site.owner and not _is_parameter(adapter, site))
+        found |= dict.fromkeys(path for path in adapter.fully_trained if path not in adapter.saved)
+    return list(found)
+
+
+def targeted_parameters(adapters: Adapters) -> list[str]:
+    """Returns the paths of the parameters that adapters adapt by their own names."""
+    named = ((adapter, adapted.site) for adapter in adapters.by_name.values() for adapted in adapter.weight_sites)
+    return list(dict.fromkeys(site.weight for adapter, site in named if _is_parameter(adapter, site)))
+
+
+def _is_parameter(adapter: Adapter, site: Any) -> bool:
+    """Returns whether a site is named as a parameter, or is a weight that no layer holds."""
+    if not isinstance(site, Site):
+        return False
+    return not site.is_layer or match_parameter(adapter.config.target_options, site.weight)

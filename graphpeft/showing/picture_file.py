@@ -6,6 +6,7 @@ import html
 import os
 import tempfile
 import webbrowser
+from importlib import resources
 from pathlib import Path
 
 from torch import nn
@@ -14,7 +15,7 @@ from graphpeft.files.atomic_files import Staging
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.rules.report import Report
 from graphpeft.showing.model_explorer import model_explorer
-from graphpeft.showing.page import page
+from graphpeft.showing.picture import Picture
 from graphpeft.showing.reading import picture_of
 
 _HEIGHT = 640
@@ -100,3 +101,29 @@ def show(
     if path is None:
         webbrowser.open(place.as_uri())
     return Shown(place)
+
+
+_FOLDER = resources.files("graphpeft.showing") / "viewer"
+
+
+def page(picture: Picture) -> str:
+    """Returns the page as HTML."""
+    # of the parts only the picture comes from others, and within a script's text, "</" alone could end it
+    parts = {
+        "title": html.escape(picture.title),
+        "css": _text("viewer.css"),
+        "picture": picture.to_json().replace("</", "<\\/").replace("<!--", "<\\u0021--"),
+        "library": _text("viz-global.js"),
+        "script": _text("viewer.js"),
+    }
+    # by its own places alone: a part may contain the text of another part's place
+    pieces = _text("viewer.html").split("{{")
+    filled = [pieces[0]]
+    for piece in pieces[1:]:
+        name, _, rest = piece.partition("}}")
+        filled += [parts[name], rest]
+    return "".join(filled)
+
+
+def _text(name: str) -> str:
+    return (_FOLDER / name).read_text(encoding="utf-8")

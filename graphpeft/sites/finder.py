@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
-from typing import NamedTuple
+import types
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from graphpeft.code.source import read_anew
-from graphpeft.graph import ops
+from graphpeft.graph import in_place, ops
 from graphpeft.graph.computed_weights import computed_from, read_weight
+from graphpeft.graph.errors import TraceError
 from graphpeft.graph.forward_classes import holds_own_tensor
 from graphpeft.graph.guards import fixed_arguments
 from graphpeft.graph.holders import has_holders
 from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.graph.kept_forwards import set_forward
 from graphpeft.graph.layers import is_given
 from graphpeft.graph.ops import convolution
 from graphpeft.graph.own_forward import own_code
@@ -26,9 +29,10 @@ from graphpeft.sites.held_parameters import HeldParameters
 from graphpeft.sites.layer_kinds import kind_of_layer
 from graphpeft.sites.quantised import described, is_quantised
 from graphpeft.sites.regions import Lifted, Regions
-from graphpeft.sites.set_forwards import computes_otherwise
 from graphpeft.sites.site import NoSiteError, Site
 from graphpeft.sites.weight_uses import WeightUses, number_in
+from graphpeft.tracing.graph_equality import checks_all_of, equivalent
+from graphpeft.tracing.lift import lift_forward
 
 
 class Known(NamedTuple):
@@ -274,3 +278,33 @@ def _is_stored_transposed(
 def _is_parameter(module: nn.Module, path: str) -> bool:
     owner, _, name = path.rpartition(".")
     return name in module.get_submodule(owner)._parameters
+
+
+def computes_otherwise(module: nn.Module) -> str | None:
+    """Returns why a change of the weight may not be what an adapter adds beside a set forward; None if it is."""
+    forward = set_forward(module)
+    if forward is None:
+        return None
+    # torch.compile hides what it compiles
+    compiled = getattr(forward, "_torchdynamo_orig_callable", forward)
+    of_class = types.MethodType(in_place.original_class(module).forward, module)
+    if compiled == of_class:
+        return None
+    try:
+        own, other = (lift_forward(module, _of_one(each)).graphs for each in (of_class, compiled))
+    except TraceError as error:
+        return f"and no graph shows that it computes what the class of the layer does ({error})"
+    if len(own) == len(other) == 1 and _same(own[0], other[0]):
+        return None
+    return "and computes something else than the class of the layer"
+
+
+def _of_one(forward: Callable[..., Any]) -> Callable[[Any], Any]:
+    def with_one_argument(x: Any) -> Any:
+        return forward(x)
+
+    return with_one_argument
+
+
+def _same(graph: fx.Graph, other: fx.Graph) -> bool:
+    return equivalent(graph, other, {}) and checks_all_of(graph, other, lambda _: False)

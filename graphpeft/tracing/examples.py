@@ -17,17 +17,16 @@ from unittest import mock
 
 import torch
 import torch.fx as fx
-from torch import nn
+from torch import Tensor, nn
 from torch.fx.node import map_arg
 
-from graphpeft._torch import DisableTorchFunction, DisableTorchFunctionSubclass, fake_tensor, pytree
+from graphpeft._torch import GROUPED_MM, DisableTorchFunction, DisableTorchFunctionSubclass, fake_tensor, pytree
 from graphpeft.graph import guards
 from graphpeft.graph.drawing_functions import draws
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.facts import above_with_writes, varies, writes
 from graphpeft.graph.holders import has_own_modules
 from graphpeft.graph.template import SIMPLE, VALUE
-from graphpeft.tracing.fakes import FAKES
 from graphpeft.tracing.gradients import Applied
 from graphpeft.tracing.known_values import Call, KnownValues, call_of, facts
 from graphpeft.tracing.random_numbers import random_python_states_kept
@@ -332,3 +331,15 @@ def _prevents_evaluation(node: fx.Node) -> bool:
 
 def _empty(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def _grouped_mm(mat_a: Tensor, mat_b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    # the shapes of aten::_grouped_mm, whose fake kernel accepts only bfloat16
+    if mat_a.ndim == 2 and mat_b.ndim == 2:
+        assert offs is not None
+        return mat_a.new_empty(offs.shape[0], mat_a.shape[0], mat_b.shape[1])
+    return mat_a.new_empty(*mat_a.shape[:-1], mat_b.shape[-1])
+
+
+FAKES: dict[Any, Callable[..., Any]] = dict.fromkeys(GROUPED_MM, _grouped_mm)
+"""Fake implementations by function."""

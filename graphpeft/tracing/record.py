@@ -21,7 +21,7 @@ from graphpeft.graph import guards
 from graphpeft.graph.errors import OUT_OF_MEMORY, DrawsNumbersError, TraceError
 from graphpeft.graph.paths import join
 from graphpeft.tracing import patches
-from graphpeft.tracing.gradient_modes import decides_on_gradients, serving_both
+from graphpeft.tracing.graph_equality import checks_all_of, equivalent
 from graphpeft.tracing.linting import lint
 from graphpeft.tracing.random_numbers import no_random_python_numbers
 from graphpeft.tracing.session import RecordAgain
@@ -155,3 +155,32 @@ def _stateful_modules(tracer: ValueTracer, graph: fx.Graph, changed: list[Attrib
         return tracer.trace(tracer.session.root)
 
     return stateful_modules(tracer, record_again, tracer.session.root, graph, changed)
+
+
+def decides_on_gradients(graph: fx.Graph) -> bool:
+    """Returns whether `graph` asks ``torch.is_grad_enabled()``."""
+    return any(map(_is_question, graph.nodes))
+
+
+def serving_both(graph: fx.Graph, other: fx.Graph) -> fx.Graph | None:
+    """Returns one graph for runs with and without gradients, or None if the two graphs compute different results.
+
+    The returned graph is the input graph that has all checks of the other, less the checks of the gradient mode.
+    """
+    if not equivalent(graph, other, {}) or not equivalent(other, graph, {}):
+        return None
+    for one, another in ((graph, other), (other, graph)):
+        if checks_all_of(one, another, _is_about_gradients):
+            for node in reversed(one.nodes):
+                if _is_question(node) or _is_about_gradients(node):
+                    one.erase_node(node)
+            return one
+    return None
+
+
+def _is_question(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is torch.is_grad_enabled
+
+
+def _is_about_gradients(node: fx.Node) -> bool:
+    return node.target is guards.expect and any(map(_is_question, node.all_input_nodes))

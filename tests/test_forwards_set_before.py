@@ -441,7 +441,7 @@ def test_an_adaptation_that_fails_leaves_it_in_its_place(monkeypatch: pytest.Mon
         seen.append(vars(modules["first"])["forward"])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(acting, "keep_padded", failing)
+    monkeypatch.setattr(acting, "_keep_padded", failing)
     with pytest.raises(KeyboardInterrupt):
         get_peft_model(model, LoraConfig(**OPTIONS))
     assert seen[0] is not known

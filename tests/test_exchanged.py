@@ -540,7 +540,12 @@ def _around(model: Any, block: nn.Module) -> None:
     model.side = nn.Sequential(block)
 
 
-@pytest.mark.parametrize("put", [_replace, _beside, _around])
+def _inserted(model: Any, block: nn.Module) -> None:
+    # no hook of a registration runs
+    model.layers.insert(len(model.layers), block)
+
+
+@pytest.mark.parametrize("put", [_replace, _beside, _around, _inserted])
 @pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("call", ["forward", "disable"])
 def test_a_copy_that_comes_later_to_another_place_is_refused(put: Any, make: Any, call: str, tmp_path: Path) -> None:
@@ -588,6 +593,8 @@ def test_a_copy_of_a_whole_model_can_be_part_of_others() -> None:
     # what was copied first is part of the copy of the model all the same
     first: Any = copy.deepcopy((model.layers[1], model))
     first[1].again = first[0]
+    first[0][0].bias = nn.Parameter(torch.zeros(4))
+    assert not torch.equal(first[1](x), model(x))
 
 
 def test_a_copy_of_an_unloaded_block_goes_anywhere() -> None:

@@ -190,17 +190,18 @@ class ReadsConfig(TargetedConfig):
 
 @pytest.mark.parametrize("what", READ)
 def test_what_a_rule_reads_of_a_site_is_of_that_site(what: str) -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    found = make_plan(model, ReadsConfig(what=what, target_modules=["0", "1"]), "default").sites
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    found = make_plan(model, ReadsConfig(what=what, target_modules=["0", "1", "2"]), "default").sites
     keys = [re.sub("AskedSite", "Site", adapted.specs["shift"].key) for adapted in found]
     assert keys == [f"shift of {READ[what](adapted.site)}" for adapted in found]
-    assert keys[0] != keys[1]
+    assert len({*keys}) == 3
 
 
 def test_rules_that_a_config_chooses_by_name_are_asked_each() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    found = make_plan(model, ReadsConfig(target_modules=["0", "1"]), "default").sites
-    assert [adapted.specs["shift"].key for adapted in found] == ["shift of layer 0", "shift of layer 1"]
+    # the first of a kind is asked alone, and only the second's answers can be others'
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    found = make_plan(model, ReadsConfig(target_modules=["0", "1", "2"]), "default").sites
+    assert [adapted.specs["shift"].key for adapted in found] == [f"shift of layer {number}" for number in range(3)]
 
 
 def test_a_method_that_reads_no_path_is_asked_for_two_sites() -> None:

@@ -15,6 +15,7 @@ import peft
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
 import transformers
 from models import CACHE, CLASSES, VOCABULARY, Example, bert_config, llama_config, output
@@ -852,9 +853,9 @@ def test_further_adapters_have_the_layers_that_there_are() -> None:
 class ByName(nn.Module):
     """Calls layers by names that it makes, and takes their outputs apart, so that it runs its own code."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__()
-        self.map_a, self.map_b = nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+        self.map_a, self.map_b = layer(8, 8), layer(8, 8, bias=False)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         for name in ("a", "b"):
@@ -863,9 +864,18 @@ class ByName(nn.Module):
         return x
 
 
-def test_a_layer_in_a_module_that_runs_its_own_code_has_pefts_dropout() -> None:
+class Deciding(nn.Linear):
+    """A layer without a graph, whose own code multiplies by the weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        assert input.isfinite().all()
+        return F.linear(input, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear, Deciding])
+def test_a_layer_in_a_module_that_runs_its_own_code_has_pefts_dropout(layer: Any) -> None:
     torch.manual_seed(0)
-    base, x, t = ByName(), torch.randn(2, 4), torch.randn(2, 8)
+    base, x, t = ByName(layer), torch.randn(2, 4), torch.randn(2, 8)
     found: list[list[Tensor]] = []
     for library in (peft, graphpeft):
         torch.manual_seed(1)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft import AdaptError, LoraConfig, get_peft_model
+from graphpeft import AdaptError, GuardError, LoraConfig, get_peft_model
 
 SIGN, TURN = 1.0, 1.0
 
@@ -385,6 +385,20 @@ class Holding(nn.Module):
         return self.used(x)
 
 
+class Choosing(nn.Module):
+    """A block that computes with a weight by a factor that it reads from an object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.options = nn.Parameter(torch.randn(4, 4)), types.SimpleNamespace(on=1, doubled=1)
+
+    def factor(self) -> int:
+        return self.options.on  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.factor() * x, self.w)
+
+
 SPACE_OF_ALL = types.SimpleNamespace(on=False)
 ANEW: dict[str, tuple[Read, Callable[[pytest.MonkeyPatch], object]]] = {
     "a global of a layer's method": (
@@ -430,6 +444,20 @@ def test_code_that_was_replaced_between_two_calls_is_read_anew(replaced: str, mo
     outputs = adapted(x)
     assert not torch.allclose(outputs, before)
     torch.testing.assert_close(adapted.merge_and_unload()(x), outputs)
+
+
+def test_a_method_that_was_replaced_between_two_calls_is_asked_anew_for_the_options_that_it_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = LoraConfig(r=2, target_modules=["w"])
+    get_peft_model(Choosing(), config)
+    monkeypatch.setattr(Choosing, "factor", lambda self: self.options.doubled + 1)
+    block, x = Choosing(), torch.randn(3, 4)
+    adapted: Any = get_peft_model(block, config)
+    adapted(x)
+    block.options.doubled = 2
+    with pytest.raises(GuardError, match=r"options\.doubled"):
+        adapted(x)
 
 
 @pytest.mark.every

@@ -25,7 +25,7 @@ from graphpeft.graph.tags import Tag
 from graphpeft.rules import rewrite
 from graphpeft.rules.arguments import asked_by
 from graphpeft.rules.code_in_graphs import RuleError
-from graphpeft.rules.rule import changes_bias
+from graphpeft.rules.rule import OperationRule, changes_bias
 
 
 class Changes(NamedTuple):
@@ -67,7 +67,7 @@ class Formula:
         """Returns the changed tensor, computed when its numbers are asked for."""
         if not self._changes.tags:
             return own
-        run, getters = self._run_for(own)
+        run, getters = self._run
         try:
             values = (own, *[get(module) for get in getters])
         except AttributeError as error:
@@ -80,12 +80,9 @@ class Formula:
     def check(self, own: Tensor, path: str) -> None:
         """Runs the rules' code, as graphs do when they get it; raises AdaptError if that fails."""
         try:
-            self._run_for(own)
+            _ = self._run
         except (RuleError, ProxyError, rewrite.NoChangeError) as error:
             raise AdaptError(f"{path or 'the model'} can't be adapted: {error}") from error
-
-    def _run_for(self, own: Tensor) -> _Run:
-        return self._of_stack if own.ndim > 2 else self._of_matrix
 
     def captured(self, module: nn.Module) -> Tensor:
         """Returns the changed tensor by the rules' own code, which a compiler, and ``fx.symbolic_trace``, follows.
@@ -101,7 +98,6 @@ class Formula:
 
     def _by_rules(self, module: nn.Module) -> Tensor:
         read = functools.partial(own_in_fx_graph if is_traced_by_fx() else own_tensor, module)
-        is_stack = base_tensor(module, self._changes.weight).ndim > 2
         weight = base = read(self._changes.weight)
         bias: Any = None if self._changes.bias is None else read(self._changes.bias)
         base_bias = bias
@@ -111,7 +107,7 @@ class Formula:
             if of_bias is not None:
                 change_of_bias = rule.bias_change(_given(module, there, of_bias))
                 bias = bias if change_of_bias is None else bias + change_of_bias.to(bias.dtype)
-            if is_stack and of_dropout:
+            if of_dropout:
                 weight = rule.changed_weight(weight, given, **_given(module, there, of_dropout))
             else:
                 weight = weight + rule.change(given).to(weight.dtype)
@@ -121,16 +117,8 @@ class Formula:
         # Python would take an AttributeError of a property for a sign that there is none, and read the base's tensor
         return RuntimeError(f"{self.name} with the changes of adapters can't be computed: {error}")
 
-    # a change that is read has no input of which dropout could drop elements, but one of a stack computes a branch
     @functools.cached_property
-    def _of_matrix(self) -> _Run:
-        return self._made({"training": None})
-
-    @functools.cached_property
-    def _of_stack(self) -> _Run:
-        return self._made({})
-
-    def _made(self, absent: Mapping[str, None]) -> _Run:
+    def _run(self) -> _Run:
         if self._refusal is not None:
             return functools.partial(refuse, self._refusal), []
         weight, bias, tags = self._changes
@@ -142,7 +130,10 @@ class Formula:
             read = graph.create_node("get_attr", weight)
             graph.output(read)
             for tag in tags:
-                attributes: Any = {**dict(tag.attributes), **absent}
+                attributes: Any = {
+                    **dict(tag.attributes),
+                    **({} if _drops_where_read(tag.rule) else {"training": None}),
+                }
                 rewrite.insert(graph, Weight(read, weight), tag.rule, attributes, tag.slot, tag.method)
         return _of_values(graph, self.name, (weight, bias), self)
 
@@ -176,8 +167,13 @@ class _Step(NamedTuple):
         of_use: list[tuple[str, str | None]] = [
             (name, paths[name]) for name in asked_by(rule.changed_weight).names if name in paths
         ]
-        of_dropout = of_use if "training" in dict(of_use) else []
+        of_dropout = of_use if "training" in dict(of_use) and _drops_where_read(rule) else []
         return cls(rule, _arguments(rule.delta, paths), of_bias, of_dropout)
+
+
+def _drops_where_read(rule: Any) -> bool:
+    """Returns whether dropout acts on what code multiplies by the weight; beside an operation, it acts there alone."""
+    return not isinstance(rule, OperationRule)
 
 
 def _arguments(function: Callable[..., Any], paths: Mapping[str, str]) -> list[tuple[str, str | None]]:

@@ -60,8 +60,8 @@ def plus_product(
 
 
 _NO_DROPOUT = (
-    "dropout beside a stack of matrices isn't compiled, exported or transformed: set lora_dropout=0, or call the model "
-    "as it is"
+    "dropout beside a weight that code reads isn't compiled, exported or transformed: set lora_dropout=0, or call the "
+    "model as it is"
 )
 
 

@@ -36,7 +36,6 @@ from graphpeft.graph.holders import own_modules
 from graphpeft.graph.inputs import ExampleInputs, split_inputs
 from graphpeft.graph.kept_forwards import set_forward
 from graphpeft.graph.offloading import unhooked
-from graphpeft.graph.ops import LAYER_OPTIONS
 from graphpeft.graph.own_tensors import recording_reads
 from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
@@ -228,7 +227,7 @@ def _observe_at(module: nn.Module, path: str) -> Any:
 
 
 def _observe_tree(module: nn.Module) -> Any:
-    """Returns a module's submodules, which stay calls: their classes, options, tensors' names, and set forwards."""
+    """Returns a module's submodules, which stay calls: their classes, tensors' names, and set forwards."""
     found: list[Any] = []
     first, waiting = dict[nn.Module, str](), [("", module)]
     while waiting:
@@ -239,8 +238,7 @@ def _observe_tree(module: nn.Module) -> Any:
         first[inner] = path
         held = (*inner._parameters.items(), *inner._buffers.items(), *vars(inner).items())
         tensors = tuple([name for name, tensor in held if issubclass(type(tensor), torch.Tensor)])
-        options = {name: _observe_value(vars(inner)[name]) for name in LAYER_OPTIONS & vars(inner).keys()}
-        found.append((path, path and in_place.original_class(inner), tensors, options, "forward" in vars(inner)))
+        found.append((path, path and in_place.original_class(inner), tensors, "forward" in vars(inner)))
         for name, child in own_modules(inner):
             if child is None:
                 found.append((join(path, name), None))

@@ -18,7 +18,6 @@ from graphpeft.graph.own_tensors import base_tensor
 from graphpeft.graph.tags import TAG
 
 __all__ = [
-    "LAYER_OPTIONS",
     "Computation",
     "Convolution",
     "Embedding",
@@ -39,9 +38,6 @@ Operation = Computation | Weight
 """A computation with a weight, or the weight as such."""
 
 _KINDS = (linear, convolution, embedding)
-
-LAYER_OPTIONS = frozenset((*convolution.OPTIONS, *embedding.OPTIONS))
-"""The attributes of layers, beside their tensors, that operations depend on."""
 
 
 def find_ops(graph: fx.Graph, root: nn.Module) -> list[Computation]:

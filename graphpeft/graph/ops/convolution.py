@@ -135,9 +135,7 @@ LAYERS: tuple[type[nn.Module], ...] = tuple(_LAYERS)
 TRANSPOSED_LAYERS = LAYERS[3:]
 """The layers that are transposed convolutions."""
 
-_FUNCTION_OPTIONS = ("stride", "padding", "dilation", "groups")
-OPTIONS = (*_FUNCTION_OPTIONS, "output_padding", "padding_mode")
-"""The attributes of a convolution that an operation depends on."""
+_OPTIONS = ("stride", "padding", "dilation", "groups")
 
 _PLAIN = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -154,7 +152,7 @@ def of_module(node: fx.Node, root: nn.Module) -> Convolution | None:
     if not isinstance(x, fx.Node):
         return None
     function = next(function for cls, function in _LAYERS.items() if isinstance(module, cls))
-    options = {name: getattr(module, name) for name in _FUNCTION_OPTIONS}
+    options = {name: getattr(module, name) for name in _OPTIONS}
     if function in _TRANSPOSED:
         options["output_padding"] = module.output_padding
     padding = None

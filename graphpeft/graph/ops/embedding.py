@@ -19,7 +19,7 @@ from graphpeft.graph.ops.reading import arguments_of, in_graph, is_computed, pat
 LAYERS: tuple[type[nn.Module], ...] = (nn.Embedding,)
 """The layers that are embeddings."""
 
-OPTIONS = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+_OPTIONS = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 """The attributes of an embedding that an operation depends on."""
 
 
@@ -85,16 +85,16 @@ def of_module(node: fx.Node, root: nn.Module) -> Embedding | None:
     x = node.args[0] if node.args else node.kwargs.get("input")
     if module is None or not isinstance(x, fx.Node):
         return None
-    return Embedding(node, x, f"{node.target}.weight", {name: getattr(module, name) for name in OPTIONS})
+    return Embedding(node, x, f"{node.target}.weight", {name: getattr(module, name) for name in _OPTIONS})
 
 
 def _read(node: fx.Node) -> Embedding | None:
-    x, weight, *given = arguments_of(node, "input", "weight", *OPTIONS)
-    return _embedding(node, x, weight, dict(zip(OPTIONS, given, strict=True)))
+    x, weight, *given = arguments_of(node, "input", "weight", *_OPTIONS)
+    return _embedding(node, x, weight, dict(zip(_OPTIONS, given, strict=True)))
 
 
 def _read_aten(node: fx.Node) -> Embedding | None:
-    names = OPTIONS[:1] + OPTIONS[3:]
+    names = _OPTIONS[:1] + _OPTIONS[3:]
     weight, x, *given = arguments_of(node, "weight", "indices", *names)
     options: dict[str, Any] = dict(zip(names, given, strict=True))
     if options["padding_idx"] == -1:

@@ -1786,6 +1786,32 @@ def test_an_adapter_that_is_made_in_inference_mode_can_be_trained():
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
+def test_rows_that_are_loaded_in_inference_mode_can_be_trained(tmp_path: Any):
+    base = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 4))
+    model: Any = get_peft_model(base, lora("1", trainable_token_indices={"0": [1, 3]}))
+    model.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        model.load_adapter(tmp_path, "loaded", is_trainable=True)
+    model.set_adapter("loaded")
+    model(torch.tensor([1, 2])).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+def test_weights_that_were_made_in_inference_mode_are_merged_in_it_alone(call: str):
+    with torch.inference_mode():
+        model: Any = copy.deepcopy(get_peft_model(nn.Sequential(nn.Linear(4, 4)), lora("0", init_lora_weights=False)))
+        before = model(X)
+    with pytest.raises(
+        RuntimeError, match=r"shape \(4, 4\) was made in torch.inference_mode\(\), so it can't be changed"
+    ):
+        getattr(model, call)()
+    with torch.inference_mode():
+        assert torch.equal(model(X), before)
+        getattr(model, call)()
+        torch.testing.assert_close(model(X), before)
+
+
 @pytest.mark.parametrize("kind", ["linear", "cat", "svd"])
 def test_adapters_that_are_loaded_or_combined_in_inference_mode_can_be_trained(kind: str, tmp_path: Any):
     model: Any = get_peft_model(nn.Sequential(nn.Linear(4, 4)), lora("0"))

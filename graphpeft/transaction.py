@@ -253,8 +253,8 @@ def remember(tensor: torch.Tensor, copied: torch.Tensor | None = None) -> None:
     """
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(
-            f"a tensor of shape {tuple(tensor.shape)} was made in torch.inference_mode(), so it can't be changed outside; "
-            "make this call in torch.inference_mode(), or build or load the model outside of it"
+            f"a tensor of shape {tuple(tensor.shape)} was made in torch.inference_mode(), so it can't be changed "
+            "outside; make this call in torch.inference_mode(), or build or load the model outside of it"
         )
     journal = _THREAD.journal()
     if journal is not None and not journal.knows(tensor):

@@ -56,8 +56,8 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
 
     A method that changes the model does all of it or nothing: if it fails or is interrupted, the model is unchanged.
     Such calls wait for each other. A forward doesn't wait: while a change runs in another thread, some layers are as
-    before it, others as after it, and one may be in the midst of it; so use a lock of your own around both. The argument
-    `adapter_names` of a call chooses adapters without a change.
+    before it, others as after it, and one may be in the midst of it; so use a lock of your own around both. The
+    argument `adapter_names` of a call chooses adapters without a change.
 
     Args:
         model: Any PyTorch module.

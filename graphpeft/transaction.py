@@ -2,6 +2,9 @@
 
 A call that changes a model runs inside `transaction`. The functions here log how to undo a change before they make it;
 outside a transaction they only make it. So the overhead of a call grows with its changes, not with the model.
+
+Values are copied before a tensor is written, so undoing needs no memory. Calls that change one model wait for each
+other.
 """
 
 from __future__ import annotations

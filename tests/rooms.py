@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-DOCUMENT = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+_DOCUMENT = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 ROOMS = {
     name: [] if knows == "none" else knows.split(", ")
-    for name, knows in re.findall(r"^\| `(\w+)(?:/|\.py)` \| [^|]+ \| ([\w, ]+) \|$", DOCUMENT, flags=re.MULTILINE)
+    for name, knows in re.findall(r"^\| `(\w+)(?:/|\.py)` \| [^|]+ \| ([\w, ]+) \|$", _DOCUMENT, flags=re.MULTILINE)
 }
 """The rooms from the ground up, with those that each knows."""

@@ -155,6 +155,24 @@ def test_what_the_base_becomes_while_an_adapter_is_merged_is_kept_or_the_call_ra
         assert_close(outputs(model, case), expected, contract.tolerance)
 
 
+@pytest.mark.parametrize("contract", FIRST, ids=str)
+def test_an_option_that_is_set_on_a_config_later_is_read_or_saving_raises(contract: Contract, tmp_path: Path) -> None:
+    case = (*contract.cases, *contract.beyond)[0]
+    model = moved(get_peft_model(case.build(), contract.our_config(case)))
+    config = model.peft_config["default"]
+    options = [(name, was) for name, was in vars(config).items() if type(was) in (bool, int, float)]
+    for name, was in options:
+        setattr(config, name, not was if isinstance(was, bool) else was + 1)
+        try:
+            model.save_pretrained(tmp_path / name)
+        except (AdaptError, ValueError):
+            assert not (tmp_path / name).exists() or not any((tmp_path / name).iterdir())
+        else:
+            loaded = PeftModel.from_pretrained(case.build(), tmp_path / name)
+            assert_close(outputs(loaded, case), outputs(model, case), contract.tolerance)
+        setattr(config, name, was)
+
+
 @each_pair
 def test_equal_seeds_give_pefts_values_and_then_equal_numbers(contract: Contract, case: Case, tmp_path: Path) -> None:
     following = []

@@ -295,6 +295,21 @@ class Run:
         self.model.load_adapter(self.folder / name, other, is_trainable=True)
         self.reference.adapters[other] = copy.deepcopy(self.reference.adapters[name])
 
+    def swap(self) -> None:
+        reference, [source], [name] = self.reference, self.some(1), self.some(1)
+        self.model.save_pretrained(self.folder, selected_adapters=[source])
+        beside = [other for other in reference.active if other != name]
+        try:
+            graphpeft.hotswap_adapter(self.model, self.folder / source, name)
+        except REFUSED:
+            assert name in reference.merged or reference.conflict([source, *beside])
+            return
+        assert name not in reference.merged
+        reference.adapters[name] = copy.deepcopy(reference.adapters[source])
+        # another adapter than one of the same form comes to weights that nothing is merged into
+        assert self.model.merged_adapters in ([], reference.merged)
+        reference.merged = self.model.merged_adapters
+
     def copy(self) -> None:
         self.model = copy.deepcopy(self.model)
 
@@ -372,7 +387,7 @@ class Run:
 OPERATIONS = (
     "adapt", "add", "choose", "choose", "choose", "disable", "enable", "enable", "disable_for_a_while", "merge",
     "merge", "unmerge", "delete", "combine", "save_and_load", "copy", "step", "step", "unload", "merge_for_good", "mix",
-    "mix",
+    "mix", "swap",
 )  # fmt: skip
 
 

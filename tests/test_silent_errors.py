@@ -36,6 +36,7 @@ from graphpeft import (
     AdaptError,
     GuardError,
     LNTuningConfig,
+    LoKrConfig,
     LoraConfig,
     NeedsInputsError,
     OSFConfig,
@@ -43,6 +44,7 @@ from graphpeft import (
     TraceError,
     UniLoraConfig,
     VeraConfig,
+    convert_to_lora,
     explain,
     get_peft_model,
     optimize,
@@ -1452,18 +1454,36 @@ def test_a_model_without_parameters_is_adapted_in_single_precision(half_precisio
     assert torch.equal(*found)
 
 
-def test_a_model_in_single_precision_is_loaded_in_it(half_precision_around: Callable[[], Any], tmp_path: Any):
+@pytest.mark.parametrize(
+    "config", [OSFConfig(target_modules=["0"]), AdamssConfig(r=4, num_subspaces=2, target_modules=["0"])], ids=str
+)
+def test_a_model_in_single_precision_is_loaded_in_it(
+    config: Any, half_precision_around: Callable[[], Any], tmp_path: Any
+):
     def base() -> Any:
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(16, 12, bias=False), nn.Tanh())
 
-    model = get_peft_model(base(), OSFConfig(target_modules=["0"])).eval()
+    model = get_peft_model(base(), config).eval()
     model.save_pretrained(tmp_path)
     fresh = base()
     with half_precision_around():
         loaded: Any = PeftModel.from_pretrained(fresh, tmp_path)
     x = torch.ones(2, 16)
     assert torch.equal(loaded.eval()(x), model(x))
+
+
+def test_an_adapter_in_single_precision_is_converted_in_it(half_precision_around: Callable[[], Any]):
+    found = []
+    for around in (contextlib.nullcontext, half_precision_around):
+        torch.manual_seed(0)
+        config = LoKrConfig(r=2, target_modules=["0"], init_weights=False)
+        model: Any = get_peft_model(nn.Sequential(nn.Linear(16, 12)), config)
+        with around():
+            _, tensors = convert_to_lora(model, 8)
+        found.append(tensors)
+    for name, tensor in found[0].items():
+        assert torch.equal(found[1][name], tensor)
 
 
 class Slots:

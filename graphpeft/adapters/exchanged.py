@@ -1,4 +1,8 @@
-"""Refuses adapters whose modules were exchanged or copied since they came, or got weights of another size."""
+"""Refuses adapters whose modules were exchanged or copied since they came, or got weights of another size.
+
+An assignment of another module is refused at once, see `registrations.py`. The next call finds a change that goes past
+that, such as an entry of ``_modules``. Compiled code doesn't look, since it would check the same once more.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,9 @@
 A tensor's name is ``base_model.model.<module>.<name>``. PEFT wraps a module that it adapts, and once more for each of
 its parameters that is adapted on its own (`target_parameters`), so the names of all that is inside it have
 ``.base_layer`` in them. What is one for the whole adapter is called ``base_model.<name>``.
+
+Of patterns for ranks the first match counts, and PEFT sorts the keys of its files. So a file names each site whose rank
+isn't `r`.
 """
 
 from __future__ import annotations

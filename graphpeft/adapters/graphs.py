@@ -1,4 +1,8 @@
-"""Which graph each region is to have, so that exactly some adapters act: adds and removes their nodes."""
+"""Which graph each region is to have, so that exactly some adapters act: adds and removes their nodes.
+
+Other active adapters mean other graphs, most of them from the cache of a template's edits: the same rule at the same
+node in the same slot. So all that differs from site to site, such as a scale, is an attribute that the graph reads.
+"""
 
 from __future__ import annotations
 

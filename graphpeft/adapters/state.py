@@ -24,7 +24,6 @@ from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import Report
 from graphpeft.rules.rule import changes_bias
-from graphpeft.rules.target_options import TargetOptions
 from graphpeft.sites.quantisers import Codes
 from graphpeft.sites.regions import Lifted
 from graphpeft.sites.site import LeafSite, Site
@@ -45,10 +44,16 @@ def told_rows(table: nn.Module) -> int | None:
 
 
 def options_of(config: PeftConfig) -> dict[str, Any]:
-    """Returns copies of the options of a config that say something of the tensors, or of dropout, by name."""
-    names = type(config).__dataclass_fields__.keys()
-    names -= {name for name in config.not_of_tensors if not name.endswith("dropout")}
-    return copy.deepcopy({name: value for name, value in vars(config).items() if name in names})
+    """Returns copies of the options of a config that an adapter may be made with, by name."""
+    names = type(config).__dataclass_fields__.keys() - PeftConfig.not_of_tensors
+    return {
+        name: value if value is None or type(value) in _ATOMS else copy.deepcopy(value)
+        for name, value in vars(config).items()
+        if name in names
+    }
+
+
+_ATOMS = (bool, int, float, str)
 
 
 def _is_of(config: PeftConfig, adapted: AdaptedSite) -> bool:
@@ -119,7 +124,7 @@ class Adapter:
 
     @property
     def edited_options(self) -> dict[str, tuple[Any, Any]]:
-        """The options that were set on the config since it was made, and aren't training's: what they were, and are."""
+        """The options that were set on the config since it was made, and don't act: what they were, and are."""
         now, by_training = vars(self.config), self.config.changed_by_training
         if type(self.config).after_step is not PeftConfig.after_step and not by_training:
             return {}  # it may set any
@@ -129,11 +134,11 @@ class Adapter:
             for name, was in known.items()
             if now[name] != was and not _are_same_names(now[name], was)
         }
-        of_names = edited.keys() & {*TargetOptions._fields, self.config.biases_option}
-        if of_names or not edited:
-            return {name: edited[name] for name in of_names}
-        # others may be read as the model runs, or have been read once and mean nothing any more
-        return {} if all(_is_of(self.config, adapted) for adapted in self.sites) else edited
+        of_tensors = edited.keys() - self.config.not_of_tensors
+        # others may have been read once and mean nothing any more
+        if of_tensors or (edited and not all(_is_of(self.config, adapted) for adapted in self.sites)):
+            return edited
+        return {}
 
     @functools.cached_property
     def call_inputs(self) -> frozenset[str]:

@@ -235,7 +235,7 @@ def _refusal(error: Exception, model: nn.Module) -> str:
     if "in output, which is not a known type" in text:
         return (
             f"torch.export can't return what the model does: {text.split(', which')[0]}. Pass an example with which it "
-            "returns tensors alone, such as use_cache=False"
+            "returns tensors alone, such as use_cache=False; to generate with a cache, see `generation_inputs`"
         )
     refused = f"torch.export can't export the model: {in_short(error)}{_place(error, model)}"
     if _depends_on_values(error):

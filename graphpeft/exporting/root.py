@@ -1,4 +1,8 @@
-"""The module to export, which calls a model with additional arguments and returns plain containers."""
+"""The module to export, which calls a model with additional arguments and returns plain containers.
+
+It has the model's very dictionaries of tensors, so a program's weights have the base's names, and the model's hooks
+run.
+"""
 
 from __future__ import annotations
 

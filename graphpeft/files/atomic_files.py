@@ -3,6 +3,9 @@
 New files are written into a staging folder, synced to disk, and moved to their places one by one. An error undoes the
 moves. If the process is killed between two moves, the remaining files stay in the staging folder, where `waiting` finds
 them. A symbolic link is replaced itself; its target doesn't change.
+
+An adapter is two files. The metadata of its tensors has a digest of its config (`PeftConfig.digest`), so a reader sees
+whether they belong together.
 """
 
 from __future__ import annotations

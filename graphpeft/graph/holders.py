@@ -4,6 +4,9 @@
 adapter's name as a component of their path, as in PEFT, and all of an adapter at a module comes and goes as one object.
 A holder may be in a group, and may have parts, which have tensors: ``prompt_encoder.default.embedding.weight``. Groups
 and parts are holders, too. Code that goes through a model's own modules leaves holders out.
+
+trl finds a policy's tensors by ``.default.`` in their names. Nothing calls a holder, so accelerate's hooks never
+exchange its tensors for others, which no optimizer would know.
 """
 
 from __future__ import annotations

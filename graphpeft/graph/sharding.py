@@ -2,6 +2,9 @@
 
 ``fully_shard`` puts whole tensors in their places for each call alone. Here they are gathered for code that reads or
 writes values otherwise. All processes have to do that, and in the same order, since gathering needs each of them.
+
+A tensor that comes after ``fully_shard`` can't be trained, since its gradient isn't summed. Under tensor parallelism,
+an adapter's tensors are sharded along the dimensions that they share with the weight.
 """
 
 from __future__ import annotations

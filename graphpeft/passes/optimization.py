@@ -1,4 +1,8 @@
-"""Applies passes to an adapted model, and reports their outcomes."""
+"""Applies passes to an adapted model, and reports their outcomes.
+
+A template that comes from passes knows its plain one. Adapters come and go, and rows are mixed, in the plain one alone;
+passes are applied to the result. For a compiler, an exporter or a transform, passes compute the plain form.
+"""
 
 from __future__ import annotations
 

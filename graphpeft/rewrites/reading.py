@@ -1,4 +1,8 @@
-"""Reads the nodes of one graph, in one mode, as operations in their one form; also calls of layers."""
+"""Reads the nodes of one graph, in one mode, as operations in their one form; also calls of layers.
+
+A form is one name of the function, its arguments by name, and its defaults: from the schemas of PyTorch's operators,
+and for a layer from its own graph. So there is no table of functions or layers.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 A `Rule` is plain PyTorch code over the values of a site. `insert` runs that code on proxies, so that it appends nodes
 to the graph. Every node of an adapter has a `Tag`, so removing the adapter means erasing its nodes.
+
+A change is of the weight that earlier adapters have made, which DoRA multiplies, as in PEFT.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Finds the site of a weight: the operations that use it, in the smallest graph that holds them all."""
+"""Finds the site of a weight: the operations that use it, in the smallest graph that holds them all.
+
+A layer's own graph comes first, so whoever calls the layer is adapted. Where no graph shows the uses of a weight, the
+model's code runs as it is, on the changed weight that the attribute gives, see `adapters/reads.py`.
+"""
 
 from __future__ import annotations
 

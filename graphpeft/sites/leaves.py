@@ -1,4 +1,8 @@
-"""Sites of opaque modules: their calls."""
+"""Sites of opaque modules: their calls.
+
+A branch needs the input and the output alone. So a leaf is a module that declares `in_features` and `out_features`, or
+one without layers inside whose features the example inputs show. Only codes of known libraries can be merged into.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 A pattern such as ``(a|aa)+b`` can take Python's `re` years on a name of 60 letters, and any downloaded file may have
 one. The `regex` package reads the same syntax and has timeouts. A pattern that `re` refuses, or that the two read
 differently, is refused, so that a pattern has its meaning in PEFT.
+
+Google's RE2 needs no limit, and lacks lookahead, which configs use.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 Some examples: factory functions such as ``torch.zeros`` don't call ``__torch_function__`` of their arguments, but must
 make new tensors in each run; ``Module.training`` is a plain attribute; assigning to a module would change the model.
+
+`isinstance` is exchanged, too: PyTorch's parsers in C take an object whose `__class__` is a tensor's for one with
+memory.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ def test_a_run_that_is_interrupted_leaves_the_model_as_it_was(run: str, tmp_path
 
     call()  # later ones find what it has cached, and run the same lines
     before, lines = state(), lines_of(call)
-    in_question = ("transaction.py", "learning/watch.py", "showing/measuring.py", "showing/shapes.py")
+    in_question = ("transaction.py", "learning/watch.py", "showing/measuring.py")
     numbers = [number for number, line in enumerate(lines, 1) if line[0] in in_question]
     for number in {lines[number - 1]: number for number in numbers}.values():
         with failing_at_line(number, KeyboardInterrupt) as where, contextlib.suppress(KeyboardInterrupt):

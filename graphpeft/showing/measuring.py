@@ -18,14 +18,16 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from graphpeft._torch import pytree
 from graphpeft.graph.inputs import ExampleInputs, split_inputs
 from graphpeft.graph.running_nodes import running_node
+from graphpeft.graph.template import worn_template
 from graphpeft.learning.undone_runs import WritesUndone, batch_kept, undone, weights_cast_anew
 from graphpeft.progress import steps
-from graphpeft.showing.shapes import NodeShapes
+from graphpeft.showing.nodes import shape_of
 from graphpeft.transaction import remember
 
 
@@ -197,3 +199,59 @@ def _memory(tensor: Tensor) -> tuple[Any, int]:
         return (tensor.device, storage.data_ptr()), storage.nbytes()
     except (NotImplementedError, RuntimeError):  # a sparse tensor has no storage
         return id(tensor), tensor.numel() * tensor.element_size()
+
+
+class NodeShapes(TorchFunctionMode):
+    """Notes shapes while models run in its context.
+
+    Args:
+        modules: The modules whose graphs are looked at, by path.
+
+    Attributes:
+        found: Shapes and dtypes as text, by the path of a graph's module and a node's name.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.found: dict[str, dict[str, str]] = {}
+        self._modules = {path: module for path, module in modules.items() if worn_template(module) is not None}
+        self._paths = {id(module): path for path, module in self._modules.items()}
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Notes shapes in the context."""
+        with contextlib.ExitStack() as stack:
+            for path, module in self._modules.items():
+                stack.callback(module.register_forward_hook(self._returns(path)).remove)
+            stack.enter_context(self)
+            yield
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Notes what the node that calls a function takes, and calls it."""
+        self._note_taken(sys._getframe(1))
+        return func(*args, **(kwargs or {}))
+
+    def _note_taken(self, frame: FrameType | None) -> None:
+        while frame is not None:
+            running = running_node(frame)
+            if running is not None:
+                module, node = running
+                if id(module) in self._paths:
+                    for source in node.all_input_nodes:
+                        self._note(self._paths[id(module)], source, frame.f_locals.get(source.name))
+                return
+            frame = frame.f_back
+
+    def _returns(self, path: str) -> Callable[..., None]:
+        def note(module: nn.Module, _: Any, output: Any) -> None:
+            template = worn_template(module)
+            if template is not None:
+                end = next(iter(reversed(template.graphs[template.index(module)].nodes)))
+                if isinstance(end.args[0], fx.Node):
+                    self._note(path, end.args[0], output)
+
+        return note
+
+    def _note(self, path: str, node: fx.Node, value: Any) -> None:
+        if shape := shape_of(value):
+            self.found.setdefault(path, {})[node.name] = shape

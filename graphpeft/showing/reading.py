@@ -1,30 +1,49 @@
-"""Pictures of adapted models, of traces, and of what a config would do."""
+"""Pictures of adapted models, of traces, and of what a config would do.
+
+Modules are a tree, in which modules with equal insides are of one kind. A site has its rule, its tensors, and how much
+the weight changes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+import dataclasses
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from graphpeft.adapters import merged_weights
 from graphpeft.adapters.adapting import modules_of
+from graphpeft.adapters.changes import delta
 from graphpeft.adapters.graphs import by_region, with_adapter, without_any
+from graphpeft.adapters.merged_weights import Originals
 from graphpeft.adapters.plan import Plan
 from graphpeft.adapters.state import Adapter, Adapters, adapters_of
+from graphpeft.graph.holders import all_parameters, has_tensor, tensor_at
 from graphpeft.graph.inputs import ExampleInputs
-from graphpeft.graph.paths import unwrapped
+from graphpeft.graph.overrides import own_parameter
+from graphpeft.graph.paths import join, unwrapped, within
 from graphpeft.graph.template import Template, names_in_slots, template_of
 from graphpeft.graph.traced_model import TracedModel, stands_for
+from graphpeft.learning.norms import norm_of
 from graphpeft.progress import over
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.report import Report
 from graphpeft.rules.short_options import short_options
-from graphpeft.showing.measuring import measured
-from graphpeft.showing.nodes import drawn_graphs, told_of
-from graphpeft.showing.picture import DrawnAdapter, DrawnGraph, DrawnRefusal, DrawnTraining, Picture
-from graphpeft.showing.sites import drawn_site, with_change
-from graphpeft.showing.tree import Drawn, tree
+from graphpeft.showing.measuring import Costs, measured
+from graphpeft.showing.nodes import drawn_graphs, shape_of, told_of
+from graphpeft.showing.picture import (
+    DrawnAdapter,
+    DrawnGraph,
+    DrawnModule,
+    DrawnRefusal,
+    DrawnSite,
+    DrawnTensor,
+    DrawnTraining,
+    Picture,
+)
+from graphpeft.sites.site import Site
 from graphpeft.wording import number_of
 
 
@@ -190,3 +209,149 @@ def _state_of(name: str, state: Adapters) -> str:
     if name in state.slots:
         return "acts"
     return "disabled" if name in state.active else "rests"
+
+
+class Drawn(NamedTuple):
+    """What a picture has of one module's forward.
+
+    Attributes:
+        graphs: The place of its graphs among the picture's.
+        slots: The place of the adapter in each slot.
+        sites: The sites in the graphs.
+    """
+
+    graphs: int
+    slots: dict[int, int]
+    sites: list[DrawnSite]
+
+
+Trained = Mapping[str, list[DrawnTraining]]
+"""What adapters train of modules' own tensors, by the path of the module."""
+
+
+def tree(
+    modules: Mapping[str, nn.Module], drawn: Mapping[str, Drawn], trained: Trained, costs: Costs | None = None
+) -> DrawnModule:
+    """Returns the module at the root, with all that are inside.
+
+    Args:
+        modules: The modules by path; the model itself is at "".
+        drawn: What there is of their forwards, by path.
+        trained: What adapters train of their own tensors.
+        costs: What a forward costs; None if that wasn't measured.
+    """
+    inside: dict[str, list[str]] = {path: [] for path in modules}
+    for path in modules:
+        if path:
+            inside[path.rpartition(".")[0]].append(path)
+    kinds: dict[Hashable, int] = {}
+
+    def grown(path: str) -> DrawnModule:
+        module = modules[path]
+        parts = [grown(part) for part in inside[path]]
+        own = drawn.get(path)
+        sites = own.sites if own is not None else []
+        numbers = sum(parameter.numel() for _, parameter in all_parameters(module))
+        shapes = tuple(tuple(parameter.shape) for _, parameter in all_parameters(module))
+        graphs, slots = (own.graphs, own.slots) if own is not None else (None, {})
+        training = trained.get(path, [])
+        acting = (graphs, tuple(slots.items()), tuple(training))
+        kind = (stands_for(module), shapes, acting, *((part.name, part.kind) for part in parts))
+        return DrawnModule(
+            name=path.rpartition(".")[2],
+            path=path,
+            cls=stands_for(module).__name__,
+            parameters=numbers + sum(part.parameters for part in parts),
+            adapted=len(sites) + len(training) + sum(part.adapted for part in parts),
+            kind=kinds.setdefault(kind, len(kinds)),
+            graphs=graphs,
+            slots=slots,
+            sites=sites,
+            trained=training,
+            inside=parts,
+            kept=None if costs is None or path not in costs.seconds else costs.kept.get(path, 0),
+            kept_by={} if costs is None else costs.kept_by_node.get(path, {}),
+            shapes={} if costs is None else costs.shapes.get(path, {}),
+            seconds=None if costs is None else costs.seconds.get(path),
+        )
+
+    return grown("")
+
+
+def drawn_site(adapted: AdaptedSite, adapter: int, slot: int, modules: Mapping[str, nn.Module]) -> DrawnSite:
+    """Returns a site of an adapter as a picture has it.
+
+    Args:
+        adapted: The site.
+        adapter: The place of the adapter among the picture's.
+        slot: The adapter's slot.
+        modules: The model's modules by path.
+    """
+    site: Any = adapted.site
+    owner = modules[site.owner]
+    relative = within(site.owner, site.region)
+    paths = {name: join(relative, attribute) for name, attribute in adapted.in_slot(slot).items()}
+    tensors = [_drawn_tensor(name, paths[name], adapted, owner) for name in adapted.specs]
+    return DrawnSite(
+        label=site.label,
+        op=site.op.__name__,
+        size=site.size,
+        adapter=adapter,
+        nodes=sorted({name for names in site.nodes for name in names}),
+        rule=_shown(adapted.rule),
+        tensors=tensors,
+        merges=adapted.unmergeable or "",
+    )
+
+
+def with_change(
+    drawn: DrawnSite, adapted: AdaptedSite, modules: Mapping[str, nn.Module], originals: Originals
+) -> DrawnSite:
+    """Returns a drawn site with ‖ΔW‖ / ‖W‖, if its adapter changes a weight whose numbers are here.
+
+    Args:
+        drawn: The site as it is drawn.
+        adapted: The site.
+        modules: The model's modules by path.
+        originals: The base's weights where other adapters are merged into them.
+    """
+    if not isinstance(adapted.site, Site) or adapted.unmergeable is not None or not _is_here(adapted, modules):
+        return drawn
+    with torch.no_grad():
+        place = (adapted.site.owner, adapted.site.attribute)
+        weight = originals.get(place, own_parameter(modules[adapted.site.owner], adapted.site.attribute))
+        left = adapted.replaced.get(adapted.site.attribute)
+        if left is None:
+            change = delta(adapted, modules, base=originals.get(place))
+        else:
+            # one that has taken a part of the weight adds to what it has left of it
+            change = own_parameter(modules[adapted.site.owner], left) + delta(adapted, modules) - weight
+        base, changed = norm_of(weight), norm_of(change)
+    return drawn if base == 0 else dataclasses.replace(drawn, change=changed / base)
+
+
+def _is_here(adapted: Any, modules: Mapping[str, nn.Module]) -> bool:
+    owner = modules[adapted.site.owner]
+    names = [name for name in adapted.names.values() if has_tensor(owner, name)]
+    tensors = [own_parameter(owner, adapted.site.attribute), *(tensor_at(owner, name) for name in names)]
+    return all(type(each) in (torch.Tensor, nn.Parameter) and not each.is_meta for each in tensors)
+
+
+def _drawn_tensor(name: str, path: str, adapted: AdaptedSite, owner: nn.Module) -> DrawnTensor:
+    spec, attribute = adapted.specs[name], adapted.names[name]
+    if not has_tensor(owner, attribute):
+        sizes = " × ".join(map(str, spec.shape)) or "scalar"
+        return DrawnTensor(name, path, f"{sizes}, {str(adapted.dtype).removeprefix('torch.')}", spec.is_trained)
+    tensor = tensor_at(owner, attribute)
+    gradient = None if tensor.grad is None else norm_of(tensor.grad)
+    return DrawnTensor(name, path, shape_of(tensor), tensor.requires_grad, gradient)
+
+
+def _shown(rule: Any) -> str:
+    """Returns a rule with those of its options that aren't the defaults."""
+    if not dataclasses.is_dataclass(rule):
+        return type(rule).__name__
+    given = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule)}
+    plain = {field.name: field.default for field in dataclasses.fields(rule)}
+    options = [f"{name}={value!r}" for name, value in given.items() if value != plain[name]]
+    return f"{type(rule).__name__}({', '.join(options)})"

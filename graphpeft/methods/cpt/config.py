@@ -11,20 +11,23 @@ arXiv 2410.17222; the same numbers as PEFT's ``tuners/cpt/model.py`` and ``peft_
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from graphpeft.graph import sharding
+from graphpeft.graph.recorded import recorded
 from graphpeft.graph.traced_model import module_told
-from graphpeft.methods.cpt.context import DELTA, EMBEDDING, Context
 from graphpeft.methods.cpt.prepended import PrependedContext
-from graphpeft.methods.prompts.encoders import EMBEDDINGS_KEY, Encoder
+from graphpeft.methods.prompts.encoders import EMBEDDINGS_KEY, ENCODER_PREFIX, Encoder, Table
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.methods.prompts.prompt_rule import PromptRule
 from graphpeft.rules.options import Index, Kind, NotNegative, Number
+from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType, TaskType
 from graphpeft.rules.registry import register
 from graphpeft.rules.report import Refusal, Report
@@ -142,3 +145,65 @@ class CPTConfig(PromptLearningConfig):
         # the context has labels of its own
         prepended = dataclasses.replace(self.prepended(site), follows=())
         return PromptRule(self.encoder_in_use(), PrependedContext(prepended, ids, types, decay or 0.0))
+
+
+EMBEDDING, DELTA = f"{ENCODER_PREFIX}embedding.weight", f"{ENCODER_PREFIX}delta_embedding.weight"
+"""The names in files of the embeddings of the tokens, and of their change."""
+
+_SMALLEST = 1e-10
+"""The bound of tokens that aren't moved."""
+
+
+@dataclass(frozen=True)
+class Context(Encoder):
+    """The tokens of a context with their change.
+
+    Attributes:
+        types: The types of the tokens.
+        epsilon: ε for inputs.
+        format_epsilon: ε for templates.
+    """
+
+    types: tuple[int, ...]
+    epsilon: float
+    format_epsilon: float
+
+    def parameters(self, config: Any) -> Mapping[str, ParameterSpec]:
+        """Returns the embeddings, which aren't trained, and their change, which is."""
+        table = Table().parameters(config)["prompt_embeddings"]
+        return {
+            "prompt_embedding": table._replace(key=EMBEDDING, is_trained=False, is_counted=True),
+            "prompt_delta": table._replace(key=DELTA, path="delta_embedding.weight"),
+        }
+
+    @torch.no_grad()
+    def initialise(self, parameters: Mapping[str, Tensor], config: Any, embedding: nn.Module) -> None:
+        """Takes the embeddings of the context's tokens, and no change."""
+        weight: Any = embedding.weight
+        parameters["prompt_embedding"].copy_(embedding(torch.tensor(config.cpt_token_ids, device=weight.device)))
+        parameters["prompt_delta"].zero_()
+
+    def encode(self, parameters: Mapping[str, Any], training: Any, **asked: Any) -> Any:
+        """Returns the moved tokens."""
+        epsilons = (self.epsilon, self.format_epsilon)
+        return parameters["prompt_embedding"] + bounded(parameters["prompt_delta"], self.types, epsilons, training)
+
+
+@recorded
+def bounded(delta: Tensor, types: tuple[int, ...], epsilons: tuple[float, float], training: bool) -> Tensor:
+    """Returns a change whose rows are no longer than the bounds of their types; only those with a bound are trained.
+
+    In training the parameter itself is shortened, as in PEFT, so that the optimizer goes on from there.
+    """
+    scale = math.sqrt(delta.shape[1] / 2048)
+    by_type = (_SMALLEST, epsilons[1] * scale, epsilons[0] * scale, epsilons[1] * scale)
+    bounds = delta.new_tensor([by_type[kind % 4] if kind > 0 else _SMALLEST for kind in types])
+    with torch.no_grad():
+        lengths = delta.norm(dim=1)
+        factors = torch.where(lengths > 0, bounds / torch.maximum(lengths, bounds), 1.0)[:, None]
+        shortened = factors * delta
+        if training:
+            sharding.scale(delta, factors.expand_as(delta))
+    moves = delta.new_tensor([kind % 4 != 0 for kind in types])[:, None]
+    # the values are shortened, and only the rows that move get gradients
+    return shortened + moves * (delta - delta.detach())

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.graph import ops
-from graphpeft.methods.ia3.default_targets import FEED_FORWARD, OTHERS
 from graphpeft.methods.ia3.rule import InputFactors, OutputFactors
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.combination import Combination, Part
@@ -30,6 +29,68 @@ from graphpeft.sites.site import LeafSite
 from graphpeft.targeting import targets
 from graphpeft.targeting.patterns import Pattern
 from graphpeft.targeting.target_config import TargetedConfig
+
+FEED_FORWARD: dict[str, tuple[str, ...]] = {
+    "t5": ("wo",),
+    "mt5": (),
+    "gpt2": ("mlp.c_proj",),
+    "bloom": ("mlp.dense_4h_to_h",),
+    "roberta": ("output.dense",),
+    "opt": ("fc2",),
+    "gptj": ("fc_out",),
+    "gpt_neox": ("dense_4h_to_h",),
+    "gpt_neo": ("c_proj",),
+    "bart": ("fc2",),
+    "gpt_bigcode": ("mlp.c_proj",),
+    "llama": ("down_proj",),
+    "llama4": ("down_proj",),
+    "mistral": ("down_proj",),
+    "mixtral": ("w2",),
+    "bert": ("output.dense",),
+    "deberta-v2": ("output.dense",),
+    "deberta": ("output.dense",),
+    "RefinedWeb": ("dense_4h_to_h",),
+    "RefinedWebModel": ("dense_4h_to_h",),
+    "falcon": ("dense_4h_to_h",),
+    "phi": ("fc2",),
+    "gemma": ("down_proj",),
+    "gemma2": ("down_proj",),
+    "gemma3_text": ("down_proj",),
+    "qwen2": ("down_proj",),
+    "qwen3": ("down_proj",),
+}
+"""The targets whose inputs are scaled."""
+
+OTHERS: dict[str, tuple[str, ...]] = {
+    "t5": ("k", "v"),
+    "mt5": ("k", "v", "wi_1"),
+    "gpt2": ("c_attn",),
+    "bloom": ("query_key_value",),
+    "roberta": ("key", "value"),
+    "opt": ("q_proj", "k_proj"),
+    "gptj": ("q_proj", "v_proj"),
+    "gpt_neox": ("query_key_value",),
+    "gpt_neo": ("q_proj", "v_proj"),
+    "bart": ("q_proj", "v_proj"),
+    "gpt_bigcode": ("c_attn",),
+    "llama": ("k_proj", "v_proj"),
+    "llama4": ("q_proj", "v_proj"),
+    "mistral": ("k_proj", "v_proj"),
+    "mixtral": ("k_proj", "v_proj"),
+    "bert": ("key", "value"),
+    "deberta-v2": ("key_proj", "value_proj"),
+    "deberta": ("in_proj",),
+    "RefinedWeb": ("query_key_value",),
+    "RefinedWebModel": ("query_key_value",),
+    "falcon": ("query_key_value",),
+    "phi": ("q_proj", "v_proj"),
+    "gemma": ("q_proj", "v_proj"),
+    "gemma2": ("q_proj", "v_proj"),
+    "gemma3_text": ("q_proj", "v_proj"),
+    "qwen2": ("q_proj", "v_proj"),
+    "qwen3": ("q_proj", "v_proj"),
+}
+"""The targets whose outputs are scaled."""
 
 
 @register

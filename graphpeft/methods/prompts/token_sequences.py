@@ -10,19 +10,25 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from graphpeft._torch import pytree
 from graphpeft.graph.calls import Call, calls_of
-from graphpeft.graph.errors import TraceError
+from graphpeft.graph.copied_graphs import copy_graph
+from graphpeft.graph.errors import OUT_OF_MEMORY, TraceError
 from graphpeft.graph.inputs import ExampleInputs
+from graphpeft.graph.ops.boundaries import boundary_of
 from graphpeft.graph.template import VALUE, template_of
 from graphpeft.graph.traced_model import stands_for
-from graphpeft.methods.prompts.dominators import dominating_nodes
 from graphpeft.methods.prompts.example_values import Ran, is_sequence, run
-from graphpeft.methods.prompts.token_trial import error_with_a_token
+from graphpeft.methods.prompts.in_scope import InScope
+from graphpeft.rules import rewrite
+from graphpeft.rules.rule import BoundaryRule
 from graphpeft.sites.attentions import LAYERS, attentions
+from graphpeft.sites.dataflow import as_digraph
 from graphpeft.tracing.trace import trace
 from graphpeft.wording import joined
 
@@ -146,3 +152,83 @@ def _pattern(paths: list[str], root: nn.Module) -> str:
         if [path for path, _ in root.named_modules() if re.fullmatch(pattern, path)] == paths:
             return pattern
     return "|".join(map(re.escape, paths))
+
+
+def dominating_nodes(ran: Ran, queries: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, set[str]]:
+    """Returns for each attention the names of the nodes that are on each way of tensors from the inputs to its query.
+
+    An attention whose query doesn't depend on the inputs is left out, such as a pooling by a parameter.
+
+    Args:
+        ran: The graph.
+        queries: The node of each attention's query.
+    """
+    import networkx as nx
+
+    flow = as_digraph(ran.graph)
+    # a parameter that is read, or a shape that is asked for, brings no tokens
+    flow.remove_nodes_from([n for n in ran.graph.nodes if n.op == "get_attr" or not _has_tensors(ran.values[n.name])])
+    inputs = "the inputs"
+    flow.add_edges_from((inputs, node) for node in list(flow) if node.op == "placeholder")
+    immediate = nx.immediate_dominators(flow, inputs)
+
+    def chain(node: Any) -> Iterator[str]:
+        while node != inputs:
+            yield node.name
+            node = immediate[node]
+
+    return {attention: set(chain(query)) for attention, query in queries.items() if query in immediate}
+
+
+def _has_tensors(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+
+@dataclass(frozen=True)
+class _OneToken(BoundaryRule):
+    """The rule that puts one virtual token of zeros into a scope."""
+
+    scope: InScope
+    dim: int
+
+    def parameters(self, site: Any, config: Any) -> dict[str, Any]:
+        return {}
+
+    def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
+        return None
+
+    def enter(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return self.scope.enter(inputs[self.scope.sequence].new_zeros(1, self.dim), inputs, None, None)
+
+    def leave(self, output: Any, inputs: Mapping[str, Any], entered: Mapping[str, Any]) -> Any:
+        return self.scope.leave(output, inputs, entered)
+
+
+def error_with_a_token(ran: Ran, calls: list[Call], example_inputs: ExampleInputs) -> str | None:
+    """Returns why a model can't run with another token in each of some modules, or None.
+
+    Args:
+        ran: The model's graph.
+        calls: The calls of the modules.
+        example_inputs: A tuple of positional or a dict of keyword arguments of the model.
+    """
+    sizes = sorted({ran.given(call).shape[2] for call in calls})
+    if len(sizes) > 1:
+        return f"their tokens have several sizes: {', '.join(map(str, sizes))}"
+    graph = copy_graph(ran.graph)
+    try:
+        for call in calls:
+            rule = _OneToken(InScope(1, "before", next(iter(call.arguments))), sizes[0])
+            rewrite.insert(graph, boundary_of(graph, call.name), rule, {}, slot=0, method="trial")
+        found = run(ran.root, graph, example_inputs)
+    except OUT_OF_MEMORY:
+        raise
+    except Exception as error:
+        # whatever the model's code raises
+        return str(error).strip().partition("\n")[0]
+    return None if _shapes(found) == _shapes(ran) else "the model returns values of other shapes"
+
+
+def _shapes(ran: Ran) -> list[Any]:
+    returned = ran.values[ran.graph.output_node().name]
+    return [leaf.shape if isinstance(leaf, Tensor) else None for leaf in pytree.tree_leaves(returned)]

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphpeft.methods.prompts.caches import CACHES
-from graphpeft.methods.shadow.in_cache import first_layer_in
+from graphpeft.methods.prompts.caches import CACHES, has_tokens
 from graphpeft.methods.shadow.losses import at_last_token, classifier_of, loss_of_sequences, loss_of_tokens
 from graphpeft.methods.shadow.mirror import Mirror, config_of_mirror, size_in
 from graphpeft.rules.parameter_spec import ParameterSpec
@@ -148,3 +147,47 @@ def small_model_for(
 
 def _local(name: str) -> str:
     return f"{_BACKBONE}_{name.replace('.', '__')}"
+
+
+_FIRST = "_graphpeft_shadow_layers"
+
+
+def first_layer_in(cache: Any, key: int, layers: int, config: Any) -> int | None:
+    """Returns the number of the first of the small model's layers in a cache; an empty cache gets these.
+
+    Args:
+        cache: The cache of the call, or None.
+        key: What tells the adapter from another one.
+        layers: The number of the large model's layers.
+        config: The small model's config.
+
+    Returns:
+        The number, or None if the small model keeps nothing: without a cache, or in one with a place for each layer of
+        the large model alone.
+
+    Raises:
+        ValueError: If the cache has tokens that the small model hasn't seen.
+    """
+    if has_tokens(cache):
+        return _known(cache, key)
+    # others have a size, or a device, for each layer that there was when they were made
+    if cache is None or type(cache).__name__ != "DynamicCache" or cache.offloading:
+        return None
+    from transformers import DynamicCache
+
+    while cache.layer_class_to_replicate is not None and len(cache.layers) < layers:
+        cache.layers.append(cache.layer_class_to_replicate())
+    vars(cache).setdefault(_FIRST, {})[key] = first = len(cache.layers)
+    cache.layers += DynamicCache(config=config).layers
+    return first
+
+
+def _known(cache: Any, key: int) -> int:
+    first = getattr(cache, _FIRST, {}).get(key)
+    if first is None or cache.get_seq_length(first) != cache.get_seq_length():
+        raise ValueError(
+            "Shadow's small model needs all tokens, and this call goes on from those in a cache that it hasn't seen; "
+            "give an empty DynamicCache to the first call, as generate does, or pass the whole sequence and "
+            "use_cache=False"
+        )
+    return first

@@ -13,7 +13,7 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 SECONDS = 2
-"""What takes no longer shows nothing."""
+"""A shorter work shows nothing."""
 
 
 def over(items: Iterable[T], what: str, unit: str) -> Iterable[T]:
@@ -21,8 +21,8 @@ def over(items: Iterable[T], what: str, unit: str) -> Iterable[T]:
 
     Args:
         items: The items; without a length, their number is shown alone.
-        what: What is done.
-        unit: What the items are called.
+        what: The name of the work.
+        unit: The name of an item.
     """
     return tqdm(items, what, unit=f" {unit}", **_OPTIONS) if _is_seen() else items
 

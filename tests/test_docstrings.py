@@ -13,6 +13,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -248,3 +249,30 @@ def test_a_function_without_descriptions_is_seen():
 
 def test_a_class_without_descriptions_is_seen():
     assert problems_of_class(Undocumented) == ["the field base isn't described"]
+
+
+VAGUE = re.compile(r"(?:^|[.!?:;]\s+|\n\n)\s*(?:What|Those|That of|The ones?)\b")
+"""A sentence whose subject is no noun."""
+
+
+def vague_sentences(source: str) -> list[str]:
+    """Returns the sentences of code's docstrings, also of those of attributes, that name no thing."""
+    strings = [
+        node.value.value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    ]
+    return [text[match.start() : match.start() + 80] for text in strings for match in VAGUE.finditer(text)]
+
+
+def test_sentences_of_docstrings_name_the_thing_that_they_are_about():
+    files = Path(graphpeft.__file__).parent.rglob("*.py")
+    found = {str(file): vague_sentences(file.read_text(encoding="utf-8")) for file in files}
+    assert {file: sentences for file, sentences in found.items() if sentences} == {}
+
+
+@pytest.mark.parametrize(
+    "planted", ["What a rule does.", "A site.\n\n    Those that act come first.", "plan: That of a model."]
+)
+def test_a_planted_sentence_without_a_noun_is_seen(planted: str):
+    assert vague_sentences(f'def f():\n    """{planted}"""')

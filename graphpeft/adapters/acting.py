@@ -66,7 +66,7 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
 def refuse_foreign_forward(module: nn.Module, path: str) -> None:
     """Raises AdaptError if somebody has set a forward on the module itself, which would go on as before.
 
-    That of an adapted model asks in each call which adapters act, so what was set there may call it.
+    An adapted model's own forward asks in each call which adapters act, so the set one may call it.
     """
     if foreign_forward(module) is not None and not any(each.kind == "methods" for each in in_place.layers_of(module)):
         raise AdaptError(

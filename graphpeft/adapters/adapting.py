@@ -209,7 +209,7 @@ def carry_out(
         values: Values of the adapter's tensors; without them the method's first values are drawn.
         activates: Whether it becomes the active one.
         methods: Gives the model the methods of an adapted one, with its first adapter.
-        replication: What was exchanged in the model for the plan.
+        replication: The layers that were exchanged in the model for the plan.
     """
     modules = plan.modules
     present = adapters_of(model)

@@ -48,7 +48,7 @@ def state_dict_of(
         modules: The model's modules by path.
         adapter: The adapter.
         name: Its name.
-        originals: Those of the model's own weights that adapters are merged into, as they were before.
+        originals: The weights that adapters are merged into, as they were before.
         state_dict: The model's state dict, where it was gathered elsewhere; else the tensors are read from the modules.
         save_embedding_layers: Whether the model's own embeddings are among them, see `embedding_layers.to_save`.
 
@@ -96,7 +96,7 @@ def fitted(
         modules: The model's modules by path.
         originals: As for `state_dict_of`.
         values: The file's tensors by their names there.
-        of_base: What an error says of the file's base model.
+        of_base: The words of an error about the file's base model.
 
     Raises:
         CheckpointError: If a tensor is missing, unexpected, or has another shape or another kind of numbers; the first
@@ -215,7 +215,7 @@ _FLOATING_POINT = (
     torch.float8_e4m3fnuz,
     torch.float8_e5m2fnuz,
 )
-"""Those that PyTorch converts; not those that pack two numbers into a byte."""
+"""The dtypes that PyTorch converts; none that packs two numbers into a byte."""
 
 
 def _base_keys(adapter: Adapter, modules: Modules) -> dict[str, tuple[str, str]]:

@@ -107,7 +107,7 @@ def combined_values(
         modules: The model's modules by path.
         adapters: The model's adapters.
         weights: The weights of those to combine, by name.
-        plan: What adapting by the combined config comes to.
+        plan: The plan of adapting by the combined config.
         how: How they are combined.
 
     Raises:

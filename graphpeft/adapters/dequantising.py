@@ -16,7 +16,7 @@ from graphpeft.transaction import delete_item, set_attribute, set_item
 def dequantise(modules: Modules, numbers: Mapping[str, Tensor]) -> None:
     """Gives all quantised linear layers weights of numbers, in the dtype of their inputs.
 
-    That of a layer that casts its inputs is taken to be the dtype of the model's other parameters.
+    A layer that casts its inputs is taken to have the dtype of the model's other parameters.
 
     Args:
         modules: The model's modules by path, without adapters.

@@ -54,7 +54,7 @@ def refuse_empty(modules: Modules, adapter: Adapter, name: str) -> None:
 def empty(modules: Modules, adapter: Adapter) -> None:
     """Takes the values of those tensors at an adapter's sites that its file will have.
 
-    What follows from seeds and weights stays, since no file brings it back, and so do copies of the model's own.
+    Tensors that follow from seeds and weights stay, since no file brings them back. So do copies of the model's own.
 
     Args:
         modules: The model's modules by path.

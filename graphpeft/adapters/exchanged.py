@@ -34,7 +34,7 @@ class _Places(NamedTuple):
     Attributes:
         steps: The steps to them from the model: the modules of a module, their number, and the name and the module
             among these.
-        tables: Those whose size can change such that calls still run, by path.
+        tables: The modules whose size can change such that calls still run, by path.
         registered: How often modules with adapters had got another place in any model.
     """
 
@@ -165,7 +165,7 @@ def refuse_exchanged_classes(modules: Modules, adapters: Adapters, wanted: Itera
     Args:
         modules: The model's modules by path.
         adapters: The model's adapters.
-        wanted: Those that are to act, beside the ones that act now. Others may be many, and stay as they are.
+        wanted: The adapters that are to act, beside the ones that act now. Others may be many, and stay as they are.
     """
     changing = {*adapters.slots, *adapters.read, *wanted}
     owners = {path for name in changing for path in adapters.by_name[name].owners}

@@ -2,7 +2,7 @@
 
 A tensor's name is ``base_model.model.<module>.<name>``. PEFT wraps a module that it adapts, and once more for each of
 its parameters that is adapted on its own (`target_parameters`), so the names of all that is inside it have
-``.base_layer`` in them. What is one for the whole adapter is called ``base_model.<name>``.
+``.base_layer`` in them. A tensor of the whole adapter is called ``base_model.<name>``.
 
 Of patterns for ranks the first match counts, and PEFT sorts the keys of its files. So a file names each site whose rank
 isn't `r`.
@@ -25,7 +25,7 @@ from graphpeft.targeting.patterns import Pattern
 PREFIX = "base_model.model."
 
 ONCE = "base_model."
-"""What the names of tensors begin with that a file has once for the whole adapter."""
+"""The begin of the names of tensors that a file has once for the whole adapter."""
 
 
 def keys(adapter: Adapter, name: str, modules: Modules) -> dict[str, tuple[str, str]]:
@@ -130,7 +130,7 @@ def _file_path(path: str, wrapped: Mapping[str, list[str]], infixes: Mapping[str
     Args:
         path: The path.
         wrapped: As `_wrapped_parameters` returns it.
-        infixes: What stands behind the paths of modules, and of those around it.
+        infixes: The parts of names behind the paths of modules, and of those around it.
     """
     parts: list[str] = []
     here: list[str] = []
@@ -184,7 +184,7 @@ _REDUNDANT = (
     re.compile(r"\.(modules_to_save|original_module)(?=\.)"),
     re.compile(r"\.(modules_to_save\.[^.]+|original_module)(?=\.)"),
 )
-"""What stands in the names of copies that PEFT writes beside the tensors themselves, where biases are trained: for a
+"""The infix in the names of copies that PEFT writes beside the tensors themselves, where biases are trained: for a
 module with others inside, with the adapter's name."""
 
 

@@ -34,7 +34,7 @@ class Changes(NamedTuple):
     Attributes:
         weight: The name of the weight that adapters change.
         bias: The name of the bias beside it, if that is the tensor; None if the weight is.
-        tags: What adapters do with the weight, in the order in which they act.
+        tags: The effects of adapters on the weight, in the order in which they act.
     """
 
     weight: str
@@ -144,7 +144,7 @@ def computation_of(run: Callable[..., Tensor], values: tuple[Any, ...], module: 
 
 
 class _Step(NamedTuple):
-    """What one adapter does with a weight and the bias beside it.
+    """The change that one adapter makes of a weight and the bias beside it.
 
     Attributes:
         rule: Its rule.

@@ -1,4 +1,4 @@
-"""What adapters read in a call: arguments that it is given for them, and what follows from its other arguments."""
+"""The inputs of adapters in a call: arguments that it is given for them, and values that follow from others."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _with_derived(model: Any, adapters: Adapters, args: Sequence[Any], kwargs: M
 def _deriving(adapters: Adapters) -> list[Adapter]:
     """Returns the adapters that act in the present call, and read what follows from its arguments.
 
-    Those that need a run of the model come last, since the others act in it.
+    Values that need a run of the model come last, since the others act in it.
     """
     rows = ROWS.get()
     names = [] if adapters.are_off else adapters.acting if rows is None else rows.names

@@ -75,7 +75,7 @@ def templates_with(adapters: Adapters, seats: Mapping[str, int], modules: Module
 
     Args:
         adapters: The model's adapters.
-        seats: Those whose nodes are to be in the graphs, with their slots.
+        seats: The adapters whose nodes are to be in the graphs, with their slots.
         modules: The model's modules by path.
     """
     kept = _kept(adapters, seats)

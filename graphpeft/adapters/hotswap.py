@@ -103,7 +103,7 @@ def hotswap_adapter_from_state_dict(
             the prefix ``base_model.model.``. Where it has none for a weight that the config names, that isn't adapted.
         adapter_name: The adapter that is replaced.
         config: The config of the new one, of this library or of PEFT.
-        parameter_prefix: What the names of the method's tensors begin with.
+        parameter_prefix: The begin of the names of the method's tensors.
         example_inputs: A tuple of positional or a dict of keyword arguments of the model; needed where adapting the
             model by the config needs them.
 
@@ -197,7 +197,7 @@ def _fitted(model: nn.Module, name: str, plan: Plan, values: Mapping[str, torch.
         name: The adapter's name.
         plan: The plan.
         values: The tensors by their names in files.
-        of_base: What an error says of the file's base model.
+        of_base: The words of an error about the file's base model.
     """
     adapter, swapped = known_adapter(model, name), Adapter.of(plan)
     fitted = checkpoint.fitted(swapped, name, plan.modules, known_adapters(model).originals, values, of_base)

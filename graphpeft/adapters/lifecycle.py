@@ -68,7 +68,7 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
         modules: The model's modules by path.
         adapters: Its adapters, to which this one is added.
         name: The adapter's name.
-        plan: What `make_plan` worked out.
+        plan: The plan that `make_plan` worked out.
         values: Values of all its tensors; without them the method's first values are drawn.
 
     Raises:

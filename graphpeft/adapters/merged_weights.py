@@ -37,7 +37,7 @@ _BITS = "_graphpeft_merged"
 class Originals(Mapping[tuple[str, str], torch.Tensor]):
     """The weights without the merged adapters, for readers: each is worked out when it is asked for.
 
-    What has changed since the adapters were merged is in them, but for weights that are sharded over processes, since
+    Later changes of the merged weights are in them, but for weights that are sharded over processes, since
     one process alone may read.
 
     Args:

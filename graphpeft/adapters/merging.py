@@ -286,7 +286,7 @@ def _refuse_unread(modules: Modules, adapters: Adapters, names: list[str]) -> No
 def _refuse_in_part(adapters: Adapters, names: list[str]) -> None:
     """Raises AdaptError if adapters would be merged beside active ones, and a change depends on the other's.
 
-    What is merged acts first. So a change of the weight so far is another one if that reverses the order of the two.
+    A merged adapter acts first. So a change of the weight so far is another one if that reverses the order of the two.
     A change of the base that goes on acting is another one in any case, since merging changes what the module has.
     """
     merged = [*adapters.merged, *names]

@@ -70,7 +70,7 @@ class Scoped(NamedTuple):
     Attributes:
         label: The site that has come first.
         place: The path of its module, and the parameter's name there.
-        spec: What its rule says of it.
+        spec: The spec that its rule gives for it.
         dtype: The dtype of that site's parameters.
     """
 
@@ -82,7 +82,7 @@ class Scoped(NamedTuple):
 
 @dataclass
 class Plan:
-    """What adapting a model comes to.
+    """The result of planning how a model is adapted.
 
     Attributes:
         modules: The model's modules by path.
@@ -91,7 +91,7 @@ class Plan:
         sites: The sites to adapt.
         templates: The graphs of their regions as they are now.
         fully_trained: The tensors that are fully trained: names by the path of their module.
-        infixes: What stands in files behind the paths of such modules, where something does.
+        infixes: The parts of names in files behind the paths of such modules.
         saved: The paths of the modules of `modules_to_save`, and of the modules inside of these.
         rows: The rows of weights that are trained, by the path of their module.
         autocast: Whether an adapter on half precision weights has single precision.
@@ -133,7 +133,7 @@ def make_plan(
         model: The model.
         config: The config.
         adapter: The adapter's name.
-        known: What earlier calls have found in the model.
+        known: The findings of earlier calls in the model.
         example_inputs: Inputs of the model, for modules whose forward decides on theirs.
         autocast_adapter_dtype: Whether an adapter on half precision weights has single precision.
         where: Which of the sites that the config names are meant; None for all. The plan's config then names these.

@@ -25,7 +25,7 @@ _MOST_TIMES = 16
 
 @dataclass
 class Replication:
-    """What was exchanged in a model.
+    """The layers that were exchanged in a model.
 
     Attributes:
         pairs: From which layer on, and up to which, in turn.
@@ -33,7 +33,7 @@ class Replication:
         name: Their name in it.
         layers: The layers before.
         config: The model's config.
-        options: What its options were that speak of layers.
+        options: Its options that speak of layers, as they were.
     """
 
     pairs: tuple[tuple[int, int], ...]
@@ -54,11 +54,11 @@ def replicate(model: nn.Module, config: PeftConfig, before: Replication | None, 
     Args:
         model: The model.
         config: The config of a new adapter.
-        before: What was exchanged for an adapter that is there already.
+        before: The layers that were exchanged for an adapter that is there already.
         is_adapted: Whether there is one.
 
     Returns:
-        What was exchanged now, or None.
+        The layers that were exchanged now, or None.
 
     Raises:
         AdaptError: If the model's layers can't be found, or there aren't so many; the model is as it was.

@@ -77,7 +77,7 @@ class RowAdapters:
         Args:
             owner: The module.
             stem: The number's name in the adapters' holders.
-            missing: What it is where there is none; None if any value will do.
+            missing: Its value where there is none; None if any value will do.
         """
         holders = self._holders(owner, None)
         found = [missing if holder is None else holder.__dict__.get(stem, missing) for holder in holders]

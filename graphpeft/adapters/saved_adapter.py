@@ -1,4 +1,4 @@
-"""What an adapter's files hold: its config and its tensors, read at one time."""
+"""The contents of an adapter's files: its config and its tensors, read at one time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPERATIONS = "graphpeft_operations"
 
 
 class SavedAdapter(NamedTuple):
-    """What an adapter's files hold.
+    """The contents of an adapter's files.
 
     Attributes:
         config: The config.

@@ -1,4 +1,4 @@
-"""What a model knows of its adapters: which there are, which act, and what was there before them."""
+"""The state of a model's adapters: which there are, which act, and the model's own state before them."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ class Adapter:
         config: Its config.
         sites: The sites that it adapts.
         fully_trained: The tensors for which it has overrides: names by the path of their module.
-        report: What was adapted, for a person to read.
+        report: A report of the sites, for a person to read.
         rows: The weights of which it has rows, by the path of their module.
-        infixes: What stands in files behind the paths of modules that are fully trained, where something does.
+        infixes: The parts of names in files behind the paths of modules that are fully trained.
         saved: The paths of the modules of `modules_to_save`, and of the modules inside of these.
         took_product: Whether it was made so that what its factors made at first was taken from the base's weights.
-        overwritten: What the model's own tensors were before those in the adapter's file were put in their places.
+        overwritten: The model's own tensors before tensors of the adapter's file were put in their places.
         padded_to: The rank for which its factors have room, if compiled code is to run others in its place; 0 if they
             have none beside their own; else None.
         told_rows: How many rows the tables of `rows` said that they have when it came, by the path of their module.
@@ -172,7 +172,7 @@ class Adapter:
 
     @property
     def coded_sites(self) -> list[Any]:
-        """Those of the sites that are calls of layers into whose quantised weights it can be merged."""
+        """The sites that are calls of layers into whose quantised weights it can be merged."""
         return [a for a in self.sites if isinstance(a.site, LeafSite) and a.unmergeable is None]
 
     @property
@@ -260,7 +260,7 @@ class Adapter:
 
     @functools.cached_property
     def _untrained(self) -> set[tuple[str, str]]:
-        """Those of these that are never trained."""
+        """The module's path and the name of each tensor at its sites that is never trained."""
         return {
             (adapted.site.owner, adapted.names[name])
             for adapted in self.sites
@@ -281,7 +281,7 @@ class Adapter:
 
 
 class Cache(dict[Any, Any]):
-    """What can be worked out again, and is of no use to a copy or a pickle: it begins empty there."""
+    """Values that can be worked out again, and are of no use to a copy or a pickle: it begins empty there."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
         return Cache()
@@ -303,15 +303,15 @@ class Adapters:
         trainable: The names of those whose tensors require grad: the active ones, and others that were loaded to be
             trained.
         is_disabled: Whether none acts, whichever are active, until they are enabled again.
-        pauses: What stands for each context in which none acts, until it is left.
+        pauses: An object for each context in which none acts, until it is left.
         lifted: The regions that were no graph modules before, as they were then, by path.
         found: The sites of weights as they were found, by the path of the weight's module and the weight's name there.
         merged: The names of those whose changes are in the weights, in the order in which they were added.
         originals: The weights without any of these changes.
-        merged_bits: What tells the tensors of each of these as they were when it was merged, by its name.
+        merged_bits: Fingerprints of the tensors of each of these as they were when it was merged, by its name.
         codes: The quantised weights without any of these changes, by the path of their module.
         mixing: How regions run on a batch with several adapters, by what these have in common.
-        signatures: What each adapter has in common with others in that, by its name.
+        signatures: The part of each adapter that others may have in common with it in that, by its name.
         mixable: The paths of the regions that can run so.
         asking: The tensors whose readers ask for the rows of a batch, by the path of their module.
         call_inputs: The arguments that adapters read in each call of the model, by name, with whether its forward takes

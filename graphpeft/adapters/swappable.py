@@ -46,7 +46,7 @@ def prepare_model_for_compiled_hotswap(
         model: An adapted model; all of its adapters are prepared that have factors.
         target_rank: The highest rank of all adapters that will be swapped in; None leaves the ranks as they are.
         config: Accepted for compatibility with PEFT; the config of an adapter keeps the rank that its file has.
-        check_compiled: What to do if the model is compiled already: "error", "warn" or "ignore".
+        check_compiled: The reaction to a model that is compiled already: "error", "warn" or "ignore".
 
     Raises:
         AdaptError: If the model has no adapter with factors, one with a higher rank, or is compiled, or a module that

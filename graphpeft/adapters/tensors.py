@@ -29,14 +29,14 @@ _CHUNK = 2**20
 """How many words are multiplied at a time, since the products take memory."""
 
 _SPREAD = 0x1E3779B97F4A7C15
-"""What the factors of words differ by, which is large, so that all bits of a sum depend on each word."""
+"""The distance of the factors of words, which is large, so that all bits of a sum depend on each word."""
 
 
 def new_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None) -> Tensors:
     """Returns the tensors of the adapter of `plan`, which no module has yet; they require grad if they are trained.
 
     Args:
-        plan: What `make_plan` worked out.
+        plan: The plan that `make_plan` worked out.
         name: The adapter's name.
         modules: The model's modules by path.
         values: Their values; without them the method's first values are drawn.
@@ -161,7 +161,7 @@ def _first_values(
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Returns the first values of a site's parameters, and the tensors that its module reads in place of its own.
 
-    Those that are another site's have values already, which the rule may let be.
+    Tensors of another site have values already, which the rule may let be.
     """
     own = {name: own_parameter(module, name) for name in adapted.replaced} if adapted.replaced else {}
     if device.type == "meta":

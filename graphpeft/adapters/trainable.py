@@ -47,8 +47,8 @@ def set_trainable(modules: Modules, adapters: Adapters, names: Iterable[str]) ->
     Args:
         modules: The model's modules by path.
         adapters: The model's adapters.
-        names: Those that have come, or have begun or ceased to be active; going through all would take the longer the
-            more there are.
+        names: The adapters that have come, or have begun or ceased to be active; going through all would take the
+            longer the more there are.
     """
     wanted = {name: name in adapters.active and not adapters.by_name[name].config.inference_mode for name in names}
     set_trainable_now(modules, adapters, wanted)

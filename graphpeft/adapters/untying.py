@@ -22,12 +22,12 @@ from graphpeft.transaction import set_attribute, set_item
 def untie_saved(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
     """Gives modules of `modules_to_save` tensors of their own where these are tied to what is trained otherwise.
 
-    So the copy can be merged, and what the tensor was tied to stays as it is. What can't be told here stays tied.
+    So the copy can be merged, and the module that the tensor was tied to stays as it is. Other ties stay.
 
     Args:
         modules: The model's modules by path.
         adapters: Its adapters.
-        names: Those to merge.
+        names: The adapters to merge.
     """
     for name in names:
         adapter = adapters.by_name[name]

@@ -61,7 +61,7 @@ def cached_by_class(function: Callable[[type], _Result]) -> Callable[[type], _Re
 
 _ABSENT = object()
 _KNOWN: list[weakref.WeakKeyDictionary[type, Any]] = []
-"""What was found out about classes by their code."""
+"""The facts that were found out about classes by their code."""
 
 
 def read_anew() -> None:

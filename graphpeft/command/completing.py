@@ -1,4 +1,4 @@
-"""What a shell's completion offers for arguments: files, folders and names of methods."""
+"""Completions that a shell offers for arguments: files, folders and names of methods."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What subcommands print: a table for people, or JSON for programs."""
+"""The output of subcommands: a table for people, or JSON for programs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tell(told: Mapping[str, Any], as_json: bool, text: object = None) -> None:
     Args:
         told: It, by name.
         as_json: Whether to print it as JSON.
-        text: What to print for people; None prints a line for each name.
+        text: The text for people; None prints a line for each name.
     """
     place = _ANSWER.get() or sys.stdout
     encoding = getattr(place, "encoding", None) or "utf-8"

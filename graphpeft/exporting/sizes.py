@@ -75,8 +75,8 @@ def breaks(program: Program, shapes: Sequence[Shape], are_given: bool) -> tuple[
     Args:
         program: The program.
         shapes: The shapes of the example.
-        are_given: Whether the caller has given the dynamic sizes, so that a program's limits may be the caller's. What
-            follows from these is no condition of the program.
+        are_given: Whether the caller has given the dynamic sizes, so that a program's limits may be the caller's. A
+            condition that follows from these is none of the program.
     """
     inputs = _Inputs(program, shapes)
     found, too_large = _of_conditions(inputs, are_given)

@@ -24,7 +24,7 @@ class Computed(NamedTuple):
     Attributes:
         path: The path in the layer of the module that owns one of the tensors from which it is computed.
         name: The tensor's name there.
-        by: What computes it.
+        by: The parametrization or hook that computes it.
     """
 
     path: str

@@ -104,7 +104,7 @@ _BEFORE_HOOK = "_graphpeft_before_hook"
 
 
 class HolderGroup(Holder):
-    """What several adapters have at a module, their holders or a tensor of each, by the adapters' names.
+    """A group of several adapters' holders at a module, or of a tensor of each, by the adapters' names.
 
     Attributes:
         in_slots: The adapters whose holders graphs read, by the names of their slots.
@@ -376,7 +376,7 @@ def distribute_adapters(module: nn.Module, weight: Any) -> None:
 
 
 _BECOME: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""What tensors have become that other holders may have, too."""
+"""The tensors in place of others that further holders may have, too."""
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ _NAMES = ("forward", "_old_forward")
 """The attributes of a module in which code keeps the forward of its class."""
 
 OF_HOOKS = frozenset({*_NAMES, "_hf_hook"})
-"""Those, and the attribute with accelerate's hook, which reads no weight for another module."""
+"""These attributes, and the one with accelerate's hook, which reads no weight for another module."""
 
 KNOWN = "_graphpeft_set_forward"
 """The attribute of a module with the foreign forward that was there when the module was adapted."""

@@ -1,4 +1,4 @@
-"""What an adapted module says to code that takes it for another one: for one of PEFT's wrappers, or a plain layer."""
+"""The answers of an adapted module to code that takes it for one of PEFT's wrappers, or for a plain layer."""
 
 from __future__ import annotations
 

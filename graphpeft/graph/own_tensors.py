@@ -336,7 +336,7 @@ def fx_tracer(module: nn.Module, own: Any) -> Any:
 
     Args:
         module: The module.
-        own: What `own_in_fx_graph` returns for the tensor.
+        own: The value that `own_in_fx_graph` returns for the tensor.
     """
     if isinstance(own, fx.Proxy):
         return own.tracer

@@ -60,7 +60,7 @@ Graphs = tuple[fx.Graph, ...]
 
 
 class Before(NamedTuple):
-    """What a module ran before its graphs were rewritten.
+    """The graphs that a module ran before they were rewritten.
 
     Attributes:
         template: The template of these graphs.
@@ -79,7 +79,7 @@ class Template:
             edited: see `derive`.
         shared: Whether many modules may wear the template.
         plain: The template before optimisation passes; the template itself if there were none.
-        before: What the module ran before rewrites changed its graphs; None without rewrites.
+        before: The graphs that the module ran before rewrites changed them; None without rewrites.
 
     Attributes:
         slots: The slots of the adapters that have nodes in the graphs.
@@ -347,7 +347,7 @@ class GraphForward(NoWrapper, fx.GraphModule):
 
     @property
     def graph(self) -> fx.Graph:
-        """The one of `graphs` that the module runs in its present mode.
+        """The graph that the module runs in its present mode.
 
         An assigned graph runs in both modes.
         """

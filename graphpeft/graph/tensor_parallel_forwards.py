@@ -19,11 +19,11 @@ _STYLES = ("ColwiseParallel", "RowwiseParallel", "EmbeddingParallel", "SequenceP
 
 
 class Hook(NamedTuple):
-    """What a forward of tensor parallelism knows.
+    """The parts of a forward of tensor parallelism.
 
     Attributes:
         name: The name of the style's class.
-        style: What prepares inputs and outputs; None if it is unknown.
+        style: The object that prepares inputs and outputs; None if it is unknown.
         mesh: The mesh of processes.
         kept: The forward that it calls; None if it calls none.
     """

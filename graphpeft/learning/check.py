@@ -1,9 +1,9 @@
 """`check_learning`: runs a batch forward and backward, and tells which tensors of adapters get gradients.
 
 A gradient of zero may come from the first values alone: LoRA's A has none while B is zero. So the batch runs again with
-other values in what has a gradient, as after a step, and again as long as that gives others one. What has none then is
-dead: it waits for what waits for it, or, if other values in everything give it none either, the lines of code are
-sought that go past it. In the end everything is put back. Where the forward draws random numbers, as one that drops
+other values in what has a gradient, as after a step, and again as long as that gives others one. A tensor without one
+is then dead: it waits for what waits for it, or, if other values in everything give it none either, the lines of code
+are sought that go past it. In the end everything is put back. Where the forward draws random numbers, as one that drops
 whole layers, the batch runs a few times more before anything is called dead.
 """
 
@@ -57,8 +57,8 @@ def check_learning(model: nn.Module, batch: ExampleInputs, loss: Loss | None = N
             with labels do, else a sum of all floating-point numbers in it with random weights.
 
     Returns:
-        What learns, what waits for other tensors to change, and what is dead, with the line of code that goes past it;
-        and how many sites each entry of ``target_modules`` has named.
+        The tensors that learn, that wait for others to change, and that are dead, with the line of code that goes past
+        them; and how many sites each entry of ``target_modules`` has named.
 
     Raises:
         AdaptError: If the model has no adapters, none acts, or they train nothing.

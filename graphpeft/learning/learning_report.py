@@ -1,4 +1,4 @@
-"""What a batch tells of the tensors that adapters train: which learn, which wait for others, which never will."""
+"""The tensors that adapters train, as a batch tells: which learn, which wait for others, which never will."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class SiteLearning(NamedTuple):
 
 @dataclass(frozen=True)
 class LearningReport:
-    """What `check_learning` has found; it prints as a table.
+    """The findings of `check_learning`; they print as a table.
 
     Attributes:
         sites: Each site of each active adapter, and what else these train.

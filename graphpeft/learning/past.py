@@ -28,7 +28,7 @@ def reason_and_line(
         tensor: The tensor.
         gradient: Its gradient; None without one.
         modules: The model's modules by path.
-        watch: What was seen of the forward.
+        watch: The observations of the forward.
     """
     if region not in watch.called:
         return _never_called(region, modules)

@@ -40,7 +40,7 @@ _DEFAULT_TARGETS = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"
 
 @dataclass(frozen=True)
 class AdaptionPrompt(BoundaryRule):
-    """What an attention gets from learned tokens, added to what it returns.
+    """The output of an attention on learned tokens, added to its own.
 
     Attributes:
         heads: The heads of the attention.

@@ -1,4 +1,4 @@
-"""What methods have in common whose change of a weight is a product of two factors that are made from shared tensors.
+"""The base of methods whose change of a weight is a product of two factors that are made from shared tensors.
 
     ΔW = B A        y' = y + (dropout(x) Aᵀ) Bᵀ        A (r, in), B (out, r)
 
@@ -123,7 +123,7 @@ class FactoredConfig(TargetedConfig):
     not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"fan_in_fan_out", "init_weights"}
 
     shared_options: ClassVar[tuple[str, ...]] = ()
-    """Those that all adapters of the method on one model have to share, as in PEFT."""
+    """The tensors that all adapters of the method on one model have to share, as in PEFT."""
 
     fan_in_fan_out: bool = False
 

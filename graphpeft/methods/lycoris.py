@@ -1,4 +1,4 @@
-"""What LoHa and LoKr have in common: a scaled change of a weight, with ranks and α by names, and dropout of the change.
+"""The base of LoHa and LoKr: a scaled change of a weight, with ranks and α by names, and dropout of the change.
 
     y' = y + operation(x, m ⊙ ΔW)        ΔW = (α/r) · change        in training, m has zeros for rows of ΔW, or for all
 

@@ -176,7 +176,7 @@ class PveraConfig(ProjectedConfig):
         save_projection: Whether files have the projections. If not, they are drawn again when a file is loaded, by a
             generator that may draw other numbers in another version of PyTorch. The same for all adapters of a model.
         pvera_dropout: The probability of dropping an element of the branch's input in training.
-        d_initial: What all elements of d are at first.
+        d_initial: The first value of all elements of d.
         fan_in_fan_out: Accepted for PEFT's sake: how a weight is stored is read from the graph.
         bias: The biases that are trained: ``"none"``, ``"all"``, or ``"pvera_only"``, the adapted layers'.
         init_weights: Whether b is 0 at first, and d is `d_initial`; if False, b is 1, and d is drawn.

@@ -113,8 +113,8 @@ class AdapterInfo(nn.Module):
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Counts the model's parameters, in numbers (not tensors).
 
-        Of weights that bitsandbytes has packed into 4 bits, the numbers count that they stand for, as in PEFT. What is
-        read in place of a weight, such as PiSSA's residual, doesn't count.
+        Of weights that bitsandbytes has packed into 4 bits, the numbers count that they stand for, as in PEFT. A tensor
+        in place of a weight, such as PiSSA's residual, doesn't count.
 
         Returns:
             How many are trainable, and how many there are, those of adapters among them.

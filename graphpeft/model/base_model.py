@@ -32,13 +32,13 @@ OF_ADAPTERS = frozenset(
         "unmerge_adapter",
     }
 )
-"""What PEFT's inner wrapper tells of adapters or does with them; here, the adapted model does."""
+"""The members of PEFT's inner wrapper that are about adapters; here, the adapted model has them."""
 
 
 class Body:
     """The body of a Transformers model in all but its type, `model`, which is the adapted model, and `OF_ADAPTERS`.
 
-    What the body lacks, such as the head, is the adapted model's, as in PEFT, whose inner wrapper is around that.
+    A part that the body lacks, such as the head, is the adapted model's, as in PEFT's inner wrapper.
 
     Args:
         body: The body.

@@ -42,7 +42,7 @@ class DiffusersMethods(SwitchingMethods, MergingMethods):
             **kwargs: Keyword arguments of the model's forward, and those of a call of an adapted model.
 
         Returns:
-            What the model's forward returns.
+            The result of the model's forward.
 
         Raises:
             AdaptError: If there is a scale in the call, and an adapter is merged or none has a scale.

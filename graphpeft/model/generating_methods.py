@@ -28,7 +28,7 @@ class GeneratingMethods(AdapterInfo):
             **kwargs: Keyword arguments of the model's ``generate``.
 
         Returns:
-            What the model's ``generate`` returns.
+            The result of the model's ``generate``.
         """
         base: Any = super()
         read = self._peft_adapters.call_inputs

@@ -27,7 +27,7 @@ def check_model(model: object) -> None:
     """Raises an error for what can't be adapted, whatever the config.
 
     Args:
-        model: What a caller gives as the model.
+        model: The object that a caller gives as the model.
 
     Raises:
         TypeError: If it is no module.

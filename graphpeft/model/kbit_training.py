@@ -26,9 +26,9 @@ def prepare_model_for_kbit_training(
 ) -> Any:
     """Prepares a quantised Transformers model for training; call `get_peft_model` next.
 
-    It freezes all parameters. What isn't quantised gets single precision, such as norms and the head, unless the model
-    was quantised by GPTQ, AQLM, EETQ, HQQ or torchao. A model that is marked as quantised gets gradient checkpointing,
-    and inputs that require gradients, without which a checkpoint of a frozen model has none.
+    It freezes all parameters. All but the quantised ones get single precision, such as norms and the head, unless the
+    model was quantised by GPTQ, AQLM, EETQ, HQQ or torchao. A model that is marked as quantised gets gradient
+    checkpointing, and inputs that require gradients, without which a checkpoint of a frozen model has none.
 
     Args:
         model: The model.

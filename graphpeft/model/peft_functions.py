@@ -63,7 +63,7 @@ class _Asked:
 
 
 class _Tensors:
-    """What PEFT asks of a method's class."""
+    """The answers to PEFT's questions about a method's class."""
 
     @staticmethod
     def _get_adapter_state_dict(

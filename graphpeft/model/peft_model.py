@@ -211,7 +211,7 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
             **kwargs: Keyword arguments of the model's forward, and those that an adapter reads in each call.
 
         Returns:
-            What the model's forward returns.
+            The result of the model's forward.
 
         Raises:
             AdaptError: If the model has no adapter of a name, the adapters can't be mixed in a batch, or a module that

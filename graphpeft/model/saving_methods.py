@@ -246,7 +246,7 @@ class SavingMethods(AdapterInfo):
             **options: Options of ``huggingface_hub.HfApi.upload_folder``, such as `commit_message`.
 
         Returns:
-            What ``upload_folder`` returns: information on the commit.
+            The result of ``upload_folder``: information on the commit.
         """
         from huggingface_hub import HfApi
 

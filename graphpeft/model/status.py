@@ -1,4 +1,4 @@
-"""What adapters do at each module and in the whole model now, as PEFT's functions of these names tell it."""
+"""The state of adapters at each module and in the whole model, as PEFT's functions of these names tell it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Irregular = Literal["irregular"]
 
 @dataclass
 class TunerLayerStatus:
-    """What adapters do at one module; the names are PEFT's.
+    """The state of adapters at one module; the names are PEFT's.
 
     Attributes:
         name: The module's path in the model.
@@ -40,7 +40,7 @@ class TunerLayerStatus:
         requires_grad: Whether the tensors of each adapter require grad, by its name.
         available_adapters: The names of the adapters that have tensors there.
         devices: The types of the devices of each adapter's tensors, by its name.
-        quantization_backend: What has quantised the module's weight, such as ``"bnb 4bit"``; None for numbers.
+        quantization_backend: The library that quantised the module's weight, such as ``"bnb 4bit"``; None for numbers.
 
     Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
@@ -61,7 +61,7 @@ class TunerLayerStatus:
 
 @dataclass
 class TunerModelStatus:
-    """What adapters do in a model; the names are PEFT's. ``"irregular"`` stands for what its modules differ in.
+    """The state of adapters in a model; the names are PEFT's. ``"irregular"`` stands for values that differ.
 
     Attributes:
         base_model_type: The name of the model's class.
@@ -76,7 +76,7 @@ class TunerModelStatus:
         requires_grad: Whether the tensors of each adapter require grad, by its name.
         available_adapters: The names of all adapters.
         devices: The types of the devices of each adapter's tensors, by its name.
-        quantization_backend: What has quantised the weights of these modules; None for numbers.
+        quantization_backend: The library that quantised the weights of these modules; None for numbers.
 
     Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))

@@ -23,8 +23,8 @@ class SwitchingMethods(AdapterInfo):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes exactly these adapters active, and trainable; no other is trainable then.
 
-        What is merged is unmerged first, with a warning. A forward that runs in another thread may see the change half
-        done, see `PeftModel`.
+        Merged adapters are unmerged first, with a warning. A forward that runs in another thread may see the change
+        half done, see `PeftModel`.
 
         Args:
             adapter_name: The name of one adapter, or a list of names.

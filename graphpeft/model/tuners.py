@@ -1,4 +1,4 @@
-"""What adapts a model by each method: PEFT's table of the classes that wrap a model, whose members adapt one here."""
+"""The functions that adapt a model by each method, in the place of PEFT's table of classes that wrap one."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class _Tuners(Mapping[str, Tuner]):
 
 
 PEFT_TYPE_TO_TUNER_MAPPING: Mapping[str, Tuner] = _Tuners()
-"""What adapts a model by each method, by its `peft_type`, called as PEFT's classes of the methods are.
+"""The function that adapts a model by each method, by its `peft_type`, called as PEFT's classes of the methods are.
 
 Examples:
     >>> model = nn.Sequential(nn.Linear(4, 4))

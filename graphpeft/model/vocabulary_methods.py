@@ -22,11 +22,11 @@ class VocabularyMethods(AdapterInfo):
 
         Args:
             new_num_tokens: The new size; None leaves it.
-            pad_to_multiple_of: What the new size is a multiple of; None doesn't round it up.
+            pad_to_multiple_of: A number of which the new size is a multiple; None doesn't round it up.
             **options: Further keyword arguments of the model's own.
 
         Returns:
-            What the model's own returns: its embedding.
+            The result of the model's own: its embedding.
 
         Raises:
             AdaptError: If an adapter is on a layer that is exchanged or resized; the model is unchanged then.
@@ -45,7 +45,7 @@ def refuse_resizing(modules: Modules, adapters: Adapters, size: int | None, mult
         modules: The model's modules by path.
         adapters: Its adapters.
         size: How many tokens the vocabulary is to have; None for as many as it has.
-        multiple: What the size is rounded up to a multiple of; None for nothing.
+        multiple: The number to whose multiple the size is rounded up; None for no rounding.
     """
     embedding = module_told(modules[""], "get_input_embeddings")
     if multiple is None and (size is None or size == getattr(embedding, "num_embeddings", None)):

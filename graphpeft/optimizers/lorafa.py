@@ -22,7 +22,7 @@ from graphpeft.adapters.plan import AdaptError
 from graphpeft.optimizers.products import Product, adapted_model, damped_inverse, products, times_rank
 
 DAMPING = 1e-8
-"""What is added to A Aᵀ, as in PEFT."""
+"""The number that is added to A Aᵀ, as in PEFT."""
 
 
 class LoraFAOptimizer(Optimizer):
@@ -33,7 +33,7 @@ class LoraFAOptimizer(Optimizer):
             factors. Its `axes` say of each parameter where the rank is. A is never changed.
         lr: The learning rate.
         betas: The decay of the averages of the gradient and of its square.
-        eps: What is added to the root of the latter.
+        eps: A number that is added to the root of the latter.
         weight_decay: The share by which parameters shrink in each step, times the learning rate.
         correct_bias: Whether the averages are corrected for their beginning at zero.
     """
@@ -64,7 +64,7 @@ class LoraFAOptimizer(Optimizer):
             closure: Computes the loss and the gradients anew.
 
         Returns:
-            What `closure` returns.
+            The result of `closure`.
         """
         loss = None
         if closure is not None:

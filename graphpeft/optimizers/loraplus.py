@@ -29,7 +29,7 @@ def create_loraplus_optimizer(
         model: A model with adapters of LoRA.
         optimizer_cls: The class of the optimizer.
         lr: The learning rate of A.
-        loraplus_lr_ratio: That of B, as a multiple of `lr`.
+        loraplus_lr_ratio: The learning rate of B, as a multiple of `lr`.
         kwargs: `loraplus_weight_decay`, 0.0 by default; `loraplus_lr_embedding`, the learning rate of embeddings, 1e-6
             by default; further options of the class.
 

@@ -73,7 +73,7 @@ def products(model: nn.Module, purpose: str) -> list[Product]:
 
     Args:
         model: An adapted model.
-        purpose: What they are for, for the error.
+        purpose: Their purpose, for the error.
 
     Raises:
         AdaptError: If no factor of LoRA is trained.

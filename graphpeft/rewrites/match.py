@@ -45,7 +45,7 @@ class Match(Mapping[str, Any]):
             name: The name of the argument.
 
         Returns:
-            What a module holds, a constant, or an example; None if none is known.
+            The value that a module holds, a constant, or an example; None if none is known.
 
         Raises:
             KeyError: If the pattern has no such argument.

@@ -28,7 +28,7 @@ from graphpeft.rewrites.values import MISSING, Form, is_constant, is_tensor, sam
 
 @dataclass(frozen=True)
 class State:
-    """What the nodes of a pattern are in a graph, so far.
+    """The values of a pattern's nodes in a graph, so far.
 
     Attributes:
         known: The value of each node of the pattern.
@@ -59,7 +59,7 @@ class Occurrence(NamedTuple):
         result: The node of the value that is replaced.
         alternative: The way in which it is met.
         number: The place of this way among all ways.
-        state: What the pattern's nodes are there.
+        state: The values of the pattern's nodes there.
     """
 
     result: fx.Node
@@ -74,7 +74,7 @@ class Occurrence(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What tells occurrences in a graph apart."""
+        """The key that tells occurrences in a graph apart."""
         names = tuple(sorted(node.name for node in self.state.nodes))
         values = tuple((name, shown(value)) for name, value in self.values.items())
         return self.number, self.result.name, names, values, tuple(sorted(self.state.assumes.items()))

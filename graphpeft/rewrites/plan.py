@@ -1,4 +1,4 @@
-"""What a rewrite does to a model: where it is met, and the new graphs; making the plan changes nothing."""
+"""The plan of a rewrite of a model: its matches, and the new graphs; making the plan changes nothing."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def refuse_adapters(modules: Mapping[str, nn.Module]) -> None:
 
 
 class _Read(NamedTuple):
-    """What is found in the graphs of a forward.
+    """The occurrences in the graphs of a forward.
 
     Attributes:
         readers: The reader of the graph of each mode.
@@ -74,12 +74,12 @@ class _Read(NamedTuple):
 
     @property
     def keys(self) -> list[list[Any]]:
-        """What tells the occurrences apart, for each mode."""
+        """The keys that tell the occurrences apart, for each mode."""
         return [[occurrence.key for occurrence in of_mode] for of_mode in self.found]
 
 
 class Plan:
-    """What a rewrite does to a model; making it changes nothing.
+    """The plan of a rewrite of a model; making it changes nothing.
 
     Args:
         example: The rewrite.
@@ -119,7 +119,7 @@ class Plan:
 
     @functools.cached_property
     def _inputs(self) -> dict[str, ExampleInputs]:
-        """What the example inputs give to each module that they reach, by path."""
+        """The inputs that the example gives to each module that it reaches, by path."""
         if self._example_inputs is None:
             return {}
         called = {path: module for path, module in self._regions.modules.items() if self._regions.is_called(path)}

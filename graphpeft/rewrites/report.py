@@ -1,4 +1,4 @@
-"""What a rewrite has found: its matches, where it almost matches, and the modules that it couldn't look at."""
+"""The findings of a rewrite: its matches, its near misses, and the modules that it couldn't look at."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class NearMiss:
 
 @dataclass(frozen=True)
 class RewriteReport:
-    """What a rewrite has found in a model.
+    """The findings of a rewrite in a model.
 
     Attributes:
         name: The name of the rewrite.
@@ -113,7 +113,7 @@ class RewriteReport:
 
 @dataclass(frozen=True, repr=False)
 class Rewritten(RewriteReport):
-    """What a rewrite has done to a model; a result of a pass, as `torch.fx` has it.
+    """The result of a rewrite of a model; that of a pass, as `torch.fx` has it.
 
     Attributes:
         graph_module: The model, which is the object that it was.

@@ -1,4 +1,4 @@
-"""What a config has to do with calls of an adapted model, and with its methods."""
+"""The part of a config that is about calls of an adapted model, and about its methods."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a method does while its adapters are trained, beside computing: a part of `PeftConfig`."""
+"""The part of `PeftConfig` for methods that do more than compute while their adapters are trained."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class ConfigTraining:
         """Returns the attributes of the config in which `after_step` keeps this.
 
         Args:
-            state: What `training_state` returned.
+            state: The result of `training_state`.
 
         Raises:
             ValueError: If it is another method's.

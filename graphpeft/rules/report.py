@@ -28,9 +28,9 @@ class Report:
         fully_trained: The paths of tensors that are trained beside the adapter.
         refused: The targets that can't be adapted; adapting the model raises an error with them.
         nothing_matched: Why the config names nothing in the model, if so.
-        learning: What `check_learning` says of it, if `explain` had example inputs: a `LearningReport`, or why there is
+        learning: The findings of `check_learning`, if `explain` had example inputs: a `LearningReport`, or why there is
             none; else None.
-        plan: What `explain` has worked out, for a picture; None for an adapter that a model has.
+        plan: The plan of `explain`, for a picture; None for an adapter that a model has.
         excluded: The names that `exclude_modules` or `modules_to_save` excludes.
 
     Examples:

@@ -75,7 +75,7 @@ class Rule(ABC):
     """
 
     scales: ClassVar[tuple[str, ...]] = ()
-    """Those of the constants by which the rule only multiplies, so that they may be tensors instead of numbers."""
+    """The constants by which the rule only multiplies, so that they may be tensors instead of numbers."""
 
     rounds_sum: ClassVar[bool] = False
     """Whether the rule computes with the rounded sum of a quantised weight and its change, as merging makes it."""

@@ -28,7 +28,7 @@ class WeightReader:
 
         Args:
             site: The site.
-            function: The function. What it returns may hold no part of the weight, but copies.
+            function: The function. Its result may hold no part of the weight, but copies.
         """
         beside, _ = site.beside
         with loaded(self._modules[beside]):

@@ -1,9 +1,9 @@
-"""What a forward costs: the bytes that autograd keeps for the backward, by node and by module, and the time by module.
+"""The costs of a forward: bytes that autograd keeps for the backward, by node and by module, and time by module.
 
 Beside that, the shapes of the nodes' values.
 
-A batch runs twice: once with autograd telling of each tensor that it saves, and once to be timed. What the model, the
-batch and the generators were, they are afterwards.
+A batch runs twice: once with autograd telling of each tensor that it saves, and once to be timed. The model, the
+batch and the generators are as before afterwards.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from graphpeft.transaction import remember
 
 
 class Costs(NamedTuple):
-    """What one forward costs.
+    """The costs of one forward.
 
     Attributes:
         kept: The bytes that are kept for the backward, by the path of each called module, with what is inside.

@@ -88,7 +88,7 @@ class DrawnTensor:
 
 @dataclass(frozen=True)
 class DrawnSite:
-    """What an adapter adapts in one graph.
+    """A site of an adapter in one graph.
 
     Attributes:
         label: The site's name.
@@ -140,10 +140,10 @@ class DrawnModule:
         graphs: The place of its graphs among the picture's; None if it runs its own code.
         slots: The place of the adapter in each slot of its graphs.
         sites: The sites in its graphs.
-        trained: What adapters train of its own tensors.
+        trained: Its own tensors that adapters train.
         inside: The modules inside.
         kept: The bytes that a call keeps for the backward, with what is inside; None if that wasn't measured.
-        kept_by: Those that the nodes of its graphs keep, by their names.
+        kept_by: The bytes that the nodes of its graphs keep, by their names.
         shapes: The shapes and dtypes of the values of nodes that have none in the graph, by their names.
         seconds: The time of a forward, with what is inside; None if that wasn't measured.
     """
@@ -172,7 +172,7 @@ class DrawnAdapter:
     Attributes:
         name: Its name.
         method: Its method.
-        options: Those of its config that aren't the defaults, as text.
+        options: The options of its config that aren't the defaults, as text.
         state: Whether it acts, rests or is merged.
         sites: The number of its sites.
         parameters: The number of its parameters, with what it trains of the model's own tensors.
@@ -200,7 +200,7 @@ class Picture:
     """A picture of a model, for `page`.
 
     Attributes:
-        title: What it is a picture of.
+        title: The name of its subject.
         model: The modules.
         graphs: The graphs of modules, for each mode; equal modules share them.
         adapters: The adapters.

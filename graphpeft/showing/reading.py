@@ -51,7 +51,7 @@ def picture_of(shown: nn.Module | Report, example_inputs: ExampleInputs | None =
     """Returns the picture of a model, adapted or traced, or of a report of `explain`.
 
     Args:
-        shown: What is shown.
+        shown: The model, the trace or the plan that is shown.
         example_inputs: A batch with which a model's costs are measured; None measures nothing.
 
     Raises:
@@ -212,7 +212,7 @@ def _state_of(name: str, state: Adapters) -> str:
 
 
 class Drawn(NamedTuple):
-    """What a picture has of one module's forward.
+    """The parts of one module's forward in a picture.
 
     Attributes:
         graphs: The place of its graphs among the picture's.
@@ -226,7 +226,7 @@ class Drawn(NamedTuple):
 
 
 Trained = Mapping[str, list[DrawnTraining]]
-"""What adapters train of modules' own tensors, by the path of the module."""
+"""Modules' own tensors that adapters train, by the path of the module."""
 
 
 def tree(
@@ -236,9 +236,9 @@ def tree(
 
     Args:
         modules: The modules by path; the model itself is at "".
-        drawn: What there is of their forwards, by path.
-        trained: What adapters train of their own tensors.
-        costs: What a forward costs; None if that wasn't measured.
+        drawn: The parts of their forwards, by path.
+        trained: Their own tensors that adapters train.
+        costs: The costs of a forward; None if they weren't measured.
     """
     inside: dict[str, list[str]] = {path: [] for path in modules}
     for path in modules:

@@ -40,7 +40,7 @@ from graphpeft.tracing.lift import lift_forward
 
 
 class Known(NamedTuple):
-    """What earlier calls have found in a model.
+    """The findings of earlier calls in a model.
 
     Attributes:
         regions: The regions that adapters have changed, by path.
@@ -59,7 +59,7 @@ class SiteFinder:
 
     Args:
         model: The model.
-        known: What earlier calls have found in the model.
+        known: The findings of earlier calls in the model.
         example_inputs: Inputs of the model, for modules whose forward branches on its inputs.
 
     Attributes:

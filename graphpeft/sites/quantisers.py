@@ -29,7 +29,7 @@ class Codes(NamedTuple):
 
     Attributes:
         weight: The weight, whose class knows its scales.
-        beside: What the layer keeps beside the weight, by the names of the layer's attributes.
+        beside: The state that the layer keeps beside the weight, by the names of the layer's attributes.
     """
 
     weight: nn.Parameter
@@ -96,7 +96,7 @@ def numbers_of(weight: Any, state: Any = None) -> Tensor:
 
     Args:
         weight: The weight. Of a pickled layer, it has lost its class, and `state` tells how to read it.
-        state: What the layer keeps beside it, if anything.
+        state: The state that the layer keeps beside it, if any.
     """
     quantiser = _quantiser(weight) or _QUANTISERS[_BY_STATE[type(state).__name__]]
     with torch.no_grad():
@@ -125,7 +125,7 @@ def requantised(weight: Any, state: Any, numbers: Tensor) -> Tensor:
 
     Args:
         weight: The weight, as for `numbers_of`.
-        state: What its layer keeps beside it, if anything.
+        state: The state that its layer keeps beside it, if any.
         numbers: The numbers.
 
     Raises:

@@ -53,10 +53,10 @@ class Regions:
 
     Attributes:
         all_modules: The modules of the model, by path.
-        modules: Those that may have sites.
+        modules: The modules that may have sites.
         scripted: The reason why a module of ``torch.jit`` can't have sites, by path.
         graphs: The paths of modules that run a graph without any adapter.
-        recordings: What this call has recorded.
+        recordings: The recordings of this call.
         templates: The graphs of the regions recorded so far, by path.
         renewed: The paths of regions that aren't the known modules any more.
         errors: The reason why a region can't have a graph, by path.

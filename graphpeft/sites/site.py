@@ -62,7 +62,7 @@ class Site(NamedTuple):
         bias: The path of the parameter that all operations add, or None.
         bias_conflict: Why a change of the added bias can't be a change of that parameter, or None.
         both_ways: Whether some of the operations read the weight as (in, out), and others as (out, in).
-        call: The one of the weight's operations that is the site; None for all of them.
+        call: The number of the weight's operation that is the site; None for all of them.
         tied_to: The path of the embedding whose table is the weight, if all sites with that table, the embedding's
             own included, share one adapter's tensors.
         computed: How the weight is computed from other tensors; None if it is a parameter.
@@ -209,8 +209,8 @@ class LeafSite(NamedTuple):
         quantised: The description of the weight, if it is quantised.
         is_recoded: Whether a change can be added to the quantised weight: its codes are made anew from numbers.
         quantises_inputs: Whether the module quantises its inputs as well as its weight, if `is_recoded`.
-        reads: What a rule may read there: the rule's name for each, and the name of the module's attribute.
-        call: The one of the module's calls that is the site; None for all of them.
+        reads: The attributes that a rule may read there: the rule's name for each, and the module's.
+        call: The number of the module's call that is the site; None for all of them.
 
     Examples:
         >>> report = explain(nn.Sequential(nn.Linear(8, 16)), LoraConfig(r=2, target_modules=["0"]))

@@ -373,7 +373,7 @@ def kept_out_entries(
         config: The config as it was given, without what was filled in for the model.
         resolved: The config with that.
         modules: The model's modules by path.
-        report: What it came to.
+        report: The report of the targets.
     """
     entries = config.target_options.target_modules
     if not entries or isinstance(entries, str):

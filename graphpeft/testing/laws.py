@@ -109,7 +109,7 @@ def assert_fresh_adapter_changes_no_output(
 def assert_only_the_adapter_is_trained(build: Build, config: PeftConfig, inputs: ExampleInputs) -> None:
     """Law 2: exactly the adapter's tensors require grad, and each of them gets a gradient from a training step.
 
-    A gradient of zeros is none. Those of a fresh adapter may be zero as long as others have changed, but not for ever,
+    A gradient of zeros is none. A fresh adapter's may be zero as long as others have changed, but not for ever,
     as those of two factors that are both zero. A ReLU may be dead for some first values, so several are drawn.
 
     Args:

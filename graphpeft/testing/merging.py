@@ -39,7 +39,7 @@ def require_read_as_merged(adapted: Any, merged: Any, adapter: Adapter, toleranc
 
     Args:
         adapted: The model. A flat graph has its own weights there, and is passed over.
-        merged: What merging makes of it.
+        merged: The merged model.
         adapter: The active adapter.
         tolerance: The allowed difference, as for `require_close`.
 

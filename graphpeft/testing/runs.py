@@ -70,7 +70,7 @@ def run_copy(
     Args:
         model: The model.
         every: As for `run_each`.
-        change: What to do with the copy before; a function that returns what to run.
+        change: A function that changes the copy before, and returns what to run.
     """
     return run_each(change(copy.deepcopy(model)), every)
 

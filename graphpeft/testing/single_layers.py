@@ -38,7 +38,7 @@ class Subject(NamedTuple):
     """A model with a config and inputs, on which laws are checked.
 
     Attributes:
-        what: What it is, for errors; "" for the user's own model.
+        what: Its name in errors; "" for the user's own model.
         build: Builds the model, equal at each call.
         config: The config.
         inputs: Inputs of the model.

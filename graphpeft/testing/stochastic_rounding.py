@@ -73,7 +73,7 @@ _OF_TENSOR = vars(Tensor)["__torch_dispatch__"]
 
 
 class _Traits(NamedTuple):
-    """What an operation's schema says of it.
+    """The facts in an operation's schema.
 
     Attributes:
         computes_nothing: Whether it gives a view or a copy, or gives a tensor other memory, as copies of buffers do.

@@ -48,14 +48,14 @@ from graphpeft.tracing.tracer import ValueTracer
 from graphpeft.transaction import at_end_of
 
 Facts = tuple[tuple[str, Any], ...]
-"""What a trace read, by path: an attribute of a module; or a submodule, with "" for the module itself."""
+"""The reads of a trace, by path: an attribute of a module; or a submodule, with "" for the module itself."""
 
 
 class Recording(NamedTuple):
-    """What a recording has come to, and the facts that it depends on.
+    """The result of a recording, and the facts that it depends on.
 
     Attributes:
-        facts: What the recording read from its module.
+        facts: The reads of the recording from its module.
         result: The template, or why there is none.
     """
 

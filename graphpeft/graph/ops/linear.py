@@ -97,7 +97,7 @@ class Product(NamedTuple):
     Attributes:
         x: The input.
         matrix: The matrix; transposes around it are taken off.
-        bias: What is added; None if nothing is.
+        bias: The added value; None if there is none.
         transposed: Whether the matrix is (in, out).
     """
 

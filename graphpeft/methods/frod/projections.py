@@ -1,4 +1,4 @@
-"""What the layers of a category share in FRoD: a basis of their inputs, and places in a matrix.
+"""The tensors that the layers of a category share in FRoD: a basis of their inputs, and places in a matrix.
 
     [W₁; …; Wₙ] = [Q₁; …; Qₙ] R        V = Rᵀ E, E the eigenvectors of the mean of (QₖᵀQₖ + α)⁻¹
 

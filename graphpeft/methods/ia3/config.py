@@ -105,7 +105,7 @@ class IA3Config(TargetedConfig):
     2205.05638.
 
     Attributes:
-        feedforward_modules: Those of the targets whose inputs are scaled, in place of their outputs: a list of endings
+        feedforward_modules: The targets whose inputs are scaled, in place of their outputs: a list of endings
             of their paths, or a regular expression for whole paths. None takes the default for the model's
             `model_type`.
         fan_in_fan_out: Accepted for PEFT's sake: how a weight is stored is read from the graph.

@@ -162,7 +162,7 @@ def by_key(plan: Plan, found: Mapping[tuple[str, str], Tensor], name: str, modul
     """Returns the tensors of an adapter by their names in its file.
 
     Args:
-        plan: What the adapter does to the model.
+        plan: The adapter's plan.
         found: Its tensors by the path of their module and their name there.
         name: The adapter's name in the plan.
         modules: The model's modules by path.

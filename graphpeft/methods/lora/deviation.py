@@ -31,7 +31,7 @@ def conversion_deviation(
 
     Args:
         model: The model with the adapter.
-        converted: What `convert_to_lora` returned for it.
+        converted: The result of `convert_to_lora` for it.
         example_inputs: A batch: a tuple of positional or a dict of keyword arguments of the model.
         adapter_name: The name of the adapter that was converted.
 

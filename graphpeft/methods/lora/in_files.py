@@ -77,7 +77,7 @@ def converted(own: Any, tensors: Mapping[str, Tensor], first: Mapping[str, Tenso
     Args:
         own: The config.
         tensors: The adapter's tensors, by their names in the file.
-        first: Those of the untrained adapter, by the same names.
+        first: The tensors of the untrained adapter, by the same names.
 
     Raises:
         ValueError: If a rank's scale can't stay as it is.

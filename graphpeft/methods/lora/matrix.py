@@ -4,8 +4,8 @@
     W'_e = W_e + s · B_e A_e             W of shape (experts, out, in), or (experts, in, out) where it is transposed
 
 The latter is PEFT's `target_parameters` for experts, whose factors lie in two matrices: A of shape (experts · r, in)
-and B of shape (out, r · experts); source: ``ParamWrapper.get_delta_weight`` in PEFT's ``tuners/lora/layer.py``. What
-multiplies by a stack, or by a linear layer's weight, has an input, of which dropout drops elements; another use of a
+and B of shape (out, r · experts); source: ``ParamWrapper.get_delta_weight`` in PEFT's ``tuners/lora/layer.py``. A
+product with a stack, or with a linear layer's weight, has an input, of which dropout drops elements; another use of a
 weight has none.
 """
 

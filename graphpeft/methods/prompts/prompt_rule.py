@@ -37,7 +37,7 @@ class PromptRule(BoundaryRule):
 
     @property
     def spends(self) -> tuple[str, ...]:
-        """What the placement spends."""
+        """The arguments that the placement spends."""
         return self.placement.spends
 
     @property

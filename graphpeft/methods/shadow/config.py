@@ -229,7 +229,7 @@ class ShadowConfig(PeftConfig):
 
 
 class Last:
-    """What the last call leaves for its loss; a copy of a model begins without."""
+    """The state that the last call leaves for its loss; a copy of a model begins without."""
 
     def __init__(self) -> None:
         self.loss: Callable[[], Tensor | None] | None = None

@@ -23,7 +23,7 @@ class States:
     """The shadow states of a call: before each layer, and behind the last.
 
     Args:
-        first: The one before the first, (rows, positions, features).
+        first: The state before the first, (rows, positions, features).
         layers: The number of layers.
     """
 

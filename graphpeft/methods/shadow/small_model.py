@@ -32,7 +32,7 @@ class SmallModel:
         dtype: The dtype of its parameters.
         is_fed: Whether it is given the large model's embeddings.
         classifier: First values of a classifier of its own, by name; none if it predicts tokens, or nothing.
-        key: What tells its states from those of another adapter.
+        key: The key that tells its states from those of another adapter.
     """
 
     mirror: Mirror
@@ -109,7 +109,7 @@ class SmallModel:
         Args:
             call: The call of the large model, with `labels`.
             own: Its parameters.
-            state: What it makes of the tokens.
+            state: The states that it makes of the tokens.
             predicts_tokens: Whether labels are of tokens, which the large model's head predicts, or of rows.
         """
         labels = call.arguments["labels"]
@@ -157,7 +157,7 @@ def first_layer_in(cache: Any, key: int, layers: int, config: Any) -> int | None
 
     Args:
         cache: The cache of the call, or None.
-        key: What tells the adapter from another one.
+        key: The key that tells the adapter from another one.
         layers: The number of the large model's layers.
         config: The small model's config.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graphpeft.rules.parameter_spec import ParameterSpec
 
 KEY = "internal_xlora_classifier.layers"
-"""What the names of its tensors begin with in files, behind ``base_model.``."""
+"""The begin of the names of its tensors in files, behind ``base_model.``."""
 
 
 def numbers(config: Any) -> list[int]:

@@ -199,7 +199,7 @@ class XLoraConfig(PeftConfig):
 
     @property
     def key(self) -> int:
-        """What tells the adapter's scalings from those of another one."""
+        """The key that tells the adapter's scalings from those of another one."""
         return self._key
 
     @property

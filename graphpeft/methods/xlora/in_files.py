@@ -14,7 +14,7 @@ from graphpeft.methods.xlora.classifier import KEY, numbers
 from graphpeft.methods.xlora.experts import Experts
 
 _EXPERTS = "base_model.lora_model.model."
-"""What the names of experts' tensors begin with in a model of PEFT's, which reads files by these."""
+"""The begin of the names of experts' tensors in a model of PEFT's, which reads files by these."""
 
 
 def with_lost_layers(

@@ -65,7 +65,7 @@ def shares_at(value: Tensor, given: Any, key: int, layer: int, is_flat: bool) ->
     """Returns the scalings of a layer for each token, (…, experts); None if its experts do nothing in this run.
 
     Args:
-        value: What the layer computes for its tokens, (rows, positions, features).
+        value: The layer's output for its tokens, (rows, positions, features).
         given: The scalings of the call: a tensor, (rows, positions, layers, experts), or a mapping with such.
         key: The adapter's key in the mapping.
         layer: The layer's number.

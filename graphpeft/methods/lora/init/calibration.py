@@ -28,7 +28,7 @@ def keep(layer: nn.Module, method: str, statistics: Any) -> None:
     Args:
         layer: The layer.
         method: The name of the initialisation that it is for.
-        statistics: What was measured.
+        statistics: The measurements.
     """
     setattr(layer, _attribute(method), statistics)
 

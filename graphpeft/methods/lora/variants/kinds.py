@@ -22,7 +22,7 @@ class Variant(NamedTuple):
     """A variant of LoRA.
 
     Attributes:
-        name: What it is called.
+        name: Its name.
         rule: Returns its rule from LoRA's for the same site, the site and the config.
         options: The class of the option's own options, if it has some.
         is_of_calls: Whether it is also for calls of layers, such as quantised ones.

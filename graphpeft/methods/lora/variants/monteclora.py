@@ -190,7 +190,7 @@ def weights_of(weights_prior: Tensor, shifts: Tensor) -> Tensor:
 
     Args:
         weights_prior: The logarithms of their priors, (samples,).
-        shifts: What was drawn for each, (samples,).
+        shifts: The draw for each, (samples,).
     """
     of = len(weights_prior)
     alpha = weights_prior.exp().clamp(min=_LEAST_ALPHA)

@@ -36,7 +36,7 @@ class VeloraConfig:
     Attributes:
         num_groups: The number of groups of a token's features.
         scale: The factor of A's gradient.
-        init_type: What the vector is: the mean of the groups of each batch, ``"batch_average"``, of the first one,
+        init_type: The kind of vector: the mean of the groups of each batch, ``"batch_average"``, of the first one,
             ``"batch_average_once"``, or ``"random"``.
 
     Raises:

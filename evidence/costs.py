@@ -19,7 +19,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "costs.md"
 _HEAD = """\
 # Costs
 
-What calls cost, in numbers that are the same on each machine with the versions below, so that a test can hold them.
+The costs of calls, in numbers that are the same on each machine with the versions below, so that a test can hold them.
 `make costs` counts them and writes this page. `tests/test_costs.py` fails where a number is another one than here (an
 operation in a thousand is allowed, and the growth to the 50th may be anything up to 105 %). So the difference of this
 page in a change is what the change costs, and no number should rise.

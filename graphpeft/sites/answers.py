@@ -77,17 +77,11 @@ class Answers:
         self._known: dict[Hashable, Any] = {}
         self._met: set[Hashable] = set()
 
-    def of(self, site: Any, question: Hashable, ask: Callable[[Any], T]) -> T:
-        """Returns the answer to a question about a site.
-
-        Args:
-            site: The site.
-            question: All that the answer depends on beside the site.
-            ask: Returns the answer for a site.
-        """
+    def of(self, site: Any, ask: Callable[[Any], T]) -> T:
+        """Returns the answer for a site, which depends on nothing but the site."""
         if type(site) is not Site:
             return ask(site)
-        key = site._replace(region="", owner="", bias=site.bias and ""), question
+        key = site._replace(region="", owner="", bias=site.bias and "")
         found = self._known.get(key, self)
         if found is not self:
             return found

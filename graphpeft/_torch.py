@@ -252,9 +252,6 @@ def without_compiler(reason: str) -> Callable[[_Function], _Function]:
     """Returns a decorator, by which compiled code calls a function as it is, as after ``torch.compiler.disable``.
 
     PyTorch's own decorator imports ``torch._dynamo``, which takes longer than importing this library.
-
-    Args:
-        reason: The reason, for the compiler's messages.
     """
 
     def marked(function: _Function) -> _Function:
@@ -276,11 +273,7 @@ def schemas_of(name: str) -> list[Any]:
 
 
 def written_arguments(function: Any) -> Mapping[str, int]:
-    """Returns the arguments into which an operator of ``torch.ops`` writes, by name, with their places.
-
-    Args:
-        function: A function; {} unless it is an operator. One with several overloads is taken for all of them.
-    """
+    """Returns the arguments into which an operator of ``torch.ops`` writes, by name, with their places."""
     if isinstance(function, OpOverloadPacket):
         schemas = [getattr(function, name)._schema for name in function.overloads()]
     else:

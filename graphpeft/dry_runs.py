@@ -40,11 +40,7 @@ def trial(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone(model: nn.Module) -> Iterator[None]:
-    """Lets other threads wait that change `model`, or call it or a module inside.
-
-    Raises:
-        RuntimeError: If a call of another thread doesn't end; or, in such a call, if the context waits for threads.
-    """
+    """Lets other threads wait that change `model`, or call it or a module inside."""
     with lock_of(model), contextlib.ExitStack() as stack:
         taken: list[bool] = []
         # each in one step of Python's: an interrupt between two would leave the lock taken

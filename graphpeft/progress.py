@@ -17,13 +17,7 @@ SECONDS = 2
 
 
 def over(items: Iterable[T], what: str, unit: str) -> Iterable[T]:
-    """Returns the items, with a bar while they are gone through.
-
-    Args:
-        items: The items; without a length, their number is shown alone.
-        what: The name of the work.
-        unit: The name of an item.
-    """
+    """Returns the items, with a bar while they are gone through."""
     return tqdm(items, what, unit=f" {unit}", **_OPTIONS) if _is_seen() else items
 
 

@@ -66,11 +66,7 @@ class _Journal:
 
     @torch.no_grad()
     def roll_back(self, begin: int) -> None:
-        """Undoes all changes from the index `begin` on; after an interruption, it can be called again.
-
-        Raises:
-            RuntimeError: If a change couldn't be undone; all other changes are undone.
-        """
+        """Undoes all changes from the index `begin` on; after an interruption, it can be called again."""
         failed: list[Exception] = []
         while len(self.undo) > begin:
             function, args = self.undo[-1]
@@ -179,13 +175,7 @@ def undo(begin: Begin) -> None:
 
 
 def at_end_of(stack: contextlib.ExitStack, function: Callable[..., Any], *args: Any) -> None:
-    """Makes a stack call a function when it closes, and again if the first call is interrupted.
-
-    Args:
-        stack: The stack.
-        function: A function that restores state; calling it again after a complete or partial call must be safe.
-        args: The function's arguments.
-    """
+    """Makes a stack call a function when it closes, and again if the first call is interrupted."""
     pending = [function]
 
     def call() -> None:
@@ -246,13 +236,6 @@ def remember(tensor: torch.Tensor, copied: torch.Tensor | None = None) -> None:
     """Saves the values of a tensor before they are overwritten.
 
     The copy of an accelerator's tensor is in main memory, which is larger.
-
-    Args:
-        tensor: The tensor.
-        copied: An existing copy of the values; None makes one.
-
-    Raises:
-        RuntimeError: If nothing can be written to the tensor.
     """
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(

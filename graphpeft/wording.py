@@ -36,11 +36,6 @@ def joined(items: Sequence[str], separator: str = ", ", most: int = 5) -> str:
 def number_of(count: int, one: str, several: str = "") -> str:
     """Returns a count with its noun.
 
-    Args:
-        count: The count.
-        one: The noun for one.
-        several: The noun for any other number; if empty, with an s at the end.
-
     >>> number_of(1, "site"), number_of(2000, "site"), number_of(0, "entry", "entries")
     ('1 site', '2,000 sites', '0 entries')
     """
@@ -50,13 +45,7 @@ def number_of(count: int, one: str, several: str = "") -> str:
 def text_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[str] = frozenset()
 ) -> list[str]:
-    """Returns the lines of a table in plain text; in its widest column, cells are wrapped where lines would be long.
-
-    Args:
-        header: The names of the columns.
-        rows: The cells of each row.
-        numbers: The columns whose cells are at the right.
-    """
+    """Returns the lines of a table in plain text; in its widest column, cells are wrapped where lines would be long."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     widest = widths.index(max(widths))
     most = max(widths[widest] - sum(widths) - 2 * (len(widths) - 1) + _WIDTH, _NARROWEST)

@@ -24,12 +24,7 @@ from graphpeft.transaction import set_attribute
 
 
 def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
-    """Makes exactly the adapters `wanted` act, in their order; those that are merged are in the weights already.
-
-    Raises:
-        AdaptError: If two of them have overrides of the same tensor, or other code has replaced the class of an adapted
-            module; the model is as it was.
-    """
+    """Makes exactly the adapters `wanted` act, in their order; those that are merged are in the weights already."""
     refuse_exchanged_classes(modules, adapters, wanted)
     readers = override_readers(adapters, wanted)
     in_graphs = [name for name in wanted if name not in adapters.merged]

@@ -45,11 +45,7 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def known_adapters(model: nn.Module) -> Adapters:
-    """Returns the adapters of a model.
-
-    Raises:
-        AdaptError: If it isn't adapted.
-    """
+    """Returns the adapters of a model."""
     state = adapters_of(model)
     if state is None:
         raise AdaptError(f"the {type(model).__name__} has no adapters; adapt it with get_peft_model first")
@@ -57,11 +53,7 @@ def known_adapters(model: nn.Module) -> Adapters:
 
 
 def known_adapter(model: nn.Module, name: str) -> Adapter:
-    """Returns an adapter of a model.
-
-    Raises:
-        AdaptError: If it has none of this name.
-    """
+    """Returns an adapter of a model."""
     state = known_adapters(model)
     if isinstance(name, list):
         raise AdaptError(f"adapter_name is {name!r}, as active_adapter is while several are active; pass one name")
@@ -83,22 +75,7 @@ def add_new(
     is_empty: bool = False,
     methods: Methods,
 ) -> None:
-    """Gives a model a new adapter.
-
-    Args:
-        model: The model.
-        config: The adapter's config.
-        adapter_name: Its name.
-        example_inputs: As for `get_peft_model`, as the next two are.
-        autocast_adapter_dtype: See there.
-        where: See there.
-        activates: Whether it becomes the active one.
-        is_empty: Whether its tensors have no values yet.
-        methods: Gives the model the methods of an adapted one, with its first adapter.
-
-    Raises:
-        AdaptError: If it can't be added; the model is as it was.
-    """
+    """Gives a model a new adapter."""
     with transaction(model):
         replication = replicate_layers(model, config)
         plan = plan_for(model, config, adapter_name, example_inputs, autocast_adapter_dtype, where)
@@ -110,11 +87,7 @@ def add_new(
 
 
 def replicate_layers(model: nn.Module, config: PeftConfig) -> Replication | None:
-    """Lets a model have the layers that `config` asks for, and returns what was exchanged for them.
-
-    Raises:
-        AdaptError: If it can't have them.
-    """
+    """Lets a model have the layers that `config` asks for, and returns what was exchanged for them."""
     state = adapters_of(model)
     return replicate(model, config, state.replication if state is not None else None, state is not None)
 
@@ -127,11 +100,7 @@ def plan_for(
     autocast_adapter_dtype: bool,
     where: Where | None = None,
 ) -> Plan:
-    """Returns what `config` does to a model for a new adapter.
-
-    Raises:
-        AdaptError: If the adapter's name can't be one, or is taken, or if the config conflicts with another adapter's.
-    """
+    """Returns what `config` does to a model for a new adapter."""
     state = adapters_of(model)
     reason = adapter_names.refusal(adapter_name)
     if reason is not None:
@@ -200,17 +169,7 @@ def carry_out(
     methods: Methods,
     replication: Replication | None = None,
 ) -> None:
-    """Carries out a plan, inside a transaction.
-
-    Args:
-        model: The model.
-        name: The adapter's name.
-        plan: The plan.
-        values: Values of the adapter's tensors; without them the method's first values are drawn.
-        activates: Whether it becomes the active one.
-        methods: Gives the model the methods of an adapted one, with its first adapter.
-        replication: The layers that were exchanged in the model for the plan.
-    """
+    """Carries out a plan, inside a transaction."""
     modules = plan.modules
     present = adapters_of(model)
     state = Adapters.before_any(modules) if present is None else present
@@ -232,13 +191,7 @@ def carry_out(
 
 
 def warn_of_mistakes(config: PeftConfig, plan: Plan, stacklevel: int = 3) -> None:
-    """Warns of options that have a meaning, but hardly the one that the caller intends.
-
-    Args:
-        config: The config as it was given.
-        plan: The plan that follows from it.
-        stacklevel: The `stacklevel` of ``warnings.warn``.
-    """
+    """Warns of options that have a meaning, but hardly the one that the caller intends."""
     trained = {*plan.fully_trained, *(adapted.site.owner for adapted in plan.sites)}
     found = (
         _in_vain(config, plan),

@@ -29,12 +29,6 @@ def delta(
     """Returns the change of a site's weight, in the shape in which it is stored.
 
     From half precision on a CPU it is computed in single precision, as PEFT does: faster and rounded once.
-
-    Args:
-        adapted: The site with its rule.
-        modules: The model's modules by path.
-        weight: The weight with the changes of adapters before this one; what the module reads if None.
-        base: The weight without them; likewise.
     """
     with loaded(modules[adapted.site.owner], *_read_at_owner(adapted)):
         return _delta(adapted, modules, weight, base)
@@ -76,15 +70,7 @@ def bias_delta(
     base: torch.Tensor | None = None,
     base_bias: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """Returns the change of the bias that a site's operations add, or None if it doesn't change.
-
-    Args:
-        adapted: As for `delta`.
-        modules: Likewise.
-        weight: Likewise.
-        base: Likewise.
-        base_bias: The bias without the changes of adapters before this one; what the module reads if None.
-    """
+    """Returns the change of the bias that a site's operations add, or None if it doesn't change."""
     if not changes_bias(adapted.rule):
         return None
     with contextlib.ExitStack() as stack:

@@ -42,19 +42,7 @@ def state_dict_of(
     state_dict: Mapping[str, Any] | None,
     save_embedding_layers: bool | str = "auto",
 ) -> dict[str, torch.Tensor]:
-    """Returns an adapter's tensors by their names in the file.
-
-    Args:
-        modules: The model's modules by path.
-        adapter: The adapter.
-        name: Its name.
-        originals: The weights that adapters are merged into, as they were before.
-        state_dict: The model's state dict, where it was gathered elsewhere; else the tensors are read from the modules.
-        save_embedding_layers: Whether the model's own embeddings are among them, see `embedding_layers.to_save`.
-
-    Raises:
-        CheckpointError: If `state_dict` lacks some of them.
-    """
+    """Returns an adapter's tensors by their names in the file."""
     base = base_name(modules[""], adapter.config)
     embeddings = embedding_layers.to_save(modules, adapter.config, base, save_embedding_layers, bool(adapter.rows))
     named = keys(adapter, name, modules)
@@ -88,20 +76,7 @@ def fitted(
     values: Mapping[str, torch.Tensor],
     of_base: str = "",
 ) -> Tensors:
-    """Returns the tensors of a file by their places in the model, after checking that they fit.
-
-    Args:
-        adapter: The adapter.
-        name: Its name.
-        modules: The model's modules by path.
-        originals: As for `state_dict_of`.
-        values: The file's tensors by their names there.
-        of_base: The words of an error about the file's base model.
-
-    Raises:
-        CheckpointError: If a tensor is missing, unexpected, or has another shape or another kind of numbers; the first
-            of each are named. And if tied ones have other values each.
-    """
+    """Returns the tensors of a file by their places in the model, after checking that they fit."""
     try:
         values = adapter.config.unpacked(values)
     except ValueError as error:
@@ -159,14 +134,7 @@ def fitted(
 def mismatched(
     adapter: Adapter, name: str, modules: Modules, values: Mapping[str, torch.Tensor]
 ) -> dict[str, tuple[int, ...]]:
-    """Returns the names of those tensors of a file that have other shapes than the model wants, and its shapes.
-
-    Args:
-        adapter: The adapter.
-        name: Its name.
-        modules: The model's modules by path.
-        values: The file's tensors by their names there.
-    """
+    """Returns the names of those tensors of a file that have other shapes than the model wants, and its shapes."""
     forms, of_base, own = _forms(adapter), _base_keys(adapter, modules), keys(adapter, name, modules)
     shapes = dict(_shapes(adapter, name, modules, forms))
     return _mismatched(_allowed_shapes(own, of_base, shapes, forms, modules), values)
@@ -306,15 +274,7 @@ def _fully_trained(adapter: Adapter, modules: Modules) -> Iterator[tuple[str, st
 def refuse_other_operations(
     operations: Mapping[str, str], adapter: Adapter, name: str, modules: Modules, values: Mapping[str, torch.Tensor]
 ) -> None:
-    """Raises CheckpointError if a weight has tensors of another shape since another operation was found to use it.
-
-    Args:
-        operations: The kinds of the operations that used weights of no layer, see `SavedAdapter`.
-        adapter: The adapter that the file is for.
-        name: Its name.
-        modules: The model's modules by path.
-        values: The file's tensors, by the names that they have for this model.
-    """
+    """Raises CheckpointError if a weight has tensors of another shape since another operation was found to use it."""
     if not operations:
         return
     named, shapes = keys(adapter, name, modules), dict(_shapes(adapter, name, modules, _forms(adapter)))
@@ -369,15 +329,7 @@ def write(
     safe_serialization: bool,
     operations: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Writes a config with the tensors that belong to it.
-
-    Args:
-        staged: The folder, inside of a staging folder; it is made if it isn't there.
-        config: The config.
-        tensors: The tensors by their names in the file.
-        safe_serialization: Whether they are written as safetensors, or as a pickle.
-        operations: The kinds of the operations that use weights of no layer, by the weights' labels.
-    """
+    """Writes a config with the tensors that belong to it."""
     staged.mkdir(parents=True, exist_ok=True)
     # safetensors refuses tensors that share memory
     tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
@@ -400,11 +352,7 @@ def _operations(adapter: Adapter) -> dict[str, str]:
 
 
 def _first_values(tensors: Mapping[str, torch.Tensor], folder: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """Reads the tensors that an adapter had before it was trained.
-
-    Raises:
-        CheckpointError: If they aren't this adapter's.
-    """
+    """Reads the tensors that an adapter had before it was trained."""
     found = load(folder)
     wrong = [key for key in tensors if key not in found or found[key].shape != tensors[key].shape]
     if wrong:

@@ -28,12 +28,7 @@ from graphpeft.wording import joined, number_of
 
 
 def check_names(adapters: Adapters, names: Sequence[str], weights: Sequence[float]) -> None:
-    """Checks that there is an adapter, and a weight, for each name.
-
-    Raises:
-        AdaptError: If there isn't.
-        TypeError: If `names` is a text, or a weight no number.
-    """
+    """Checks that there is an adapter, and a weight, for each name."""
     if isinstance(names, str):
         raise TypeError(f"adapters is the text {names!r}; pass a list of names, [{names!r}]")
     if not names:
@@ -56,11 +51,7 @@ def check_names(adapters: Adapters, names: Sequence[str], weights: Sequence[floa
 
 
 def combined_config(adapters: Adapters, names: Sequence[str], how: Combination) -> PeftConfig:
-    """Returns the config of the adapter that combines others.
-
-    Raises:
-        AdaptError: If they can't be combined.
-    """
+    """Returns the config of the adapter that combines others."""
     sources = [adapters.by_name[name] for name in names]
     methods = sorted({source.config.method for source in sources})
     if len(methods) > 1:
@@ -101,18 +92,7 @@ def _refuse_shared_copies(names: Sequence[str], sources: Sequence[Adapter]) -> N
 def combined_values(
     modules: Modules, adapters: Adapters, weights: Mapping[str, float], plan: Plan, how: Combination
 ) -> Tensors:
-    """Returns the tensors of the adapter that combines others, by their places in the model.
-
-    Args:
-        modules: The model's modules by path.
-        adapters: The model's adapters.
-        weights: The weights of those to combine, by name.
-        plan: The plan of adapting by the combined config.
-        how: How they are combined.
-
-    Raises:
-        AdaptError: If they can't be combined.
-    """
+    """Returns the tensors of the adapter that combines others, by their places in the model."""
     sources = {name: adapters.by_name[name] for name in weights}
     for name, source in sources.items():
         refuse_missing(modules, source, name)
@@ -156,11 +136,7 @@ def _parts(
 
 
 def _rows(modules: Modules, sources: Mapping[str, Adapter], weights: Mapping[str, float], plan: Plan) -> Tensors:
-    """Returns the rows of tables that sources train, each with the weighted sum of their changes.
-
-    Raises:
-        AdaptError: If the combined adapter would not train the rows of its sources.
-    """
+    """Returns the rows of tables that sources train, each with the weighted sum of their changes."""
     wanted = {
         (path, index) for source in sources.values() for path, rows in source.rows.items() for index in rows.indices
     }

@@ -17,13 +17,6 @@ def dequantise(modules: Modules, numbers: Mapping[str, Tensor]) -> None:
     """Gives all quantised linear layers weights of numbers, in the dtype of their inputs.
 
     A layer that casts its inputs is taken to have the dtype of the model's other parameters.
-
-    Args:
-        modules: The model's modules by path, without adapters.
-        numbers: The numbers of layers whose weight is to have others than their codes stand for, by path.
-
-    Raises:
-        AdaptError: If a layer is of a class that is quantised by its nature.
     """
     usual = _dtype_of(modules)
     for path, layer in modules.items():

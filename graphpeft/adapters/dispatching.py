@@ -35,21 +35,7 @@ def dispatch_again(
     offload_dir: str | os.PathLike[str] | None = None,
     offload_index: Mapping[str, Mapping[str, str]] | None = None,
 ) -> None:
-    """Dispatches a model anew that has modules in main memory or on disk; any other model is left alone, as in PEFT.
-
-    Args:
-        model: A model, which may be adapted.
-        device_map: The devices, or accelerate's name of a way to choose them: ``"auto"``, ``"balanced"``,
-            ``"balanced_low_0"`` or ``"sequential"``. None leaves everything where it is if `max_memory` is None, too.
-        max_memory: The most memory of each device that may be used.
-        offload_folder: The folder for what goes to disk.
-        offload_dir: Another name of `offload_folder`.
-        offload_index: Where the weights are that are on disk already; None asks the model's hooks.
-
-    Raises:
-        ValueError: If both `offload_folder` and `offload_dir` are given, or none and something goes to disk.
-        AdaptError: If a weight on disk isn't in a file of safetensors, which accelerate can't take over.
-    """
+    """Dispatches a model anew that has modules in main memory or on disk; any other model is left alone, as in PEFT."""
     if offload_folder is not None and offload_dir is not None:
         raise ValueError("offload_folder and offload_dir are two names of one option; pass one of them")
     before: Devices = getattr(model, "hf_device_map", None) or {}

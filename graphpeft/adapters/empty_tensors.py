@@ -36,13 +36,7 @@ class Empty(nn.Parameter):
 
 
 def refuse_empty(modules: Modules, adapter: Adapter, name: str) -> None:
-    """Raises AdaptError if an adapter has tensors without values.
-
-    Args:
-        modules: The model's modules by path.
-        adapter: The adapter.
-        name: Its name.
-    """
+    """Raises AdaptError if an adapter has tensors without values."""
     places = (place for place in adapter.tensor_names(name) if has_tensor(modules[place[0]], place[1]))
     if any(isinstance(tensor_at(modules[path], own), Empty) for path, own in places):
         raise AdaptError(
@@ -55,10 +49,6 @@ def empty(modules: Modules, adapter: Adapter) -> None:
     """Takes the values of those tensors at an adapter's sites that its file will have.
 
     Tensors that follow from seeds and weights stay, since no file brings them back. So do copies of the model's own.
-
-    Args:
-        modules: The model's modules by path.
-        adapter: The adapter.
     """
     specs = [(a.site.owner, a.names[local], spec) for a in adapter.sites for local, spec in a.specs.items()]
     places = [(path, own) for path, own, spec in specs if spec.is_saved and has_tensor(modules[path], own)]
@@ -69,14 +59,7 @@ def empty(modules: Modules, adapter: Adapter) -> None:
 
 
 def fill(modules: Modules, adapter: Adapter, name: str, values: Tensors) -> Tensors:
-    """Puts values of an adapter in the places of its empty tensors, and returns the other values.
-
-    Args:
-        modules: The model's modules by path.
-        adapter: The adapter.
-        name: Its name.
-        values: The values, by their places.
-    """
+    """Puts values of an adapter in the places of its empty tensors, and returns the other values."""
     places = [place for place in adapter.tensor_names(name) if place[0] in modules]
     found = {(path, own): tensor_at(modules[path], own) for path, own in places if has_tensor(modules[path], own)}
     made = {

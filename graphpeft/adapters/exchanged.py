@@ -66,11 +66,7 @@ _ACTIVE = "active"
 
 
 def _places(modules: Modules, adapters: Adapters) -> _Places:
-    """Returns the places of the active adapters.
-
-    Raises:
-        AdaptError: If there is another module in one of them.
-    """
+    """Returns the places of the active adapters."""
     paths: dict[str, None] = {}
     tables: dict[str, None] = {}
     for name in adapters.active:
@@ -114,11 +110,7 @@ def _refuse_elsewhere(modules: Modules, adapters: Adapters, name: str) -> None:
 
 
 def elsewhere(modules: Modules, adapter: Adapter, name: str) -> list[str]:
-    """Returns the paths of modules with an adapter that aren't where it came to: of moved ones.
-
-    Raises:
-        AdaptError: If there are more than were moved: copies of modules with the adapter.
-    """
+    """Returns the paths of modules with an adapter that aren't where it came to: of moved ones."""
     places = {*adapter.owners, *map(_REGION, adapter.sites)}
     known = {*map(id, map(modules.get, places))}
     dressed = {path: id(each) for path, each in modules.items() if path and isinstance(each, in_place.Dressed)}
@@ -160,13 +152,7 @@ def _known_to_others(found: Collection[int], model: nn.Module, name: str) -> set
 
 
 def refuse_exchanged_classes(modules: Modules, adapters: Adapters, wanted: Iterable[str] = ()) -> None:
-    """Raises AdaptError if other code has replaced the class of a module at which adapters are to change.
-
-    Args:
-        modules: The model's modules by path.
-        adapters: The model's adapters.
-        wanted: The adapters that are to act, beside the ones that act now. Others may be many, and stay as they are.
-    """
+    """Raises AdaptError if other code has replaced the class of a module at which adapters are to change."""
     changing = {*adapters.slots, *adapters.read, *wanted}
     owners = {path for name in changing for path in adapters.by_name[name].owners}
     _refuse_exchanged_classes(modules, owners | adapters.lifted.keys())
@@ -187,14 +173,7 @@ def _refuse_exchanged_classes(modules: Modules, paths: Set[str]) -> None:
 
 
 def refuse_missing(modules: Modules, adapter: Adapter, name: str, reads: bool = True) -> None:
-    """Raises AdaptError if a tensor of an adapter is no longer on the model, or its weight has another size.
-
-    Args:
-        modules: The model's modules by path.
-        adapter: The adapter.
-        name: Its name.
-        reads: Whether the tensors are to be read here, all of which this process must have then.
-    """
+    """Raises AdaptError if a tensor of an adapter is no longer on the model, or its weight has another size."""
     places = adapter.tensor_names(name)
     refuse_removed(modules, adapter, name)
     _refuse_exchanged_classes(modules, {*adapter.owners})

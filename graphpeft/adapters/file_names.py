@@ -125,13 +125,7 @@ def _wrapped_parameters(adapter: Adapter, modules: Modules) -> dict[str, list[st
 
 
 def _file_path(path: str, wrapped: Mapping[str, list[str]], infixes: Mapping[str, str] = MappingProxyType({})) -> str:
-    """Returns a module's path in files: with ``.base_layer`` behind each module around it that PEFT wraps.
-
-    Args:
-        path: The path.
-        wrapped: As `_wrapped_parameters` returns it.
-        infixes: The parts of names behind the paths of modules, and of those around it.
-    """
+    """Returns a module's path in files: with ``.base_layer`` behind each module around it that PEFT wraps."""
     parts: list[str] = []
     here: list[str] = []
     for part in path.split(".") if path else ():
@@ -146,13 +140,7 @@ def _file_path(path: str, wrapped: Mapping[str, list[str]], infixes: Mapping[str
 
 
 def renamed(values: Mapping[str, torch.Tensor], key_mapping: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """Returns a file's tensors by other names, as PEFT's `key_mapping` says.
-
-    Args:
-        values: Tensors by their names in the file.
-        key_mapping: Replacements by regular expression; in a name, without its prefix ``base_model.model.``, the first
-            one that is found is replaced.
-    """
+    """Returns a file's tensors by other names, as PEFT's `key_mapping` says."""
     patterns = {Pattern(pattern, pattern, "key_mapping"): new for pattern, new in key_mapping.items()}
 
     def mapped(key: str) -> str:
@@ -164,12 +152,7 @@ def renamed(values: Mapping[str, torch.Tensor], key_mapping: Mapping[str, str]) 
 
 
 def with_prefix(values: Mapping[str, torch.Tensor], prefix: str) -> Mapping[str, torch.Tensor]:
-    """Returns tensors by their names in a file, where PEFT has left out the prefix as of a model that isn't wrapped.
-
-    Args:
-        values: The tensors, by their names with the prefix or without.
-        prefix: The prefix that names of the method's tensors have in files.
-    """
+    """Returns tensors by their names in a file, where PEFT has left out the prefix as of a model that isn't wrapped."""
     if prefix != PREFIX or any(key.startswith("base_model.") for key in values):
         return values
     return {PREFIX + key: tensor for key, tensor in values.items()}

@@ -43,12 +43,7 @@ class Changes(NamedTuple):
 
 
 class Formula:
-    """Computes a tensor of a module with the changes of adapters.
-
-    Args:
-        name: The name of the tensor.
-        changes: The changes.
-    """
+    """Computes a tensor of a module with the changes of adapters."""
 
     def __init__(self, name: str, changes: Changes) -> None:
         self.name, self._changes = name, changes
@@ -219,14 +214,7 @@ def _at(module: Any, path: str) -> Any:
 
 
 def _of_values(graph: fx.Graph, first: str, own: Collection[str | None], owner: object) -> _Run:
-    """Returns a graph as a function of what it reads.
-
-    Args:
-        graph: The graph.
-        first: The path of the first argument.
-        own: The paths of the module's own tensors.
-        owner: Keeps the source for tracebacks.
-    """
+    """Returns a graph as a function of what it reads."""
     paths = dict.fromkeys([first, *(str(node.target) for node in graph.nodes if node.op == "get_attr")])
     made = fx.Graph()
     inputs = {path: made.placeholder(f"value{number}") for number, path in enumerate(paths)}

@@ -27,13 +27,7 @@ _NONE = object()
 
 @contextlib.contextmanager
 def given_in_call(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Makes readable what adapters read in a call of a model, until its forward has run.
-
-    Args:
-        model: The model.
-        args: The positional arguments of the call.
-        kwargs: The keyword arguments.
-    """
+    """Makes readable what adapters read in a call of a model, until its forward has run."""
     state = _known(model)
     with call_inputs.given(state.call_inputs, _with_derived(model, state, args, kwargs)), _DERIVED.during(state):
         yield

@@ -61,23 +61,12 @@ def _slots_of_others(adapters: Adapters, names: list[str], modules: Modules) -> 
 
 
 def names_of_others(module: nn.Module, own: Collection[int]) -> dict[int, str]:
-    """Returns the adapters in slots of a module's graph that are those of another model.
-
-    Args:
-        module: The module.
-        own: The slots of this model's adapters there.
-    """
+    """Returns the adapters in slots of a module's graph that are those of another model."""
     return {slot: name for slot, name in names_in_slots(module).items() if slot not in own}
 
 
 def templates_with(adapters: Adapters, seats: Mapping[str, int], modules: Modules) -> dict[str, Template | None]:
-    """Returns the template that each region is to wear, or None where it is to run its own code.
-
-    Args:
-        adapters: The model's adapters.
-        seats: The adapters whose nodes are to be in the graphs, with their slots.
-        modules: The model's modules by path.
-    """
+    """Returns the template that each region is to wear, or None where it is to run its own code."""
     kept = _kept(adapters, seats)
     leaving = [name for name in adapters.slots if name not in kept]
     coming = [name for name in seats if name not in kept]
@@ -169,16 +158,7 @@ def without(worn: Template, slot: int) -> Template:
 def with_adapter(
     worn: Template, module: nn.Module, slot: int, method: str, region: str, sites: list[AdaptedSite]
 ) -> Template:
-    """Returns `worn` with the nodes of one adapter at its sites in this region.
-
-    Args:
-        worn: A template.
-        module: A module that wears it, or can.
-        slot: The slot of the adapter.
-        method: Its method.
-        region: The module's path.
-        sites: The adapter's sites there.
-    """
+    """Returns `worn` with the nodes of one adapter at its sites in this region."""
 
     def edit(graphs: Graphs) -> None:
         for index, graph in enumerate(graphs):
@@ -213,11 +193,7 @@ def _is_of_one_call(adapted: AdaptedSite) -> bool:
 def op_in(
     graph: fx.Graph, named: Mapping[str, fx.Node], name: str, kind: type, module: nn.Module, region: str
 ) -> ops.Operation | Boundary:
-    """Returns the operation, or the boundary, that is called `name` in a region's graph.
-
-    Raises:
-        AdaptError: If there is none any more.
-    """
+    """Returns the operation, or the boundary, that is called `name` in a region's graph."""
     if issubclass(kind, Boundary):
         return _boundary(graph, name, kind)
     return _op_at(named.get(name), kind, module, region)

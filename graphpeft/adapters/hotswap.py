@@ -190,15 +190,7 @@ def _lacking(name: str, plan: Plan, values: Mapping[str, torch.Tensor]) -> set[t
 
 
 def _fitted(model: nn.Module, name: str, plan: Plan, values: Mapping[str, torch.Tensor], of_base: str) -> Tensors:
-    """Returns the tensors of a new adapter by their places, which fit the plan.
-
-    Args:
-        model: The model.
-        name: The adapter's name.
-        plan: The plan.
-        values: The tensors by their names in files.
-        of_base: The words of an error about the file's base model.
-    """
+    """Returns the tensors of a new adapter by their places, which fit the plan."""
     adapter, swapped = known_adapter(model, name), Adapter.of(plan)
     fitted = checkpoint.fitted(swapped, name, plan.modules, known_adapters(model).originals, values, of_base)
     own = [join(*place) for place in fitted if place not in set(swapped.tensor_names(name))]
@@ -265,13 +257,6 @@ def is_the_same(
     """Returns whether a saved adapter is at the places of one in the model, in the same shapes and with its numbers.
 
     Configs may say that in different words, such as patterns for ends of names and for whole ones.
-
-    Args:
-        model: The model.
-        name: The name of the adapter in it.
-        config: The config of the saved one, of the same method.
-        values: The tensors of the saved one by their names in files.
-        example_inputs: As for `hotswap_adapter`.
     """
     adapter = known_adapter(model, name)
     sites = _sites_after(adapter, _planned(model, name, copy.deepcopy(config), values, example_inputs))
@@ -305,20 +290,7 @@ def _copy(modules: Modules, adapter: Adapter, plan: Plan, sites: list[AdaptedSit
 
 
 def exchange(model: nn.Module, name: str, plan: Plan, values: Tensors | None = None) -> Adapters:
-    """Exchanges an adapter for that of a plan, which is active and trained as the old one was; all or nothing.
-
-    Args:
-        model: An adapted model.
-        name: The name of both adapters.
-        plan: The plan of the new one.
-        values: The values of its tensors; without them the method's first values are drawn.
-
-    Returns:
-        The model's adapters, in the same order.
-
-    Raises:
-        AdaptError: If the new one can't be added; the old one is as it was.
-    """
+    """Exchanges an adapter for that of a plan, which is active and trained as the old one was; all or nothing."""
     modules, state = plan.modules, known_adapters(model)
     order, active, room = list(state.by_name), list(state.active), state.by_name[name].padded_to
     with transaction(model):

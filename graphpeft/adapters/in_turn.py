@@ -30,16 +30,7 @@ def in_turn(
     others: Mapping[int, str],
     has_tensors: bool,
 ) -> Runner:
-    """Returns a function that runs the graph of each adapter on its own rows.
-
-    Args:
-        plain: The graph without any of them.
-        module: The module.
-        region: Its path.
-        adapters: The model's adapters.
-        others: The adapters of another model in the module's graph, by their slots.
-        has_tensors: Whether the module has other tensors for some of the adapters.
-    """
+    """Returns a function that runs the graph of each adapter on its own rows."""
 
     def forward_with(name: str) -> Callable[..., Any]:
         content = adapters.by_name.get(name)

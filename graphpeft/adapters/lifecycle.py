@@ -62,18 +62,7 @@ from graphpeft.wording import joined
 
 
 def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Tensors | None = None) -> None:
-    """Puts the adapter of `plan` on a model, inactive; its tensors require grad unless it is for inference.
-
-    Args:
-        modules: The model's modules by path.
-        adapters: Its adapters, to which this one is added.
-        name: The adapter's name.
-        plan: The plan that `make_plan` worked out.
-        values: Values of all its tensors; without them the method's first values are drawn.
-
-    Raises:
-        AdaptError: If a tensor's name is taken.
-    """
+    """Puts the adapter of `plan` on a model, inactive; its tensors require grad unless it is for inference."""
     as_unmerged = with_originals(modules, adapters) if adapters.merged else in_own_precision(modules)
     with as_unmerged, torch.inference_mode(False):  # whose tensors could never be trained
         made = new_tensors(plan, name, modules, values)
@@ -190,11 +179,7 @@ def forget_mixing(adapters: Adapters) -> None:
 
 
 def activate(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
-    """Makes exactly the adapters `names` act, now or when they are no longer disabled.
-
-    Raises:
-        AdaptError: If two of them have overrides of the same tensor, or one can't act beside another.
-    """
+    """Makes exactly the adapters `names` act, now or when they are no longer disabled."""
     wanted = list(dict.fromkeys(names))
     override_readers(adapters, wanted)
     _refuse_apart(adapters, wanted)
@@ -233,11 +218,7 @@ def _turn(modules: Modules, adapters: Adapters) -> None:
 
 
 class Paused(contextlib.ExitStack):
-    """A context in which no adapter of a model acts. Several can overlap; adapters act again when the last is left.
-
-    Args:
-        model: An adapted model, which may be unloaded inside the context.
-    """
+    """A context in which no adapter of a model acts. Several can overlap; adapters act again when the last is left."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -349,13 +330,7 @@ def copies_of_saved(modules: Modules, adapters: Adapters) -> Tensors:
 
 
 def unload(model: nn.Module, adapters: Adapters, left: Tensors) -> None:
-    """Takes all adapters and the methods of `PeftModel` off a model, and gives it tensors in place of its own.
-
-    Args:
-        model: The model.
-        adapters: Its adapters.
-        left: These tensors, by the places of the model's own.
-    """
+    """Takes all adapters and the methods of `PeftModel` off a model, and gives it tensors in place of its own."""
     modules = _modules_of(model)
     with transaction(model):
         unmerge(modules, adapters)

@@ -72,15 +72,7 @@ def load(
     use_safetensors: bool | None = None,
     **hub_options: Any,
 ) -> None:
-    """Gives a model a saved adapter; arguments as for `add_new` and `PeftModel.from_pretrained`.
-
-    Raises:
-        AdaptError: If it can't be added, as in all cases the model is as it was.
-        CheckpointError: If the file doesn't fit the model.
-        FileNotFoundError: If there is none.
-        TypeError: If `model_id` is no path, or `config` no config.
-        ValueError: If an option is True that must be False.
-    """
+    """Gives a model a saved adapter; arguments as for `add_new` and `PeftModel.from_pretrained`."""
     _refuse_arguments(model_id, ephemeral_gpu_offload)
     saved = _read(model_id, config, use_safetensors, hub_options)
     loaded, values = copy.copy(saved.config), saved.tensors
@@ -188,28 +180,7 @@ def load_again(
     use_safetensors: bool | None = None,
     **hub_options: Any,
 ) -> None:
-    """Gives an adapter of a model the values of a saved one, in place, so that an optimizer goes on with its tensors.
-
-    Args:
-        model: An adapted model.
-        model_id: As for `load`.
-        adapter_name: The name of an adapter that the model has.
-        config: As for `load`.
-        ephemeral_gpu_offload: As for `load`.
-        key_mapping: As for `load`.
-        ignore_mismatched_sizes: As for `load`.
-        example_inputs: As for `load`; needed only where the saved adapter's config is in other words.
-        use_safetensors: As for `load`.
-        **hub_options: As for `load`.
-
-    Raises:
-        AdaptError: If the saved adapter has other options, on which the meaning of its tensors depends, or `set_values`
-            does.
-        CheckpointError: If the file doesn't fit the adapter.
-        FileNotFoundError: If there is none.
-        TypeError: If `model_id` is no path, or `config` no config.
-        ValueError: If an option is True that must be False.
-    """
+    """Gives an adapter of a model the values of a saved one, in place, so an optimizer goes on with its tensors."""
     _refuse_arguments(model_id, ephemeral_gpu_offload)
     saved = _read(model_id, config, use_safetensors, hub_options)
     saved.refuse_two_saves(model_id)
@@ -234,14 +205,7 @@ def load_again(
 def without_mismatched(
     model: Any, adapter_name: str, values: Mapping[str, torch.Tensor], stacklevel: int = 4
 ) -> Mapping[str, torch.Tensor]:
-    """Returns a file's tensors with an adapter's present values where shapes differ, and warns of these.
-
-    Args:
-        model: An adapted model.
-        adapter_name: The adapter's name.
-        values: The file's tensors by their names there.
-        stacklevel: The `stacklevel` of ``warnings.warn``.
-    """
+    """Returns a file's tensors with an adapter's present values where shapes differ, and warns of these."""
     modules, adapter, state = modules_of(model), known_adapter(model, adapter_name), model._peft_adapters
     differing = checkpoint.mismatched(adapter, adapter_name, modules, values)
     if not differing:
@@ -268,11 +232,6 @@ def set_values(
         adapter_name: The adapter's name.
         values: All tensors of the adapter, by their names in PEFT's files.
         ignore_mismatched_sizes: Whether tensors of other shapes are left out, with a warning.
-
-    Raises:
-        CheckpointError: If a tensor is missing, unexpected or has another shape; nothing is overwritten then.
-        AdaptError: If the model has no adapter of this name, it is merged, or a module that it adapts was replaced
-            since; nothing is overwritten then.
     """
     modules = modules_of(model)
     adapter = known_adapter(model, adapter_name)

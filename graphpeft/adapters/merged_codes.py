@@ -27,16 +27,7 @@ from graphpeft.wording import joined
 
 
 def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
-    """Gives layers the codes with the changes of adapters, which follow the order of the names.
-
-    Args:
-        modules: The model's modules by path.
-        adapters: Its adapters.
-        names: All adapters that are to be in the weights, those that are there already among them.
-
-    Raises:
-        AdaptError: If a sum can't be quantised.
-    """
+    """Gives layers the codes with the changes of adapters, which follow the order of the names."""
     sites = _by_owner(adapters, names)
     for path, numbers in _sums(modules, adapters, names):
         put(modules, {path: _quantised(modules, path, numbers)})

@@ -39,10 +39,6 @@ class Originals(Mapping[tuple[str, str], torch.Tensor]):
 
     Later changes of the merged weights are in them, but for weights that are sharded over processes, since
     one process alone may read.
-
-    Args:
-        model: The model.
-        adapters: Its adapters; None if it has none.
     """
 
     def __init__(self, model: nn.Module, adapters: Adapters | None) -> None:
@@ -72,10 +68,6 @@ class WithoutMerged:
     """The weights without the merged adapters, but with what has changed since they were merged.
 
     It is made for one call, in which the adapters' tensors don't change.
-
-    Args:
-        modules: The model's modules by path.
-        adapters: Its adapters.
     """
 
     def __init__(self, modules: Modules, adapters: Adapters) -> None:
@@ -83,11 +75,7 @@ class WithoutMerged:
 
     @torch.no_grad()
     def at(self, path: str, name: str) -> tuple[torch.Tensor, int | None]:
-        """Returns a weight without the merged adapters, and the fingerprint of what the module has now.
-
-        Raises:
-            AdaptError: If it has changed, and the changes that the adapters made can't be taken out.
-        """
+        """Returns a weight without the merged adapters, and the fingerprint of what the module has now."""
         noted = vars(self._modules[path]).get(_BITS, {}).get(name)
         if self._modules[path]._parameters.get(name) is None:
             raise AdaptError(

@@ -53,10 +53,6 @@ def merge(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
     """Adds the changes of adapters to the weights, and writes their overrides over the tensors themselves.
 
     Quantised weights stay as they are, see `merged_codes`.
-
-    Raises:
-        AdaptError: If a weight is tied to another one, which would change too, or two adapters have overrides of the
-            same tensor.
     """
     refuse_exchanged_classes(modules, adapters)
     reshard(modules.values())
@@ -121,9 +117,6 @@ def merge_in_place(modules: Modules, adapters: Adapters, names: Iterable[str]) -
     """Adds the changes of adapters to the weights until `unmerge`; nodes of theirs leave the graphs.
 
     Overrides and rows are read as before: what is trained as it is needs no merging.
-
-    Raises:
-        AdaptError: As `merge` does, or if a change would go unread, or a disabled model would compute it.
     """
     if adapters.are_off:
         raise AdaptError(

@@ -84,19 +84,7 @@ _LAYER = in_place.Layer("rows", (), _NAMESPACE, (_layer, ()))
 def mixed(
     modules: Callable[[], Modules], adapters: Adapters, names: Sequence[str], repeats: int = 1
 ) -> contextlib.AbstractContextManager[None]:
-    """Lets the calls in a context have these adapters, one for each row.
-
-    Args:
-        modules: Returns the model's modules by path.
-        adapters: The model's adapters.
-        names: The names, with ``"__base__"`` for none.
-        repeats: How often each row may be repeated, as in a search with beams.
-
-    Raises:
-        TypeError: If `names` is a text.
-        AdaptError: If a name isn't known, an adapter can't be mixed with others, or one is merged.
-        ValueError: If there are none.
-    """
+    """Lets the calls in a context have these adapters, one for each row."""
     if isinstance(names, str):
         raise TypeError(f"adapter_names is the text {names!r}; pass a list of names, one for each row")
     names = tuple(names)
@@ -348,16 +336,7 @@ def _let_reads_ask(
 
 
 def run_at_once(modules: Modules, adapters: Adapters, name: str) -> None:
-    """Lets each region of an adapter always run all rows at once, those that are present.
-
-    Args:
-        modules: The model's modules by path.
-        adapters: Its adapters.
-        name: The adapter, or one of several with equal rules at the same sites.
-
-    Raises:
-        AdaptError: If rows can't differ in the adapter, or a region could only run the rows of each adapter in turn.
-    """
+    """Lets each region of an adapter always run all rows at once, those that are present."""
     _refuse_adapter(adapters.by_name[name], name)
     if _reads(adapters.by_name[name]):
         raise AdaptError(

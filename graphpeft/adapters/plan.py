@@ -127,20 +127,7 @@ def make_plan(
     autocast_adapter_dtype: bool = True,
     where: Callable[[Any], bool] | None = None,
 ) -> Plan:
-    """Returns what `config` does to `model`, which stays as it is.
-
-    Args:
-        model: The model.
-        config: The config.
-        adapter: The adapter's name.
-        known: The findings of earlier calls in the model.
-        example_inputs: Inputs of the model, for modules whose forward decides on theirs.
-        autocast_adapter_dtype: Whether an adapter on half precision weights has single precision.
-        where: Which of the sites that the config names are meant; None for all. The plan's config then names these.
-
-    Raises:
-        AdaptError: If the config asks for something that isn't supported.
-    """
+    """Returns what `config` does to `model`, which stays as it is."""
     finder = SiteFinder(model, known, example_inputs)
     if "" in finder.regions.scripted:
         raise AdaptError(finder.regions.scripted[""])

@@ -31,12 +31,7 @@ class PresentRows(Protocol):
         ...
 
     def read(self, module: nn.Module, acting: Any) -> torch.Tensor | None:
-        """Returns a tensor for code that reads it outside of the graphs by row; None if the module isn't the model's.
-
-        Args:
-            module: The module.
-            acting: The `Formula` of the tensor with the adapters that act without rows.
-        """
+        """Returns a tensor for code that reads it outside of graphs by row; None if the module isn't the model's."""
         ...
 
     @property

@@ -57,14 +57,7 @@ READS = "_graphpeft_reads"
 
 
 def layer_of(template: Template | None, module: nn.Module, before: Collection[int]) -> in_place.Layer | None:
-    """Returns what lets other code read the tensors that adapters change in a module's own graph; None without any.
-
-    Args:
-        template: The graph that the module is to have; None if it is to run its own code.
-        module: The module.
-        before: The slots in which the model's adapters were there. The changes by those of a model around or inside,
-            which are in no graph, stay.
-    """
+    """Returns what lets other code read the tensors that adapters change in a module's own graph; None without any."""
     others = _of_others(module, template, before)
     if template is None:
         return _layer(tuple(others.items())) if others else None
@@ -106,15 +99,7 @@ def layers_apart(
     seats: Mapping[str, int],
     before: Mapping[str, Collection[int]],
 ) -> Iterator[tuple[str, in_place.Layer | None]]:
-    """Yields the same by path for modules whose tensors are changed, or asked for, otherwise than in their own graph.
-
-    Args:
-        modules: The model's modules by path.
-        adapters: Its adapters.
-        templates: The graphs that regions are to have.
-        seats: The adapters that are to act, with their slots.
-        before: The slots of those that act now, by the paths of the modules that they change.
-    """
+    """Yields the same by path for modules whose tensors are changed or asked for otherwise than in their own graph."""
     apart = _apart(adapters, seats) if seats else {}
     for path, reads in apart.items():
         for name, changes in reads if path in modules else ():
@@ -281,18 +266,7 @@ def _recorded(formula: Formula, module: nn.Module) -> Any:
 def in_mixture(
     modules: Modules, adapters: Adapters, names: Collection[str], module: nn.Module, acting: Formula
 ) -> Tensor | None:
-    """Returns a tensor of a module for code that reads it while a batch runs whose rows have different adapters.
-
-    Args:
-        modules: The model's modules by path.
-        adapters: Its adapters.
-        names: The adapters of the rows, with `BASE` for none.
-        module: The module.
-        acting: Computes the tensor with the adapters that act without rows.
-
-    Returns:
-        The tensor; None if the module isn't the model's.
-    """
+    """Returns a tensor of a module for code that reads it while a batch runs whose rows have different adapters."""
     path = next((path for path, each in modules.items() if each is module), None)
     if path is None:
         return None

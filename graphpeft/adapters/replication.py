@@ -49,20 +49,7 @@ class Replication:
 
 
 def replicate(model: nn.Module, config: PeftConfig, before: Replication | None, is_adapted: bool) -> Replication | None:
-    """Exchanges the layers of `model` as `config` says.
-
-    Args:
-        model: The model.
-        config: The config of a new adapter.
-        before: The layers that were exchanged for an adapter that is there already.
-        is_adapted: Whether there is one.
-
-    Returns:
-        The layers that were exchanged now, or None.
-
-    Raises:
-        AdaptError: If the model's layers can't be found, or there aren't so many; the model is as it was.
-    """
+    """Exchanges the layers of `model` as `config` says."""
     wanted = config.replicated_layers
     if not wanted:
         return None

@@ -27,13 +27,7 @@ Where = tuple[str, str, str]
 
 
 class RowAdapters:
-    """Which adapter each row of a tensor has.
-
-    Args:
-        names: The adapter of each row.
-        batch: The adapters of all rows of the batch.
-        adapters: The model's adapters.
-    """
+    """Which adapter each row of a tensor has."""
 
     def __init__(self, names: tuple[str, ...], batch: Sequence[str], adapters: Adapters) -> None:
         self.names = names
@@ -45,11 +39,6 @@ class RowAdapters:
         """Returns the adapters' parameters `stem` of `owner`, one for each row.
 
         Smaller ones are filled up with zeros, and rows whose adapter has none there get zeros alone.
-
-        Args:
-            owner: The module.
-            stem: Their name in the adapters' holders.
-            where: The site, if only adapters with this very one are meant.
         """
         holders = self._holders(owner, where)
         # each call of each layer goes through all rows here, so no function is called for one
@@ -72,13 +61,7 @@ class RowAdapters:
         return torch.stack([nothing if tensor is None else _filled_up(tensor, shape) for tensor in tensors])
 
     def number(self, owner: nn.Module, stem: str, missing: float | None) -> Any:
-        """Returns the adapters' number `stem` of `owner`: one for all rows, or a tensor with one for each.
-
-        Args:
-            owner: The module.
-            stem: The number's name in the adapters' holders.
-            missing: Its value where there is none; None if any value will do.
-        """
+        """Returns the adapters' number `stem` of `owner`: one for all rows, or a tensor with one for each."""
         holders = self._holders(owner, None)
         found = [missing if holder is None else holder.__dict__.get(stem, missing) for holder in holders]
         if not {*map(type, found)} <= _NUMBERS:
@@ -156,11 +139,7 @@ class Rows:
         self.modules = modules
 
     def runner_of(self, module: nn.Module) -> Runner | None:
-        """Returns how a region runs, or None for other modules, and where the model's adapters were disabled since.
-
-        Raises:
-            AdaptError: If an adapter was merged, or one of these deleted, since the call or its context began.
-        """
+        """Returns how a region runs, or None for other modules, and where the model's adapters were disabled since."""
         if self._adapters.merged:
             self._refuse(self._adapters.merged, "merged into the weights, which all rows share")
         if not self._wanted <= self._adapters.by_name.keys():
@@ -182,13 +161,6 @@ class Rows:
         """Returns a tensor of a module for code that reads it outside of the graphs that run by row.
 
         Its numbers raise AdaptError where they differ from row to row.
-
-        Args:
-            module: The module.
-            acting: Computes the tensor with the adapters that act without rows.
-
-        Returns:
-            The tensor; None if the module isn't the model's.
         """
         names = {name for rows in self.by_count.values() for name in rows.names}
         return in_mixture(self.modules(), self._adapters, names, module, acting)
@@ -199,15 +171,7 @@ class Rows:
         return self._names
 
     def of(self, tensor: torch.Tensor, module: nn.Module) -> RowAdapters:
-        """Returns the adapters of the rows of `tensor`.
-
-        Args:
-            tensor: The tensor.
-            module: The module that is given it.
-
-        Raises:
-            ValueError: If it has another number of rows.
-        """
+        """Returns the adapters of the rows of `tensor`."""
         count = tensor.shape[0] if tensor.ndim else 0
         if count not in self.by_count:
             *fewer, most = self.by_count

@@ -60,17 +60,6 @@ def read(
 
     Two files can't take their places at once, so one of them may be the other's successor: then the writer, who may
     have been ended, has the config of the tensors in a folder of its own.
-
-    Args:
-        path_or_repo: A folder, or a repository on the Hub.
-        use_safetensors: True reads `adapter_model.safetensors`, False `adapter_model.bin`, a pickle, with
-            ``weights_only=True``; None the first if it is there, else the second.
-        hub_options: Options of ``huggingface_hub.hf_hub_download``.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        CheckpointError: If one is damaged.
-        ValueError: As `PeftConfig.from_pretrained`.
     """
     config = adapter_file(path_or_repo, CONFIG_NAME, **hub_options)
     PeftConfig.from_file(config)  # what is wrong in it is told before what is missing beside it
@@ -90,15 +79,7 @@ def with_those_beside(
     use_safetensors: bool | None,
     hub_options: Mapping[str, Any],
 ) -> dict[str, torch.Tensor]:
-    """Returns the tensors of a file, with those that PEFT writes into folders beside it.
-
-    Args:
-        config: The config to which they belong.
-        tensors: The file's tensors.
-        path_or_repo: As for `read`, as the next two are.
-        use_safetensors: See there.
-        hub_options: See there.
-    """
+    """Returns the tensors of a file, with those that PEFT writes into folders beside it."""
 
     def read_beside(name: str) -> Mapping[str, torch.Tensor]:
         subfolder = "/".join(filter(None, (hub_options.get("subfolder"), name)))

@@ -18,11 +18,7 @@ from graphpeft.wording import joined
 
 @contextlib.contextmanager
 def scaled(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """Multiplies the scales of all adapters of a model within a context; compiled code is compiled again.
-
-    Raises:
-        AdaptError: If the model has no adapter with a scale, or one is merged, whose scale is in the weights.
-    """
+    """Multiplies the scales of all adapters of a model within a context; compiled code is compiled again."""
     state = known_adapters(model)
     refuse_merged(model)
     places = [place for adapter in state.by_name.values() for place in _places(model, adapter)]
@@ -39,15 +35,7 @@ def scaled(model: nn.Module, multiplier: float) -> Iterator[None]:
 
 
 def set_weights(model: nn.Module, weights: Mapping[str, Callable[[str], float]]) -> None:
-    """Gives adapters the scales of their configs times weights; inside a transaction.
-
-    Args:
-        model: An adapted model.
-        weights: A function for each adapter, by its name, that returns the weight at the module of a path.
-
-    Raises:
-        AdaptError: If the model has no adapter of a name, one has no scale, or one is merged.
-    """
+    """Gives adapters the scales of their configs times weights; inside a transaction."""
     refuse_merged(model)
     for adapter_name, weight_at in weights.items():
         adapter = known_adapter(model, adapter_name)

@@ -193,12 +193,7 @@ class Adapter:
         return found
 
     def reading(self, path: str, adapter: str) -> Callable[[nn.Module], dict[str, torch.Tensor]]:
-        """Returns a function that tells what a module reads in place of its own tensors while this adapter acts.
-
-        Args:
-            path: The path of the module.
-            adapter: The name of this adapter.
-        """
+        """Returns a function that tells what a module reads in place of its own tensors while this adapter acts."""
         names, rows = self.overrides.get(path, ()), self.rows.get(path)
 
         def read(module: nn.Module) -> dict[str, torch.Tensor]:

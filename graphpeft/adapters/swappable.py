@@ -93,11 +93,6 @@ def make_swappable(modules: Modules, adapter: Adapter, rank: int) -> None:
     """Gives an adapter's factors room for a rank where they can have it, and puts its scales into tensors.
 
     This is for inside a transaction.
-
-    Args:
-        modules: The model's modules by path.
-        adapter: The adapter.
-        rank: The rank; 0 leaves the factors as they are.
     """
     made: dict[nn.Parameter, nn.Parameter] = {}
     sites = [with_room(adapted, rank) for adapted in adapter.sites]

@@ -33,14 +33,7 @@ _SPREAD = 0x1E3779B97F4A7C15
 
 
 def new_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None) -> Tensors:
-    """Returns the tensors of the adapter of `plan`, which no module has yet; they require grad if they are trained.
-
-    Args:
-        plan: The plan that `make_plan` worked out.
-        name: The adapter's name.
-        modules: The model's modules by path.
-        values: Their values; without them the method's first values are drawn.
-    """
+    """Returns the tensors of the adapter of `plan`, which no module has yet; they require grad if they are trained."""
     made = _site_tensors(plan, modules, values) | _whole_tensors(plan, name, modules, values)
     made |= _row_tensors(plan, name, modules, values)
     if plan.config.inference_mode:
@@ -275,16 +268,7 @@ def overwrite(modules: Modules, adapter: Adapter, name: str, values: Tensors) ->
 
 
 def complete(modules: Modules, adapter: Adapter, name: str) -> None:
-    """Lets an adapter whose tensors have got a file's values have the others that follow from these.
-
-    Args:
-        modules: The model's modules by path, whose weights are as they are without adapters.
-        adapter: The adapter.
-        name: Its name.
-
-    Raises:
-        CheckpointError: If the values can't be those of an adapter of these weights.
-    """
+    """Lets an adapter whose tensors have got a file's values have the others that follow from these."""
     config = adapter.config.with_weights([adapted.site for adapted in adapter.sites], WeightReader(modules))
     for adapted in adapter.sites:
         if not _completes(adapted):

@@ -42,26 +42,13 @@ def thaw(modules: Modules, adapters: Adapters) -> None:
 
 
 def set_trainable(modules: Modules, adapters: Adapters, names: Iterable[str]) -> None:
-    """Makes the tensors of adapters require grad if they are active, and else not.
-
-    Args:
-        modules: The model's modules by path.
-        adapters: The model's adapters.
-        names: The adapters that have come, or have begun or ceased to be active; going through all would take the
-            longer the more there are.
-    """
+    """Makes the tensors of adapters require grad if they are active, and else not."""
     wanted = {name: name in adapters.active and not adapters.by_name[name].config.inference_mode for name in names}
     set_trainable_now(modules, adapters, wanted)
 
 
 def set_trainable_now(modules: Modules, adapters: Adapters, wanted: Mapping[str, bool]) -> None:
-    """Makes the tensors of adapters require grad, or not.
-
-    Args:
-        modules: The model's modules by path.
-        adapters: The model's adapters.
-        wanted: Whether those of an adapter require grad, by its name.
-    """
+    """Makes the tensors of adapters require grad, or not."""
     flags: list[tuple[nn.Parameter | None, bool]] = []
     for name, trains in wanted.items():
         adapter = adapters.by_name[name]

@@ -17,11 +17,7 @@ from graphpeft.transaction import remember, undone_by
 
 
 def update_and_allocate(modules: Modules, state: Adapters, step: int) -> None:
-    """Lets the adapters that are trained do what their method does after a step, inside a transaction.
-
-    Raises:
-        AdaptError: If none has a method that does something then, or one lacks gradients for it.
-    """
+    """Lets the adapters that are trained do what their method does after a step, inside a transaction."""
     changing = [adapter for adapter in _trained(state) if changes_after_steps(adapter.config)]
     if not changing:
         raise AdaptError(
@@ -56,13 +52,7 @@ def let_rest(modules: Modules, state: Adapters) -> None:
 
 
 def with_penalty(modules: Callable[[], Modules], state: Adapters, output: Any) -> Any:
-    """Returns what a model returned, with the penalties of the adapters that are trained added to its loss.
-
-    Args:
-        modules: Returns the model's modules by path.
-        state: The model's adapters.
-        output: The output; one without a `loss` stays as it is, as in PEFT.
-    """
+    """Returns what a model returned, with the penalties of the adapters that are trained added to its loss."""
     is_plain = type(output) is dict
     loss = output.get("loss") if is_plain else getattr(output, "loss", None)
     if not isinstance(loss, torch.Tensor):
@@ -76,12 +66,7 @@ def with_penalty(modules: Callable[[], Modules], state: Adapters, output: Any) -
 
 
 def penalties(modules: Callable[[], Modules], state: Adapters) -> list[torch.Tensor]:
-    """Returns the penalties of the adapters that act and are trained.
-
-    Args:
-        modules: Returns the model's modules by path.
-        state: The model's adapters.
-    """
+    """Returns the penalties of the adapters that act and are trained."""
     adding = [] if state.are_off else [adapter for adapter in _trained(state) if has_penalty(adapter.config)]
     if not adding:
         return []

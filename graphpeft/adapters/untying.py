@@ -23,11 +23,6 @@ def untie_saved(modules: Modules, adapters: Adapters, names: Iterable[str]) -> N
     """Gives modules of `modules_to_save` tensors of their own where these are tied to what is trained otherwise.
 
     So the copy can be merged, and the module that the tensor was tied to stays as it is. Other ties stay.
-
-    Args:
-        modules: The model's modules by path.
-        adapters: Its adapters.
-        names: The adapters to merge.
     """
     for name in names:
         adapter = adapters.by_name[name]
@@ -56,9 +51,6 @@ def telling_of_untied(model: Any) -> Iterator[None]:
     """Sets `config.tie_word_embeddings` to False, with a warning, if a model's table and head come to be untied.
 
     Transformers would tie them again when the saved model is loaded.
-
-    Args:
-        model: The model.
     """
     was = _are_tied(model)
     yield

@@ -41,10 +41,6 @@ def paths_in(function: FunctionType, has_self: bool) -> tuple[str, ...]:
     """Returns the paths of attributes that a function reads from its first argument.
 
     An attribute of another object has the path ``*.name``; ``x.a.b`` gives ``*.a`` and ``*.b``.
-
-    Args:
-        function: The function.
-        has_self: Whether the function is a method, so that paths start at its first argument.
     """
     code = function.__code__
     first = code.co_varnames[0] if has_self and code.co_argcount else None
@@ -67,11 +63,7 @@ def tree_of(code: CodeType) -> ast.AST | None:
 
 
 def _source_of(code: CodeType) -> str:
-    """Returns the source of a function's code.
-
-    Raises:
-        OSError: If there is none.
-    """
+    """Returns the source of a function's code."""
     linecache.checkcache(code.co_filename)
     lines = linecache.getlines(code.co_filename)[code.co_firstlineno - 1 :]
     # inspect looks through all of Python's modules for that of the code, which takes most of its time
@@ -162,12 +154,7 @@ def _names_asked_for(node: ast.Call, first: str | None) -> list[str]:
 
 @functools.lru_cache(maxsize=4096)
 def paths_in_bytecode(code: CodeType, first: str | None) -> tuple[str, ...]:
-    """Returns the paths of attributes that bytecode reads, as `paths_in` does.
-
-    Args:
-        code: The code.
-        first: The variable at which paths start, or None.
-    """
+    """Returns the paths of attributes that bytecode reads, as `paths_in` does."""
     found: list[str] = []
     names: list[str] = []
     of_first = False

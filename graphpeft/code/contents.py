@@ -156,11 +156,7 @@ def put_back(value: Any, content: Any) -> None:
 
 
 def comparable(value: Any) -> Any:
-    """Returns a key that is equal for equal contents of two objects, which aren't containers.
-
-    Args:
-        value: An object, or its content.
-    """
+    """Returns a key that is equal for equal contents of two objects, which aren't containers."""
     content = _content(type(value))
     if content is _VARIABLE:
         return value.get(None)
@@ -196,15 +192,7 @@ def is_compared_whole(value: Any) -> bool:
 
 
 def entries(value: Any, names: Collection[str]) -> Any:
-    """Returns the plain values in a container or an object, also those in containers and objects there.
-
-    Args:
-        value: The container or object.
-        names: The names of attributes and keys that code reads, with `ANY` if it may read each attribute.
-
-    Returns:
-        Lists and dictionaries, which compare by the values in them; None if there are more than `LONGEST` values.
-    """
+    """Returns the plain values in a container or an object, also those in containers and objects there."""
     left = [LONGEST]
     found = _entries(value, names, (), left)
     return found if left[0] >= 0 else None

@@ -44,9 +44,6 @@ _PLAIN_CONTAINERS = frozenset((*_CONTAINERS_AND_TUPLES, OrderedDict))
 class Reach:
     """The namespaces that the forwards of a module and its submodules can reach, and which modules reach each.
 
-    Args:
-        root: The module.
-
     Attributes:
         names: The names in reached code.
     """
@@ -272,10 +269,6 @@ def is_of_a_library(python_module: Any) -> bool:
     """Returns whether a Python module belongs to a library whose functions store no state that a forward changes.
 
     This holds for known libraries, and for each installed package that defines no ``nn.Module``, such as SymPy.
-
-    Args:
-        python_module: The ``__module__`` of a class or function. Some classes, such as Cython's function class, have a
-            descriptor there instead of a name; the result is False for them.
     """
     root = python_module.partition(".")[0] if isinstance(python_module, str) else ""
     return root in _LIBRARIES or (_is_installed(root) and root not in _defining_modules(len(sys.modules)))

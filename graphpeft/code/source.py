@@ -246,10 +246,6 @@ def functions_called(starts: Iterable[Any], cls: type = object) -> Mapping[Funct
 
     Each function comes with whether it is only named: found as a global, a method or a closure variable, and not as one
     of `starts`, behind a property or partial function, or as a forward.
-
-    Args:
-        starts: Functions, methods, partial functions and other members with functions behind them.
-        cls: The class whose methods the code may name.
     """
     return _reached(starts, cls).functions
 

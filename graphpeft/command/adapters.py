@@ -257,11 +257,7 @@ _PACKAGES = (
 
 
 def environment() -> dict[str, str | None]:
-    """Returns versions by name; None for a package that isn't installed.
-
-    Returns:
-        Versions of this library, PyTorch, the packages around them, and Python; the system, and PyTorch's accelerator.
-    """
+    """Returns versions by name; None for a package that isn't installed."""
     return {
         "graphpeft": version("graphpeft"),
         "torch": torch.__version__,  # with its build, as +cpu

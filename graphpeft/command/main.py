@@ -46,14 +46,7 @@ for command in (info, explain, show, trace, verify, merge, convert, export):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command.
-
-    Args:
-        arguments: The arguments behind the command's name; None takes those of the process.
-
-    Returns:
-        The exit code; an error is written to stderr as one line.
-    """
+    """Runs the command."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given and COMPLETES not in os.environ:
         context = click.Context(graphpeft, info_name="graphpeft", **graphpeft.context_settings)

@@ -37,13 +37,7 @@ def as_json(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def tell(told: Mapping[str, Any], as_json: bool, text: object = None) -> None:
-    """Prints what a subcommand has found out.
-
-    Args:
-        told: It, by name.
-        as_json: Whether to print it as JSON.
-        text: The text for people; None prints a line for each name.
-    """
+    """Prints what a subcommand has found out."""
     place = _ANSWER.get() or sys.stdout
     encoding = getattr(place, "encoding", None) or "utf-8"
     if as_json:

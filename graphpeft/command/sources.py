@@ -46,11 +46,7 @@ class Given(NamedTuple):
 
 
 def model_from(source: str) -> Given:
-    """Returns the model that a name on the command line means.
-
-    Raises:
-        click.ClickException: If it means none.
-    """
+    """Returns the model that a name on the command line means."""
     kind, _, name = source.partition(":")
     if kind in _KINDS and name:
         return _KINDS[kind](name)
@@ -65,21 +61,13 @@ def model_from(source: str) -> Given:
 
 
 def base_from(source: str) -> Given:
-    """Returns the model that a name means, with the weights for which an adapter was trained, not with first ones.
-
-    Raises:
-        click.ClickException: If it means none, or its weights aren't there.
-    """
+    """Returns the model that a name means, with the weights for which an adapter was trained, not with first ones."""
     kind, _, name = source.partition(":")
     return _timm(name, pretrained=True) if kind == "timm" and name else model_from(source)
 
 
 def on_its_base(source: str, way_out: str) -> Given:
-    """Returns a saved adapter on the base that its config names.
-
-    Raises:
-        click.ClickException: If the config can't be read or names no base that is there; `way_out` says what to do.
-    """
+    """Returns a saved adapter on the base that its config names."""
     config = _config_in(source)
     base = config.base_model_name_or_path
     if not base:
@@ -184,17 +172,7 @@ _KINDS: dict[str, Callable[[str], Given]] = {"timm": _timm, "hf": _transformers}
 
 
 def config_from(config: str | None, method: str | None, options: Sequence[str]) -> PeftConfig:
-    """Returns the config that options of the command describe.
-
-    Args:
-        config: A folder or a file with an `adapter_config.json`; None without one.
-        method: The method, if there is no config; None for LoRA.
-        options: Further options as NAME=VALUE; a value is JSON, a literal of Python's, text, or names with commas
-            between them.
-
-    Raises:
-        click.ClickException: If there is no such method, option or value, or the config can't be read.
-    """
+    """Returns the config that options of the command describe."""
     if config is not None:
         read = _config_in(config)
         if method is not None and method.upper() != read.method:
@@ -270,11 +248,7 @@ def _literal_or_text(text: str) -> Any:
 
 
 def needed_inputs(given: Given, source: str) -> Any:
-    """Returns the example inputs of a model.
-
-    Raises:
-        click.UsageError: If there are none.
-    """
+    """Returns the example inputs of a model."""
     if given.example_inputs is None:
         raise click.UsageError(
             f"{source}: a {type(given.model).__name__} tells of no inputs; write a function that returns the model and "

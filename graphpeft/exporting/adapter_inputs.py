@@ -64,11 +64,7 @@ class AdapterInputs(NamedTuple):
 
 
 def inputs_of(model: Any, name: str) -> AdapterInputs:
-    """Returns an adapter of a model as inputs.
-
-    Raises:
-        ExportError: If the adapter has changed weights of the model, which inputs can't do.
-    """
+    """Returns an adapter of a model as inputs."""
     adapter: Adapter = model._peft_adapters.by_name[name]
     modules = modules_by_path(model)
     _refuse_changed_weights(adapter, name)
@@ -116,18 +112,7 @@ def _tensor(modules: Modules, place: Place) -> Tensor:
 
 
 def fitted(found: AdapterInputs, wanted: AdapterInputs, adapter: str, exported: str) -> dict[str, Tensor]:
-    """Returns the values of an adapter for the inputs of an exported model, in the model's dtypes.
-
-    Args:
-        found: The adapter. Its numbers are left out if the model doesn't take them.
-        wanted: The inputs that the exported model takes.
-        adapter: The adapter's name, for errors.
-        exported: The exported model's name, for errors.
-
-    Raises:
-        ExportError: If the adapter has another method or computation, or if tensors are missing, unexpected or of
-            another shape; the error names the first tensors of each kind.
-    """
+    """Returns the values of an adapter for the inputs of an exported model, in the model's dtypes."""
     if found.method != wanted.method:
         raise ExportError(
             f"adapter {adapter!r} is of the method {found.method}, and the inputs of {exported} {wanted.method}"

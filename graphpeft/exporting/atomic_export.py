@@ -22,9 +22,6 @@ def staged_beside(target: Path) -> Iterator[Path]:
 
     They replace files of the same names; part files of an earlier export to `target` are removed, and other files stay.
     If code in the context raises, nothing changes.
-
-    Raises:
-        ExportError: If the files can't be written there.
     """
     with _os_errors_as_export_errors(target):
         staging = Staging(target.parent)
@@ -39,15 +36,7 @@ def staged_beside(target: Path) -> Iterator[Path]:
 
 
 def named_by_content(part: Path, whole: Path) -> Path:
-    """Renames a part file by a digest of its content.
-
-    Args:
-        part: The part file.
-        whole: The file that reads the part file, in the same folder.
-
-    Returns:
-        The part file under its new name.
-    """
+    """Renames a part file by a digest of its content."""
     digest = hashlib.blake2b(digest_size=8)
     with part.open("rb") as file:
         while block := file.read(1 << 24):

@@ -100,15 +100,7 @@ def has_cache(example: Example) -> bool:
 
 
 def taken_apart(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
-    """Returns a model and an example with tensors in the place of a cache; both as they are if there is no cache.
-
-    Args:
-        model: The model. The returned one is a copy that shares its weights.
-        example: The example.
-
-    Raises:
-        ExportError: If the cache can't be taken apart, or if there are other tensors than the inputs of generation.
-    """
+    """Returns a model and an example with tensors in the place of a cache; both as they are if there is no cache."""
     caches = {name: value for name, value in example.kwargs.items() if name in _NAMES and _is_cache(value)}
     inside = [leaf for leaf in pytree.tree_leaves(tuple(example)) if _is_cache(leaf)]
     if not inside:
@@ -136,11 +128,7 @@ def _is_cache(value: Any) -> bool:
 
 
 def _layers_of(cache: Any) -> Layers:
-    """Returns the key and value of each layer of a cache.
-
-    Raises:
-        ExportError: If the cache isn't filled, or has layers that keep something else.
-    """
+    """Returns the key and value of each layer of a cache."""
     others = [type(layer).__name__ for layer in getattr(cache, "layers", ()) if type(layer).__name__ != "DynamicLayer"]
     if type(cache).__name__ != "DynamicCache" or others:
         raise ExportError(
@@ -200,10 +188,6 @@ def open_sizes(arguments: Mapping[str, Any], spec: dict[str, Any]) -> dict[str, 
     """Returns the dynamic sizes of arguments: the batch, the new tokens and the cache's positions are one each.
 
     PyTorch's exporter would only find that sizes are equal where the model compares them.
-
-    Args:
-        arguments: The arguments, in which a cache is taken apart.
-        spec: The sizes where there is no cache, by argument.
     """
     if PAST not in arguments:
         return spec

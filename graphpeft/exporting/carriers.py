@@ -188,15 +188,7 @@ def _adapters(model: nn.Module, adapter_mode: str) -> Adapters:
 
 
 def _with_inputs(model: nn.Module, adapter_mode: str) -> tuple[Any, str, AdapterInputs, dict[str, dict[str, Tensor]]]:
-    """Prepares a copy of a model for adapters as inputs.
-
-    Returns:
-        The copy, the name of its active adapter, the inputs of this adapter, and the values of all adapters for these
-        inputs, by adapter name.
-
-    Raises:
-        ExportError: If not exactly one adapter acts, or the adapters don't have equal inputs.
-    """
+    """Prepares a copy of a model for adapters as inputs."""
     state = _adapters(model, adapter_mode)
     if state.merged:
         raise ExportError("adapters are merged into the weights; call unmerge_adapter() before you export them apart")
@@ -244,15 +236,7 @@ class GivenRows:
         )
 
     def of(self, tensor: Tensor, module: nn.Module) -> RowParameters:
-        """Returns the adapters' parameters for the rows of `tensor`.
-
-        Args:
-            tensor: The tensor.
-            module: The module that is given it.
-
-        Raises:
-            ValueError: If `tensor` has another number of rows.
-        """
+        """Returns the adapters' parameters for the rows of `tensor`."""
         if not tensor.ndim or tensor.shape[0] != self._rows.shape[0]:
             raise ValueError(
                 f"adapter_rows has {number_of(self._rows.shape[0], 'row')}, and an adapted {type(module).__name__} is "

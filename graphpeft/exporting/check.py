@@ -45,11 +45,7 @@ class Checked(NamedTuple):
 
 
 def checked(form: Format, export: Export, path: Any, example: Example) -> list[Checked]:
-    """Compares the files at `path` with the model.
-
-    Raises:
-        ExportError: If the files can't be run, or a result differs by more than the tolerance.
-    """
+    """Compares the files at `path` with the model."""
     run = _loaded(form, export, path)
     tolerance = _tolerance(export.source)
     found = []
@@ -235,11 +231,7 @@ def _ran(run: Runner, case: Case, example: Example) -> Any:
 
 
 def _differences(found: Any, expected: Any, where: str) -> float:
-    """Returns the greatest difference of two results.
-
-    Raises:
-        ExportError: If the shapes of tensors, or values that aren't tensors, differ.
-    """
+    """Returns the greatest difference of two results."""
     (ours, our_others), (theirs, their_others) = _leaves(found), _leaves(expected)
     if [tensor.shape for tensor in ours] != [tensor.shape for tensor in theirs]:
         raise ExportError(

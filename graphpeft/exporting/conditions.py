@@ -27,11 +27,7 @@ _HIGHEST_DEGREE = 4
 
 
 def guards(program: ExportedProgram) -> dict[Any, bool]:
-    """Returns the conditions that were met on the way, each with whether the model's own code decides by it.
-
-    Args:
-        program: The program.
-    """
+    """Returns the conditions that were met on the way, each with whether the model's own code decides by it."""
     found: dict[Any, bool] = {}
     values = (node.meta.get("val") for node in program.graph.nodes)
     environments = (value.fake_mode.shape_env for value in values if hasattr(value, "fake_mode"))
@@ -45,12 +41,7 @@ def _is_of_model(frame: Any) -> bool:
 
 
 def limits(program: ExportedProgram, symbol: Any) -> list[Any]:
-    """Returns the limits of a size as conditions.
-
-    Args:
-        program: The program.
-        symbol: The size's symbol.
-    """
+    """Returns the limits of a size as conditions."""
     import sympy  # here, since importing it takes longer than importing this library
 
     limit = program.range_constraints.get(symbol)
@@ -62,13 +53,7 @@ def limits(program: ExportedProgram, symbol: Any) -> list[Any]:
 
 
 def breaking(condition: Any, symbol: Any, sizes: Mapping[Any, int]) -> set[int]:
-    """Returns some values of one size at which a condition doesn't hold, the nearest one to the example's among them.
-
-    Args:
-        condition: The condition.
-        symbol: The symbol of the size.
-        sizes: The example's sizes by symbol, at which the condition holds.
-    """
+    """Returns some values of one size at which a condition doesn't hold, with the one nearest to the example's."""
     import sympy
 
     alone = condition.subs({other: size for other, size in sizes.items() if other != symbol})
@@ -127,12 +112,7 @@ def has_remainder(condition: Any) -> bool:
 
 
 def as_text(condition: Any, names: Mapping[Any, str]) -> str:
-    """Returns a condition in Python.
-
-    Args:
-        condition: The condition.
-        names: A name for each symbol.
-    """
+    """Returns a condition in Python."""
     import sympy
 
     named = condition.subs({symbol: sympy.Symbol(name) for symbol, name in names.items()}, simultaneous=True)

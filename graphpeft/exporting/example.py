@@ -33,11 +33,7 @@ class Example(NamedTuple):
 
     @classmethod
     def of(cls, example_inputs: Any) -> Example:
-        """Returns the example for a tuple of positional or a dict of keyword arguments.
-
-        Raises:
-            ExportError: If the inputs are neither, or have no tensor.
-        """
+        """Returns the example for a tuple of positional or a dict of keyword arguments."""
         if isinstance(example_inputs, Mapping):
             example = cls((), dict(example_inputs))
         elif isinstance(example_inputs, tuple):
@@ -108,13 +104,7 @@ def _sized(tensor: Tensor, shape: Shape) -> Tensor:
 
 
 def names(function: Callable[..., Any], example: Example, keyed: Collection[str] = ()) -> list[str]:
-    """Returns a name for each tensor of an example: the argument's name, then keys and indices inside the argument.
-
-    Args:
-        function: The function to call with the example.
-        example: The example.
-        keyed: The names of dictionary arguments whose keys alone are the names of their tensors.
-    """
+    """Returns a name for each tensor of an example: the argument's name, then keys and indices inside the argument."""
     bound = inspect.signature(function).bind(*example.args, **example.kwargs)
     positional = [name for name in bound.arguments if bound.signature.parameters[name].kind in _POSITIONAL]
     found = []

@@ -131,17 +131,7 @@ def quiet() -> Iterator[None]:
 
 
 def exported(prepared: Prepared, example: Example, dynamic: Dynamic) -> Program:
-    """Exports a prepared model by PyTorch's exporter.
-
-    Args:
-        prepared: The model.
-        example: The inputs to trace it with.
-        dynamic: The dynamic sizes of the example.
-
-    Raises:
-        GuardError: If the model is a traced graph, and branches otherwise on this example than on its own.
-        ExportError: If PyTorch can't export the model, or can't export it with these dynamic sizes.
-    """
+    """Exports a prepared model by PyTorch's exporter."""
     full = prepared.cases[0].full(example).apart()
     prepared.root.name_arguments(full.kwargs)
     shapes = _spec(prepared, example, full, dynamic)

@@ -21,14 +21,6 @@ class Root(nn.Module):
 
     PyTorch's exporter gets this module instead of the model, since the exporter would interpret an ``fx.GraphModule``
     node by node, without its hooks, and since the model doesn't take the additional arguments.
-
-    Args:
-        model: The model.
-        names: The names of additional keyword arguments.
-        around: Makes the context of a call from the additional arguments.
-
-    Raises:
-        ExportError: If the model's forward has an argument of one of these names.
     """
 
     def __init__(

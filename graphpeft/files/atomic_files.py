@@ -37,9 +37,6 @@ _ABANDONED = 24 * 60 * 60
 class Staging:
     """A staging folder for new files, which `put` moves to their places. The end of the context removes the folder.
 
-    Args:
-        place: The folder for the files; the first move makes it if it doesn't exist.
-
     Attributes:
         folder: The staging folder; its files have the same relative paths as in `place`.
     """
@@ -66,9 +63,6 @@ class Staging:
 
         In this order, tensors (`adapter_model`) are moved before their config (`adapter_config`). Files of the same
         names are replaced; other files stay.
-
-        Raises:
-            OSError: If a file can't be moved; replaced files are restored.
         """
         files = sorted((file for file in self.folder.rglob("*") if file.is_file()), reverse=True)
         for file in files:
@@ -147,18 +141,7 @@ _LEVELS = 3
 
 
 def read_together(paths: Sequence[str | os.PathLike[str]], read: Callable[[], T]) -> T:
-    """Reads several files in versions that existed at the same time, even if another process replaces them meanwhile.
-
-    Args:
-        paths: The files.
-        read: Opens and reads the files, any number of times. It is called again if a file was replaced meanwhile.
-
-    Returns:
-        The result of `read`.
-
-    Raises:
-        OSError: If a file can't be opened, or files were replaced during every call of `read`.
-    """
+    """Reads several files in versions that existed at the same time, even if another process replaces them."""
     for _ in range(_READS):
         with contextlib.ExitStack() as stack:
             # the system doesn't reuse the inode of an open file

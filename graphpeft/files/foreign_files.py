@@ -47,15 +47,7 @@ class CheckpointError(PeftError, ValueError):
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Args:
-        path: The file.
-
-    Raises:
-        CheckpointError: If the file can't be read, isn't JSON in UTF-8, holds no object, repeats a key, or is too large
-            or nested too deeply.
-    """
+    """Reads a JSON object."""
     try:
         size = Path(path).stat().st_size
         text = Path(path).read_text(encoding="utf-8") if size <= _MOST_BYTES else None
@@ -121,14 +113,7 @@ class Safetensors(NamedTuple):
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> Safetensors:
-    """Reads a safetensors file, even if another process replaces it meanwhile.
-
-    Args:
-        path: The file.
-
-    Raises:
-        CheckpointError: If the file can't be read, or isn't a safetensors file of dense tensors.
-    """
+    """Reads a safetensors file, even if another process replaces it meanwhile."""
     try:
         found = read_together([path], lambda: _opened(path))
         return found._replace(tensors=_checked(found.tensors, path))
@@ -149,14 +134,7 @@ def _opened(path: str | os.PathLike[str]) -> Safetensors:
 
 
 def read_pickle(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """Reads tensors by name from a file of ``torch.save`` onto the CPU, without running code from the file.
-
-    Args:
-        path: The file.
-
-    Raises:
-        CheckpointError: If the file can't be read, or holds other values than dense tensors by name.
-    """
+    """Reads tensors by name from a file of ``torch.save`` onto the CPU, without running code from the file."""
     try:
         with warnings.catch_warnings():
             # PyTorch warns about its own code for loading tensors
@@ -201,11 +179,7 @@ _METADATA = "graphpeft.json"
 
 
 def _checked(found: Any, path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """Returns the tensors of a file detached, without lazy conjugation or negation.
-
-    Raises:
-        CheckpointError: If the file holds other values than dense tensors by name.
-    """
+    """Returns the tensors of a file detached, without lazy conjugation or negation."""
     if not isinstance(found, Mapping):
         raise CheckpointError(f"{path} holds a {type(found).__name__}, not an adapter's tensors by their names")
     for key, value in found.items():

@@ -18,17 +18,7 @@ _FORMER_OPTIONS = frozenset({"proxies", "resume_download"})
 
 
 def adapter_file(path_or_repo: str | os.PathLike[str], filename: str, **hub_options: Any) -> str:
-    """Returns the path of an adapter's file in a local folder, or downloads it from the Hub.
-
-    Args:
-        path_or_repo: The folder, or the name of a repository on the Hub.
-        filename: The name of the file.
-        **hub_options: Options of the download, from `HUB_OPTIONS`.
-
-    Raises:
-        FileNotFoundError: If the folder or repository doesn't have the file.
-        TypeError: If an option is unknown.
-    """
+    """Returns the path of an adapter's file in a local folder, or downloads it from the Hub."""
     hub_options = {name: value for name, value in hub_options.items() if value or name not in _FORMER_OPTIONS}
     unknown = sorted(hub_options.keys() - HUB_OPTIONS)
     if unknown:
@@ -60,18 +50,7 @@ def adapter_file(path_or_repo: str | os.PathLike[str], filename: str, **hub_opti
 def weights_file(
     path_or_repo: str | os.PathLike[str], use_safetensors: bool | None, hub_options: Mapping[str, Any]
 ) -> str:
-    """Returns the path of an adapter's file of tensors, as `adapter_file` does.
-
-    Args:
-        path_or_repo: The folder, or the name of a repository on the Hub.
-        use_safetensors: Whether it is the one in the format of safetensors; None takes that if it is there, or else the
-            pickle.
-        hub_options: Options of the download.
-
-    Raises:
-        FileNotFoundError: If the folder or repository doesn't have the file.
-        TypeError: If an option is unknown.
-    """
+    """Returns the path of an adapter's file of tensors, as `adapter_file` does."""
     names = {True: [WEIGHTS_NAME], False: [PICKLED_WEIGHTS_NAME], None: [WEIGHTS_NAME, PICKLED_WEIGHTS_NAME]}
     missing: list[FileNotFoundError] = []
     for name in names[use_safetensors]:

@@ -18,11 +18,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def is_in_autocast(device: str) -> bool:
-    """Returns whether operations on a kind of device are in a region of autocast; on the meta device none is.
-
-    Args:
-        device: The kind, as ``"cpu"``.
-    """
+    """Returns whether operations on a kind of device are in a region of autocast; on the meta device none is."""
     return is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
@@ -52,9 +48,6 @@ def in_own_precision(modules: Mapping[str, nn.Module]) -> Iterator[None]:
 
     No region of autocast acts inside. The default dtype is single precision if it was half precision and the model has
     parameters of single or double precision, or none of half precision; other threads see that until the block ends.
-
-    Args:
-        modules: The model's modules by path.
     """
     if not depth_of_autocast() and torch.get_default_dtype() not in HALVES and not _SINGLE.count:
         yield

@@ -30,12 +30,7 @@ class CallInput(NamedTuple):
 
 
 def given(read: Mapping[str, bool], kwargs: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
-    """Makes arguments of a call readable to graphs, for the duration of the context.
-
-    Args:
-        read: The names of the arguments that adapters read, each with whether the model's forward takes it, too.
-        kwargs: The keyword arguments of the call.
-    """
+    """Makes arguments of a call readable to graphs, for the duration of the context."""
     own = {name: value for name, value in kwargs.items() if name in read}
     # an adapted model may be nested in another
     present = {**(CALL_INPUTS.get() or {}), **own}
@@ -43,11 +38,7 @@ def given(read: Mapping[str, bool], kwargs: Mapping[str, Any]) -> contextlib.Abs
 
 
 def given_to_rows(rows: Sequence[int]) -> contextlib.AbstractContextManager[None]:
-    """Makes of the readable arguments what some rows of the batch have of them.
-
-    Args:
-        rows: The numbers of the rows.
-    """
+    """Makes of the readable arguments what some rows of the batch have of them."""
     present = CALL_INPUTS.get()
     if not present:
         return contextlib.nullcontext()
@@ -69,13 +60,7 @@ def left(read: Mapping[str, bool], kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def call_input(name: str) -> Any:
-    """Returns an argument of the current call of the model.
-
-    Raises:
-        TypeError: If the call didn't pass the argument.
-        RuntimeError: If it gets gradients, and a reentrant checkpoint reads it. That calls backward for each of its
-            functions, which runs through what the argument was computed by each time.
-    """
+    """Returns an argument of the current call of the model."""
     given = CALL_INPUTS.get()
     if given is None or name not in given:
         raise TypeError(f"an active adapter needs {name} in each call: model(…, {name}=…)")

@@ -37,15 +37,7 @@ class Call:
 
     @classmethod
     def of(cls, path: str, number: int, forward: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Call:
-        """Returns a call of `forward` that has not returned yet.
-
-        Args:
-            path: The path of the module.
-            number: The number of earlier calls of the module.
-            forward: The module's forward.
-            args: Positional arguments.
-            kwargs: Keyword arguments.
-        """
+        """Returns a call of `forward` that has not returned yet."""
         try:
             given = inspect.signature(forward).bind(*args, **kwargs).arguments
         except TypeError:

@@ -54,33 +54,17 @@ _ROUNDED = frozenset({"tf32", "bf16"})
 @identity_in_evaluation
 @recorded
 def apart_in_training(apart: bool, training: bool) -> bool:
-    """Returns whether products are to be two, which they always are in training.
-
-    Args:
-        apart: The result of `is_apart`.
-        training: Whether the model is trained.
-    """
+    """Returns whether products are to be two, which they always are in training."""
     return apart or training
 
 
 @recorded
 def with_change(apart: bool, weight: Tensor, change: Tensor) -> Tensor:
-    """Returns W + ΔW, or W for two products.
-
-    Args:
-        apart: The result of `is_apart`.
-        weight: W.
-        change: ΔW.
-    """
+    """Returns W + ΔW, or W for two products."""
     return weight if apart else weight + change
 
 
 @recorded
 def plus_branch(y: Tensor, branch: Tensor | None) -> Tensor:
-    """Returns y + the branch, or y where there is no branch.
-
-    Args:
-        y: A product.
-        branch: The product with ΔW; None where y is that with W + ΔW.
-    """
+    """Returns y + the branch, or y where there is no branch."""
     return y if branch is None else y + branch

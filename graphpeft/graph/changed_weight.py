@@ -40,11 +40,7 @@ class Computation(NamedTuple):
     cls: type
 
     def result(self) -> Tensor:
-        """Returns the changed weight, in its own precision, whatever region of autocast the caller is in.
-
-        Raises:
-            RuntimeError: If other adapters act since the weight was read.
-        """
+        """Returns the changed weight, in its own precision, whatever region of autocast the caller is in."""
         own, layer = self.values[0], self.layer()
         if layer is not None and type(layer) is not self.cls:
             raise RuntimeError(
@@ -214,13 +210,7 @@ def layer_of(changed: ChangedWeight) -> nn.Module | None:
 
 
 def refuse_read(layer: nn.Module, name: str, does: str) -> None:
-    """Raises RuntimeError if a weight's changed numbers were read, so that they may come back.
-
-    Args:
-        layer: The layer.
-        name: The weight's name there.
-        does: The change of the own weight, for a person.
-    """
+    """Raises RuntimeError if a weight's changed numbers were read, so that they may come back."""
     if name in _READ.get(layer, ()):
         raise RuntimeError(
             f"{does} {name} of a {type(layer).__name__}, which adapters change, after its changed numbers were read: "
@@ -260,11 +250,7 @@ def _written_by_operator(func: Any, args: Any, kwargs: Any) -> list[Any]:
 
 
 def _write(func: Any, args: Any, kwargs: Any, written: list[ChangedWeight]) -> Any:
-    """Runs a function that writes on the own weights.
-
-    Raises:
-        RuntimeError: If the changed numbers may be in what is written.
-    """
+    """Runs a function that writes on the own weights."""
     if _is_the_same(func, args):
         return None  # what was read has been written in place already
     for each in written:

@@ -14,14 +14,7 @@ _NUMBERS = itertools.count()
 
 
 def compiled(owner: object, graph: fx.Graph, source: str, variables: Mapping[str, Any]) -> Callable[..., Any]:
-    """Returns the function ``forward`` that the source defines.
-
-    Args:
-        owner: The object whose end removes the source from `linecache`.
-        graph: The graph whose source it is.
-        source: The source.
-        variables: The globals that the source names.
-    """
+    """Returns the function ``forward`` that the source defines."""
     # fx would keep the source forever; its error handling knows generated code by this file name
     file = f"<eval_with_key>.graphpeft.{next(_NUMBERS)}"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)

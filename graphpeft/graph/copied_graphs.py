@@ -15,12 +15,7 @@ from graphpeft._torch import OpOverload, empty_graph_like
 
 
 def copy_graph(graph: fx.Graph, target: Callable[[Any], Any] = lambda target: target) -> fx.Graph:
-    """Copies a graph with its code generator and shallow copies of its nodes' metadata.
-
-    Args:
-        graph: The graph.
-        target: Maps the target of each node to the target of its copy.
-    """
+    """Copies a graph with its code generator and shallow copies of its nodes' metadata."""
     copied = empty_graph_like(graph)
     nodes: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:

@@ -13,11 +13,7 @@ from typing import Any
 
 
 def leading_to_class(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function with the arguments and defaults of `forward` that calls the forward of its model's class.
-
-    Args:
-        forward: A function of a class, decorated or not.
-    """
+    """Returns a function with the arguments and defaults of `forward` that calls the forward of its model's class."""
     own: Any = inspect.unwrap(forward)
     code = own.__code__
     model, *names = code.co_varnames[: code.co_argcount]
@@ -37,12 +33,7 @@ def leading_to_class(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _passing_on(positional: list[str], own: Any) -> Callable[..., Any]:
-    """Returns a function that passes on what a caller has given, and leaves defaults to the forward itself.
-
-    Args:
-        positional: The arguments that are passed by their places, since further ones follow.
-        own: The function that has the defaults.
-    """
+    """Returns a function that passes on what a caller has given, and leaves defaults to the forward itself."""
     parameters = inspect.signature(own, follow_wrapped=False).parameters.values()
     defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
 

@@ -33,13 +33,7 @@ _WAY_OUT = (
 # without this mark, fx's dead code elimination would drop the check
 @has_side_effect
 def expect(value: Any, expected: Any, decision: str) -> None:
-    """Raises `GuardError` unless `value` equals its value in the trace.
-
-    Args:
-        value: The value in this run: a bool, a number, a dtype, a device or None.
-        expected: The value in the trace.
-        decision: The place where the code branched on the value, for the error message.
-    """
+    """Raises `GuardError` unless `value` equals its value in the trace."""
     if isinstance(value, fx.Proxy):
         value.tracer.create_proxy("call_function", expect, (value, expected, decision), {})
     elif not is_same(value, expected):

@@ -70,12 +70,7 @@ class Holder(nn.Module):
         self._keep_shared(*before)
 
     def _keep_shared(self, parameters: Mapping[str, Any], buffers: Mapping[str, Any]) -> None:
-        """Lets tensors that have come in the places of others be one tensor wherever holders shared one.
-
-        Args:
-            parameters: The parameters that were here before.
-            buffers: The buffers that were here before.
-        """
+        """Lets tensors that have come in the places of others be one tensor wherever holders shared one."""
         held: Any
         for held, before in ((self._parameters, parameters), (self._buffers, buffers)):
             for name, tensor in before.items():
@@ -139,13 +134,7 @@ class HolderGroup(Holder):
 
 
 def holder_for(module: nn.Module, method: str, options: str) -> Holder:
-    """Returns an empty holder for an adapter at `module`.
-
-    Args:
-        module: The module.
-        method: The adapter's method, for ``print(model)``.
-        options: Its options, likewise.
-    """
+    """Returns an empty holder for an adapter at `module`."""
     wrapping: Any = sys.modules.get("torch.distributed.fsdp.wrap")
     if wrapping is not None:
         # what FSDP wraps is whole in its own call alone, and no holder is called
@@ -214,15 +203,7 @@ def name_at(adapter: str, name: str, group: str = "") -> str:
 
 
 def place_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Returns the module that itself has the attribute `name` of `module`, and its name there.
-
-    Args:
-        module: A module.
-        name: The name of an attribute, or of an adapter's as `name_at` returns it.
-
-    Raises:
-        KeyError: If the module has no holder of that adapter.
-    """
+    """Returns the module that itself has the attribute `name` of `module`, and its name there."""
     *path, own = name.split(".")
     held: Any = module
     for inner in path:

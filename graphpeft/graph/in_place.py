@@ -60,16 +60,6 @@ class Layer:
     """The contribution of one concern to a module's class.
 
     Many modules share a layer, and layers compare by identity.
-
-    Args:
-        kind: One of `KINDS`.
-        bases: Classes that the dressed class inherits from, before the original class.
-        namespace: Attributes of the dressed class itself. Each class gets copies of the functions, each with its own
-            code object: torch.compile compiles a code object for eight models, then runs it uncompiled.
-        last: Classes at the end of the dressed class's method resolution order: instances are instances of these, too,
-            and inherit nothing from them.
-        recipe: A picklable callable and its arguments, which build the layer again.
-        for_copy: Returns the layer for a copy of the module; None if the copy wears the same layer.
     """
 
     __slots__ = ("_for_copy", "bases", "kind", "last", "namespace", "recipe")
@@ -126,13 +116,7 @@ class Dressed:
         return copied
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Registers a parameter; with a weight that tensor parallelism has sharded, it shards adapters' tensors alike.
-
-        Raises:
-            RuntimeError: If this is a copy of a part of an adapted model, or tensor parallelism asks for that and
-                adapters have tensors in the place of the module's, or if `param` is such a tensor under another name:
-                pruning would delete the module's own next.
-        """
+        """Registers a parameter; adapters' tensors are sharded like a weight that tensor parallelism has sharded."""
         module: Any = super()
         if self in COPIED_ALONE:
             raise RuntimeError(
@@ -292,13 +276,7 @@ def _has_own_layout(original: type) -> bool:
 
 @functools.cache
 def _ordering(metaclass: Any, last: tuple[type, ...], original_first: bool) -> Any:
-    """Returns a metaclass that orders the classes in which attributes are looked for.
-
-    Args:
-        metaclass: The metaclass of the original class.
-        last: Classes that the order ends in, with what they derive from.
-        original_first: Whether the original class is the first base, which the others come before all the same.
-    """
+    """Returns a metaclass that orders the classes in which attributes are looked for."""
 
     def mro(cls: Any) -> list[type]:
         found = metaclass.mro(cls)
@@ -343,11 +321,7 @@ def original_class(module: nn.Module) -> type:
 
 
 def layers_of(module: nn.Module) -> tuple[Layer, ...]:
-    """Returns the layers that `module` wears, outermost first.
-
-    Raises:
-        RuntimeError: If other code has replaced the class of a dressed module.
-    """
+    """Returns the layers that `module` wears, outermost first."""
     cls = under_shards(type(module))
     own = cls.__dict__.get("_graphpeft_layers")
     if own is None and hasattr(cls, "_graphpeft_layers"):

@@ -32,14 +32,7 @@ from graphpeft.graph.template import ABSENT, FIXED, SET_FORWARD, Template
 
 
 def given(module: nn.Module) -> Template | None:
-    """Returns the hand-written graph of a layer, or None for another module.
-
-    Args:
-        module: Any module. A layer must have a weight, its own or one that it computes.
-
-    Raises:
-        TraceError: If a graph can't replace the layer's forward.
-    """
+    """Returns the hand-written graph of a layer, or None for another module."""
     graph_of = _given_for(cast(Any, in_place.original_class(module)).forward)
     if graph_of is None or (module._parameters.get("weight") is None and computed_from(module, "weight") is None):
         return None
@@ -193,15 +186,7 @@ def _conv1d_graph() -> Template:
 
 
 def as_set_on(module: nn.Module, template: Template) -> Template:
-    """Returns the template of a layer on which a forward was set.
-
-    Args:
-        module: The layer.
-        template: The template of the forward of its class.
-
-    Raises:
-        TraceError: If the class computes more than one operation on its input.
-    """
+    """Returns the template of a layer on which a forward was set."""
     if any(node.target is F.pad for graph in template.graphs for node in graph.nodes):
         raise TraceError(
             f"its forward was set on the instance ({name_of(set_forward(module))}), and its padding_mode isn't "

@@ -45,9 +45,6 @@ def plus_product(
         scale: s, a number, or a tensor where an exported model takes it as an input.
         dropout: The probability of dropping an element of the branch's input.
         training: Whether elements are dropped.
-
-    Raises:
-        RuntimeError: If elements are dropped in a computation that is compiled, exported or transformed.
     """
     dropped = dropout if training else 0.0
     # a compiler decides itself what it adds up, and it knows no such tensor

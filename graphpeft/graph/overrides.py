@@ -59,13 +59,7 @@ def create(own: torch.Tensor) -> torch.Tensor:
 
 
 def read(module: nn.Module, others: dict[str, str], rows: Rows = ()) -> None:
-    """Makes `module` read overrides in place of its own tensors.
-
-    Args:
-        module: The module.
-        others: The names of the overrides, by the names of the module's own tensors.
-        rows: The rows that replace rows of the module's weight.
-    """
+    """Makes `module` read overrides in place of its own tensors."""
     in_place.put_on(module, _layer(tuple(others.items()), rows))
     if _HOOK in vars(module):
         _show_own(vars(module)[_HOOK])

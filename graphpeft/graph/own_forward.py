@@ -17,11 +17,7 @@ from graphpeft.graph.template import OWN_FORWARD, SIMPLE, Template
 
 
 def call_through(module: nn.Module) -> Template:
-    """Returns the template of a graph that only calls `module`'s own forward, with the same arguments.
-
-    Raises:
-        TraceError: If a graph can't have the forward's arguments.
-    """
+    """Returns the template of a graph that only calls `module`'s own forward, with the same arguments."""
     if set_forward(module) is not None and not _takes_the_same(module):
         raise TraceError(
             f"its forward was set on the instance ({name_of(set_forward(module))}) and takes other arguments than "

@@ -66,11 +66,7 @@ def own_weight(layer: nn.Module, name: str = "weight") -> torch.Tensor:
 
 
 def own_tensor(module: Any, name: str) -> Any:
-    """Returns a tensor of a module as its attribute would give it without the changes of adapters.
-
-    Raises:
-        GuardError: If ``torch.func.functional_call`` inside the model gives the module another tensor.
-    """
+    """Returns a tensor of a module as its attribute would give it without the changes of adapters."""
     stand_in = getattr(type(module), STAND_INS, {}).get(name)
     if stand_in is not None:
         return stand_in(module)
@@ -113,9 +109,6 @@ def look_around(module: Any, name: str, own: Any) -> None:
     """Looks at the calls around the first read of a parameter in an adapted model.
 
     A functional call around the whole model gives the model other weights; the adapters act on these.
-
-    Raises:
-        GuardError: If ``torch.func.functional_call`` inside the model gives the module the parameter that it has now.
     """
     if _READ_LAST.get(module, {}).get(name) == id(own):
         return
@@ -243,11 +236,7 @@ def _is_on_the_way(frame: Any) -> bool:
 
 
 class Asker:
-    """The code that asks a module's attribute for a tensor, or sets one.
-
-    Args:
-        depth: The number of calls between the caller of this and that code.
-    """
+    """The code that asks a module's attribute for a tensor, or sets one."""
 
     def __init__(self, depth: int) -> None:
         frame: Any = sys._getframe(depth + 1)
@@ -332,12 +321,7 @@ def own_in_fx_graph(module: nn.Module, name: str) -> Any:
 
 
 def fx_tracer(module: nn.Module, own: Any) -> Any:
-    """Returns the tracer that records a read of a module's tensor, or None.
-
-    Args:
-        module: The module.
-        own: The value that `own_in_fx_graph` returns for the tensor.
-    """
+    """Returns the tracer that records a read of a module's tensor, or None."""
     if isinstance(own, fx.Proxy):
         return own.tracer
     # what a hook has computed is no proxy, but what it is computed from is one

@@ -38,12 +38,7 @@ class _Thread(threading.local):
 
 
 class PerCall(Generic[T]):
-    """A value that holds during a call, or None.
-
-    Args:
-        name: The value's name, for the context variable and the error.
-        way_out: The error's advice where compiled code in one of several tasks reads the value.
-    """
+    """A value that holds during a call, or None."""
 
     def __init__(self, name: str, way_out: str) -> None:
         self._of_context: ContextVar[T | None] = ContextVar(f"graphpeft_{name}", default=None)
@@ -51,11 +46,7 @@ class PerCall(Generic[T]):
         self._refusal = f"compiled code can't tell the {name} of one asyncio task from those of another: {way_out}"
 
     def get(self) -> T | None:
-        """Returns the value of the current call, or None.
-
-        Raises:
-            RuntimeError: If compiled code reads it in a thread where tasks have a value.
-        """
+        """Returns the value of the current call, or None."""
         if not torch.compiler.is_dynamo_compiling():
             value = self._of_context.get()
             return self._of_thread.value if value is None else value

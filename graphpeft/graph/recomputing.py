@@ -40,11 +40,7 @@ def is_reentrant() -> bool:
 
 @contextlib.contextmanager
 def taken_along(factory: Factory) -> Iterator[None]:
-    """Enters a context, which functions checkpointed inside enter again when they run again.
-
-    Args:
-        factory: Makes a new context in each call.
-    """
+    """Enters a context, which functions checkpointed inside enter again when they run again."""
     if torch.compiler.is_compiling():
         # a compiler handles checkpoints itself, and can't follow a context variable that is set
         with factory():
@@ -96,12 +92,7 @@ os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_i
 
 @contextlib.contextmanager
 def checkpoints_bound_by(bind: Bind) -> Iterator[None]:
-    """Applies `bind` to each function that is checkpointed inside the context.
-
-    Args:
-        bind: Returns the function to checkpoint in place of its argument. It is called in other threads and tasks, too,
-            so it must tell whether it applies to them.
-    """
+    """Applies `bind` to each function that is checkpointed inside the context."""
     entry = (object(), bind)
     with contextlib.ExitStack() as stack:
         at_end_of(stack, _leave, entry)

@@ -23,13 +23,7 @@ def is_captured() -> bool:
 
 
 def add_scaled(y: Any, change: Any, scale: Any) -> Any:
-    """Returns y + s · change; with proxies, one node of their graph.
-
-    Args:
-        y: The value to change.
-        change: The change to add.
-        scale: The factor s: a number, or a tensor where an exported model takes the factor as an input.
-    """
+    """Returns y + s · change; with proxies, one node of their graph."""
     # without @recorded: in each call of each adapted layer, its wrapper would take as long as a small sum
     if isinstance(y, fx.Proxy):
         return as_node(add_scaled, y, change, scale)

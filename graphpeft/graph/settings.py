@@ -90,14 +90,7 @@ _Checked = tuple[nn.Module, str, Setting]
 
 
 class Settings:
-    """Compares the settings of a graph with the modules' present attributes.
-
-    Args:
-        root: The flat graph module.
-        reads: The attributes on which its graph depends.
-        unread: The paths of attributes that the model's code has looked for and that the graph can't read.
-        watch: The count of changes, so that a run needn't check hundreds of modules.
-    """
+    """Compares the settings of a graph with the modules' present attributes."""
 
     @classmethod
     def add(cls, graph: fx.Graph, root: nn.Module, name: str, reads: Reads, unread: list[str], watch: Watch) -> None:

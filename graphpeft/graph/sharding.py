@@ -48,12 +48,7 @@ def whole(tensor: Any) -> torch.Tensor:
 
 @contextlib.contextmanager
 def gathered(owners: Iterable[nn.Module], is_written: bool = False) -> Iterator[None]:
-    """Lets modules have their own tensors whole for the duration of the context.
-
-    Args:
-        owners: The modules.
-        is_written: Whether what is written into the whole tensors is to be in the sharded ones afterwards.
-    """
+    """Lets modules have their own tensors whole for the duration of the context."""
     with contextlib.ExitStack() as stack:
         exchanged: list[tuple[Any, torch.Tensor, int]] = []
         for owner in owners:

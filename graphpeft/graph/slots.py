@@ -59,11 +59,7 @@ def named(function: Callable[..., Any], names: Names) -> Callable[..., Any]:
 
 
 def layer_for(names: Mapping[int, str]) -> in_place.Layer | None:
-    """Returns the layer that gives a module its holders by slot names, or None if there are none.
-
-    Args:
-        names: The adapters that have a holder there, by their slots.
-    """
+    """Returns the layer that gives a module its holders by slot names, or None if there are none."""
     return _layer(tuple(names.items())) if names else None
 
 
@@ -73,13 +69,7 @@ def read_in(module: nn.Module) -> Mapping[int, str]:
 
 
 def read_in_group(group: HolderGroup, names: Mapping[int, str], left: Collection[int]) -> None:
-    """Lets graphs read the holders in a group by slot names.
-
-    Args:
-        group: The group.
-        names: The adapters that have a holder there, by their slots.
-        left: The slots in which these adapters were before; in others are adapters of another model.
-    """
+    """Lets graphs read the holders in a group by slot names."""
     for slot in left:
         delete_item(group.in_slots, _holder(slot))
     for slot, adapter in names.items():

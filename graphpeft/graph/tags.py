@@ -59,13 +59,7 @@ class Tag:
 
 
 def top(graph: fx.Graph, node: fx.Node, site: str) -> fx.Node:
-    """Returns the node that has the value of the operation `site` after all its adapters; without any, `node`.
-
-    Args:
-        graph: The graph.
-        node: The operation's own value.
-        site: The operation's name.
-    """
+    """Returns the node that has the value of the operation `site` after all its adapters; without any, `node`."""
     tags = ((other, other.meta[TAG]) for other in graph.nodes if TAG in other.meta)
     by_name = {tag.over: other for other, tag in tags if tag.over and tag.site == site}
     while node.name in by_name:
@@ -89,11 +83,7 @@ def own_input(graph: fx.Graph, site: str, x: fx.Node) -> fx.Node:
 
 
 def read_before(node: fx.Node) -> list[fx.Node]:
-    """Returns an operand of an operation as it is, and as it was before each adapter that has changed it, in turn.
-
-    Args:
-        node: The operand.
-    """
+    """Returns an operand of an operation as it is, and as it was before each adapter that has changed it, in turn."""
     found = [node]
     while TAG in node.meta and node.meta[TAG].enters_for is not None:
         name = node.meta[TAG].enters_for

@@ -74,13 +74,6 @@ class Before(NamedTuple):
 class Template:
     """The graphs of a forward with their compiled code.
 
-    Args:
-        graphs: One graph, or the graphs for evaluation and for training. The graphs of a shared template must not be
-            edited: see `derive`.
-        shared: Whether many modules may wear the template.
-        plain: The template before optimisation passes; the template itself if there were none.
-        before: The graphs that the module ran before rewrites changed them; None without rewrites.
-
     Attributes:
         slots: The slots of the adapters that have nodes in the graphs.
         fixed: The values of attributes that can't change while a module wears the template, by name.
@@ -180,13 +173,7 @@ class Template:
         return Template(self.copied_graphs(), False, None if self.plain is self else self.plain, self.before)
 
     def derive(self, key: Hashable, edit: Callable[[Graphs], None], back: Hashable | None = None) -> Template:
-        """Returns the template of these graphs after `edit`, cached under `key`.
-
-        Args:
-            key: A key that no other edit of these graphs has.
-            edit: Edits copies of the graphs in place.
-            back: The key of the edit that undoes this one.
-        """
+        """Returns the template of these graphs after `edit`, cached under `key`."""
         if self._back is not None and self._back[0] == key:
             return self._back[1]
         derived = self._derived.get(key)
@@ -200,11 +187,6 @@ class Template:
         """Returns the template of these graphs after an `edit` that changes how they compute, not what they compute.
 
         This template becomes the result's `plain` one, to which all other edits apply.
-
-        Args:
-            key: As for `derive`.
-            edit: As for `derive`.
-            meta: The content of the result's `meta`; the edit may fill it in.
         """
         known = self._derived.get(key)
         if known is None:
@@ -369,11 +351,7 @@ class GraphForward(NoWrapper, fx.GraphModule):
                 self.delete_submodule(path)
 
     def recompile(self) -> Any:
-        """Compiles the forward from the graphs again, after an edit.
-
-        Raises:
-            RuntimeError: If the model is optimized.
-        """
+        """Compiles the forward from the graphs again, after an edit."""
         self._refuse_edits_of_optimized()
         wear_template(self, Template(self.graphs, False, before=self._graphpeft_template.before))
 
@@ -387,16 +365,7 @@ class GraphForward(NoWrapper, fx.GraphModule):
 
 
 def wear_template(module: nn.Module, template: Template, names: Mapping[int, str] | None = None) -> None:
-    """Makes `module` run the forward of `template`.
-
-    Args:
-        module: The module.
-        template: The template.
-        names: The adapters in the slots; None for the adapters that the module has already.
-
-    Raises:
-        GuardError: If an attribute has another value than the template fixes.
-    """
+    """Makes `module` run the forward of `template`."""
     refuse_other_options(module, template)
     in_place.put_on(module, template.layer_for(names_in_slots(module) if names is None else names))
 

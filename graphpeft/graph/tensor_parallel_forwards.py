@@ -80,12 +80,7 @@ def stood_for(forward: Any) -> Any | None:
 
 
 def around_present(module: nn.Module, forward: Any) -> functools.partial[Any]:
-    """Returns the forward around that which the class of `module` has in each call.
-
-    Args:
-        module: The module.
-        forward: The forward of tensor parallelism that it has.
-    """
+    """Returns the forward around that which the class of `module` has in each call."""
     return functools.partial(_run, module, forward)
 
 

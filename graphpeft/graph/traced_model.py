@@ -123,21 +123,12 @@ class TracedModel(Place):
         return self.report._repr_html_()
 
     def train(self, mode: bool = True) -> Any:
-        """Sets training or evaluation mode, as the model does.
-
-        Raises:
-            GuardError: If a flag that the model's own method reads, such as one to freeze layers, has changed since the
-                trace.
-        """
+        """Sets training or evaluation mode, as the model does."""
         self._refuse_other_modes()
         return super().train(mode)
 
     def eval(self) -> Any:
-        """Sets evaluation mode, as the model does.
-
-        Raises:
-            GuardError: As `train` does.
-        """
+        """Sets evaluation mode, as the model does."""
         self._refuse_other_modes()
         return super().eval()
 

@@ -15,12 +15,7 @@ from graphpeft.transaction import set_item
 
 
 def loaded(module: nn.Module, *names: str) -> contextlib.AbstractContextManager[None]:
-    """Lets `module` have the values of its own tensors for the duration of the context.
-
-    Args:
-        module: The module.
-        *names: The names of adapters' tensors at the module, as of `place_of`, which are read, too.
-    """
+    """Lets `module` have the values of its own tensors for the duration of the context."""
     # a layer may have a hundred adapters
     owners = dict.fromkeys([module, *(place_of(module, name)[0] for name in names)] if names else [module])
     if "_hf_hook" in vars(module) or sharding.have_shards(owners):

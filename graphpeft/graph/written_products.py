@@ -36,12 +36,7 @@ class Product(NamedTuple):
 
 
 def plus_change(weight: fx.Proxy, change: fx.Proxy) -> fx.Proxy:
-    """Returns a weight with a change, in the weight's dtype; beside the change's factors, if it is a product.
-
-    Args:
-        weight: The weight.
-        change: The change.
-    """
+    """Returns a weight with a change, in the weight's dtype; beside the change's factors, if it is a product."""
     product = product_of(change.node)
     if product is None:
         made: Any = weight
@@ -54,11 +49,7 @@ def plus_change(weight: fx.Proxy, change: fx.Proxy) -> fx.Proxy:
 
 
 def product_of(node: Any) -> Product | None:
-    """Returns the product of whose computation a node is the end, or None.
-
-    Args:
-        node: The node.
-    """
+    """Returns the product of whose computation a node is the end, or None."""
     if _turns(node):
         product = product_of(node.args[0])
         return None if product is None else product._replace(is_turned=not product.is_turned)

@@ -20,16 +20,7 @@ from graphpeft.learning.watch import Watch
 def reason_and_line(
     region: str, name: str, tensor: Tensor, gradient: Tensor | None, modules: Mapping[str, nn.Module], watch: Watch
 ) -> tuple[str, str]:
-    """Returns the reason why a tensor doesn't learn, and the line of code; "" where no one line does it.
-
-    Args:
-        region: The path of the module whose forward uses the tensor.
-        name: The tensor's name at its place.
-        tensor: The tensor.
-        gradient: Its gradient; None without one.
-        modules: The model's modules by path.
-        watch: The observations of the forward.
-    """
+    """Returns the reason why a tensor doesn't learn, and the line of code; "" where no one line does it."""
     if region not in watch.called:
         return _never_called(region, modules)
     line = watch.called[region]

@@ -22,10 +22,6 @@ def undone(model: nn.Module, changed: Iterable[Tensor] = ()) -> Iterator[None]:
     """Puts back what runs in the context change: gradients, buffers, hooks, the states of random numbers, and values.
 
     Of parameters whose values a forward may overwrite, those are put back that it has written within `WritesUndone`.
-
-    Args:
-        model: The model.
-        changed: The tensors whose values are changed in the context, buffers aside.
     """
     # compiled code would run without what watches it, or refuse that
     with trial(model), torch.random.fork_rng(), random_python_states_kept(), uncompiled():

@@ -220,12 +220,7 @@ def _shown(file: str, number: int) -> str:
 
 
 def leaves_above(tensor: Tensor, made_by: Any) -> set[Tensor]:
-    """Returns the leaves from which a tensor was computed.
-
-    Args:
-        tensor: The tensor.
-        made_by: The node that has made it, which it may have lost since; None without one.
-    """
+    """Returns the leaves from which a tensor was computed."""
     if made_by is not None:
         return {node.variable for node in _above(made_by) if hasattr(node, "variable")}
     # without gradients, a view has no node, though it requires a gradient as its base does
@@ -236,11 +231,7 @@ def leaves_above(tensor: Tensor, made_by: Any) -> set[Tensor]:
 
 
 class SilentFunctions:
-    """Notes each `torch.autograd.Function` whose backward gives no gradient.
-
-    Args:
-        loss: The loss, before its backward.
-    """
+    """Notes each `torch.autograd.Function` whose backward gives no gradient."""
 
     def __init__(self, loss: Tensor) -> None:
         self._found: list[Any] = []

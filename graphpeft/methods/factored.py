@@ -76,22 +76,13 @@ class Factored(DeltaRule):
         return config.dropout
 
     def numbers_unknown(self, site: Any) -> str | None:
-        """Returns why the numbers of a site's weight can't be read, for a method that starts from them, or None.
-
-        Args:
-            site: The site.
-        """
+        """Returns why the numbers of a site's weight can't be read, for a method that starts from them, or None."""
         if isinstance(site, LeafSite) and not site.is_recoded:
             return f"its weight is decomposed, whose numbers aren't known: it is {site.kind}"
         return None
 
     def numbers(self, site: Any, module: nn.Module) -> torch.Tensor:
-        """Returns the weight without adapters as matrices, (*stack, rows, columns), in single precision at least.
-
-        Args:
-            site: The site, for which `numbers_unknown` has no reason.
-            module: The module that owns the weight.
-        """
+        """Returns the weight without adapters as matrices, (*stack, rows, columns), in single precision at least."""
         is_call = isinstance(site, LeafSite)
         own: Any = quantisers.codes_of(module).numbers() if is_call else read_weight(module, site.attribute)
         weight = self.layout.turned(own.detach().to(torch.promote_types(own.dtype, torch.float32)))

@@ -85,13 +85,7 @@ def too_many(site: Any, count: int) -> str | None:
 
 
 def places_drawn(matrices: Matrices, count: int, seed: int) -> Tensor:
-    """Returns places in a matrix, counted row by row.
-
-    Args:
-        matrices: The matrices.
-        count: The number of places.
-        seed: The seed.
-    """
+    """Returns places in a matrix, counted row by row."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(matrices.rows * matrices.columns, generator=generator)[:count]
 

@@ -191,12 +191,7 @@ _MANY = 20
 
 
 def _ends(named: set[str], paths: Sequence[str]) -> set[str]:
-    """Returns the ends of names that tell the named paths from all others, or the names, if these aren't more.
-
-    Args:
-        named: Entries of `target_modules`.
-        paths: The paths of all modules.
-    """
+    """Returns the ends of names that tell the named paths from all others, or the names, if these aren't more."""
     as_ends = tuple(f".{entry}" for entry in named)
     others = {end for path in paths if path not in named and not path.endswith(as_ends) for end in _ends_of(path)}
     found: set[str] = set()

@@ -105,13 +105,7 @@ def _interleaved(first: Tensor, second: Tensor) -> Tensor:
 
 
 def two_factors(size: int, factor: int) -> tuple[int, int]:
-    """Returns two numbers whose product is `size`, the smaller one first, unless `factor` divides it.
-
-    Args:
-        size: The number.
-        factor: The first of the two if it divides the number, else the most that the smaller one may be; -1 lets the
-            two be as near to each other as they can.
-    """
+    """Returns two numbers whose product is `size`, the smaller one first, unless `factor` divides it."""
     if factor > 0 and size % factor == 0:
         return factor, size // factor
     most = size if factor == -1 else factor

@@ -36,22 +36,13 @@ class Matrices(NamedTuple):
 
 
 def as_matrices(weight: Any, site: Any) -> Any:
-    """Returns a weight in PEFT's layout as its matrices, (*stack, rows, columns).
-
-    Args:
-        weight: The weight; a tensor or a proxy.
-        site: Its site.
-    """
+    """Returns a weight in PEFT's layout as its matrices, (*stack, rows, columns)."""
     stack, rows, columns = matrices_of(site)
     return weight.reshape(*stack, rows, columns)
 
 
 def matrices_of(site: Any) -> Matrices:
-    """Returns the matrices of a site's weight; a vector, which most rules refuse, counts as a column.
-
-    Args:
-        site: The site; a call of a layer counts as a matrix.
-    """
+    """Returns the matrices of a site's weight; a vector, which most rules refuse, counts as a column."""
     if isinstance(site, LeafSite):
         return Matrices((), site.out_features, site.in_features)
     kernel, shape = kernel_of(site), site.matrix_shape

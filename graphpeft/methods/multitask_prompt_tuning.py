@@ -172,9 +172,6 @@ def of_tasks(table: Tensor, cols: Tensor, rows: Tensor, task_ids: Tensor | None)
         cols: U, (tasks, tokens, ranks).
         rows: V, (tasks, ranks, dim).
         task_ids: The task of each row of the batch, (batch,).
-
-    Raises:
-        ValueError: If there are no `task_ids`.
     """
     if task_ids is None:
         raise ValueError("pass task_ids, the number of each row's task, to a model with a multitask prompt")
@@ -182,11 +179,7 @@ def of_tasks(table: Tensor, cols: Tensor, rows: Tensor, task_ids: Tensor | None)
 
 
 def _of_source(config: MultitaskPromptTuningConfig) -> dict[str, Tensor]:
-    """Returns the first values from a trained file.
-
-    Raises:
-        CheckpointError: If the file lacks some.
-    """
+    """Returns the first values from a trained file."""
     path = config.prompt_tuning_init_state_dict_path or ""
     saved = read_safetensors(path).tensors if path.endswith(".safetensors") else read_pickle(path)
     tasks = () if config.prompt_tuning_init == "ONLY_SOURCE_SHARED" else ("prefix_task_cols", "prefix_task_rows")

@@ -45,11 +45,7 @@ class Placed(DeltaRule):
 
     @abstractmethod
     def elements(self, own: Any) -> tuple[Any, Any]:
-        """Returns the values, and their places.
-
-        Args:
-            own: The rule's parameters, by name.
-        """
+        """Returns the values, and their places."""
         ...
 
     def complete(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
@@ -96,15 +92,7 @@ class Placed(DeltaRule):
         return self.with_branch(x, y, operation, apart, own)
 
     def with_branch(self, x: Any, y: Any, operation: Any, apart: Any, own: Any) -> Any:
-        """Returns y + operation(x, ΔW), or y in runs where the operation's weight has the change.
-
-        Args:
-            x: The operation's input.
-            y: The present value.
-            operation: The operation.
-            apart: Whether the weight is without the change.
-            own: The rule's parameters, by name.
-        """
+        """Returns y + operation(x, ΔW), or y in runs where the operation's weight has the change."""
         change = _change(apart, *self.elements(own), self.shape, self.columns)
         return plus_branch(y, operation.apply_if(apart, None, x, change))
 

@@ -61,15 +61,7 @@ class Heads(NamedTuple):
 
 
 def heads_of(module: Any, arguments: tuple[str, ...]) -> Heads:
-    """Returns the heads of an attention.
-
-    Args:
-        module: The attention.
-        arguments: The names of its forward's arguments.
-
-    Raises:
-        NotPlainError: If its queries, keys and values aren't known.
-    """
+    """Returns the heads of an attention."""
     cls = in_place.original_class(module)
     name = f"{cls.__module__}.{cls.__qualname__}"
     if HIDDEN not in arguments:
@@ -142,9 +134,6 @@ def rotated(x: Tensor, positions: tuple[Tensor, Tensor] | None) -> Tensor:
     Args:
         x: The values, (batch, heads, length, head size).
         positions: The cosines and sines, (batch, length, head size) each; None returns the values.
-
-    Raises:
-        ValueError: If they are for a part of a head.
     """
     if positions is None:
         return x

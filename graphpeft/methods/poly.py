@@ -125,9 +125,6 @@ def shares_of(h: Tensor, logits: Tensor, task_ids: Tensor, splits: int, training
         task_ids: The task of each row.
         splits: The number of parts of the features.
         training: Whether the shares are drawn.
-
-    Raises:
-        ValueError: If there isn't a task for each row, or none of a number.
     """
     if not is_captured():
         _check(h, len(logits), task_ids)

@@ -116,13 +116,7 @@ class Pvera(Factored):
 
 @recorded
 def normal_sample(mean: Tensor, log_variance: Tensor, state: Tensor | None = None) -> Tensor:
-    """Returns random numbers around means.
-
-    Args:
-        mean: Their means.
-        log_variance: The logarithms of their variances.
-        state: The state of the generator that draws, which is written anew; None for PyTorch's own generator.
-    """
+    """Returns random numbers around means."""
     deviation = torch.exp(0.5 * log_variance)
     noise = torch.randn_like(deviation) if state is None else _normal_of(state, deviation)
     return mean + noise * deviation

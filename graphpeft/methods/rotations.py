@@ -120,11 +120,7 @@ def is_weight_as_such(site: Any) -> bool:
 
 
 def features_of(site: Any) -> int:
-    """Returns the number of the features that are rotated: of an embedding's rows, or of what a layer is given.
-
-    Args:
-        site: The site; of a weight as such, the last dimension is rotated.
-    """
+    """Returns the number of the features that are rotated: of an embedding's rows, or of what a layer is given."""
     if is_weight_as_such(site):
         return site.matrix_shape[-1] if site.matrix_shape else 1
     is_table = not isinstance(site, LeafSite) and site.layout is ops.Embedding
@@ -132,12 +128,7 @@ def features_of(site: Any) -> int:
 
 
 def nearest_divisor(features: int, wanted: int) -> int:
-    """Returns the divisor of a number of features that is nearest to a number; of two equally near ones, the smaller.
-
-    Args:
-        features: The number of features.
-        wanted: The number.
-    """
+    """Returns the divisor of a number of features that is nearest to a number; of two equally near, the smaller."""
     divisors = (number for number in range(1, features + 1) if features % number == 0)
     return min(divisors, key=lambda number: abs(number - wanted))
 
@@ -183,11 +174,7 @@ def _with_identities_in_one(blocks: Tensor, share: float) -> Tensor:
 
 
 def features_of_row(site: Any) -> int:
-    """Returns the number of features that are rotated: of a row of the weight, at all positions of a kernel.
-
-    Args:
-        site: The site.
-    """
+    """Returns the number of features that are rotated: of a row of the weight, at all positions of a kernel."""
     if isinstance(site, LeafSite):
         return site.in_features
     return prod(site.matrix_shape[1:] if site.layout is ops.Convolution else site.matrix_shape[-1:])

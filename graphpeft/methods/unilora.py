@@ -95,16 +95,7 @@ class UniLora(Factored, BranchRule):
 # the sites of an adapter ask for them one after the other
 @functools.lru_cache(maxsize=1)
 def drawn_places(number: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Returns the elements of θ at all places of all factors, and by what each element is multiplied, as PEFT does.
-
-    Args:
-        number: The number of places.
-        length: The number of elements.
-        seed: The seed of NumPy's generator.
-
-    Raises:
-        ImportError: Without NumPy.
-    """
+    """Returns the elements of θ at all places of all factors, and by what each element is multiplied, as PEFT does."""
     try:
         import numpy as np
     except ImportError as error:

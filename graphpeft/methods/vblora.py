@@ -115,9 +115,6 @@ def mixtures(logits: Tensor, bank: Tensor, top: int, training: bool) -> Tensor:
         bank: Of shape (vectors, length).
         top: How many vectors are mixed: those of the largest logits.
         training: Whether the logits are trained.
-
-    Raises:
-        RuntimeError: If logits are trained that come from a file with the top k alone.
     """
     if training and not is_captured() and logits.flatten(0, -2)[0].isinf().any():
         raise RuntimeError(

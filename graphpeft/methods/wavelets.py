@@ -16,21 +16,12 @@ from graphpeft.methods.placed import placed
 
 
 def band(size: int, length: int) -> int:
-    """Returns the number of coefficients from which a step of synthesis makes one dimension of a matrix.
-
-    Args:
-        size: The size of the dimension.
-        length: The number of elements of the filters.
-    """
+    """Returns the number of coefficients from which a step of synthesis makes one dimension of a matrix."""
     return (size + length - 1) // 2
 
 
 def filters_of(wavelet: str) -> tuple[list[float], list[float]]:
-    """Returns the filters by which coefficients of averages and of differences become values.
-
-    Args:
-        wavelet: The name of the wavelet.
-    """
+    """Returns the filters by which coefficients of averages and of differences become values."""
     if wavelet == "db1":
         half = 0.5**0.5
         return [half, half], [half, -half]

@@ -25,14 +25,7 @@ from graphpeft.rules.peft_names import TaskType
 def layers_with(
     methods: tuple[Any, ...], task: TaskType | None, other_names: tuple[str, ...], offered: tuple[str, ...]
 ) -> dict[str, in_place.Layer | None]:
-    """Returns the layers of an adapted model by their kinds.
-
-    Args:
-        methods: The classes whose methods it has.
-        task: The task of its first adapter, on which PEFT's class depends.
-        other_names: The names of its members of `OtherNames`.
-        offered: The names of its methods of configs.
-    """
+    """Returns the layers of an adapted model by their kinds."""
     return {
         "methods": _methods_layer(methods, task, other_names, offered),
         "peft": None if model_class(task) is None else _peft_layer(task),

@@ -39,10 +39,6 @@ class Body:
     """The body of a Transformers model in all but its type, `model`, which is the adapted model, and `OF_ADAPTERS`.
 
     A part that the body lacks, such as the head, is the adapted model's, as in PEFT's inner wrapper.
-
-    Args:
-        body: The body.
-        model: The adapted model.
     """
 
     def __init__(self, body: nn.Module, model: nn.Module) -> None:

@@ -13,9 +13,6 @@ class Configs(Mapping[str, PeftConfig]):
     """The configs of a model's adapters by name, in the order in which these were added.
 
     It shows adapters that come and go. Options can be set on a config; adapters are added by `add_adapter`.
-
-    Args:
-        adapters: The model's adapters.
     """
 
     def __init__(self, adapters: Adapters) -> None:

@@ -22,11 +22,7 @@ _WATCHED: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Optimizer]] = wea
 
 
 def watch(model: nn.Module) -> None:
-    """Looks at the first step of each optimizer, until one that has parameters of the model was seen.
-
-    Args:
-        model: A model that was adapted just now.
-    """
+    """Looks at the first step of each optimizer, until one that has parameters of the model was seen."""
     _look_at_steps()
     _WATCHED[model] = weakref.WeakSet()
 

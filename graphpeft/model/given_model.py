@@ -24,15 +24,7 @@ _CLASSES_OF_PEFT = {
 
 
 def check_model(model: object) -> None:
-    """Raises an error for what can't be adapted, whatever the config.
-
-    Args:
-        model: The object that a caller gives as the model.
-
-    Raises:
-        TypeError: If it is no module.
-        AdaptError: If PEFT's own modules are in it.
-    """
+    """Raises an error for what can't be adapted, whatever the config."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {_no_module(model)}")
     classes = tuple(_classes_of_peft())

@@ -136,12 +136,7 @@ class MergingMethods(AdapterInfo):
 
 
 def _to_merge(model: AdapterInfo, names: Sequence[str] | None) -> list[str]:
-    """Returns the adapters to merge; it warns of those that are merged already, as PEFT does, and leaves them out.
-
-    Raises:
-        AdaptError: If the model has no adapter of a name.
-        TypeError: If `names` is one string in place of a list.
-    """
+    """Returns the adapters to merge; it warns of those that are merged already, as PEFT does, and leaves them out."""
     if isinstance(names, str):
         raise TypeError(f"adapter_names is the text {names!r}; pass a list of names, [{names!r}]")
     wanted = list(dict.fromkeys(model.active_adapters if names is None else names))

@@ -24,16 +24,7 @@ _BASE_TAG = "base_model:adapter:"
 
 
 def model_card(model: nn.Module, adapters: Sequence[Adapter], file: Path) -> str:
-    """Returns the text of the card of adapters: the one that is there, completed, or a new one.
-
-    Args:
-        model: The model.
-        adapters: Its adapters that the card is for, one at least.
-        file: The card that may be there.
-
-    Raises:
-        CheckpointError: If the metadata of that can't be read.
-    """
+    """Returns the text of the card of adapters: the one that is there, completed, or a new one."""
     from huggingface_hub import ModelCard, ModelCardData
 
     methods = list(dict.fromkeys(adapter.config.method for adapter in adapters))

@@ -8,11 +8,7 @@ from graphpeft.rules.registry import registered
 
 
 class Offered:
-    """A method that the config of the first active adapter offers that has it.
-
-    Args:
-        name: Its name.
-    """
+    """A method that the config of the first active adapter offers that has it."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -31,9 +31,6 @@ class ConfigsForPeft(Mapping[str, Any]):
     """The configs that the two functions get, by the adapters' names.
 
     It iterates over none of them: the functions would take other adapters' tensors out of a state dict by names.
-
-    Args:
-        adapters: The model's adapters.
     """
 
     def __init__(self, adapters: Adapters) -> None:

@@ -17,12 +17,7 @@ from graphpeft.transaction import transaction
 
 
 class _Available:
-    """A method that an object has while a condition holds.
-
-    Args:
-        function: The method.
-        condition: The condition, a function of the object.
-    """
+    """A method that an object has while a condition holds."""
 
     def __init__(self, function: Callable[..., Any], condition: Callable[[Any], bool]) -> None:
         self.__wrapped__, self._condition = function, condition
@@ -37,11 +32,7 @@ class _Available:
 
 
 def available_if(condition: Callable[[Any], bool]) -> Callable[[Callable[..., Any]], Any]:
-    """Makes a method one that an object has while a condition holds, so that `hasattr` tells.
-
-    Args:
-        condition: The condition, a function of the object.
-    """
+    """Makes a method one that an object has while a condition holds, so that `hasattr` tells."""
     return lambda function: _Available(function, condition)
 
 

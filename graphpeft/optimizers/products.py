@@ -49,11 +49,7 @@ class Product(NamedTuple):
 
 
 def adapted_model(model: Any) -> nn.Module:
-    """Returns the adapted model, which may be compiled as a whole.
-
-    Raises:
-        AdaptError: If it isn't adapted.
-    """
+    """Returns the adapted model, which may be compiled as a whole."""
     model = unwrapped(model)
     known_adapters(model)
     return model
@@ -69,15 +65,7 @@ def file_keys(model: nn.Module) -> Mapping[int, str]:
 
 
 def products(model: nn.Module, purpose: str) -> list[Product]:
-    """Returns the products of which a factor is trained; those that are another site's, too, are that one's alone.
-
-    Args:
-        model: An adapted model.
-        purpose: Their purpose, for the error.
-
-    Raises:
-        AdaptError: If no factor of LoRA is trained.
-    """
+    """Returns the products of which a factor is trained; those that are another site's, too, are that one's alone."""
     found: list[Product] = []
     for adapted, tensors in _sites(model):
         A, B = tensors.get("lora_A"), tensors.get("lora_B")

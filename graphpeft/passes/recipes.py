@@ -80,11 +80,7 @@ class Recipe:
         self._versions = [version(tensor) for tensor in self._kept()]
 
     def compute(self) -> Tensor:
-        """Computes the tensor.
-
-        Raises:
-            RuntimeError: If a saved tensor has been written to.
-        """
+        """Computes the tensor."""
         if [version(tensor) for tensor in self._kept()] != self._versions:
             raise RuntimeError(_WRITTEN)
         args = [argument.compute() if isinstance(argument, Recipe) else argument for argument in self.args]
@@ -112,13 +108,7 @@ def stepped(step: str, options: dict[str, Any], *args: Any) -> Any:
 
 @recorded
 def recipe(step: str, options: dict[str, Any], *args: Any) -> Recipe | None:
-    """Returns the recipe of a tensor, or None if autograd should save the tensor as it would without a recipe.
-
-    Args:
-        step: A name in `FUNCTIONS`, or a name in `METHODS` with a leading dot.
-        options: The keyword arguments of the step.
-        args: The positional arguments. If one is None, as a missing recipe is, the result is None, too.
-    """
+    """Returns the recipe of a tensor, or None if autograd should save the tensor as it would without a recipe."""
     if (
         wants_plain_form()
         or not torch.is_grad_enabled()
@@ -185,11 +175,7 @@ class _Kept(NamedTuple):
     version: int
 
     def tensor(self) -> Tensor:
-        """Returns the tensor.
-
-        Raises:
-            RuntimeError: If the tensor has been written to.
-        """
+        """Returns the tensor."""
         if version(self.itself) != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: a "

@@ -39,17 +39,7 @@ class Match(Mapping[str, Any]):
         self.assumed: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
-        """Returns the value of an argument of the pattern.
-
-        Args:
-            name: The name of the argument.
-
-        Returns:
-            The value that a module holds, a constant, or an example; None if none is known.
-
-        Raises:
-            KeyError: If the pattern has no such argument.
-        """
+        """Returns the value of an argument of the pattern."""
         value = self._value(name)
         path, present = self._reader.path(value), self._reader.constant(value)
         if path is not None and isinstance(present, PLAIN):

@@ -107,12 +107,7 @@ class Stop(NamedTuple):
 
 
 class Matcher:
-    """Tries one alternative of a pattern at nodes of a graph.
-
-    Args:
-        alternative: The alternative.
-        reader: Reads the graph.
-    """
+    """Tries one alternative of a pattern at nodes of a graph."""
 
     def __init__(self, alternative: Alternative, reader: Reader) -> None:
         self._alternative, self._reader = alternative, reader
@@ -287,11 +282,6 @@ def occurrences(
     """Returns where a pattern is met, in the order of the graph, and where it almost is.
 
     Of places that share an operation, the last counts: what it computes may include what the others do.
-
-    Args:
-        alternatives: The ways in which the pattern can be met.
-        reader: Reads the graph.
-        judge: Judges occurrences.
     """
     found: list[Occurrence] = []
     misses: list[tuple[fx.Node, int, Stop]] = []

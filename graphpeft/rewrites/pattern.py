@@ -162,12 +162,7 @@ class Alternative(NamedTuple):
 
 
 def alternatives_of(pattern: Callable[..., Any]) -> tuple[Alternative, ...]:
-    """Returns the ways in which a pattern can be met, in the order in which they are tried.
-
-    Raises:
-        RewriteError: If the pattern computes nothing or several values, computes with tensors of its own, or decides on
-            values.
-    """
+    """Returns the ways in which a pattern can be met, in the order in which they are tried."""
     patterns = pattern.patterns if isinstance(pattern, either) else (pattern,)
     return tuple(alternative for each in patterns for alternative in _readings(each))
 

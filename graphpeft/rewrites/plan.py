@@ -81,12 +81,6 @@ class _Read(NamedTuple):
 class Plan:
     """The plan of a rewrite of a model; making it changes nothing.
 
-    Args:
-        example: The rewrite.
-        model: The model.
-        inside: The paths of the modules whose forwards are read; None for all.
-        example_inputs: Inputs of the model, or None.
-
     Attributes:
         modules: The modules of the model, by path.
         templates: The new template of each module that changes.
@@ -139,21 +133,13 @@ class Plan:
         return sorted(called, key=lambda path: -path.count(".") - bool(path))
 
     def _template(self, path: str) -> Template:
-        """Returns the template that the module at a path has, or would have.
-
-        Raises:
-            TraceError: If it can't have one.
-        """
+        """Returns the template that the module at a path has, or would have."""
         if path not in self._read_templates:
             self._read_templates[path] = self._lifted(path)
         return self._read_templates[path]
 
     def _of_layer(self, path: str) -> Template:
-        """Returns the template of a layer whose call is read as an operation.
-
-        Raises:
-            TraceError: If it has none, or if this rewrite has changed it, and isn't to meet what it has made itself.
-        """
+        """Returns the template of a layer whose call is read as an operation."""
         if path in self.templates:
             raise TraceError("it is rewritten itself")
         return self._template(path)

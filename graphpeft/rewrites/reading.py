@@ -31,12 +31,6 @@ TemplateOf = Callable[[str], Template]
 class Reader:
     """The operations of one graph, in training or in evaluation.
 
-    Args:
-        graph: The graph.
-        root: The module that owns it; None for the graph of a pattern.
-        training: The mode.
-        template_of: Returns the templates of layers that the graph calls.
-
     Attributes:
         reasons: Why the call of a layer isn't read as an operation.
         read_layers: The paths of layers whose calls are read as operations.

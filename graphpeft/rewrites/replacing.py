@@ -63,19 +63,7 @@ _RUNNING: ContextVar[tuple[RuleTracer, Reader] | None] = ContextVar("running", d
 def replace_all(
     graph: fx.Graph, reader: Reader, found: list[Occurrence], code: Callable[..., Any], name: str, is_root: bool
 ) -> None:
-    """Replaces all occurrences in a graph, which must be a copy that nothing else uses.
-
-    Args:
-        graph: The copy.
-        reader: The reader of the original graph.
-        found: The occurrences in the original.
-        code: The replacement.
-        name: The name of the rewrite.
-        is_root: Whether the graph is the forward of the whole model.
-
-    Raises:
-        RewriteError: If the replacement can't be put there.
-    """
+    """Replaces all occurrences in a graph, which must be a copy that nothing else uses."""
     nodes = dict(zip(reader.graph.nodes, graph.nodes, strict=True))
     names: dict[str, str] = {}
     for occurrence in found:
@@ -109,11 +97,7 @@ def _emitted(
     name: str,
     reader: Reader,
 ) -> tuple[fx.Node, set[fx.Node]]:
-    """Runs the replacement on the values of an occurrence, in front of its result.
-
-    Returns:
-        The node of its value, and its nodes.
-    """
+    """Runs the replacement on the values of an occurrence, in front of its result."""
     result, tracer, before = nodes[occurrence.result], RuleTracer(graph), set(graph.nodes)
     called = {wanted: str(node.target) for wanted, node in occurrence.state.layers.items()}
     with graph.inserting_before(result):
@@ -232,11 +216,7 @@ def _rename_in_calls(graph: fx.Graph, names: Mapping[str, str]) -> None:
 
 
 def _give_example(node: fx.Node, reader: Reader, name: str) -> None:
-    """Gives a new node the example of its value, if those of its arguments are known.
-
-    Raises:
-        RewriteError: If PyTorch refuses the examples.
-    """
+    """Gives a new node the example of its value, if those of its arguments are known."""
     inputs = [source.meta.get(VALUE) for source in node.all_input_nodes]
     mode = next((value.fake_mode for value in inputs if isinstance(value, fake_tensor.FakeTensor)), None)
     if node.op == "get_attr":

@@ -37,18 +37,6 @@ def needs_copy(
 
     The old value must have owned its memory, or been a dropout that does nothing, where memory that it may share is
     written in place later. Writes may come later in the graph, or in the code that calls the module.
-
-    Args:
-        occurrence: The place of the pattern in the graph of the reader.
-        new: The node of the new value, in the copy of the graph.
-        nodes: The nodes of the copy by those of the graph.
-        added: The nodes of the replacement.
-        reader: The reader of the graph.
-        is_root: Whether the graph is the forward of the whole model, so that nothing of the model calls it.
-
-    Raises:
-        RewriteError: If the value shares memory and can't be copied, being several tensors; or if the old one may share
-            memory that is written.
     """
     result = nodes[occurrence.result]
     inert = _owners_of_old(occurrence, nodes, reader)

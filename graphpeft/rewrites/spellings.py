@@ -191,13 +191,7 @@ def _suits(kind: str, value: Any) -> int | None:
 
 
 def as_transpose(name: str, arguments: Mapping[Any, Any], rank: int | None) -> Form | None:
-    """Returns the form of a call that transposes two dimensions, counted from the last one; None for another call.
-
-    Args:
-        name: The function's name.
-        arguments: The call's arguments.
-        rank: The number of dimensions; None if it isn't known.
-    """
+    """Returns the form of a call that transposes two dimensions, counted from the last one; None for another call."""
     x = arguments.get("input", arguments.get(0))
     about = arguments.get(1) if name == "getattr" else name
     if about == "mT":

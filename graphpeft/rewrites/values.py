@@ -142,10 +142,6 @@ def example_of(value: Any, read: Any) -> Any:
     """Returns an example of a value: what a module holds, a constant, a tensor of the trace; None if unknown.
 
     A number that a graph computes may be another one in each run, so it isn't known.
-
-    Args:
-        value: The value.
-        read: Returns what the graph's module has at a path.
     """
     if isinstance(value, Attribute):
         return read(value.path)

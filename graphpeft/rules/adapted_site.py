@@ -72,13 +72,7 @@ class AdaptedSite(NamedTuple):
 
 
 def names_in_holder(specs: Mapping[str, ParameterSpec], constants: Mapping[str, float], prefix: str) -> NamesInHolder:
-    """Returns the names of what a rule has at a site, and where an adapter's holder has it.
-
-    Args:
-        specs: The rule's parameters by name.
-        constants: Its constants by name.
-        prefix: The prefix of all names at the site.
-    """
+    """Returns the names of what a rule has at a site, and where an adapter's holder has it."""
     paths = [(name, spec.path or prefix + name) for name, spec in specs.items()]
     for name, value in constants.items():
         if type(value) is Dropout:

@@ -51,13 +51,7 @@ class AddsToWeight(OperationRule):
 
 
 def own_weight(graph: fx.Graph, op: Computation, rule: Any) -> fx.Node | None:
-    """Returns the operand of an operation to which a rule's change is to be added, or None.
-
-    Args:
-        graph: The graph.
-        op: The operation.
-        rule: The rule.
-    """
+    """Returns the operand of an operation to which a rule's change is to be added, or None."""
     if not isinstance(rule, AddsToWeight) or "apart" not in asked_by(rule.rewrite).names:
         return None
     # a layer's call has no such operand, and a forward that was set on a layer reads its input alone

@@ -17,10 +17,6 @@ _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 class Asked:
     """The arguments of a rule's function.
 
-    Args:
-        function: The function. With ``**others``, it gets all available values but those in `COMPUTED`.
-        is_bound: Whether the first argument is the rule.
-
     Attributes:
         names: The names of the arguments.
         needed: The names of the arguments without a default.
@@ -38,11 +34,7 @@ class Asked:
         return name in self.names or (self.takes_more and name not in COMPUTED)
 
     def among(self, there: Iterable[str]) -> list[str]:
-        """Returns the names in `there` that the function gets, in the order of its arguments.
-
-        Raises:
-            ArgumentError: If a needed argument isn't in `there`.
-        """
+        """Returns the names in `there` that the function gets, in the order of its arguments."""
         there = list(dict.fromkeys(there))
         lacking = [name for name in self.needed if name not in there]
         if lacking:
@@ -86,14 +78,7 @@ GIVEN = frozenset((*_AT_OPERATION, *OPTIONAL, *_LEAVE))
 
 @functools.lru_cache(maxsize=1024)
 def unknown_argument(rule: Rule, site: type, op: type, own: tuple[str, ...]) -> str | None:
-    """Returns a reason that names a rule's function and the unknown argument that it asks for, or None.
-
-    Args:
-        rule: The rule.
-        site: The class of the site.
-        op: The kind of the site's operations.
-        own: The names of the rule's parameters and constants, and of the site's `reads`.
-    """
+    """Returns a reason that names a rule's function and the unknown argument that it asks for, or None."""
     functions: dict[str, tuple[str, ...]] = {}
     if issubclass(site, CallSite):
         functions = {"enter": _ENTER, "leave": _LEAVE}

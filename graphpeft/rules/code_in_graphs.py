@@ -22,12 +22,7 @@ class RuleTracer(GraphAppendingTracer):
         self._depth = depth_of_autocast()
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
-        """Returns the proxy of a new node.
-
-        Raises:
-            RuleError: If the rule has switched gradients off, or is in a region of autocast of its own, which a graph
-                alone would not know of.
-        """
+        """Returns the proxy of a new node."""
         if not torch.is_grad_enabled():
             raise RuleError(
                 "it computes under torch.no_grad(), which a graph can't hold; call detach() on what is to have no "
@@ -40,11 +35,7 @@ class RuleTracer(GraphAppendingTracer):
         return super().create_proxy(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
-        """Returns an argument of a node.
-
-        Raises:
-            RuleError: If the argument is a tensor, which has no path in the graph's module.
-        """
+        """Returns an argument of a node."""
         if isinstance(a, torch.Tensor):
             raise RuleError(
                 f"it computes with a tensor of shape {tuple(a.shape)} of its own, which a graph can't hold; make it "
@@ -65,16 +56,7 @@ def given_to(
     paths: Mapping[str, str | CallInput | None],
     values: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Returns the values that the names of a function's arguments ask for, with nodes as proxies.
-
-    Args:
-        function: The function. With ``**others``, it gets all available values but those that are computed.
-        tracer: The tracer of the graph that gets new nodes. All proxies among the values must be its own.
-        nodes: The available nodes.
-        paths: The available attributes of the module that owns the graph, and arguments of the call; None for a value
-            that is absent.
-        values: Other available values.
-    """
+    """Returns the values that the names of a function's arguments ask for, with nodes as proxies."""
     graph = tracer.graph
     paths = {"training": "training", **paths}
 

@@ -24,13 +24,7 @@ from graphpeft.sites.site import CallSite
 
 @functools.lru_cache(maxsize=1024)
 def unfit_bases(rule: type, site: type, op: type) -> str | None:
-    """Returns why a rule would do nothing at a site, or None.
-
-    Args:
-        rule: The class of the rule.
-        site: The class of the site.
-        op: The kind of the site's operations.
-    """
+    """Returns why a rule would do nothing at a site, or None."""
     if issubclass(site, CallSite):
         needed: tuple[type, ...] = (BoundaryRule,)
     elif op is ops.Weight:

@@ -63,12 +63,7 @@ def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
 
 
 def as_config(given: ConfigLike) -> PeftConfig:
-    """Returns a config of this library; a PEFT config is converted by its keys.
-
-    Raises:
-        TypeError: If `given` is no config.
-        ValueError: If the method, or the runtime config of PEFT, isn't supported.
-    """
+    """Returns a config of this library; a PEFT config is converted by its keys."""
     if type(given) is PeftConfig:
         return PeftConfig.from_dict(given.to_dict())
     if isinstance(given, PeftConfig):

@@ -78,11 +78,7 @@ DropoutProbability = Annotated[float, Within("a probability of dropping an eleme
 
 
 def check_options(options: Any) -> None:
-    """Raises ValueError, with the option's name, for a value that the option's annotation doesn't admit.
-
-    Args:
-        options: An instance of a dataclass.
-    """
+    """Raises ValueError, with the option's name, for a value that the option's annotation doesn't admit."""
     hints = _type_hints(type(options))
     for field in dataclasses.fields(options):
         value, hint = getattr(options, field.name), hints[field.name]
@@ -97,23 +93,13 @@ def check_options(options: Any) -> None:
 
 
 def admits(cls: type, name: str, value: Any) -> bool:
-    """Returns whether an option of a dataclass is of the type of a value, whatever its bounds.
-
-    Args:
-        cls: The dataclass.
-        name: The option's name; any value will do for one that it hasn't.
-        value: The value.
-    """
+    """Returns whether an option of a dataclass is of the type of a value, whatever its bounds."""
     hints = _type_hints(cls)
     return name not in hints or _fits(value, hints[name])
 
 
 def sizes_of(options: Any) -> dict[str, int]:
-    """Returns the options annotated as `Size` that have a value, by name.
-
-    Args:
-        options: An instance of a dataclass.
-    """
+    """Returns the options annotated as `Size` that have a value, by name."""
     hints = _type_hints(type(options))
     names = [field.name for field in dataclasses.fields(options)]
     sized = [name for name in names if hints[name] == Size or Size in typing.get_args(hints[name])]
@@ -158,11 +144,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _problem(value: Any, hint: Any) -> tuple[str, str, Any] | None:
-    """Returns the first number out of bounds in a value of the annotated type.
-
-    Returns:
-        The number's place in the value, as a Python subscript; what it must be; and the number. None without one.
-    """
+    """Returns the first number out of bounds in a value of the annotated type."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         wanted = parts[1].problem(value)

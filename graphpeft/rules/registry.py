@@ -70,14 +70,7 @@ def register(config_class: ConfigT) -> ConfigT:
 
 
 def names_method(config_class: ConfigT) -> ConfigT:
-    """Lets a config class that is no method's be made for the method that `peft_type` names, as PEFT's can.
-
-    Args:
-        config_class: A dataclass.
-
-    Returns:
-        The class.
-    """
+    """Lets a config class that is no method's be made for the method that `peft_type` names, as PEFT's can."""
     initialise = config_class.__init__
 
     @functools.wraps(initialise)

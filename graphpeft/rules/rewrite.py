@@ -35,12 +35,7 @@ Operand = Computation | Leaf
 
 
 class NoChangeError(Exception):
-    """A rule asks for the present weight, but an earlier adapter's effect there is no change of the weight.
-
-    Args:
-        weight: The path of the weight.
-        slot: The slot of the earlier adapter.
-    """
+    """A rule asks for the present weight, but an earlier adapter's effect there is no change of the weight."""
 
     def __init__(self, weight: str, slot: int) -> None:
         super().__init__(f"what the adapter in slot {slot} does with {weight} is no change of it")
@@ -48,12 +43,7 @@ class NoChangeError(Exception):
 
 
 class ChangedInputError(Exception):
-    """A rule asks for an argument of a forward as it was given, and an earlier adapter changes it.
-
-    Args:
-        argument: The name of the argument.
-        slot: The slot of the earlier adapter.
-    """
+    """A rule asks for an argument of a forward as it was given, and an earlier adapter changes it."""
 
     def __init__(self, argument: str, slot: int) -> None:
         super().__init__(f"the adapter in slot {slot} changes {argument}")
@@ -70,24 +60,7 @@ def insert(
     is_change: bool = True,
     of_one_call: bool = False,
 ) -> None:
-    """Inserts the nodes of `rule` at `op`, after the nodes of other adapters.
-
-    Args:
-        graph: The graph, edited in place.
-        op: The operation in `graph`.
-        rule: The rule for this kind of operation.
-        attributes: The paths of the rule's parameters and constants and of the site's `reads`, in the module that owns
-            the graph, by the rule's names.
-        slot: The adapter's slot.
-        method: The `peft_type` of the adapter's method.
-        is_change: Whether the rule's effect there is a change of the weight.
-        of_one_call: Whether the adapter acts in this one of the weight's operations alone.
-
-    Raises:
-        NoChangeError: If the rule asks for the present weight, and an earlier adapter's effect is no change of the
-            weight.
-        ChangedInputError: If it asks for an argument as it was given, and an earlier adapter changes that.
-    """
+    """Inserts the nodes of `rule` at `op`, after the nodes of other adapters."""
     before = set(graph.nodes)
     with torch.enable_grad():  # whatever the caller's mode is, the rule's code alone may choose another
         entered, replaced = _emit(
@@ -255,11 +228,7 @@ def _sum(weight: fx.Node, change: fx.Proxy) -> fx.Node:
 
 
 def _operands(graph: fx.Graph, op: Computation, rule: Any, attributes: Sources) -> dict[str, fx.Node]:
-    """Emits the operands of an operation, and the rule's changes of them, that the rule asks for.
-
-    Raises:
-        NoChangeError: As `insert` does.
-    """
+    """Emits the operands of an operation, and the rule's changes of them, that the rule asks for."""
     asked = [asked_by(rule.rewrite)]
     if "change" in asked[0].names:
         asked.append(asked_by(rule.delta))
@@ -343,15 +312,7 @@ def replace(
     nodes: Mapping[str, fx.Node],
     paths: Mapping[str, str],
 ) -> None:
-    """Replaces an operation's value by the result of `function`.
-
-    Args:
-        graph: The graph, edited in place.
-        op: The operation; the function can ask for `x`, `y` and `operation`.
-        function: Plain code, run on proxies.
-        nodes: Further nodes that the function can ask for, by name.
-        paths: Attributes of the module that owns the graph, which the function can ask for, by name.
-    """
+    """Replaces an operation's value by the result of `function`."""
     assert not isinstance(op, Weight)
     if not isinstance(op, Leaf):
         _reading_own(graph, op, True, [*graph.nodes])

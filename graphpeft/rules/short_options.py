@@ -17,14 +17,7 @@ _NOT_TOLD = PeftConfig.not_of_tensors | {"target_modules", "target_parameters", 
 
 
 def short_options(config: PeftConfig) -> str:
-    """Returns those options of a config that say how its adapter computes, as text.
-
-    Args:
-        config: The config.
-
-    Returns:
-        The rank and α, and what differs from the defaults.
-    """
+    """Returns those options of a config that say how its adapter computes, as text."""
     told: dict[str, str] = {}
     for field in dataclasses.fields(config):
         value: Any = plain(getattr(config, field.name))

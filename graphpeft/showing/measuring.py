@@ -49,13 +49,7 @@ class Costs(NamedTuple):
 
 
 def measured(model: nn.Module, modules: Mapping[str, nn.Module], batch: ExampleInputs) -> Costs:
-    """Returns what a forward of a model costs, in the mode in which the model is.
-
-    Args:
-        model: The model.
-        modules: Its modules by path.
-        batch: A tuple of positional or a dict of keyword arguments.
-    """
+    """Returns what a forward of a model costs, in the mode in which the model is."""
     args, kwargs = given = split_inputs(batch)
 
     def run() -> Any:
@@ -203,9 +197,6 @@ def _memory(tensor: Tensor) -> tuple[Any, int]:
 
 class NodeShapes(TorchFunctionMode):
     """Notes shapes while models run in its context.
-
-    Args:
-        modules: The modules whose graphs are looked at, by path.
 
     Attributes:
         found: Shapes and dtypes as text, by the path of a graph's module and a node's name.

@@ -22,13 +22,7 @@ MODES = ("evaluation", "training")
 
 
 def drawn_graphs(before: tuple[fx.Graph, ...], after: tuple[fx.Graph, ...], module: nn.Module) -> list[DrawnGraph]:
-    """Returns the drawn graphs of a forward.
-
-    Args:
-        before: The graph without adapters and rewrites, or those for evaluation and training.
-        after: The same with them. A rewrite may have made two graphs of one.
-        module: The module whose forward it is.
-    """
+    """Returns the drawn graphs of a forward."""
     modes = ("",) if len(after) == 1 else MODES
     before = before * len(after) if len(before) == 1 else before
     return [

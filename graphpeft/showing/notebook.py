@@ -12,12 +12,7 @@ from graphpeft.wording import number_of
 
 
 def modules_html(model: nn.Module, title: str) -> str:
-    """Returns the modules of a model as HTML, open where adapters are.
-
-    Args:
-        model: The model.
-        title: The name of the model.
-    """
+    """Returns the modules of a model as HTML, open where adapters are."""
     return f'<div style="font-family: monospace; line-height: 1.5">{_tree(model, title)}</div>'
 
 

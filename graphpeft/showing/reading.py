@@ -48,16 +48,7 @@ from graphpeft.wording import number_of
 
 
 def picture_of(shown: nn.Module | Report, example_inputs: ExampleInputs | None = None) -> Picture:
-    """Returns the picture of a model, adapted or traced, or of a report of `explain`.
-
-    Args:
-        shown: The model, the trace or the plan that is shown.
-        example_inputs: A batch with which a model's costs are measured; None measures nothing.
-
-    Raises:
-        TypeError: If it is something else.
-        ValueError: If a batch is given for a report.
-    """
+    """Returns the picture of a model, adapted or traced, or of a report of `explain`."""
     if isinstance(shown, Report):
         if example_inputs is not None:
             raise ValueError("a plan has nothing to run a batch with; adapt the model, and show that with the batch")
@@ -232,14 +223,7 @@ Trained = Mapping[str, list[DrawnTraining]]
 def tree(
     modules: Mapping[str, nn.Module], drawn: Mapping[str, Drawn], trained: Trained, costs: Costs | None = None
 ) -> DrawnModule:
-    """Returns the module at the root, with all that are inside.
-
-    Args:
-        modules: The modules by path; the model itself is at "".
-        drawn: The parts of their forwards, by path.
-        trained: Their own tensors that adapters train.
-        costs: The costs of a forward; None if they weren't measured.
-    """
+    """Returns the module at the root, with all that are inside."""
     inside: dict[str, list[str]] = {path: [] for path in modules}
     for path in modules:
         if path:
@@ -279,14 +263,7 @@ def tree(
 
 
 def drawn_site(adapted: AdaptedSite, adapter: int, slot: int, modules: Mapping[str, nn.Module]) -> DrawnSite:
-    """Returns a site of an adapter as a picture has it.
-
-    Args:
-        adapted: The site.
-        adapter: The place of the adapter among the picture's.
-        slot: The adapter's slot.
-        modules: The model's modules by path.
-    """
+    """Returns a site of an adapter as a picture has it."""
     site: Any = adapted.site
     owner = modules[site.owner]
     relative = within(site.owner, site.region)
@@ -307,14 +284,7 @@ def drawn_site(adapted: AdaptedSite, adapter: int, slot: int, modules: Mapping[s
 def with_change(
     drawn: DrawnSite, adapted: AdaptedSite, modules: Mapping[str, nn.Module], originals: Originals
 ) -> DrawnSite:
-    """Returns a drawn site with ‖ΔW‖ / ‖W‖, if its adapter changes a weight whose numbers are here.
-
-    Args:
-        drawn: The site as it is drawn.
-        adapted: The site.
-        modules: The model's modules by path.
-        originals: The base's weights where other adapters are merged into them.
-    """
+    """Returns a drawn site with ‖ΔW‖ / ‖W‖, if its adapter changes a weight whose numbers are here."""
     if not isinstance(adapted.site, Site) or adapted.unmergeable is not None or not _is_here(adapted, modules):
         return drawn
     with torch.no_grad():

@@ -31,13 +31,7 @@ class Attention(NamedTuple):
 
 
 def attentions(root: nn.Module, graph: fx.Graph, values: Mapping[str, Any]) -> list[Attention]:
-    """Returns all attentions of a graph.
-
-    Args:
-        root: The module that owns the graph.
-        graph: The graph.
-        values: Examples of the nodes' values, by the nodes' names.
-    """
+    """Returns all attentions of a graph."""
     found = (_attention(node, root, values) for node in graph.nodes)
     return [attention for attention in found if attention is not None]
 

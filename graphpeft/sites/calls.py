@@ -40,11 +40,7 @@ class Crossing(NamedTuple):
 
 
 def boundary(regions: Regions, path: str) -> Crossing:
-    """Returns the place of the boundary of the forward of the module at `path`; the module need not be traced.
-
-    Raises:
-        TraceError: If the module can't have a graph, or is never called.
-    """
+    """Returns the place of the boundary of the forward of the module at `path`; the module need not be traced."""
     module = regions.modules[path]
     if not regions.is_called(path):
         return _boundary_inside(regions, path)
@@ -60,9 +56,6 @@ def boundary_site(regions: Regions, path: str) -> CallSite:
     """Returns the site at the boundary of the forward of the module at `path`.
 
     An adapter's tensors there have the device and dtype of the module's first parameter, or else of the model's.
-
-    Raises:
-        TraceError: As `boundary` does.
     """
     crossing = boundary(regions, path)
     found = (_first_parameter(regions, at) for at in (path, ""))
@@ -101,11 +94,7 @@ def _boundary_inside(regions: Regions, path: str) -> Crossing:
 
 
 def calls_of(regions: Regions, site: Site | LeafSite) -> list[Site | LeafSite]:
-    """Returns one site for each operation, or call, of `site`; a site with a single one stays unchanged.
-
-    Raises:
-        TraceError: If the graph of the model doesn't tell the calls apart.
-    """
+    """Returns one site for each operation, or call, of `site`; a site with a single one stays unchanged."""
     if site.region and runs_graph(regions.modules[""]):
         raise TraceError(f"{site.region} stays a call in the graph, which has no place for what differs inside")
     if site.region:

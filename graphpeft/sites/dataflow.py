@@ -36,14 +36,7 @@ def reaching_output(graph: fx.Graph) -> set[fx.Node]:
 def feeding_directly(
     graph: fx.Graph, node: fx.Node, among: Collection[fx.Node], leads_on: Callable[[fx.Node], bool]
 ) -> list[fx.Node]:
-    """Returns the nodes of `among` with a path to `node` that passes no other of them, in the order of the graph.
-
-    Args:
-        graph: The graph.
-        node: The end of the paths.
-        among: The candidate nodes.
-        leads_on: Whether a path may pass a node.
-    """
+    """Returns the nodes of `among` with a path to `node` that passes no other of them, in the order of the graph."""
     import networkx as nx
 
     flow = as_digraph(graph)

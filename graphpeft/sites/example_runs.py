@@ -57,13 +57,7 @@ Way = frozenset[tuple[str, Any]]
 def ways_of_calling(
     model: nn.Module, modules: Mapping[str, nn.Module], example_inputs: ExampleInputs
 ) -> dict[str, list[Way]]:
-    """Runs a copy of the model on the example inputs and returns in which ways each module is called.
-
-    Args:
-        model: The model.
-        modules: The modules in question, by path; a module that isn't called has no ways.
-        example_inputs: Inputs of the model.
-    """
+    """Runs a copy of the model on the example inputs and returns in which ways each module is called."""
     optional = {path: defaults(module.forward) for path, module in modules.items()}
     ways: dict[str, list[Way]] = {}
 

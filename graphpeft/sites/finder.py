@@ -57,11 +57,6 @@ NOTHING_KNOWN = Known({}, {})
 class SiteFinder:
     """Finds the sites of weights in one model, recording each module's graph once; the model stays unchanged.
 
-    Args:
-        model: The model.
-        known: The findings of earlier calls in the model.
-        example_inputs: Inputs of the model, for modules whose forward branches on its inputs.
-
     Attributes:
         regions: The model's modules and their graphs.
         modules: The modules that may have sites, by path.
@@ -79,15 +74,7 @@ class SiteFinder:
         self._firsts: dict[Hashable, Site] = {}
 
     def find(self, owner: str, attribute: str) -> Site:
-        """Returns the site of a weight.
-
-        Args:
-            owner: The path of the module that owns the weight.
-            attribute: The weight's name in its owner.
-
-        Raises:
-            NoSiteError: If the weight has no site.
-        """
+        """Returns the site of a weight."""
         module = self.modules[owner]
         held = self._held.place_of(module, attribute)
         alike = self._likeness(owner, attribute) if held is None else None
@@ -180,11 +167,7 @@ class SiteFinder:
         return name == "out_proj" and isinstance(self.modules.get(around), nn.MultiheadAttention)
 
     def _why_no_graph(self, region: str, owner: str, attribute: str, uses: WeightUses) -> str | None:
-        """Returns the reason why the graph of a region doesn't show all uses of a weight, or None.
-
-        Raises:
-            NoSiteError: If an embedding shortens rows of the weight itself.
-        """
+        """Returns the reason why the graph of a region doesn't show all uses of a weight, or None."""
         if not uses.is_called_beside and (region == owner or not self._is_called_beside(region, owner, uses)):
             return None
         using = f"used in {', '.join(uses.others)}" if uses.others else "used in another way"

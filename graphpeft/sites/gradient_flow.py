@@ -38,13 +38,7 @@ ALL = Flow(True, True)
 
 
 def flow_of(module: nn.Module, features: int, dtype: torch.dtype) -> Flow:
-    """Returns the tensors that get a gradient in a layer's call; `ALL` if the layer doesn't take one row of numbers.
-
-    Args:
-        module: The layer, which stays unchanged.
-        features: The number of input features.
-        dtype: The input's dtype.
-    """
+    """Returns the tensors that get a gradient in a layer's call; `ALL` if the layer doesn't take one row of numbers."""
     with unhooked(module):
         return _flow_of(module, features, dtype)
 

@@ -27,11 +27,7 @@ _REGISTERED = 2
 
 
 class HeldParameters:
-    """The parameters that the modules of one model hold in attributes, containers, closures and hooks.
-
-    Args:
-        modules: The model's modules by path.
-    """
+    """The parameters that the modules of one model hold in attributes, containers, closures and hooks."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._modules = modules

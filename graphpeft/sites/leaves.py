@@ -27,9 +27,6 @@ def leaf_site(regions: Regions, path: str) -> LeafSite:
 
     Its features are the module's `in_features` and `out_features`. If the module declares none, they come from example
     values.
-
-    Raises:
-        NoSiteError: If the calls can't be adapted, or the features aren't known.
     """
     module = regions.modules[path]
     name = stands_for(module).__name__

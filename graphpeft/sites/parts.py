@@ -32,11 +32,7 @@ _VIEWS = frozenset((
 
 
 def parts_of(regions: Regions, site: Site) -> dict[str, Runs]:
-    """Returns the rows of q, k and v in a fused projection, by name.
-
-    Raises:
-        TraceError: If the graph around the projection doesn't show them.
-    """
+    """Returns the rows of q, k and v in a fused projection, by name."""
     features = site.shape[1] if site.transposed else site.shape[0]
     if site.region != site.owner:
         graph = regions.templates[site.region].graphs[0]
@@ -60,9 +56,6 @@ def parts_found(graph: fx.Graph, output: fx.Node, features: int) -> dict[str, Ru
         graph: A graph with example values.
         output: The node of the projection's output, of shape (..., features).
         features: The number of its features.
-
-    Raises:
-        TraceError: If the graph doesn't split the output into three parts by views alone.
     """
     if not isinstance(output.meta.get(VALUE), torch.Tensor):
         raise TraceError("the shape of its output isn't known; pass example_inputs")
@@ -116,11 +109,7 @@ def _in_order(ends: Mapping[tuple[int, ...], fx.Node]) -> list[tuple[int, ...]]:
 
 
 def _as_attended(graph: fx.Graph, ends: list[fx.Node]) -> list[fx.Node]:
-    """Returns three nodes in the order of queries, keys and values of the first attention.
-
-    Raises:
-        TraceError: If the graph doesn't show the order.
-    """
+    """Returns three nodes in the order of queries, keys and values of the first attention."""
     for node in graph.nodes:
         if node.target is F.scaled_dot_product_attention:
             return _one_candidate_each(ends, [_arguments_above(node, index) for index in range(3)])

@@ -92,12 +92,7 @@ def parts_of(layer: nn.Module) -> dict[str, str]:
 
 
 def numbers_of(weight: Any, state: Any = None) -> Tensor:
-    """Returns the numbers of a quantised weight, (out, in), without gradients.
-
-    Args:
-        weight: The weight. Of a pickled layer, it has lost its class, and `state` tells how to read it.
-        state: The state that the layer keeps beside it, if any.
-    """
+    """Returns the numbers of a quantised weight, (out, in), without gradients."""
     quantiser = _quantiser(weight) or _QUANTISERS[_BY_STATE[type(state).__name__]]
     with torch.no_grad():
         return quantiser.numbers(weight, state)
@@ -105,11 +100,7 @@ def numbers_of(weight: Any, state: Any = None) -> Tensor:
 
 @torch.no_grad()
 def quantised(layer: nn.Module, numbers: Tensor) -> Codes:
-    """Returns numbers as codes, made as those that a layer's weight has; the layer stays unchanged.
-
-    Raises:
-        QuantisingError: If they can't be.
-    """
+    """Returns numbers as codes, made as those that a layer's weight has; the layer stays unchanged."""
     own: Any = layer._parameters["weight"]
     state = next((getattr(layer, name) for name in _known(own).beside), None)
     made = _known(own).codes(own, state, numbers)
@@ -121,16 +112,7 @@ def quantised(layer: nn.Module, numbers: Tensor) -> Codes:
 
 @torch.no_grad()
 def requantised(weight: Any, state: Any, numbers: Tensor) -> Tensor:
-    """Returns what is left of numbers, (out, in), when they are quantised as a weight was.
-
-    Args:
-        weight: The weight, as for `numbers_of`.
-        state: The state that its layer keeps beside it, if any.
-        numbers: The numbers.
-
-    Raises:
-        QuantisingError: If they can't be.
-    """
+    """Returns what is left of numbers, (out, in), when they are quantised as a weight was."""
     quantiser = _quantiser(weight)
     if quantiser is None:
         raise QuantisingError("the weight was pickled, and has lost how it was quantised; load the base model anew")

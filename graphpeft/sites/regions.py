@@ -46,11 +46,6 @@ def _lifted(template: Template, module: nn.Module) -> Lifted:
 class Regions:
     """The modules of one model that can have graphs; the model stays unchanged.
 
-    Args:
-        model: The model.
-        known: Regions that have had adapters before, by path.
-        example_inputs: Inputs of the model, for modules whose forward branches on its inputs.
-
     Attributes:
         all_modules: The modules of the model, by path.
         modules: The modules that may have sites.
@@ -157,13 +152,7 @@ class Regions:
         return example_runs.ways_of_calling(self.modules[""], called, self.example_inputs)
 
     def uses(self, region: str, owner: str, attribute: str) -> WeightUses | None:
-        """Returns the uses of a weight in the graph of a region, or None.
-
-        Args:
-            region: The path of the region, whose graph is in `templates`.
-            owner: The path of the module that owns the weight.
-            attribute: The weight's name in its owner.
-        """
+        """Returns the uses of a weight in the graph of a region, or None."""
         found = weight_uses(self.templates[region], self.modules[region])
         return found.get(attribute if owner == region else join(within(owner, region), attribute))
 
@@ -186,11 +175,7 @@ class Regions:
         return None, inside
 
     def inputs_of(self, path: str) -> ExampleInputs | None:
-        """Returns the inputs that the model's example inputs give the module at `path`; None without example inputs.
-
-        Raises:
-            TraceError: If the example inputs don't reach the module.
-        """
+        """Returns the inputs that the model's example inputs give the module at `path`; None without example inputs."""
         if self.example_inputs is None:
             return None
         return example_runs.inputs_of(self.modules[""], self.modules[path], self.example_inputs)

@@ -50,19 +50,7 @@ def are_untied(model: nn.Module) -> bool:
 def to_save(
     modules: Mapping[str, nn.Module], config: PeftConfig, base: str | None, setting: bool | str, has_rows: bool
 ) -> list[str]:
-    """Returns the paths of the embeddings whose own tensors are saved beside an adapter.
-
-    Args:
-        modules: The model's modules by path.
-        config: The adapter's config.
-        base: The name or the path of the base model.
-        setting: `save_embedding_layers`: True, False, or ``"auto"``, which saves embeddings if the config targets one
-            by name, or the vocabulary's size differs from the base model's.
-        has_rows: Whether the adapter trains rows of weights, which files hold without the tables.
-
-    Raises:
-        ValueError: If `setting` is True and the model has no getters for its embeddings, or if it is no valid value.
-    """
+    """Returns the paths of the embeddings whose own tensors are saved beside an adapter."""
     if setting not in (True, False, "auto"):
         raise ValueError(f"save_embedding_layers must be True, False or 'auto', not {setting!r}")
     layers = embedding_layers(modules)

@@ -58,14 +58,7 @@ def full_training(
     sites: Sequence[Site | LeafSite],
     report: Report,
 ) -> FullTraining:
-    """Returns the tensors that `config` trains fully.
-
-    Args:
-        config: The config, resolved for the model.
-        modules: The model's modules by path.
-        sites: The sites that the config adapts.
-        report: Gets a refusal for each named module that can't be fully trained.
-    """
+    """Returns the tensors that `config` trains fully."""
     named = _named_modules(config, modules, report)
     fully_trained: dict[str, tuple[str, ...]] = {}
     saved: list[str] = []
@@ -157,13 +150,6 @@ def trained_rows(
     """Returns the rows that `config` trains, by the path of their module.
 
     A module that is tied to an embedding trains the embedding's rows, unless the config names other rows for it.
-
-    Args:
-        config: The config, resolved for the model.
-        modules: The model's modules by path.
-        sites: The sites that the config adapts.
-        fully_trained: The tensors that the config trains fully.
-        report: Gets a refusal for each module whose named rows can't be trained.
     """
     found: dict[str, TableRows] = {}
     for path, rows in config.find_rows(modules, report).items():
@@ -181,14 +167,7 @@ def named_rows(
     modules: Mapping[str, nn.Module],
     report: Report,
 ) -> dict[str, TableRows]:
-    """Returns the rows that an option names, by the path of their module.
-
-    Args:
-        named: The option's value: indices of rows of the input embedding, or indices of rows by module name.
-        option: The option's name.
-        modules: The model's modules by path.
-        report: Gets a refusal for each name that no module has.
-    """
+    """Returns the rows that an option names, by the path of their module."""
     if named is None:
         return {}
     if not isinstance(named, Mapping):

@@ -21,17 +21,6 @@ def pattern_value(patterns: Mapping[str, T], name: str, default: T) -> T:
 
     A key is a regular expression for the end of a name, cut at a dot: `(.*\.)?(key)$`. A key that starts with `^` can
     thus only match a whole name. The first key that matches wins, in the order of the mapping.
-
-    Args:
-        patterns: Values by key.
-        name: The dotted path of a module.
-        default: The value where no key matches.
-
-    Returns:
-        The value of the first key that matches, or of the key that is spelled like the name, or the default.
-
-    Raises:
-        ValueError: A key is not a regular expression.
     """
     if not patterns:
         return default
@@ -46,18 +35,6 @@ def value_below(patterns: Mapping[str, T], name: str, default: T, option: str) -
     r"""Returns a module's value in `n_frequency_pattern` or `block_size_pattern`, which have another rule.
 
     A key is a regular expression for what is behind a dot of a name, `.*\.key$`, or a whole name as it is spelled.
-
-    Args:
-        patterns: Values by key.
-        name: The dotted path of a module.
-        default: The value where no key matches.
-        option: The name of the option, for errors.
-
-    Returns:
-        The value of the first key that matches, or of the key that is spelled like the name, or the default.
-
-    Raises:
-        ValueError: A key is not a regular expression.
     """
     for key, value in patterns.items():
         if Pattern(rf".*\.{key}$", key, option).match(name):
@@ -71,12 +48,7 @@ def pattern_of(name: str) -> str:
 
 
 def exact_patterns(values: Mapping[str, T], default: T) -> dict[str, T]:
-    """Returns patterns that each match one name alone, for the names whose value isn't the default.
-
-    Args:
-        values: The values by name.
-        default: The value of names that no pattern matches.
-    """
+    """Returns patterns that each match one name alone, for the names whose value isn't the default."""
     return {pattern_of(name): value for name, value in values.items() if value != default}
 
 
@@ -116,15 +88,7 @@ class _Spelled(NamedTuple):
 
 
 class Endings:
-    r"""Patterns for the ends of names, each cut at a dot: ``(.*\.)?(key)$``.
-
-    Args:
-        keys: The patterns.
-        option: The config option with the patterns.
-
-    Raises:
-        PatternError: A key is no regular expression.
-    """
+    r"""Patterns for the ends of names, each cut at a dot: ``(.*\.)?(key)$``."""
 
     def __init__(self, keys: tuple[str, ...], option: str) -> None:
         self._patterns: dict[int, Pattern] = {}

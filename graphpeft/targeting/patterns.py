@@ -45,17 +45,7 @@ class PatternError(ValueError):
 
 
 class Pattern:
-    """A regular expression with a time limit; its methods are named as in `re`.
-
-    Args:
-        pattern: The expression.
-        entry: The part of the expression that the user wrote, for errors.
-        option: The config option with this entry.
-
-    Raises:
-        PatternError: The pattern is no regular expression, or too large. The methods raise it if matching takes too
-            long.
-    """
+    """A regular expression with a time limit; its methods are named as in `re`."""
 
     __slots__ = ("_compiled", "_entry", "_option", "_usual")
 

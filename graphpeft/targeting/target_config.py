@@ -128,11 +128,7 @@ class TargetedConfig(PeftConfig):
         return config
 
     def _all_linear(self, model: nn.Module) -> set[str] | str:
-        """Returns what names exactly the linear layers of a model.
-
-        Raises:
-            ValueError: If it has none, and the config names no parameters instead.
-        """
+        """Returns what names exactly the linear layers of a model."""
         names = targets.all_linear_names(model, self.task_type)
         modules = modules_by_path(model)
         if not names and not self.target_options.target_parameters:

@@ -78,13 +78,7 @@ class _Target(NamedTuple):
 
 
 def targeted_modules(config: PeftConfig, modules: Mapping[str, nn.Module], report: Report) -> list[str]:
-    """Returns the paths of the modules that `config` targets, of any class.
-
-    Args:
-        config: The config, resolved for the model.
-        modules: The model's modules by path.
-        report: Gets the excluded modules, or that nothing matched.
-    """
+    """Returns the paths of the modules that `config` targets, of any class."""
     decide = targets.compile_matcher(config.target_options)
     found = {path: decide(path) for path in modules if path}
     report.excluded += [path for path, answer in found.items() if answer is Match.EXCLUDED]
@@ -95,13 +89,7 @@ def targeted_modules(config: PeftConfig, modules: Mapping[str, nn.Module], repor
 
 
 def targeted_sites(config: Any, finder: SiteFinder, report: Report) -> list[Site | LeafSite]:
-    """Returns the sites that `config` targets, in PEFT's order of drawing initial values: layers, then parameters.
-
-    Args:
-        config: A config with PEFT's options for targets, resolved for the model.
-        finder: Finds sites in the model.
-        report: Gets excluded and refused names, or that nothing matched.
-    """
+    """Returns the sites that `config` targets, in PEFT's order of drawing initial values: layers, then parameters."""
     found: list[Site | LeafSite] = []
     by_weight: dict[tuple[str, str], _Target] = {}
     refused: list[tuple[Refusal, torch.Tensor | None]] = []
@@ -134,11 +122,7 @@ def targeted_sites(config: Any, finder: SiteFinder, report: Report) -> list[Site
 
 
 def _site_of(target: _Target, finder: SiteFinder, config: Any) -> Site | LeafSite:
-    """Returns the site of a named weight, or of a named module's calls.
-
-    Raises:
-        NoSiteError: If the target has no site.
-    """
+    """Returns the site of a named weight, or of a named module's calls."""
     if not target.attribute:
         return _leaf(finder, target.name, config)
     site = finder.find(target.owner, target.attribute)
@@ -237,11 +221,7 @@ def _as_peft_sorts(sites: list[Site | LeafSite], modules: Mapping[str, nn.Module
 
 
 def _leaf(finder: SiteFinder, name: str, config: Any) -> LeafSite:
-    """Returns the site of the calls of a module that has no weight to change.
-
-    Raises:
-        NoSiteError: If the module's calls are no site.
-    """
+    """Returns the site of the calls of a module that has no weight to change."""
     module = finder.modules[name]
     parts = modules_by_path(module).items()
     inside = [path for path, part in parts if path and part._parameters.get("weight") is not None]
@@ -322,11 +302,6 @@ def unmatched_entries(config: PeftConfig, modules: Mapping[str, nn.Module], repo
 
     An entry of a list matches if a name ends in it, whether or not that name becomes a target; a pattern for ranks or α
     matches if it fits a target.
-
-    Args:
-        config: The config as the user gave it, not resolved for the model.
-        modules: The model's modules by path.
-        report: The report on the config's targets.
     """
     wanted = [*(adapted.site.name for adapted in report.adapted), *(refusal.name for refusal in report.refused)]
     wanted += [adapted.site.label for adapted in report.adapted if getattr(adapted.site, "call", None) is not None]
@@ -367,14 +342,7 @@ def _inside_wrappers(modules: Mapping[str, nn.Module]) -> Iterator[str]:
 def kept_out_entries(
     config: PeftConfig, resolved: PeftConfig, modules: Mapping[str, nn.Module], report: Report
 ) -> list[str]:
-    """Returns the entries of `target_modules` with no adapter since `modules_to_save` trains all that they name.
-
-    Args:
-        config: The config as it was given, without what was filled in for the model.
-        resolved: The config with that.
-        modules: The model's modules by path.
-        report: The report of the targets.
-    """
+    """Returns the entries of `target_modules` with no adapter since `modules_to_save` trains all that they name."""
     entries = config.target_options.target_modules
     if not entries or isinstance(entries, str):
         return []

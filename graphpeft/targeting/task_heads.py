@@ -26,14 +26,6 @@ def lacking_head(config: PeftConfig, modules: Mapping[str, nn.Module], trained: 
     """Returns that a Transformers model lacks the head which a config's task trains, or has one that it doesn't train.
 
     Classes of a user's own aren't judged: nobody knows what their heads are called.
-
-    Args:
-        config: The config as it was given.
-        modules: The model's modules by path.
-        trained: The paths of the modules that are adapted, or fully trained.
-
-    Returns:
-        A text with a way out, or None.
     """
     task = config.task_type
     heads = HEADS.get(task, ()) if task is not None else ()

@@ -35,17 +35,6 @@ def require_alike(
 ) -> None:
     """Raises unless two computations give close results: in half precision, as close as their roundings leave them.
 
-    Args:
-        one: Computes a tensor or a pytree of tensors, the same ones in each call.
-        other: Computes them in another way.
-        tolerance: The difference that is allowed in any precision, as for `require_within`.
-        law: The violation if they differ, for the error.
-        base: Computes the outputs without the change that is compared. Where it rounds nothing in half precision, the
-            change mustn't, either.
-
-    Raises:
-        LawError: If the results differ; with the place and the distance.
-
     >>> x = torch.ones(2).bfloat16()
     >>> require_alike(lambda: x / 3 + x / 5, lambda: x * (8 / 15), 1e-6, "a sum of fractions isn't theirs")
     """

@@ -94,13 +94,7 @@ def _breaks_at(
 
 
 def describe(adapted: AdaptedSite, model: nn.Module, method: str) -> str:
-    """Describes a site with its rule, and the lines of the graph with the operation and the rule's nodes.
-
-    Args:
-        adapted: The site.
-        model: The adapted model.
-        method: The method's name.
-    """
+    """Describes a site with its rule, and the lines of the graph with the operation and the rule's nodes."""
     site = adapted.site
     head = f"at the site {site.name} ({site.op.__name__}, {site.size}), by {adapted.rule!r} of {method}"
     shown = _nodes_shown(adapted, model.get_submodule(site.region))

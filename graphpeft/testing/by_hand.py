@@ -12,16 +12,7 @@ from graphpeft.graph.own_tensors import own_tensor
 
 @torch.no_grad()
 def with_trained(base: nn.Module, adapter: Adapter, modules: Modules) -> nn.Module:
-    """Gives a base the tensors that an adapter trains whole, or that modules read in place of their own.
-
-    Args:
-        base: As for `with_deltas`.
-        adapter: Likewise.
-        modules: Likewise.
-
-    Returns:
-        `base`.
-    """
+    """Gives a base the tensors that an adapter trains whole, or that modules read in place of their own."""
     read_instead = [(path, name) for path, names in adapter.overrides.items() for name in names]
     for path, name in (*read_instead, *((path, "weight") for path in adapter.rows)):
         getattr(base.get_submodule(path), name).copy_(own_tensor(modules[path], name))
@@ -30,16 +21,7 @@ def with_trained(base: nn.Module, adapter: Adapter, modules: Modules) -> nn.Modu
 
 @torch.no_grad()
 def with_deltas(base: nn.Module, adapter: Adapter, modules: Modules) -> nn.Module:
-    """Adds the change of each weight, and of each bias, that an adapter makes.
-
-    Args:
-        base: A model like the adapted one without the adapter, which is changed in place.
-        adapter: The adapter.
-        modules: The adapted model's modules by path.
-
-    Returns:
-        `base`.
-    """
+    """Adds the change of each weight, and of each bias, that an adapter makes."""
     with_trained(base, adapter, modules)
     for adapted in changes.changing_sites(modules, adapter):
         base.get_parameter(adapted.site.weight).add_(changes.delta(adapted, modules))

@@ -48,12 +48,7 @@ def nodes_of(model: nn.Module) -> Nodes:
 
 
 def changed_nodes(before: Nodes, after: Nodes) -> ChangedNodes:
-    """Compares the nodes of a model with those of the rewritten model.
-
-    Args:
-        before: The model's nodes; of a copy, since a rewrite may edit them.
-        after: The rewritten model's nodes.
-    """
+    """Compares the nodes of a model with those of the rewritten model."""
     return ChangedNodes(
         tuple(_label(*key) for key in before if key not in after),
         tuple(_label(*key) for key in after if key not in before),

@@ -30,14 +30,6 @@ class LawError(AssertionError):
 def require_equal(found: Any, expected: Any, law: str) -> None:
     """Raises unless all tensors of both are equal, bit for bit; NaN equals NaN.
 
-    Args:
-        found: A tensor, a pytree of tensors, or an object with tensors such as a cache of Transformers.
-        expected: A value like `found`.
-        law: The violation if they differ, for the error.
-
-    Raises:
-        LawError: If they differ; with the place and the distance.
-
     >>> require_equal({"y": torch.ones(2)}, {"y": torch.ones(2)}, "a copy differs")
     """
     require_close(found, expected, 0.0, law)
@@ -45,16 +37,6 @@ def require_equal(found: Any, expected: Any, law: str) -> None:
 
 def require_close(found: Any, expected: Any, tolerance: float, law: str) -> None:
     """Raises unless all tensors of both are close.
-
-    Args:
-        found: As for `require_equal`.
-        expected: A value like `found`.
-        tolerance: The allowed difference, relative to the largest element or to 1, whichever is larger. In half
-            precision it is no less than `ROUNDING`, unless it is 0.
-        law: The violation if they differ, for the error.
-
-    Raises:
-        LawError: If they differ; with the place and the distance.
 
     >>> require_close(torch.ones(2), torch.zeros(2), 0.5, "merged differs")
     Traceback (most recent call last):
@@ -64,17 +46,7 @@ def require_close(found: Any, expected: Any, tolerance: float, law: str) -> None
 
 
 def require_within(found: Any, expected: Any, bound: float, law: str) -> None:
-    """Raises unless all tensors of both are close, in half precision as in any other.
-
-    Args:
-        found: As for `require_equal`.
-        expected: A value like `found`.
-        bound: The allowed difference, relative to the largest element or to 1, whichever is larger.
-        law: The violation if they differ, for the error.
-
-    Raises:
-        LawError: If they differ; with the place and the distance.
-    """
+    """Raises unless all tensors of both are close, in half precision as in any other."""
     _require(found, expected, functools.partial(apart, bound=bound), law)
 
 
@@ -93,26 +65,14 @@ def _require(found: Any, expected: Any, compare: Callable[[Any, Any], str | None
 
 
 def difference(found: Any, expected: Any, tolerance: float) -> str | None:
-    """Returns how two leaves of a structure differ, or None if they are close.
-
-    Args:
-        found: A tensor or any other leaf.
-        expected: A value like `found`.
-        tolerance: As for `require_close`.
-    """
+    """Returns how two leaves of a structure differ, or None if they are close."""
     dtype = getattr(expected, "dtype", None)
     rounding = 0.0 if dtype is None else ROUNDING.get(dtype, 0.0)
     return apart(found, expected, max(tolerance, rounding) if tolerance else 0.0)
 
 
 def apart(found: Any, expected: Any, bound: float) -> str | None:
-    """Returns how two leaves of a structure differ, or None if they are close.
-
-    Args:
-        found: A tensor or any other leaf.
-        expected: A value like `found`.
-        bound: As for `require_within`.
-    """
+    """Returns how two leaves of a structure differ, or None if they are close."""
     if isinstance(found, torch.Tensor) != isinstance(expected, torch.Tensor):
         return f"{_kind(found)}, not {_kind(expected)}"
     if not isinstance(expected, torch.Tensor):

@@ -53,9 +53,6 @@ def assert_copies_stay_adapted(
 def ways_left_out(build: Build) -> dict[str, str]:
     """Returns the ways of copying that fail for the model without adapters, each with the error.
 
-    Args:
-        build: Builds the model.
-
     >>> ways_left_out(lambda: torch.nn.Linear(2, 2))
     {}
     """

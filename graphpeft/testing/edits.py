@@ -71,24 +71,14 @@ def _free_name(names: Sequence[str]) -> str:
 
 @st.composite
 def edits(draw: Any, configs: st.SearchStrategy[PeftConfig], most: int = 6) -> list[Edit]:
-    """Returns a strategy for sequences of edits, the first of which adds an adapter.
-
-    Args:
-        draw: Given by hypothesis.
-        configs: A strategy for the adapters' configs.
-        most: The most edits.
-    """
+    """Returns a strategy for sequences of edits, the first of which adds an adapter."""
     config = draw(configs)
     one = st.builds(Edit, st.sampled_from(KINDS), st.integers(0, 3), st.just(config))
     return [Edit("add", 0, config), *draw(st.lists(one, max_size=most - 1))]
 
 
 def assert_edits_can_be_undone(build: Build, made: Sequence[Edit], inputs: ExampleInputs) -> None:
-    """Laws 3 and 6 for a sequence of edits: disabled is the base, and `unload` restores it exactly.
-
-    Raises:
-        LawError: With the edits up to the first one that breaks a law.
-    """
+    """Laws 3 and 6 for a sequence of edits: disabled is the base, and `unload` restores it exactly."""
     base = laws.run(build().eval().requires_grad_(False), inputs)
     model: Any = build().eval()
     for number, edit in enumerate(made):

@@ -25,12 +25,6 @@ def first_difference(model: nn.Module, rewritten: nn.Module, inputs: ExampleInpu
     """Returns the nodes of a graph between the last values equal to the model's and the first different one, as text.
 
     A different value whose effects are all equal again is ignored.
-
-    Args:
-        model: The model; its values are known by node, or by module if it has no graph.
-        rewritten: The equivalent model, a graph module with its own tensors.
-        inputs: Inputs of both.
-        tolerance: The allowed difference, as for `require_close`.
     """
     graph = graph_of(rewritten)
     if graph is None:

@@ -24,18 +24,7 @@ Gradients = dict[str, Tensor]
 def require_same_gradients(
     model: nn.Module, rewritten: nn.Module, inputs: ExampleInputs, tolerance: float, law: str
 ) -> None:
-    """Raises unless a rewritten model has the gradients of the model, and trains something for each lost parameter.
-
-    Args:
-        model: The model.
-        rewritten: The rewritten model.
-        inputs: Inputs of both.
-        tolerance: The allowed difference, as for `require_close`.
-        law: The beginning of the error.
-
-    Raises:
-        LawError: If a gradient differs, if a parameter is no longer trained, or if the rewritten model fails.
-    """
+    """Raises unless a rewritten model has the gradients of the model, and trains something for each lost parameter."""
     expected = _gradients(model, inputs)
     try:
         found = _gradients(rewritten, inputs)

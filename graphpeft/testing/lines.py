@@ -11,12 +11,7 @@ _MOST_LINES = 12
 
 
 def lines_of(nodes: Iterable[fx.Node], graph: fx.Graph) -> str:
-    """Returns the lines of code that compute nodes, indented; nodes without a line of their own are left out.
-
-    Args:
-        nodes: Nodes of the graph.
-        graph: The graph.
-    """
+    """Returns the lines of code that compute nodes, indented; nodes without a line of their own are left out."""
     source = graph.python_code("self").src.splitlines()
     lines = [line for node in nodes if (line := _line_of(node.name, source))]
     more = [f"… and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []

@@ -12,9 +12,6 @@ def kept_bytes(run: Callable[[], torch.Tensor]) -> int:
     """Returns the bytes on the CPU that `run` allocates and doesn't free, without its result.
 
     These are the tensors saved for backward, and any other memory that something still holds.
-
-    Args:
-        run: Computes something with gradients, such as a loss.
     """
     # acc_events avoids a warning of PyTorch 2.10; there is only one cycle
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:

@@ -17,15 +17,7 @@ from graphpeft.testing.snapshots import require_unchanged, snapshot
 
 
 def require_unmerged_exactly(adapted: Any, inputs: ExampleInputs) -> None:
-    """Raises unless a model is as before, bit for bit, when adapters were merged and are taken out again.
-
-    Args:
-        adapted: The model.
-        inputs: Inputs of the model.
-
-    Raises:
-        LawError: If an output differs.
-    """
+    """Raises unless a model is as before, bit for bit, when adapters were merged and are taken out again."""
     before = run(adapted, inputs)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "adapters are merged into the quantised weights")
@@ -35,17 +27,7 @@ def require_unmerged_exactly(adapted: Any, inputs: ExampleInputs) -> None:
 
 
 def require_read_as_merged(adapted: Any, merged: Any, adapter: Adapter, tolerance: float) -> None:
-    """Raises unless who reads a weight that the adapter changes gets the merged one.
-
-    Args:
-        adapted: The model. A flat graph has its own weights there, and is passed over.
-        merged: The merged model.
-        adapter: The active adapter.
-        tolerance: The allowed difference, as for `require_close`.
-
-    Raises:
-        LawError: If a weight differs.
-    """
+    """Raises unless who reads a weight that the adapter changes gets the merged one."""
     if isinstance(adapted, fx.GraphModule):
         return
     modules, merged_modules = dict(adapted.named_modules()), dict(merged.named_modules())
@@ -58,14 +40,7 @@ def require_read_as_merged(adapted: Any, merged: Any, adapter: Adapter, toleranc
 
 
 def require_no_merge(adapted: Any) -> None:
-    """Raises unless a model refuses to be merged, and is unchanged then.
-
-    Args:
-        adapted: The model.
-
-    Raises:
-        LawError: If it is merged, or changed.
-    """
+    """Raises unless a model refuses to be merged, and is unchanged then."""
     before = snapshot(adapted)
     try:
         adapted.merge_and_unload()

@@ -242,14 +242,7 @@ def choosing(
     without: Collection[str] = (),
     **choices: Sequence[Any],
 ) -> Callable[..., st.SearchStrategy[Any]]:
-    """Returns a function of a model that makes a strategy for configs: other targets, and options independently chosen.
-
-    Args:
-        config_class: The method's class, with an option `target_modules`.
-        fresh: The options with which a fresh adapter is the identity, where not all choices have that.
-        without: Paths that are no targets.
-        **choices: The values of each option.
-    """
+    """Returns a function of a model that makes a strategy for configs: other targets, and options drawn one by one."""
 
     @st.composite
     def configs(draw: Any, model: nn.Module, identity: bool) -> Any:
@@ -329,12 +322,6 @@ def plain_configs(draw: Any, config_class: Any, model: nn.Module, identity: bool
 
     The targets are those that the class takes one by one: linear layers, matrices and convolutions, or modules of all
     kinds if it adapts their boundaries or calls. A model without any is discarded.
-
-    Args:
-        draw: Given by hypothesis.
-        config_class: A class with an option `target_modules`.
-        model: The model.
-        identity: Ignored, since the class decides whether a fresh adapter is the identity.
     """
     paths = [path for path, _ in model.named_modules() if path]
     modules = dict(model.named_modules())

@@ -18,11 +18,7 @@ _COMMON: dict[str, Any] = {
 
 
 def load_profile(default: str = "ci") -> None:
-    """Registers the profiles ``ci`` (40 examples) and ``fuzz`` (10,000), and loads one.
-
-    Args:
-        default: The profile to load, unless the environment variable `HYPOTHESIS_PROFILE` names another.
-    """
+    """Registers the profiles ``ci`` (40 examples) and ``fuzz`` (10,000), and loads one."""
     settings.register_profile("ci", max_examples=40, **_COMMON)
     settings.register_profile("fuzz", max_examples=10_000, **_COMMON)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", default))

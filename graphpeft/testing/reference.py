@@ -41,19 +41,7 @@ tensors that the method detaches.
 def require_reference(
     adapted: Any, base: nn.Module, every: Sequence[ExampleInputs], reference: Reference, tolerance: float
 ) -> None:
-    """Raises unless an adapted model in evaluation computes what the reference says, and has its gradients.
-
-    Args:
-        adapted: The adapted model, with one adapter.
-        base: The model without the adapter.
-        every: Inputs of both.
-        reference: The equation.
-        tolerance: The allowed difference, as for `require_close`.
-
-    Raises:
-        LawError: If an output differs, or a gradient of an input or of a trained tensor in single precision.
-        TypeError: If the reference asks for an unknown value, or for ``x`` where no call of a layer is adapted.
-    """
+    """Raises unless an adapted model in evaluation computes what the reference says, and has its gradients."""
     adapter = adapted._peft_adapters.by_name["default"]
     changed = with_trained(copy.deepcopy(base), adapter, dict(adapted.named_modules()))
     asked = Asked(reference)

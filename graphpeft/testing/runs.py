@@ -19,11 +19,6 @@ from graphpeft.model.adapt import get_peft_model
 def run(model: nn.Module, inputs: ExampleInputs) -> Any:
     """Returns the outputs of `model` with the random numbers of seed 0.
 
-    Args:
-        model: The model.
-        inputs: A tuple of positional or a dict of keyword arguments. Objects such as a cache are copied, so that the
-            run doesn't change them.
-
     >>> run(nn.Identity(), (torch.ones(2),))
     tensor([1., 1.])
     """
@@ -40,15 +35,7 @@ def call(model: nn.Module, inputs: ExampleInputs) -> Any:
 
 
 def run_each(model: nn.Module, every: Sequence[ExampleInputs]) -> Any:
-    """Returns the outputs of `model` on several inputs, one after the other, each as `run` does.
-
-    Args:
-        model: The model.
-        every: The inputs.
-
-    Returns:
-        The outputs by the number of the inputs, for errors; for one alone, its outputs.
-    """
+    """Returns the outputs of `model` on several inputs, one after the other, each as `run` does."""
     if len(every) == 1:
         return run(model, every[0])
     return {f"inputs {number}": run(model, inputs) for number, inputs in enumerate(every)}
@@ -65,13 +52,7 @@ def requiring_grad(model: nn.Module, paths: Sequence[str]) -> nn.Module:
 def run_copy(
     model: nn.Module, every: Sequence[ExampleInputs], change: Callable[[Any], Any] = lambda copied: copied
 ) -> Any:
-    """Returns the outputs of a copy of `model` as `run_each` does, so that one that counts its calls doesn't notice.
-
-    Args:
-        model: The model.
-        every: As for `run_each`.
-        change: A function that changes the copy before, and returns what to run.
-    """
+    """Returns the outputs of a copy of `model` as `run_each` does, so that one that counts its calls doesn't notice."""
     return run_each(change(copy.deepcopy(model)), every)
 
 
@@ -159,12 +140,7 @@ def differentiable(inputs: ExampleInputs) -> tuple[list[torch.Tensor], Any]:
 
 
 def perturbed(adapted: Any, seed: int = 1) -> Any:
-    """Adds random numbers with standard deviation 0.1 to all trainable tensors, and returns the model.
-
-    Args:
-        adapted: The model, changed in place.
-        seed: The seed of the random numbers.
-    """
+    """Adds random numbers with standard deviation 0.1 to all trainable tensors, and returns the model."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in adapted.parameters():
@@ -190,14 +166,7 @@ _DRAWS = 8
 def dead_tensors(
     adapted: nn.Module, inputs: ExampleInputs, build: Callable[[], nn.Module], config: Any
 ) -> dict[str, str]:
-    """Returns the trained tensors that learn nothing, whatever their first values are, and why.
-
-    Args:
-        adapted: An adapted model.
-        inputs: Its inputs.
-        build: Builds the model that was adapted.
-        config: The adapter's config.
-    """
+    """Returns the trained tensors that learn nothing, whatever their first values are, and why."""
     dead = _dead(adapted, inputs)
     for seed in range(_DRAWS if dead else 0):
         model = build().train()

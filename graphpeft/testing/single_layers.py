@@ -156,16 +156,7 @@ def _forms_of_convolution(layer: Any) -> tuple[Form, ...]:
 def single_layers(
     build: Callable[[], nn.Module], config: PeftConfig, inputs: ExampleInputs
 ) -> tuple[list[Subject], list[str]]:
-    """Returns layers of all forms, at the place of the first layer of each kind that each class of rules adapts.
-
-    Args:
-        build: Builds the user's model, in which the config names layers.
-        config: The config.
-        inputs: Inputs of the model.
-
-    Returns:
-        The layers, and why others are left out.
-    """
+    """Returns layers of all forms, at the place of the first layer of each kind that each class of rules adapts."""
     model = get_peft_model(build(), config, example_inputs=inputs)
     found: dict[Any, AdaptedSite] = {}
     for one in model._peft_adapters.by_name["default"].weight_sites:

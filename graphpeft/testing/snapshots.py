@@ -49,16 +49,7 @@ def _content(value: Any) -> Any:
 
 
 def require_unchanged(model: nn.Module, before: dict[str, Any], operation: str) -> None:
-    """Raises unless `model` is unchanged since the snapshot `before`.
-
-    Args:
-        model: The model.
-        before: The snapshot.
-        operation: The operation since then, for the error.
-
-    Raises:
-        LawError: With the first change.
-    """
+    """Raises unless `model` is unchanged since the snapshot `before`."""
     after = snapshot(model)
     if after.keys() != before.keys():
         raise LawError(f"{operation} changes the modules: {sorted(after.keys() ^ before.keys())}")
@@ -77,15 +68,7 @@ def require_unchanged(model: nn.Module, before: dict[str, Any], operation: str) 
 
 
 def with_saved(untouched: nn.Module, adapted: Any) -> nn.Module:
-    """Gives a model the copies of `modules_to_save` that active adapters have, which `unload` leaves.
-
-    Args:
-        untouched: The base.
-        adapted: An equal model with adapters.
-
-    Returns:
-        `untouched`.
-    """
+    """Gives a model the copies of `modules_to_save` that active adapters have, which `unload` leaves."""
     modules, made = dict(adapted.named_modules()), {}
     for name in adapted.active_adapters:
         adapter = adapted._peft_adapters.by_name[name]
@@ -102,15 +85,7 @@ def with_saved(untouched: nn.Module, adapted: Any) -> nn.Module:
 
 
 def require_restored(model: nn.Module, untouched: nn.Module) -> None:
-    """Raises unless `model` has the classes, the attributes, the keys and the flags of `untouched`.
-
-    Args:
-        model: A model whose adapters were removed.
-        untouched: An equal model that never had adapters.
-
-    Raises:
-        LawError: With the first remnant.
-    """
+    """Raises unless `model` has the classes, the attributes, the keys and the flags of `untouched`."""
     if model.state_dict().keys() != untouched.state_dict().keys():
         raise LawError(f"unload leaves other keys: {sorted(model.state_dict().keys() ^ untouched.state_dict().keys())}")
     for (path, module), original in zip(model.named_modules(), untouched.modules(), strict=True):
@@ -124,16 +99,7 @@ def require_restored(model: nn.Module, untouched: nn.Module) -> None:
 
 
 def require_unloaded(model: nn.Module, untouched: nn.Module, inputs: ExampleInputs) -> None:
-    """Raises unless `model` fulfils `require_restored`, and has the outputs of `untouched`, bit for bit.
-
-    Args:
-        model: A model whose adapters were removed.
-        untouched: An equal model that never had adapters; this function freezes both.
-        inputs: Inputs of the model.
-
-    Raises:
-        LawError: With the first remnant, or with the output that differs.
-    """
+    """Raises unless `model` fulfils `require_restored`, and has the outputs of `untouched`, bit for bit."""
     require_restored(model, untouched)
     # frozen, since PyTorch chooses some layers' kernels by requires_grad
     found, expected = (run(each.requires_grad_(False), inputs) for each in (model, untouched))

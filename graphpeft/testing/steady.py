@@ -16,17 +16,7 @@ from graphpeft.testing.runs import accepted, call, run, seed_generators
 
 
 def require_steady(adapted: Any, base: nn.Module, inputs: ExampleInputs, tolerance: float) -> None:
-    """Raises unless an adapted model in evaluation is a function of its inputs, row by row, as far as its base is.
-
-    Args:
-        adapted: The adapted model.
-        base: The model without adapters.
-        inputs: Inputs of both.
-        tolerance: The allowed difference of a row's result that further rows make, as for `require_close`.
-
-    Raises:
-        LawError: If two runs differ, if a run writes into its inputs, or if a row's result depends on another row.
-    """
+    """Raises unless an adapted model in evaluation is a function of its inputs, row by row, as far as its base is."""
     if _writes_into_inputs(adapted, inputs) and not _writes_into_inputs(base, inputs):
         raise LawError("a run changes the model's inputs")
     first, second = _two_runs(adapted, inputs)
@@ -55,12 +45,7 @@ def _require_rows_apart(adapted: nn.Module, base: nn.Module, inputs: ExampleInpu
 
 
 def with_another_row(base: nn.Module, inputs: ExampleInputs) -> ExampleInputs | None:
-    """Returns inputs with one more row in each tensor with rows; None if the base doesn't take such a batch.
-
-    Args:
-        base: The model, which must run on both.
-        inputs: Its inputs; the first tensor says how many rows there are.
-    """
+    """Returns inputs with one more row in each tensor with rows; None if the base doesn't take such a batch."""
     tensors = _tensors(inputs)
     if not tensors or not tensors[0].ndim:
         return None

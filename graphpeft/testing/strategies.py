@@ -416,14 +416,7 @@ def adaptations(
     identity: bool = False,
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
 ) -> tuple[Case, PeftConfig]:
-    """Returns a strategy for a model with a config that adapts it.
-
-    Args:
-        draw: Given by hypothesis.
-        peft_type: The method.
-        identity: Whether a fresh adapter must be the identity.
-        dtypes: The dtypes of the model.
-    """
+    """Returns a strategy for a model with a config that adapts it."""
     method = method_of(peft_type)
     case = draw(method.fits())
     config = draw(method.configs(case.build(), identity=identity))

@@ -21,11 +21,6 @@ def with_other_sizes(config: PeftConfig, model: nn.Module, inputs: ExampleInputs
 
     A size counts if tensors of the adapter are larger then, and the model runs with these: a rank does, and neither a
     number of repetitions nor the model's own number of features.
-
-    Args:
-        config: A config that fits the model.
-        model: The model, which stays unchanged.
-        inputs: Inputs of the model.
     """
     sizes = sizes_of(config)
     shapes = _shapes(_explained(config, model, inputs)) if sizes else {}
@@ -53,13 +48,7 @@ def _shapes(report: Report) -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def of_sites_that_merge(adapter: Adapter, build: Callable[[], nn.Module], inputs: ExampleInputs) -> PeftConfig | None:
-    """Returns the config that names only the mergeable sites of an adapter; None if all or none are mergeable.
-
-    Args:
-        adapter: The adapter.
-        build: Builds the model.
-        inputs: Inputs of the model.
-    """
+    """Returns the config that names only the mergeable sites of an adapter; None if all or none are mergeable."""
     merged = {adapted.site.name for adapted in adapter.sites if adapted.unmergeable is None}
     if not 0 < len(merged) < len(adapter.sites):
         return None

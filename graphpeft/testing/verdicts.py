@@ -84,14 +84,7 @@ class Law(NamedTuple):
 
 
 def verified(subject: str, laws: Sequence[Law], progress: bool, quiet: bool) -> Verification:
-    """Checks laws one after the other, and returns and prints the verdicts in the order of the laws' numbers.
-
-    Args:
-        subject: The subject of the laws, for the table.
-        laws: The laws.
-        progress: Whether to show a progress bar in a terminal.
-        quiet: Whether not to print the table.
-    """
+    """Checks laws one after the other, and returns and prints the verdicts in the order of the laws' numbers."""
     verdicts = []
     with steps(len(laws)) if progress else contextlib.nullcontext(_nothing) as step:
         for law in laws:

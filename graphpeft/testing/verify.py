@@ -145,11 +145,7 @@ def verify(
 
 
 def _on_all(law: Callable[[Subject], None], subjects: Sequence[Subject], note: str) -> str:
-    """Checks a law on the user's model, and on single layers, of which a refusal says nothing about the model.
-
-    Returns:
-        The note, with the layers that refuse.
-    """
+    """Checks a law on the user's model, and on single layers, of which a refusal says nothing about the model."""
     notes, refusal = [note] if note else [], None
     for one in subjects:
         try:

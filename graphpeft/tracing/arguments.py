@@ -33,12 +33,7 @@ _EXTRA = None
 
 
 class Arguments:
-    """Makes the arguments of one traced call.
-
-    Args:
-        tracer: The tracer.
-        example: The arguments of the example call, or None to trace without example values.
-    """
+    """Makes the arguments of one traced call."""
 
     def __init__(self, tracer: Recorder, example: ExampleCall | None) -> None:
         self._tracer = tracer
@@ -52,9 +47,6 @@ class Arguments:
         """Returns positional and keyword arguments: placeholders, or example values that the graph checks in each run.
 
         Each argument is positional or keyword as in the example call, since decorators can see the difference.
-
-        Raises:
-            TraceError: If the example doesn't fit the forward's signature, or generated code can't hold a default.
         """
         bound, by_name = self._bound()
         positional: list[Any] = []

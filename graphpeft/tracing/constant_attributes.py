@@ -36,12 +36,7 @@ _ARITHMETIC = frozenset((
 
 
 def make_settings(graph: fx.Graph, lines: Mapping[str, str]) -> Reads:
-    """Makes constants of the attributes that the graph decides on and of those that are sizes, indices or flags.
-
-    Args:
-        graph: The graph, edited in place.
-        lines: The source line that reads each plain attribute, by attribute path.
-    """
+    """Makes constants of the attributes that the graph decides on and of those that are sizes, indices or flags."""
     read = [node for node in graph.nodes if node.op == "get_attr" and node.target in lines]
     derived = _derived_from(graph, read)
     decided: dict[fx.Node, str] = {}
@@ -61,10 +56,6 @@ def settings_in_objects(module: nn.Module, read_once: Mapping[str, Any]) -> list
 
     Which entries and attributes code reads isn't known, so each is checked that it may read: all entries, and the
     attributes that the code names.
-
-    Args:
-        module: The module.
-        read_once: The containers and objects that its forward has read, by their paths.
     """
     found: list[Setting] = []
     for path, value in read_once.items():

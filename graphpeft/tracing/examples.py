@@ -53,9 +53,6 @@ _PLAIN = (*_NUMBERS, fake_tensor.FakeTensor)
 class Examples:
     """The example values of one tracer's nodes, stored in ``node.meta``.
 
-    Args:
-        session: The trace.
-
     Attributes:
         is_running: Whether code now runs on example values, so that its calls aren't recorded.
         given: The example arguments by placeholder.
@@ -80,11 +77,7 @@ class Examples:
 
     @contextlib.contextmanager
     def real_calls(self, makes_tensors: bool = True) -> Iterator[None]:
-        """Runs code on example values, without recording its calls.
-
-        Args:
-            makes_tensors: Whether the code may make tensors, which must be fake.
-        """
+        """Runs code on example values, without recording its calls."""
         was, self.is_running = self.is_running, True
         try:
             set_aside = (
@@ -149,9 +142,6 @@ class Examples:
 
         Masks, ids and lengths differ little between calls, so a check of a decision on them holds in most calls. A
         decision on a layer's output would fail its check in most calls.
-
-        Raises:
-            TraceError: If the value depends on other tensors.
         """
         sources = above_with_writes(node)
         # `node` itself may draw random numbers by the values of a mask; no value can depend on numbers drawn before
@@ -249,12 +239,7 @@ def _attribute_at(root: nn.Module, path: str) -> Any:
 
 
 def faked(example: Any, fake: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Returns a copy of an example with fake tensors, so that code can run on it without changing the example.
-
-    Args:
-        example: Any value. Objects in it that aren't containers, such as caches, are copied.
-        fake: Makes a fake tensor of a tensor.
-    """
+    """Returns a copy of an example with fake tensors, so that code can run on it without changing the example."""
 
     def copied(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
@@ -307,11 +292,6 @@ def _without_torch_function(
     """Returns a context for a node's call on example values, which skips ``__torch_function__`` where that is safe.
 
     Fake tensors don't change calls in ``__torch_function__``, so skipping the dispatch to it only saves time.
-
-    Args:
-        node: The node.
-        tensors: Other tensors that the call reads.
-        is_known: Whether the callee is PyTorch's own, and makes no tensors of types with a ``__torch_function__``.
     """
     values = (*(argument.meta[VALUE] for argument in node.all_input_nodes), *tensors)
     is_plain = is_known and all(type(value) in _PLAIN for value in values)

@@ -17,11 +17,7 @@ class _Exchange(NamedTuple):
 
 
 class Exchanges:
-    """Replaces values, and restores them when an exit stack closes.
-
-    Args:
-        stack: The exit stack.
-    """
+    """Replaces values, and restores them when an exit stack closes."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._made: list[_Exchange] = []

@@ -31,13 +31,7 @@ class Applied:
 
 
 def detached(value: Any, *given: Any) -> Any:
-    """Returns `value` with its tensors detached, as if it had been computed under ``torch.no_grad()``.
-
-    Args:
-        value: The output of a call.
-        given: The inputs of this call. An input that is also the output, as ``x.float()`` may return, keeps its
-            gradient.
-    """
+    """Returns `value` with its tensors detached, as if it had been computed under ``torch.no_grad()``."""
     if isinstance(value, fx.Proxy):
         return value.tracer.create_proxy("call_function", detached, (value, *given), {})
     # `is` instead of `id`, since a compiler may not trace the id of a tensor

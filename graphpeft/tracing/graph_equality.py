@@ -16,11 +16,6 @@ def equivalent(graph: fx.Graph, other: fx.Graph, equal_nodes: Mapping[fx.Node, f
     """Returns whether `other` returns the same outputs as `graph` and has the same in-place writes.
 
     `other` may lack writes into tensors that `graph` creates, since such a tensor may exist in `other` already.
-
-    Args:
-        graph: The first graph.
-        other: The second graph.
-        equal_nodes: Maps nodes of `other` to nodes of `graph` with the same values.
     """
     known: dict[fx.Node, Hashable] = {}
     numbers: dict[Hashable, int] = {}

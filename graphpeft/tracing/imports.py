@@ -23,12 +23,7 @@ Outside = Callable[[], AbstractContextManager[Any]]
 
 @contextlib.contextmanager
 def imports_run(outside: Outside, is_concerned: Callable[[], bool]) -> Iterator[None]:
-    """Runs the code of imported Python modules `outside` a trace.
-
-    Args:
-        outside: Makes a context that runs code outside the trace.
-        is_concerned: Returns whether the trace is in the importing thread.
-    """
+    """Runs the code of imported Python modules `outside` a trace."""
     finder = _Finder(outside, is_concerned)
     with contextlib.ExitStack() as stack:
         at_end_of(stack, _take_out, finder)

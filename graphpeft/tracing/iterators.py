@@ -44,11 +44,7 @@ def draws_error(name: str) -> TraceError:
 
 
 def exchange_for_copies(reach: Reach) -> None:
-    """Binds the names of iterators, and of objects that hold iterators, to copies.
-
-    Raises:
-        TraceError: If an iterator can't be copied, such as a generator.
-    """
+    """Binds the names of iterators, and of objects that hold iterators, to copies."""
     for namespace in reach.namespaces:
         for name, value in list(namespace.values().items()):
             if not holds_iterator(value):

@@ -67,12 +67,7 @@ class KnownValues:
 
 
 def call_of(node: fx.Node, layer: nn.Module | None) -> Call | None:
-    """Returns the call of a node on its example values, or None if no key identifies the call.
-
-    Args:
-        node: The node.
-        layer: The layer that the node calls, or None.
-    """
+    """Returns the call of a node on its example values, or None if no key identifies the call."""
     arguments = _key((node.args, node.kwargs))
     # dropout returns its input itself in evaluation, but a new tensor in training
     if arguments is None or isinstance(layer, _DROPOUTS):

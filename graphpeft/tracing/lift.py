@@ -78,13 +78,6 @@ class Recordings:
 
         The graph reads tensors of `module`, and numbers in tensor arithmetic, in each run. Other plain attributes are
         constants of the graph, which checks them in each run.
-
-        Args:
-            module: Any module. If it has a template, or is an ``fx.GraphModule``, its graph is reused.
-            example_inputs: Inputs of this module, needed for a forward that decides on its inputs.
-
-        Raises:
-            TraceError: If no graph can represent the forward.
         """
         worn = template_of(module)
         if worn is not None:
@@ -114,11 +107,7 @@ _MOST_SHARED = 64
 
 
 def lift_forward(module: nn.Module, forward: Callable[..., Any]) -> Template:
-    """Returns the template of a function that computes with `module`, as a forward of it; shared with no other module.
-
-    Raises:
-        TraceError: As `lift` does.
-    """
+    """Returns the template of a function that computes with `module`, as a forward of it; no other module shares it."""
     with ONE_TRACE_AT_A_TIME, unhooked(module), in_place.without(module, "tensors"), contextlib.ExitStack() as stack:
         at_end_of(stack, _put_back, vars(module), "forward", vars(module).get("forward", _ABSENT))
         vars(module)["forward"] = forward

@@ -23,12 +23,7 @@ _WAY_OUT = (
 
 
 def lint(graph: fx.Graph, constants: Mapping[str, Any]) -> None:
-    """Raises TraceError unless each node uses only values that earlier nodes of this graph compute.
-
-    Args:
-        graph: The graph.
-        constants: The graph's constants, stored as attributes of its root, by name.
-    """
+    """Raises TraceError unless each node uses only values that earlier nodes of this graph compute."""
     defined: set[fx.Node] = set()
     for node in graph.nodes:
         for used in node.all_input_nodes:

@@ -21,11 +21,7 @@ from graphpeft.tracing.examples import tensors_copied_by
 
 
 def own_modes(root: nn.Module) -> dict[str, OwnModes]:
-    """Returns the modes after overridden `train` and `eval`, by the paths of the modules that override them.
-
-    Raises:
-        TraceError: If an overridden method fails.
-    """
+    """Returns the modes after overridden `train` and `eval`, by the paths of the modules that override them."""
     own = [path for path, module in root.named_modules() if _has_own_modes(module)]
     if not own:
         return {}

@@ -30,12 +30,7 @@ class Recorded(NamedTuple):
 
 
 def in_each_mode(root: nn.Module, record: Callable[[Mapping[nn.Module, bool] | None], fx.Graph]) -> Recorded:
-    """Traces the forward of `root` in its present mode, and also in the other mode if it decides on the mode.
-
-    Args:
-        root: The module.
-        record: Traces `root` with its modules in the given modes, by module; None means their present modes.
-    """
+    """Traces the forward of `root` in its present mode, and also in the other mode if it decides on the mode."""
     graph = record(None)
     decision = _decision_on_training(graph)
     if decision is None:

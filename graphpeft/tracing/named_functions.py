@@ -16,13 +16,7 @@ from graphpeft.tracing.exchanges import Exchanges
 
 
 def exchange_named(root: nn.Module, exchanges: Exchanges, other: Callable[[Any], Any]) -> None:
-    """Replaces each value that the code of `root` finds by name with `other(value)`.
-
-    Args:
-        root: The module; the code of its submodules is included.
-        exchanges: Makes the replacements.
-        other: Returns the replacement of a value, or the value itself to keep it.
-    """
+    """Replaces each value that the code of `root` finds by name with `other(value)`."""
     classes = {in_place.original_class(module) for module in root.modules()}
     functions = {function for cls in classes for function in functions_in_forward(cls)}
     functions.update(functions_called(held for module in root.modules() for held in functions_held(module)))

@@ -31,11 +31,7 @@ def as_without_grad(proxy: fx.Proxy) -> fx.Proxy:
 
 
 def arguments_of_write(tracer: Recorder, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Returns the arguments of a write under ``torch.no_grad()``, detached where the write would pass on gradients.
-
-    Raises:
-        TraceError: If the tensor written into may require grad, which a graph can't hold.
-    """
+    """Returns the arguments of a write under ``torch.no_grad()``, detached where the write would pass on gradients."""
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy)]
     if not any(_may_require_grad(leaf.node) for leaf in leaves):
         return args, kwargs

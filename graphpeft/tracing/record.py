@@ -49,23 +49,7 @@ def record_forward(
     kwargs: dict[str, Any],
     modes: Mapping[nn.Module, bool] | None = None,
 ) -> fx.Graph:
-    """Records a call of `root`, without changing `root`.
-
-    Args:
-        tracer: Records the call; its session holds the findings of the trace afterwards.
-        root: The module.
-        entry: The function to call: `root`'s forward, or a function that runs hooks, too.
-        args: Example positional arguments, or None to trace without example values.
-        kwargs: Example keyword arguments.
-        modes: Whether each module is recorded as in training; None means the modules' present modes.
-
-    Returns:
-        The graph.
-
-    Raises:
-        NeedsInputsError: Without `args`, if the forward decides on its inputs.
-        TraceError: If the forward of `root` can't be recorded.
-    """
+    """Records a call of `root`, without changing `root`."""
     refuse_type_checks(root)
     session = tracer.session
     session.begin(root, modes or {})

@@ -10,12 +10,7 @@ import torch
 
 
 class Scripted:
-    """A scripted function as a node's target, which can be pickled.
-
-    Args:
-        function: The function, or a module loaded from the function's file.
-        name: The name of the function.
-    """
+    """A scripted function as a node's target, which can be pickled."""
 
     def __init__(self, function: Callable[..., Any], name: str) -> None:
         self.function = function

@@ -48,10 +48,6 @@ class RecordAgain(BaseException):
 class Session:
     """A trace of one module, made by one or several recordings.
 
-    Args:
-        keeps_whole: Returns whether the call of a submodule stays one node of the graph.
-        one_more: Is called for each recorded node; None if nobody counts them.
-
     Attributes:
         root: The module.
         modules: The modules of the root, by path.
@@ -165,15 +161,7 @@ class Constants:
         self._made = {}
 
     def name_of(self, value: Any, is_made_anew: Callable[[Any], bool]) -> str:
-        """Returns the name of a constant. A tensor that each recording makes again keeps its name of the last one.
-
-        Args:
-            value: The constant.
-            is_made_anew: Returns whether a constant is a tensor that the forward has made.
-
-        Raises:
-            TraceError: If it is a weight that has no changed numbers.
-        """
+        """Returns the name of a constant. A tensor that each recording makes again keeps its name of the last one."""
         if isinstance(value, RefusedWeight):
             raise TraceError(value.reason)
         names = [name for name, constant in self.values.items() if constant is value]

@@ -55,18 +55,7 @@ def stateful_modules(
     graph: fx.Graph,
     changed: list[Attribute],
 ) -> dict[str, str]:
-    """Returns the paths of the modules that must stay calls, with the reasons.
-
-    Args:
-        tracer: The tracer, which has just recorded `root`.
-        record_again: Records `root` a second time.
-        root: The module, with the state that the recording has set.
-        graph: The recorded graph.
-        changed: The attributes that the recording has changed.
-
-    Raises:
-        TraceError: If the root itself would have to stay a call.
-    """
+    """Returns the paths of the modules that must stay calls, with the reasons."""
     with tracer.examples.real_calls(makes_tensors=False):
         left = {attribute: _value_of(attribute) for attribute in changed}
     assert tracer.session.recording is not None
@@ -208,13 +197,7 @@ def _copied(value: Any) -> Any:
 
 
 def _is_stable(value: Any, later: Any, of_the_state: Callable[[fx.Node], bool]) -> bool:
-    """Returns whether an attribute has the same value after the second call as after the first.
-
-    Args:
-        value: The value after the first call, see `_value_of`.
-        later: The value after the second call.
-        of_the_state: Returns whether a node's value depends on state of the first call.
-    """
+    """Returns whether an attribute has the same value after the second call as after the first."""
     if value is later:
         return True
     if isinstance(value, fx.Proxy) and isinstance(later, fx.Proxy):

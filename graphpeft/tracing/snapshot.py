@@ -20,11 +20,7 @@ _Held = tuple[Namespace, dict[str, Any], list[tuple[str, Any, Any]]]
 
 
 class Snapshot:
-    """The values of all names that a forward can reach, and the contents of mutable objects among them.
-
-    Args:
-        reach: The namespaces that the forward can reach.
-    """
+    """The values of all names that a forward can reach, and the contents of mutable objects among them."""
 
     def __init__(self, reach: Reach) -> None:
         self._reach = reach

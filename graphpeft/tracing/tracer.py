@@ -58,10 +58,6 @@ _EFFECTS = (operator.setitem, leave_autocast, leave_gradients)
 class ValueTracer(fx.Tracer):
     """Records the forward of one module, in one or several recordings.
 
-    Args:
-        keeps_whole: Returns whether the call of a submodule stays one node of the graph.
-        one_more: Is called for each recorded node; None if nobody counts them.
-
     Attributes:
         session: The findings of the trace so far.
         examples: The example values of the nodes.
@@ -96,12 +92,7 @@ class ValueTracer(fx.Tracer):
 
     @contextlib.contextmanager
     def tracing(self, entry: Callable[..., Any], call: ExampleCall | None) -> Iterator[None]:
-        """Makes this thread record calls of the session's root by ``Tracer.trace`` inside the context.
-
-        Args:
-            entry: The function to call: the root's forward, or a function that runs hooks, too.
-            call: Example arguments, or None to trace without example values.
-        """
+        """Makes this thread record calls of the session's root by ``Tracer.trace`` inside the context."""
         self._call, self._entry = call, entry
         # layers of torch.nn don't test their input for None, and a check in each of their many calls would be slow
         self._may_be_absent = not type(self.session.root).__module__.startswith("torch.nn.modules")

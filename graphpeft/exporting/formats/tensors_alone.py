@@ -19,9 +19,6 @@ def of_tensors(program: ExportedProgram) -> ExportedProgram:
     """Returns a program with the tensors among its inputs as positional arguments, in their order.
 
     The two programs share their tensors and the symbols of their sizes.
-
-    Args:
-        program: The program.
     """
     signature = program.graph_signature
     fixed = {spec.arg.name for spec in signature.input_specs if _is_fixed(spec)}
@@ -55,15 +52,7 @@ def _is_fixed(spec: InputSpec) -> bool:
 
 
 def output_names(program: Program, runtime: str) -> list[str]:
-    """Returns a name for each tensor of a program's result, made of keys and indices.
-
-    Args:
-        program: The program.
-        runtime: The name of what is to run it, for errors.
-
-    Raises:
-        ExportError: If the result has other values than tensors.
-    """
+    """Returns a name for each tensor of a program's result, made of keys and indices."""
     spec = program.exported.call_spec.out_spec
     assert spec is not None
     specs = program.exported.graph_signature.output_specs

@@ -61,11 +61,7 @@ def leaf_of(graph: fx.Graph, name: str) -> Leaf:
 
 
 def boundary_of(graph: fx.Graph, name: str) -> Boundary:
-    """Returns the boundary of `graph` with this name.
-
-    Raises:
-        TraceError: If the forward returns anything but one value that it has computed, or if the call is gone.
-    """
+    """Returns the boundary of `graph` with this name."""
     return _of_graph(graph) if name == NAME else _of_call(graph, name)
 
 

@@ -73,13 +73,7 @@ class Convolution:
         return self.options["groups"]
 
     def apply(self, x: Any, weight: Any, **options: Any) -> Any:
-        """Returns the operation on another input and with another weight, without the bias.
-
-        Args:
-            x: A proxy for the input.
-            weight: A proxy for the weight, with a kernel of the same size.
-            options: Options that replace the operation's own.
-        """
+        """Returns the operation on another input and with another weight, without the bias."""
         x, own = self._operands(x)
         # not called directly: PyTorch would require numbers in lists of options
         return x.tracer.create_proxy("call_function", self.function, (x, weight), {**own, **options})

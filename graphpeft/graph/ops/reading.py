@@ -29,16 +29,7 @@ def in_graph(value: Any, beside: fx.Proxy) -> Any:
 
 @recorded
 def applied_if(condition: bool, otherwise: Any, function: str, x: Any, weight: Any, options: dict[str, Any]) -> Any:
-    """Returns the result of a PyTorch function on `x` and `weight` in runs where `condition` holds, else `otherwise`.
-
-    Args:
-        condition: Whether to call the function.
-        otherwise: The value if not.
-        function: The function's name in ``torch.nn.functional`` or in ``torch``.
-        x: The function's input.
-        weight: The function's weight.
-        options: The function's other arguments.
-    """
+    """Returns a PyTorch function's result on `x` and `weight` in runs where `condition` holds, else `otherwise`."""
     if not condition:
         return otherwise
     return (getattr(F, function, None) or getattr(torch, function))(x, weight, **options)

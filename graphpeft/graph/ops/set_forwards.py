@@ -36,28 +36,13 @@ _FUNCTIONS: dict[str, Any] = {
 
 
 def as_set(*operands: Any, own_forward: Callable[..., Any], more: More, instead_of: str, **_: Any) -> Any:
-    """Returns what a set forward makes of the input of an operation.
-
-    Args:
-        operands: The arguments of the function that the layer's class calls, the input among them.
-        own_forward: The set forward.
-        more: Its further arguments.
-        instead_of: The name of that function.
-    """
+    """Returns what a set forward makes of the input of an operation."""
     args, given = more
     return own_forward(operands[_place_of_input(instead_of)], *args, **given)
 
 
 def set_operation(graph: fx.Graph, own_forward: fx.Node, operation: fx.Node, x: fx.Node, more: fx.Node) -> fx.Node:
-    """Adds the call of a set forward to a graph, in the place of an operation, with the arguments of that.
-
-    Args:
-        graph: The graph.
-        own_forward: The node of the set forward.
-        operation: The node of the operation, a call of one of the known functions, which has no further use.
-        x: The node of the set forward's first argument.
-        more: The node of the others.
-    """
+    """Adds the call of a set forward to a graph, in the place of an operation, with the arguments of that."""
     name = operation.target.__name__  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
     operands = list(operation.args)
     operands[_place_of_input(name)] = x

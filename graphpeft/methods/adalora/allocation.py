@@ -57,17 +57,7 @@ Averages = Mapping[tuple[str, str], Importance]
 
 
 def averaged(sites: Sequence[SiteParameters], before: Averages, beta1: float, beta2: float) -> Averages:
-    """Returns the averages after a step.
-
-    Args:
-        sites: The parameters, with their gradients.
-        before: The averages before it; empty at first.
-        beta1: β₁.
-        beta2: β₂.
-
-    Raises:
-        ValueError: If a parameter has no gradient.
-    """
+    """Returns the averages after a step."""
     sensitivities = {
         (site.label, name): _sensitivity(site.label, name, parameter)
         for site, parameters in sites
@@ -99,24 +89,14 @@ def _after(before: Importance | None, sensitivity: Tensor, beta1: float, beta2: 
 
 
 def importance(averages: Averages, label: str) -> Tensor:
-    """Returns the importance of the triplets of a site; those of a stack of matrices are one for each rank.
-
-    Args:
-        averages: The averages.
-        label: The site's label.
-    """
+    """Returns the importance of the triplets of a site; those of a stack of matrices are one for each rank."""
     a, e, b = (torch.mul(*averages[label, name]) for name in ("lora_A", "lora_E", "lora_B"))
     of_triplets = e.squeeze(-1) + (a.mean(-1) + b.mean(-2))
     return of_triplets if of_triplets.ndim == 1 else of_triplets.flatten(0, -2).mean(0)
 
 
 def kept(scores: Mapping[str, Tensor], drops: int) -> dict[str, list[bool]]:
-    """Returns which triplets of each site stay: those above the importance of as many as are dropped.
-
-    Args:
-        scores: The triplets' importance by the labels of their sites.
-        drops: How many are dropped, of all sites together.
-    """
+    """Returns which triplets of each site stay: those above the importance of as many as are dropped."""
     if drops <= 0:
         return {label: [True] * len(score) for label, score in scores.items()}
     everything = torch.cat([score.cpu() for score in scores.values()])
@@ -127,11 +107,7 @@ def kept(scores: Mapping[str, Tensor], drops: int) -> dict[str, list[bool]]:
 
 
 def orthogonality(sites: Sequence[SiteParameters]) -> Tensor:
-    """Returns the mean of ‖A Aᵀ − I‖ and ‖Bᵀ B − I‖ over all sites, with gradients.
-
-    Args:
-        sites: The parameters.
-    """
+    """Returns the mean of ‖A Aᵀ − I‖ and ‖Bᵀ B − I‖ over all sites, with gradients."""
     rows = [factor for _, at in sites for factor in (at["lora_A"], at["lora_B"].mT)]
     norms = [torch.linalg.matrix_norm(_excess(factor)).reshape(-1) for factor in rows]
     return torch.cat([norm.to(norms[0].device) for norm in norms]).mean()
@@ -143,23 +119,14 @@ def _excess(factor: Tensor) -> Tensor:
 
 
 def as_tensors(pattern: Mapping[str, Sequence[bool]], averages: Averages) -> dict[str, Tensor]:
-    """Returns which ranks are left, and the averages, as tensors by name.
-
-    Args:
-        pattern: Which ranks are left, as in `rank_pattern`.
-        averages: The averages.
-    """
+    """Returns which ranks are left, and the averages, as tensors by name."""
     masks = {f"rank_pattern/{key}": torch.tensor(mask) for key, mask in pattern.items()}
     means = {f"mean/{label}/{name}": each.mean for (label, name), each in averages.items()}
     return masks | means | {f"spread/{label}/{name}": each.spread for (label, name), each in averages.items()}
 
 
 def from_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, list[bool]], Averages]:
-    """Returns the arguments of which `as_tensors` has made these tensors.
-
-    Args:
-        state: The tensors.
-    """
+    """Returns the arguments of which `as_tensors` has made these tensors."""
     parts: dict[str, dict[str, Tensor]] = {"rank_pattern": {}, "mean": {}, "spread": {}}
     for key, tensor in state.items():
         what, _, name = key.partition("/")

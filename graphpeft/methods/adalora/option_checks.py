@@ -13,11 +13,7 @@ _LORA = LoraConfig()
 
 
 def warn_of_unused(config: Any) -> None:
-    """Warns of options that have no effect.
-
-    Args:
-        config: The config.
-    """
+    """Warns of options that have no effect."""
     for name in ("r", "use_rslora", "alpha_pattern", "lora_bias"):
         if getattr(config, name) != getattr(_LORA, name):
             _warn(f"{name}={shown(getattr(config, name))}", "leave it out" + "; the rank is init_r" * (name == "r"))
@@ -26,11 +22,7 @@ def warn_of_unused(config: Any) -> None:
 
 
 def check_values(config: Any) -> None:
-    """Raises ValueError for options that AdaLoRA doesn't have, and for a schedule without a step that drops ranks.
-
-    Args:
-        config: The config.
-    """
+    """Raises ValueError for options that AdaLoRA doesn't have, and for a schedule without a step that drops ranks."""
     for name in ("use_dora", "loftq_config"):
         if getattr(config, name):
             raise ValueError(f"{name} isn't for AdaLoRA, as in PEFT; leave it out")

@@ -14,23 +14,13 @@ from graphpeft.rules.trained import SiteParameters
 
 
 def places(config: Any, label: str) -> tuple[int, ...]:
-    """Returns the places of a site's ranks that are left, among those with which training began.
-
-    Args:
-        config: The config.
-        label: The site's label.
-    """
+    """Returns the places of a site's ranks that are left, among those with which training began."""
     pattern = (config.rank_pattern or {}).get(f"{label}.lora_E", [True] * config.init_r)
     return tuple(place for place, is_left in enumerate(pattern) if is_left)
 
 
 def mask(config: Any, label: str) -> Tensor:
-    """Returns which of the ranks that a site has are left, (ranks,); those that a file lacks it hasn't at all.
-
-    Args:
-        config: The config.
-        label: The site's label.
-    """
+    """Returns which of the ranks that a site has are left, (ranks,); those that a file lacks it hasn't at all."""
     left = places(config, label)
     return torch.tensor([place in left for place in config.places_at(label)], dtype=torch.bool)
 
@@ -38,18 +28,7 @@ def mask(config: Any, label: str) -> Tensor:
 def after_step(
     config: Any, averages: allocation.Averages, step: int, end: int, sites: Sequence[SiteParameters]
 ) -> dict[str, list[bool]]:
-    """Returns the `rank_pattern` after a step at which ranks are dropped: the most important ones of all weights.
-
-    Args:
-        config: The config.
-        averages: The importance of each parameter.
-        step: The step.
-        end: The step at which the last ranks are dropped.
-        sites: The parameters.
-
-    Raises:
-        ValueError: If no importance is known.
-    """
+    """Returns the `rank_pattern` after a step at which ranks are dropped: the most important ones of all weights."""
     if not averages:
         raise ValueError(
             f"no importance is known at step {step}, at which ranks are dropped; call update_and_allocate after each "

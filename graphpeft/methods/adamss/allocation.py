@@ -23,17 +23,7 @@ Averages = Mapping[Place, Importance]
 
 
 def averaged(sites: Sequence[SiteParameters], before: Averages, beta1: float, beta2: float) -> Averages:
-    """Returns the averages after a step.
-
-    Args:
-        sites: The parameters, with their gradients.
-        before: The averages before it.
-        beta1: β₁.
-        beta2: β₂.
-
-    Raises:
-        ValueError: If no parameter has a gradient.
-    """
+    """Returns the averages after a step."""
     found = {
         (site.label, name): (parameter * parameter.grad).abs()
         for site, parameters in sites
@@ -60,15 +50,7 @@ def _after(before: Importance | None, sensitivity: Tensor, beta1: float, beta2: 
 
 
 def unimportant(averages: Averages, target: int) -> set[Place]:
-    """Returns the groups that are no longer trained, of those whose importance is known.
-
-    Args:
-        averages: The averages.
-        target: The number of groups to reach. If there are more, one fewer goes on, as in PEFT.
-
-    Raises:
-        ValueError: If none would go on.
-    """
+    """Returns the groups that are no longer trained, of those whose importance is known."""
     scores = {}
     for label, name in averages:
         number = name.removeprefix("adamss_A_")
@@ -89,12 +71,7 @@ def unimportant(averages: Averages, target: int) -> set[Place]:
 
 
 def as_tensors(resting: set[Place], averages: Averages) -> dict[str, Tensor]:
-    """Returns which groups rest, and the averages, as tensors by name.
-
-    Args:
-        resting: The groups that are no longer trained.
-        averages: The averages.
-    """
+    """Returns which groups rest, and the averages, as tensors by name."""
     state = {f"rests/{label}/{number}": torch.tensor(True) for label, number in sorted(resting)}
     for (label, name), (mean, spread) in averages.items():
         state |= {f"mean/{label}/{name}": mean, f"spread/{label}/{name}": spread}
@@ -102,11 +79,7 @@ def as_tensors(resting: set[Place], averages: Averages) -> dict[str, Tensor]:
 
 
 def from_tensors(state: Mapping[str, Tensor]) -> tuple[set[Place], Averages]:
-    """Returns the arguments of which `as_tensors` has made these tensors.
-
-    Args:
-        state: The tensors.
-    """
+    """Returns the arguments of which `as_tensors` has made these tensors."""
     resting, averages = set(), {}
     for key, tensor in state.items():
         what, _, place = key.partition("/")

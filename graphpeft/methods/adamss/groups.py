@@ -31,11 +31,7 @@ class Group(NamedTuple):
 
 
 def own_bias(site: Any) -> str | None:
-    """Returns the name of the bias that belongs to the module with a site's weight and is added there, or None.
-
-    Args:
-        site: The site.
-    """
+    """Returns the name of the bias that belongs to the module with a site's weight and is added there, or None."""
     bias = getattr(site, "bias", None)
     path, _, name = bias.rpartition(".") if bias is not None else (None, "", None)
     return name if path == site.owner else None
@@ -43,11 +39,6 @@ def own_bias(site: Any) -> str | None:
 
 def decomposed(site: Site, config: Any, module: nn.Module) -> tuple[Tensor, Tensor]:
     """Returns the left singular vectors of a weight, and the right ones, of which those of the bias are a part.
-
-    Args:
-        site: The site.
-        config: The config.
-        module: The module that owns the weight.
 
     Returns:
         Tensors (out, r) and (r, in), or (r, in + 1) with a bias.
@@ -62,12 +53,7 @@ def decomposed(site: Site, config: Any, module: nn.Module) -> tuple[Tensor, Tens
 
 
 def rank_of(site: Any, config: Any) -> int:
-    """Returns the number of singular vectors of a site's weight that are taken.
-
-    Args:
-        site: The site.
-        config: The config.
-    """
+    """Returns the number of singular vectors of a site's weight that are taken."""
     _, rows, columns = matrices_of(site)
     return min(config.r, rows, columns + (own_bias(site) is not None))
 
@@ -75,13 +61,7 @@ def rank_of(site: Any, config: Any) -> int:
 def groups_of(
     site: Site, config: Any, module: nn.Module
 ) -> tuple[tuple[Group, ...] | str, tuple[Tensor, Tensor] | None]:
-    """Returns the groups of a weight's rows, or why there are none; and what `decomposed` gives, if there are groups.
-
-    Args:
-        site: The site.
-        config: The config.
-        module: The module that owns the weight.
-    """
+    """Returns the groups of a weight's rows, or why there are none; with groups, also the result of `decomposed`."""
     weight = read_weight(module, site.attribute)
     if weight is None or weight.is_meta:
         return "its rows are grouped by its numbers, and it has none yet; load the model first", None

@@ -68,11 +68,7 @@ class Adamss(Factored, BranchRule):
                 B.copy_(torch.randn(B.shape, dtype=site.dtype, device=left.device) * 0.01)
 
     def complete(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
-        """Fills the places of rows; refuses files of other weights, whose rows may be in other groups.
-
-        Raises:
-            ValueError: For such a file.
-        """
+        """Fills the places of rows; refuses files of other weights, whose rows may be in other groups."""
         parameters["adamss_places"].copy_(_places(config.groups_at(site)))
         _, right = config.directions_of(site, module)
         if not same_directions(parameters["adamss_newB"], right):
@@ -119,9 +115,5 @@ def _places(groups: Sequence[Group]) -> Tensor:
 
 
 def has_bias(site: Any) -> bool:
-    """Returns whether a bias belongs to a site's weight.
-
-    Args:
-        site: The site.
-    """
+    """Returns whether a bias belongs to a site's weight."""
     return own_bias(site) is not None

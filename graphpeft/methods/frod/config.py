@@ -83,11 +83,7 @@ class Frod(Factored, BranchRule):
             stretch.add_(torch.randn(stretch.shape, dtype=site.dtype) * 0.1)
 
     def complete(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
-        """Makes U and λ₀ of the weight and the file's V; and V and the places, where the file has none.
-
-        Raises:
-            ValueError: If this V can't be of the weight.
-        """
+        """Makes U and λ₀ of the weight and the file's V; and V and the places, where the file has none."""
         if not config.save_projection:
             self._fill_shared(parameters, site, config)
         self._sort(parameters)

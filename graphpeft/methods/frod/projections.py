@@ -21,11 +21,7 @@ from graphpeft.rules.weight_reader import WeightReader
 
 
 def category_of(name: str) -> str:
-    """Returns the category of a layer, which layers of the same role in other blocks have, too.
-
-    Args:
-        name: The layer's path.
-    """
+    """Returns the category of a layer, which layers of the same role in other blocks have, too."""
     *before, last = name.split(".")
     if not before or before[-1].isdigit():
         return last
@@ -45,36 +41,20 @@ def _block_of(name: str, number: int) -> int:
 
 
 def count_of(size: int, rate: float) -> int:
-    """Returns the number of places that are trained beside the diagonal.
-
-    Args:
-        size: The number of inputs.
-        rate: Their share of all places.
-    """
+    """Returns the number of places that are trained beside the diagonal."""
     most = size * size - size
     return min(max(int(size * size * rate), 1 if rate else 0), most)
 
 
 def numbers_of(site: Any, module: nn.Module) -> Tensor:
-    """Returns a weight as matrices, (*stack, out, in), on the CPU.
-
-    Args:
-        site: The site.
-        module: The module that owns the weight.
-    """
+    """Returns a weight as matrices, (*stack, out, in), on the CPU."""
     weight = read_weight(module, site.attribute)
     assert weight is not None
     return as_matrices(site.weight_layout.turned(weight.detach()), site).cpu()
 
 
 class Projections:
-    """The bases and the places of all categories, each of which is made when it is asked for.
-
-    Args:
-        config: The config.
-        sites: Its sites.
-        weights: Reads their weights.
-    """
+    """The bases and the places of all categories, each of which is made when it is asked for."""
 
     def __init__(self, config: Any, sites: Sequence[Any], weights: WeightReader) -> None:
         self._config, self._weights = config, weights
@@ -90,11 +70,7 @@ class Projections:
         self._bases: dict[str, Tensor] = {}
 
     def basis(self, category: str) -> Tensor:
-        """Returns V, (in, in).
-
-        Args:
-            category: The category.
-        """
+        """Returns V, (in, in)."""
         if category not in self._bases:
             read = [self._weights.read(site, functools.partial(_rows_of, site)) for site in self._sites[category]]
             self._bases[category] = basis_of(read, self._config.regularization_alpha)
@@ -159,14 +135,7 @@ def coordinates(basis: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def is_spanned(basis: Tensor, unit: Tensor, lengths: Tensor, weight: Tensor) -> bool:
-    """Returns whether U diag(λ) Vᵀ is W, but for rounding, which in half precision may be anything.
-
-    Args:
-        basis: V.
-        unit: U.
-        lengths: λ.
-        weight: W, in its own precision.
-    """
+    """Returns whether U diag(λ) Vᵀ is W, but for rounding, which in half precision may be anything."""
     if weight.dtype.itemsize < 4:
         return True
     difference = (unit * lengths[..., None, :]) @ basis.float().mT - weight.float()

@@ -27,12 +27,7 @@ from graphpeft.targeting import pattern_values
 
 
 def checked(rank: float) -> float:
-    """Returns a rank, an int, or a share of the squares, a float.
-
-    Raises:
-        TypeError: If it is no number.
-        ValueError: If it can't be a rank or a share.
-    """
+    """Returns a rank, an int, or a share of the squares, a float."""
     if isinstance(rank, bool) or not isinstance(rank, float | numbers.Integral):
         raise TypeError(f"rank is a {type(rank).__name__}; give an int, or a share of the squares as a float")
     if isinstance(rank, float) and not 0 < rank <= 1:
@@ -50,23 +45,7 @@ def approximated(
     name: str,
     progressbar: bool,
 ) -> tuple[Plan, dict[tuple[str, str], Tensor]]:
-    """Gives a config the ranks of the best approximations, and returns what it does to a model, and the factors.
-
-    Args:
-        model: The model, which stays as it is.
-        config: A config with a scale of 1, which gets its ranks.
-        change_of: Returns ΔW of a site's weight, in the stored layout.
-        rank: The rank of all factors, or the share of the squares.
-        name: The name of the adapter in the plan.
-        progressbar: Whether a bar shows how far it has come.
-
-    Returns:
-        The plan, and the factors by the path of their module and their name there.
-
-    Raises:
-        ValueError: If a rank is larger than a weight.
-        TypeError: If a change is no product of two matrices.
-    """
+    """Gives a config the ranks of the best approximations, and returns what it does to a model, and the factors."""
     by_weight = by_weight_of(plan_of(model, config, name).sites)
     weights: Iterable[Any] = by_weight.items()
     shown = over(weights, "converting to LoRA", "weights") if progressbar else weights
@@ -94,16 +73,7 @@ class _Product(NamedTuple):
 
 
 def plan_of(model: nn.Module, config: LoraConfig, name: str) -> Plan:
-    """Returns what a config of plain LoRA does to a model, which stays as it is.
-
-    Args:
-        model: The model.
-        config: The config.
-        name: The name of the adapter in the plan.
-
-    Raises:
-        TypeError: If the change of a weight is no product of two matrices.
-    """
+    """Returns what a config of plain LoRA does to a model, which stays as it is."""
     plan = planned(model, config, name)
     refuse(plan)
     for adapted in plan.sites:
@@ -113,11 +83,7 @@ def plan_of(model: nn.Module, config: LoraConfig, name: str) -> Plan:
 
 
 def by_weight_of(sites: Iterable[Any]) -> dict[str, Any]:
-    """Returns adapted sites by the path of their weight.
-
-    Args:
-        sites: The sites.
-    """
+    """Returns adapted sites by the path of their weight."""
     return {adapted.site.weight: adapted for adapted in sites}
 
 
@@ -159,12 +125,5 @@ def _factors(plan: Plan, products: Mapping[str, _Product]) -> dict[tuple[str, st
 
 
 def by_key(plan: Plan, found: Mapping[tuple[str, str], Tensor], name: str, modules: Modules) -> dict[str, Tensor]:
-    """Returns the tensors of an adapter by their names in its file.
-
-    Args:
-        plan: The adapter's plan.
-        found: Its tensors by the path of their module and their name there.
-        name: The adapter's name in the plan.
-        modules: The model's modules by path.
-    """
+    """Returns the tensors of an adapter by their names in its file."""
     return {key: found[place] for key, place in keys(Adapter.of(plan), name, modules).items()}

@@ -24,13 +24,7 @@ from graphpeft.sites.site import Site
 
 
 def rule_for(config: Any, site: Any, dtype: torch.dtype) -> Rule:
-    """Returns the rule for the kind of operation that uses a weight, or for a call.
-
-    Args:
-        config: The config.
-        site: The site.
-        dtype: The dtype of the adapter's parameters there.
-    """
+    """Returns the rule for the kind of operation that uses a weight, or for a call."""
     lora = _without_rounding(config, site, dtype)
     return kinds.rule_for(config, site, merge_aware.as_merged(lora, site, config.merged_quantiser))
 

@@ -33,17 +33,7 @@ from graphpeft.rules.rule import Combines
 
 
 def combine(target: AdaptedSite, parts: Sequence[Part], how: Combination, count: int) -> dict[str, Tensor]:
-    """Returns A and B of the combined adapter at one site; its magnitudes, if it has some, keep their first values.
-
-    Args:
-        target: The site with the new rule.
-        parts: The tensors and constants of each adapter that adapts the site.
-        how: How they are combined.
-        count: The number of adapters altogether.
-
-    Raises:
-        ValueError: If they can't be combined.
-    """
+    """Returns A and B of the combined adapter at one site; its magnitudes, if it has some, keep their first values."""
     target, parts = _in_direction(target), [_part_in_direction(part) for part in parts]
     for part in parts:
         if part.tensors.keys() != {"lora_A", "lora_B"} or not isinstance(target.rule, Combines):

@@ -24,16 +24,7 @@ KINDS = (*SUMS, "cat", *DECOMPOSITIONS)
 
 
 def combined_config(configs: Sequence[Any], sites: Sequence[Site], how: Combination) -> Any:
-    """Returns the config of the combined adapter.
-
-    Args:
-        configs: The configs of the adapters.
-        sites: The sites of all of them together.
-        how: How they are combined.
-
-    Raises:
-        ValueError: If they can't be combined so.
-    """
+    """Returns the config of the combined adapter."""
     _check(how)
     variant = next((found for found in map(variant_of, configs) if found is not None), None)
     if variant is not None:
@@ -123,10 +114,5 @@ def _prunes(kind: str) -> bool:
 
 
 def kind_of(how: Combination, count: int) -> str:
-    """Returns the kind of a combination, which for a single adapter is always linear, as in PEFT.
-
-    Args:
-        how: How adapters are combined.
-        count: Their number.
-    """
+    """Returns the kind of a combination, which for a single adapter is always linear, as in PEFT."""
     return "linear" if count == 1 else how.kind

@@ -141,12 +141,7 @@ def save_converted(path: str | os.PathLike[str], converted: tuple[LoraConfig, Ma
 
 
 def _source(model: nn.Module, name: str) -> Adapter:
-    """Returns the adapter to convert.
-
-    Raises:
-        TypeError: If there is none, or it can't be LoRA.
-        ValueError: If it has more than changes of weights, or lacks a part of them.
-    """
+    """Returns the adapter to convert."""
     if adapters_of(model) is None:
         raise TypeError(f"the {type(model).__name__} has no adapters, of which one could be LoRA")
     adapter = known_adapter(model, name)

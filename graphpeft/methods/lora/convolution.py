@@ -118,13 +118,7 @@ class LoraWithinGroups(LoraBranchWithBias, Combines):
 
 
 def lora_of_convolution(site: Site, config: Any, casts: bool) -> LoraConvolution | LoraWithinGroups:
-    """Returns the rule for a convolution.
-
-    Args:
-        site: The site.
-        config: The config.
-        casts: Whether the dtype of A and B differs from the weight's.
-    """
+    """Returns the rule for a convolution."""
     drops, has_bias = config.lora_dropout > 0, config.lora_bias
     if rank_of(site, config) % site.groups:
         return LoraWithinGroups(layout=site.weight_layout, drops=drops, casts=casts, has_bias=has_bias)

@@ -157,12 +157,7 @@ class Dora(OperationRule, Mergeable, ReplacesWeight):
 
 
 def with_magnitudes(direction: Lora, site: Site) -> Dora:
-    """Returns the rule of DoRA for a site.
-
-    Args:
-        direction: The rule of LoRA for the same site.
-        site: The site.
-    """
+    """Returns the rule of DoRA for a site."""
     dimensions = range(len(site.shape))
     if site.layout is ops.Embedding:
         return Dora(direction, lengthwise=(0,), is_product=False)

@@ -75,14 +75,7 @@ def _pattern_of(site: Site | LeafSite) -> str:
 
 
 def draw(parameters: Mapping[str, Tensor], kind: bool | str, rank: int) -> None:
-    """Draws A and B as PEFT does, so that equal seeds give equal values.
-
-    Args:
-        parameters: `lora_A`, the factor that is applied first, `lora_B`, and `lora_bias` if there is one; filled in
-            place.
-        kind: The config's `init_lora_weights`: True, False or "gaussian".
-        rank: The rank.
-    """
+    """Draws A and B as PEFT does, so that equal seeds give equal values."""
     draw_as_layers(parameters)
     if kind is False:
         return

@@ -21,12 +21,7 @@ from graphpeft.targeting.targets import own_parameter_entry
 
 
 def written(own: Any, sites: Sequence[Any]) -> Any:
-    """Returns the config as PEFT reads it: weights that are no layer's are its `target_parameters`.
-
-    Args:
-        own: The config.
-        sites: The adapter's sites.
-    """
+    """Returns the config as PEFT reads it: weights that are no layer's are its `target_parameters`."""
     config = copy.deepcopy(own)
     config.merged_quantiser = merge_aware.in_file(own.merged_quantiser)
     drop_unused(config)
@@ -54,11 +49,7 @@ def written(own: Any, sites: Sequence[Any]) -> Any:
 
 
 def read(file: Any) -> Any:
-    """Returns the config as it was before `written`: the ranks of parts are their own.
-
-    Args:
-        file: The file's config.
-    """
+    """Returns the config as it was before `written`: the ranks of parts are their own."""
     config = copy.deepcopy(file)
     for key in file.rank_pattern.keys() & file.alpha_pattern.keys():
         name = pattern_values.name_of(key)
@@ -72,16 +63,7 @@ def read(file: Any) -> Any:
 
 
 def converted(own: Any, tensors: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-    """Returns plain LoRA of twice the rank: B A − B₀ A₀ = [B, −B₀] [A; A₀], where B₀ A₀ was taken from the weight.
-
-    Args:
-        own: The config.
-        tensors: The adapter's tensors, by their names in the file.
-        first: The tensors of the untrained adapter, by the same names.
-
-    Raises:
-        ValueError: If a rank's scale can't stay as it is.
-    """
+    """Returns plain LoRA of twice the rank: B A − B₀ A₀ = [B, −B₀] [A; A₀], where B₀ A₀ was taken from the weight."""
     if own.use_rslora and (own.rank_pattern or own.alpha_pattern):
         raise ValueError(
             "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` doubles ranks, and with "

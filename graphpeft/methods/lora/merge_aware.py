@@ -38,13 +38,7 @@ OWN = "own"
 
 
 def as_merged(lora: Any, site: Site | LeafSite, quantiser: Quantiser | str | None) -> Any:
-    """Returns LoRA's rule for a site, as `merged_quantiser` wants it.
-
-    Args:
-        lora: The rule without it.
-        site: The site.
-        quantiser: The option.
-    """
+    """Returns LoRA's rule for a site, as `merged_quantiser` wants it."""
     if quantiser is None or (quantiser == OWN and isinstance(site, Site)):
         return lora
     return RoundedLeaf(lora, quantiser) if isinstance(site, LeafSite) else Rounded(lora, quantiser)

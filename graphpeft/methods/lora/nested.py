@@ -26,14 +26,7 @@ OF_INITIALISATIONS: dict[str, tuple[str, type]] = {
 
 
 def give_classes(config: Any) -> None:
-    """Gives the options that have options of their own the classes of these, in place.
-
-    Args:
-        config: LoRA's config.
-
-    Raises:
-        ValueError: If one can't have its class.
-    """
+    """Gives the options that have options of their own the classes of these, in place."""
     for name, (_, config_class) in OF_INITIALISATIONS.items():
         setattr(config, name, _nested(getattr(config, name), config_class, name))
     for name, config_class in kinds.NESTED.items():

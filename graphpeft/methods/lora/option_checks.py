@@ -23,11 +23,7 @@ _REASONS = {
 
 
 def check_supported(config: Any) -> None:
-    """Raises ValueError for options that aren't supported, and for one that lacks what it needs.
-
-    Args:
-        config: LoRA's config.
-    """
+    """Raises ValueError for options that aren't supported, and for one that lacks what it needs."""
     defaults = {field.name: default_of(field) for field in dataclasses.fields(config) if field.name in _REASONS}
     for name, reason in _REASONS.items():
         value = getattr(config, name)
@@ -38,11 +34,7 @@ def check_supported(config: Any) -> None:
 
 
 def check_values(config: Any) -> None:
-    """Raises ValueError for options that contradict each other.
-
-    Args:
-        config: LoRA's config.
-    """
+    """Raises ValueError for options that contradict each other."""
     merge_aware.check(config.merged_quantiser)
     kinds.check(config)
     if config.lora_bias and config.use_dora:

@@ -141,11 +141,7 @@ class _Dense:
 
 @dataclass(frozen=True)
 class _Compact:
-    """Makes B as the model has it, (rows of all parts, r), of a file's.
-
-    Raises:
-        ValueError: If the file's isn't zero beside the parts' own blocks.
-    """
+    """Makes B as the model has it, (rows of all parts, r), of a file's."""
 
     parts: tuple[Runs, ...]
     rank: int
@@ -183,14 +179,7 @@ def _times(parts: int, rslora: bool) -> float:
 def with_parts(
     sites: Sequence[Site | LeafSite], wanted: Mapping[str, list[Any]], finder: SiteFinder, report: Report
 ) -> list[Site | LeafSite]:
-    """Returns the sites with the parts of fused projections that a config names.
-
-    Args:
-        sites: The sites.
-        wanted: Parts by the name of a projection, as in a list of `target_modules`: their names, or pairs of rows.
-        finder: Finds parts in the graphs of the model.
-        report: Gets the refusals.
-    """
+    """Returns the sites with the parts of fused projections that a config names."""
     found: list[Site | LeafSite] = []
     used: set[str] = set()
     for site in sites:

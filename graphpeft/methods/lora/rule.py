@@ -87,15 +87,7 @@ class LoraBranch(LoraRule, OperationRule):
 
     @abstractmethod
     def branch(self, h: Any, operation: Any, lora_A: Any, lora_B: Any, lora_bias: Any = None) -> Any:
-        """Returns the branch's value without the scale.
-
-        Args:
-            h: The branch's input.
-            operation: The operation.
-            lora_A: A.
-            lora_B: B.
-            lora_bias: The bias of B, if it has one.
-        """
+        """Returns the branch's value without the scale."""
         ...
 
 
@@ -148,13 +140,7 @@ def bias_refusal(site: Site, config: Any) -> str | None:
 
 
 def variant_refusal(config: Any, what: str, variants: Sequence[str] = ("use_dora", "lora_bias")) -> str | None:
-    """Returns the reason why a variant of LoRA that the config asks for can't be.
-
-    Args:
-        config: The config.
-        what: The adapted thing, in words.
-        variants: The options that would ask for one.
-    """
+    """Returns the reason why a variant of LoRA that the config asks for can't be."""
     for name in variants:
         if getattr(config, name):
             return f"{name}={getattr(config, name)!r} is for layers, and it is {what}"

@@ -94,11 +94,7 @@ def _transpose(tensor: Tensor) -> Tensor:
 
 
 def names_with_tied(config: Any, model: nn.Module) -> None:
-    """Adds to `target_modules` and `modules_to_save` of a config all layers that are tied to one in them.
-
-    Raises:
-        ValueError: If the added names would match other layers, too.
-    """
+    """Adds to `target_modules` and `modules_to_save` of a config all layers that are tied to one in them."""
     modules = modules_by_path(model)
     groups = [(embedding, *others) for embedding, others in _tied_layers(modules).items()]
     parameters = [join(path, name) for path, module in modules.items() for name in module._parameters]
@@ -162,14 +158,7 @@ def _refuse_others(others: Sequence[str], wanted: Sequence[str], way_out: str) -
 def with_tied(
     sites: Sequence[Site | LeafSite], config: Any, finder: SiteFinder, report: Report
 ) -> list[Site | LeafSite]:
-    """Returns sites with tied layers marked and put last, as PEFT has them.
-
-    Args:
-        sites: The sites.
-        config: The config, which names all layers of a group or none, but for excluded ones.
-        finder: Finds sites in the model.
-        report: Gets the refusals.
-    """
+    """Returns sites with tied layers marked and put last, as PEFT has them."""
     by_owner = {site.owner: site for site in sites if isinstance(site, Site) and site.is_layer}
     embeddings: dict[str, Site] = {}
     tied: dict[str, Site] = {}

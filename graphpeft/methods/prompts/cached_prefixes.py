@@ -57,12 +57,7 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
 
 
 def _keys_and_values(cache: Any) -> list[tuple[Tensor, Tensor]]:
-    """Returns the keys and values that each layer has filled.
-
-    Raises:
-        TypeError: If they aren't known.
-        ValueError: If a layer has thrown away the first ones.
-    """
+    """Returns the keys and values that each layer has filled."""
     if isinstance(cache, tuple | list) and all(isinstance(pair, tuple | list) and len(pair) > 1 for pair in cache):
         return [(pair[0], pair[1]) for pair in cache]
     layers = getattr(cache, "layers", None)
@@ -196,12 +191,7 @@ def _token_ids(tokenizer: Any, text: str, use_chat_template: bool, max_length: i
 
 
 def _prefix_of(model: Any, adapter_name: str | None) -> tuple[str, PrefixConfig]:
-    """Returns the name and the config of an adapter that has keys and values as parameters.
-
-    Raises:
-        AdaptError: If there is none of this name.
-        ValueError: If it is of another kind.
-    """
+    """Returns the name and the config of an adapter that has keys and values as parameters."""
     active = known_adapters(model).active
     if adapter_name is None and len(active) != 1:
         raise ValueError(f"{active} are active; say by adapter_name which of the adapters is meant")

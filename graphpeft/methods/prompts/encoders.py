@@ -36,24 +36,12 @@ class Encoder(ABC):
 
     @abstractmethod
     def initialise(self, parameters: Mapping[str, Tensor], config: Any, embedding: nn.Module) -> None:
-        """Fills new parameters with their first values.
-
-        Args:
-            parameters: The parameters by name.
-            config: The config.
-            embedding: The model's word embedding.
-        """
+        """Fills new parameters with their first values."""
         ...
 
     @abstractmethod
     def encode(self, parameters: Mapping[str, Any], training: Any, **asked: Any) -> Any:
-        """Returns the virtual tokens, (tokens, dim) or (batch, tokens, dim); it is run on proxies, and on tensors.
-
-        Args:
-            parameters: Its parameters by name.
-            training: Whether the model is trained.
-            asked: The arguments for which it asks.
-        """
+        """Returns the virtual tokens, (tokens, dim) or (batch, tokens, dim); it is run on proxies, and on tensors."""
         ...
 
 

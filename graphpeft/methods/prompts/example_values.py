@@ -40,13 +40,7 @@ class Ran(NamedTuple):
 
 
 def run(root: nn.Module, graph: fx.Graph, example_inputs: ExampleInputs) -> Ran:
-    """Runs a graph on fake tensors like its example inputs, which may raise anything that the model's code raises.
-
-    Args:
-        root: The module that owns the graph.
-        graph: The graph.
-        example_inputs: A tuple of positional or a dict of keyword arguments of the module.
-    """
+    """Runs a graph on fake tensors like its example inputs, which may raise anything that the model's code raises."""
     args, kwargs = split_inputs(example_inputs)
     bound = inspect.signature(root.forward).bind(*(args or ()), **kwargs)
     bound.apply_defaults()

@@ -147,16 +147,7 @@ def filled(
 
 @recorded
 def with_cache_read(output: Any, cache: Any, tokens: int) -> Any:
-    """Returns a module's output.
-
-    Args:
-        output: The output.
-        cache: The cache with a prefix that the module was given.
-        tokens: The number of the prefix's tokens.
-
-    Raises:
-        ValueError: If nothing has put keys behind the prefix, so that nothing has read it.
-    """
+    """Returns a module's output."""
     if cache.get_seq_length() <= tokens:
         raise ValueError(
             "no attention has read the prefix: the forward that was given it as its past_key_values or cache has to "

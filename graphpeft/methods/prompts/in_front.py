@@ -125,9 +125,6 @@ def prepended(prompt: Tensor, tokens: int, embeddings: Tensor, cache: Any, posit
         embeddings: The sequences, (batch, length, dim).
         cache: The model's cache, or None.
         positions: The number of positions for which the model has a table, or None.
-
-    Raises:
-        ValueError: If there are more tokens than positions.
     """
     if has_tokens(cache):
         return embeddings

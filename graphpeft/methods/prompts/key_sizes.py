@@ -27,23 +27,13 @@ class KeySize(NamedTuple):
 
 
 def reads_those_of_others(config: Any, layer: int) -> bool:
-    """Returns whether a layer keeps no keys, and reads those of a layer before it.
-
-    Args:
-        config: The config of a model's text.
-        layer: The number of the layer.
-    """
+    """Returns whether a layer keeps no keys, and reads those of a layer before it."""
     shared = getattr(config, "num_kv_shared_layers", None) or 0
     return shared > 0 and layer >= config.num_hidden_layers - shared
 
 
 def size_in_layer(config: Any, layer: int) -> KeySize | None:
-    """Returns the size of a layer's keys; None where the config tells of no layer apart.
-
-    Args:
-        config: The config of a model's text, or None.
-        layer: The number of the layer.
-    """
+    """Returns the size of a layer's keys; None where the config tells of no layer apart."""
     by_layer = getattr(config, "per_layer_config", None)
     if by_layer is None or not getattr(config, "layer_types", None):
         return None
@@ -53,11 +43,7 @@ def size_in_layer(config: Any, layer: int) -> KeySize | None:
 
 
 def sizes_in_layers(config: Any) -> list[KeySize]:
-    """Returns the sizes of the keys of all layers that keep some; none where the config tells of no layer apart.
-
-    Args:
-        config: The config of a model's text, or None.
-    """
+    """Returns the sizes of the keys of all layers that keep some; none where the config tells of no layer apart."""
     if size_in_layer(config, 0) is None:
         return []
     keeping = [layer for layer in range(config.num_hidden_layers) if not reads_those_of_others(config, layer)]
@@ -65,11 +51,7 @@ def sizes_in_layers(config: Any) -> list[KeySize]:
 
 
 def default_sizes(config: Any) -> dict[str, int]:
-    """Returns the sizes of keys and values where fewer heads have them than there are, as PEFT works them out.
-
-    Args:
-        config: The config of a model's text, or None.
-    """
+    """Returns the sizes of keys and values where fewer heads have them than there are, as PEFT works them out."""
     by_layer = sizes_in_layers(config)
     if by_layer:
         # such a config tells no size that all layers have
@@ -83,11 +65,7 @@ def default_sizes(config: Any) -> dict[str, int]:
 
 
 def possible_sizes(config: Any) -> dict[str, list[int]]:
-    """Returns how many heads, and layers, a model's own caches may have; a model of two parts has several numbers.
-
-    Args:
-        config: The config of a model's text, or None.
-    """
+    """Returns how many heads, and layers, a model's own caches may have; a model of two parts has several numbers."""
     by_layer = sizes_in_layers(config)
     # a model in which all heads share one key says so, in one way or another
     shares = hasattr(config, "num_kv_heads") or getattr(config, "multi_query", False)

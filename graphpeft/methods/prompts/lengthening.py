@@ -38,11 +38,7 @@ def lengthened(mask: Tensor | None, tokens: int, value: int) -> Tensor | None:
 
 @recorded
 def lengthened_for(mask: Tensor | None, tokens: int, embeddings: Tensor, cache: Any) -> Tensor | None:
-    """Lengthens a mask of the tokens in the cache and of the input, (batch, length, …), by ones.
-
-    Raises:
-        ValueError: If the mask is of more or fewer tokens.
-    """
+    """Lengthens a mask of the tokens in the cache and of the input, (batch, length, …), by ones."""
     longer = lengthened(mask, tokens, 1)
     if longer is not None and longer.shape[1] != length_with(cache, embeddings, longer.shape[1]):
         raise ValueError(_cut(longer.shape[1], length_with(cache, embeddings, 0), "the attention mask"))
@@ -51,11 +47,7 @@ def lengthened_for(mask: Tensor | None, tokens: int, embeddings: Tensor, cache: 
 
 @recorded
 def checked_positions(position_ids: Tensor | None, tokens: int, embeddings: Tensor, cache: Any) -> Tensor | None:
-    """Returns positions as they are, (batch, length).
-
-    Raises:
-        ValueError: If they go beyond the last token.
-    """
+    """Returns positions as they are, (batch, length)."""
     # the largest position is a tensor's value, which no compiled graph can ask for
     if position_ids is None or not has_tokens(cache) or torch.compiler.is_compiling():
         return position_ids

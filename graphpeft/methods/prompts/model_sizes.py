@@ -22,11 +22,6 @@ def text_config_of(model: nn.Module) -> Any:
 
 
 def sizes_in(config: Any, options: Mapping[str, Sequence[str]]) -> dict[str, list[int]]:
-    """Returns the sizes in a model's config, by the names of this library's options.
-
-    Args:
-        config: The model's config.
-        options: The names of options there, in the order in which PEFT looks for them, by the names here.
-    """
+    """Returns the sizes in a model's config, by the names of this library's options."""
     found = {name: [getattr(config, option, None) for option in others] for name, others in options.items()}
     return {name: [size for size in sizes if isinstance(size, int)] for name, sizes in found.items()}

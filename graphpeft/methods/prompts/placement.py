@@ -40,11 +40,5 @@ class Placement(ABC):
         ...
 
     def leave(self, output: Any, inputs: Mapping[str, Any], entered: Mapping[str, Any]) -> Any:
-        """Returns the new value of the module's output; by default, the output.
-
-        Args:
-            output: The output.
-            inputs: The arguments by name.
-            entered: The new values that `enter` has returned.
-        """
+        """Returns the new value of the module's output; by default, the output."""
         return output

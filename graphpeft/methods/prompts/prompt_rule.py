@@ -80,16 +80,7 @@ class PromptRule(BoundaryRule):
 
 @recorded
 def kept_in_cache(prompt: Tensor, layers: nn.Module, training: bool) -> Tensor:
-    """Returns a prompt.
-
-    Args:
-        prompt: The prompt.
-        layers: The model's layers, or a module that checkpoints all that it has.
-        training: Whether the model is trained.
-
-    Raises:
-        RuntimeError: If a layer gets no cache, since it is checkpointed.
-    """
+    """Returns a prompt."""
     modules = (layers, *layers.children())
     if training and torch.is_grad_enabled() and any(getattr(each, "gradient_checkpointing", False) for each in modules):
         raise RuntimeError(

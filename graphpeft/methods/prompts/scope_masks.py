@@ -45,9 +45,6 @@ def mask_with_tokens(mask: Tensor | None, name: str, sequence: Tensor, tokens: i
         sequence: The sequence without virtual tokens.
         tokens: The number of virtual tokens.
         position: Where they stand.
-
-    Raises:
-        ValueError: If the mask has another shape, or the meaning of its values isn't known.
     """
     if not isinstance(mask, Tensor):
         return mask

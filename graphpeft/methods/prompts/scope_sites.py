@@ -25,15 +25,7 @@ SCOPE = "scope"
 def scope_sites(
     scope: str | Sequence[str], position: str, finder: SiteFinder, report: Report, dtype: torch.dtype
 ) -> tuple[list[CallSite], list[int]]:
-    """Returns the boundaries of the modules that a scope names, and the sizes of a token that example inputs show.
-
-    Args:
-        scope: Names of modules, matched as `target_modules` are.
-        position: Whether virtual tokens stand ``"before"`` or ``"after"`` the tokens.
-        finder: Finds sites in the model.
-        report: Gets the modules that can't take virtual tokens.
-        dtype: The dtype of the virtual tokens.
-    """
+    """Returns the boundaries of the modules that a scope names, and the sizes of a token that example inputs show."""
     named = TargetOptions(target_modules=scope)
     paths = [path for path in finder.modules if path and targets.match(named, path)]
     if not paths:

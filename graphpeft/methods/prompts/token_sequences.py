@@ -123,10 +123,6 @@ def _candidates(ran: Ran, dominating: Mapping[fx.Node, set[str]]) -> Iterator[li
 
     First single calls around most of the attentions, whose argument dominates all queries; of calls around equally
     many, the innermost first. Then all outermost calls around attentions together.
-
-    Args:
-        ran: The graph.
-        dominating: The names of the nodes that dominate the query of each attention.
     """
     common = set.intersection(*dominating.values())
     around = [[call for call in calls_of(node) if _keeps_sequence(ran, call)] for node in dominating]
@@ -158,10 +154,6 @@ def dominating_nodes(ran: Ran, queries: Mapping[fx.Node, fx.Node]) -> dict[fx.No
     """Returns for each attention the names of the nodes that are on each way of tensors from the inputs to its query.
 
     An attention whose query doesn't depend on the inputs is left out, such as a pooling by a parameter.
-
-    Args:
-        ran: The graph.
-        queries: The node of each attention's query.
     """
     import networkx as nx
 
@@ -205,13 +197,7 @@ class _OneToken(BoundaryRule):
 
 
 def error_with_a_token(ran: Ran, calls: list[Call], example_inputs: ExampleInputs) -> str | None:
-    """Returns why a model can't run with another token in each of some modules, or None.
-
-    Args:
-        ran: The model's graph.
-        calls: The calls of the modules.
-        example_inputs: A tuple of positional or a dict of keyword arguments of the model.
-    """
+    """Returns why a model can't run with another token in each of some modules, or None."""
     sizes = sorted({ran.given(call).shape[2] for call in calls})
     if len(sizes) > 1:
         return f"their tokens have several sizes: {', '.join(map(str, sizes))}"

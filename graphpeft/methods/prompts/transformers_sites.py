@@ -23,13 +23,7 @@ LABELS_TOKENS, LABELS_SEQUENCES = "labels tokens", "labels sequences"
 
 
 def transformers_sites(finder: SiteFinder, report: Report, task: TaskType | None) -> list[CallSite]:
-    """Returns the boundaries at which a Transformers model takes a prompt.
-
-    Args:
-        finder: Finds sites in the model.
-        report: Gets the modules that can't take one.
-        task: The model's task.
-    """
+    """Returns the boundaries at which a Transformers model takes a prompt."""
     model: Any = finder.modules[""]
     if _is_pair(model):
         roles = {ENCODER: model.get_encoder(), DECODER: model.get_decoder()}
@@ -40,12 +34,7 @@ def transformers_sites(finder: SiteFinder, report: Report, task: TaskType | None
 
 
 def cache_sites(finder: SiteFinder, report: Report) -> list[CallSite]:
-    """Returns the boundary of the module of a Transformers model that takes a cache.
-
-    Args:
-        finder: Finds sites in the model.
-        report: Gets the reason why there is none.
-    """
+    """Returns the boundary of the module of a Transformers model that takes a cache."""
     model: Any = finder.modules[""]
     if not hasattr(model, "get_input_embeddings"):
         reason = f"a {type(model).__name__} has no get_input_embeddings, by which the embedding of tokens is found"

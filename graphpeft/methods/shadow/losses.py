@@ -12,11 +12,7 @@ _CLASSIFIERS = ("score", "classifier")
 
 
 def classifier_of(model: nn.Module) -> Mapping[str, Tensor]:
-    """Returns copies of the weight and the bias of a model's classifier, by their names; none if it has no classifier.
-
-    Raises:
-        ValueError: If it is more than a linear layer.
-    """
+    """Returns copies of the weight and the bias of a model's classifier, by their names; none without a classifier."""
     found = next((model._modules[name] for name in _CLASSIFIERS if model._modules.get(name) is not None), None)
     if found is None:
         return {}

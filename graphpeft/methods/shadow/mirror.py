@@ -30,14 +30,7 @@ SIZES = {
 
 
 def stack_of(model: nn.Module) -> tuple[str, str]:
-    """Returns the path of the module that runs a model's layers, and the name of the list of these in it.
-
-    Args:
-        model: A Transformers model.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Returns the path of the module that runs a model's layers, and the name of the list of these in it."""
     for around in _AROUND:
         outer = model._modules.get(around)
         if outer is None:
@@ -61,14 +54,7 @@ def _stack_in(module: nn.Module) -> str | None:
 
 
 def size_in(config: Any) -> int:
-    """Returns the size of the hidden states that a model's config tells.
-
-    Args:
-        config: The model's config.
-
-    Raises:
-        ValueError: If it tells none.
-    """
+    """Returns the size of the hidden states that a model's config tells."""
     found = next((getattr(config, name) for name in SIZES["shadow_hidden_size"] if hasattr(config, name)), None)
     if found is None:
         raise ValueError("the model's config doesn't tell the size of its hidden states")
@@ -76,15 +62,7 @@ def size_in(config: Any) -> int:
 
 
 def config_of_mirror(config: Any, options: Mapping[str, int | None]) -> Any:
-    """Returns the config of the small model.
-
-    Args:
-        config: The config of the large one.
-        options: The sizes by the names of the method's options; None for that of the large one.
-
-    Raises:
-        ValueError: If the config has no such size.
-    """
+    """Returns the config of the small model."""
     made = copy.deepcopy(config)
     for option, value in options.items():
         name = next((name for name in SIZES[option] if hasattr(made, name)), None)
@@ -110,12 +88,6 @@ def _embedding_of(module: Any) -> nn.Module | None:
 
 class Mirror:
     """The small model without its values, which copies of a config share.
-
-    Args:
-        like: The module that runs the layers of the large model.
-        config: The small model's config.
-        dtype: Its dtype.
-        is_fed: Whether it is given the large model's embeddings, so that it needs none of its own.
 
     Attributes:
         shapes: The shapes of its parameters by name.
@@ -160,15 +132,7 @@ class Mirror:
     def run(
         self, values: Mapping[str, Tensor], training: bool, inputs: Mapping[str, Any], cache: Any, first: int | None
     ) -> Tensor:
-        """Returns its last hidden states, (rows, positions, features).
-
-        Args:
-            values: Its parameters by name.
-            training: Whether it is in training mode.
-            inputs: The arguments of its forward.
-            cache: The cache of the call, or None.
-            first: The number of its first layer in the cache; None if it keeps nothing there.
-        """
+        """Returns its last hidden states, (rows, positions, features)."""
         device = next(iter(values.values())).device
         kept = {"use_cache": False} if first is None else {"use_cache": True, self._cache_name: cache}
         # the values are on the one module while it runs, whoever calls

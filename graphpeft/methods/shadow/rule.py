@@ -140,18 +140,7 @@ class Shadow(BoundaryRule):
 
 
 def state_before(states: Mapping[int, States], key: int, layer: int, hidden: Tensor) -> Tensor:
-    """Returns the shadow state before a layer.
-
-    Args:
-        states: The states of the call, by adapter.
-        key: The adapter's key.
-        layer: The layer's number.
-        hidden: The layer's input.
-
-    Raises:
-        TypeError: If there is none, since the layers aren't called in turn.
-        ValueError: If it is of other tokens than the input.
-    """
+    """Returns the shadow state before a layer."""
     state = states[key].before[layer] if isinstance(states, Mapping) and key in states else None
     if state is None:
         raise TypeError(f"layer {layer} of a Shadow adapter is called without those before it; call the whole model")

@@ -66,11 +66,7 @@ class SmallModel:
         }
 
     def draw(self, parameters: Mapping[str, Tensor]) -> None:
-        """Draws the first values of its parameters.
-
-        Args:
-            parameters: The parameters of the first site, filled in place.
-        """
+        """Draws the first values of its parameters."""
         for name, drawn in self.mirror.drawn().named_parameters():
             parameters[_local(name)].copy_(drawn)
         if _PROJECTION in parameters:
@@ -79,15 +75,7 @@ class SmallModel:
             parameters[f"{_HEAD}_{name}"].copy_(value)
 
     def state(self, call: PresentCall, own: Mapping[str, Tensor]) -> Tensor:
-        """Returns what it makes of the tokens of a call, (rows, positions, features of the large model).
-
-        Args:
-            call: The call of the large model.
-            own: Its parameters.
-
-        Raises:
-            ValueError: If the call has no tokens, or goes on from some in a cache that it hasn't seen.
-        """
+        """Returns what it makes of the tokens of a call, (rows, positions, features of the large model)."""
         given = call.arguments
         cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
         kept = first_layer_in(cache, self.key, self.layers, self.mirror.config)
@@ -104,14 +92,7 @@ class SmallModel:
         return F.linear(hidden, own[_PROJECTION]) if _PROJECTION in own else hidden
 
     def loss(self, call: PresentCall, own: Mapping[str, Tensor], state: Tensor, predicts_tokens: bool) -> Tensor | None:
-        """Returns the loss of its own prediction of the labels of a call; None if it predicts nothing.
-
-        Args:
-            call: The call of the large model, with `labels`.
-            own: Its parameters.
-            state: The states that it makes of the tokens.
-            predicts_tokens: Whether labels are of tokens, which the large model's head predicts, or of rows.
-        """
+        """Returns the loss of its own prediction of the labels of a call; None if it predicts nothing."""
         labels = call.arguments["labels"]
         if predicts_tokens:
             head = call.model.get_output_embeddings()
@@ -125,19 +106,7 @@ class SmallModel:
 def small_model_for(
     model: Any, around: Any, layers: int, sizes: Mapping[str, int | None], shares_embeddings: bool, classifies: bool
 ) -> SmallModel:
-    """Returns the small model for a large one.
-
-    Args:
-        model: The large model, one of Transformers'.
-        around: The module in it that runs its layers.
-        layers: The number of these.
-        sizes: The small model's sizes by the names of the method's options; None for those of the large one.
-        shares_embeddings: Whether it is given the large model's embeddings, if they are of its size.
-        classifies: Whether it has a copy of the large model's classifier.
-
-    Raises:
-        ValueError: If the large model's config lacks a size, or its classifier is more than a linear layer.
-    """
+    """Returns the small model for a large one."""
     config, width = config_of_mirror(around.config, sizes), size_in(model.config)
     is_fed = shares_embeddings and size_in(config) == width
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -153,21 +122,7 @@ _FIRST = "_graphpeft_shadow_layers"
 
 
 def first_layer_in(cache: Any, key: int, layers: int, config: Any) -> int | None:
-    """Returns the number of the first of the small model's layers in a cache; an empty cache gets these.
-
-    Args:
-        cache: The cache of the call, or None.
-        key: The key that tells the adapter from another one.
-        layers: The number of the large model's layers.
-        config: The small model's config.
-
-    Returns:
-        The number, or None if the small model keeps nothing: without a cache, or in one with a place for each layer of
-        the large model alone.
-
-    Raises:
-        ValueError: If the cache has tokens that the small model hasn't seen.
-    """
+    """Returns the number of the first of the small model's layers in a cache; an empty cache gets these."""
     if has_tokens(cache):
         return _known(cache, key)
     # others have a size, or a device, for each layer that there was when they were made

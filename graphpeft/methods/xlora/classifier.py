@@ -17,23 +17,12 @@ KEY = "internal_xlora_classifier.layers"
 
 
 def numbers(config: Any) -> list[int]:
-    """Returns the numbers of the layers in files, where PEFT counts what stands between them, too.
-
-    Args:
-        config: The config.
-    """
+    """Returns the numbers of the layers in files, where PEFT counts what stands between them, too."""
     return [number * (3 if config.xlora_dropout_p > 0 else 2) for number in range(config.xlora_depth)]
 
 
 def parameters(config: Any, experts: int, layers: int, dtype: torch.dtype) -> dict[str, ParameterSpec]:
-    """Returns the parameters by the rule's names, which the first layer has.
-
-    Args:
-        config: The config.
-        experts: The number of experts.
-        layers: The number of layers that these adapt.
-        dtype: The dtype.
-    """
+    """Returns the parameters by the rule's names, which the first layer has."""
     last = experts * (layers if config.layerwise_scalings else 1)
     sizes = [config.hidden_size, *[config.xlora_size] * (config.xlora_depth - 1), last]
     found = {}
@@ -45,21 +34,12 @@ def parameters(config: Any, experts: int, layers: int, dtype: torch.dtype) -> di
 
 
 def layers_of(config: Any, parameters: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Returns the weight and the bias of each layer.
-
-    Args:
-        config: The config.
-        parameters: The parameters of the first layer.
-    """
+    """Returns the weight and the bias of each layer."""
     return [(parameters[_name(n, "weight")], parameters[_name(n, "bias")]) for n in numbers(config)]
 
 
 def draw(layers: list[tuple[Tensor, Tensor]]) -> None:
-    """Draws the first values in the default dtype, as PEFT does, whatever the dtype is.
-
-    Args:
-        layers: The weight and the bias of each layer, filled in place.
-    """
+    """Draws the first values in the default dtype, as PEFT does, whatever the dtype is."""
     for weight, bias in layers:
         drawn = nn.Linear(weight.shape[1], weight.shape[0])
         weight.copy_(drawn.weight)

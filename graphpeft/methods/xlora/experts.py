@@ -48,22 +48,14 @@ class Expert(NamedTuple):
     factors: Mapping[str, Factors]
 
     def draw(self, module: nn.Module) -> None:
-        """Draws the first values that the adapter would have, and throws them away, as PEFT does.
-
-        Args:
-            module: Any module, of which plain LoRA reads nothing.
-        """
+        """Draws the first values that the adapter would have, and throws them away, as PEFT does."""
         for adapted in self.sites:
             drawn = {local: torch.empty(spec.shape) for local, spec in adapted.specs.items()}
             adapted.rule.initialise(drawn, adapted.site, self.config, module)
 
 
 class Experts:
-    """The experts of an adapter, in their order; copies of its config share them.
-
-    Args:
-        every: The experts.
-    """
+    """The experts of an adapter, in their order; copies of its config share them."""
 
     def __init__(self, every: Sequence[Expert]) -> None:
         self.every = tuple(every)
@@ -91,19 +83,7 @@ class Experts:
 
 
 def read_expert(model: nn.Module, path: str, name: str, example_inputs: ExampleInputs | None) -> Expert:
-    """Returns the LoRA adapter in a folder, or in a repository on the Hub, read for a model that stays as it is.
-
-    Args:
-        model: The model.
-        path: The folder or the repository.
-        name: The expert's name, for errors.
-        example_inputs: The model's example inputs.
-
-    Raises:
-        AdaptError: If it can't be on the model, or is more than plain LoRA.
-        CheckpointError: If its file doesn't fit the model.
-        FileNotFoundError: If there is none.
-    """
+    """Returns the LoRA adapter in a folder, or in a repository on the Hub, read for a model that stays as it is."""
     try:
         saved = saved_adapter.read(path)
     except FileNotFoundError as error:
@@ -129,11 +109,7 @@ def read_expert(model: nn.Module, path: str, name: str, example_inputs: ExampleI
 
 
 def _factors(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
-    """Returns the factors in a file by the labels of their sites.
-
-    Raises:
-        AdaptError: If it is more than A and B.
-    """
+    """Returns the factors in a file by the labels of their sites."""
     adapter = Adapter.of(plan)
     odd = [adapted.site.label for adapted in plan.sites if adapted.specs.keys() != {"lora_A", "lora_B"}]
     if odd or plan.fully_trained or plan.rows or adapter.replaced or adapter.took_product:

@@ -19,15 +19,7 @@ _TOKENS = ("input_ids", "inputs_embeds")
 
 
 def scalings(config: Any, call: PresentCall) -> Tensor:
-    """Returns the scalings of a call, (rows, positions, layers, experts).
-
-    Args:
-        config: The config.
-        call: The call.
-
-    Raises:
-        ValueError: If the call goes on from tokens in a cache, or the model returns no hidden states.
-    """
+    """Returns the scalings of a call, (rows, positions, layers, experts)."""
     given = next((call.arguments[name] for name in _TOKENS if call.arguments.get(name) is not None), None)
     if given is None:
         raise ValueError(f"X-LoRA reads from {' or '.join(_TOKENS)} how many tokens a call has; pass one of them")

@@ -24,11 +24,6 @@ def with_lost_layers(
 
     PEFT takes the number of a layer for the name of an expert: ``layers.0.weight`` isn't in the adapter's file, and is
     ``layers.weight`` in that of the expert ``0``.
-
-    Args:
-        config: The config.
-        tensors: The file's tensors by their names.
-        read: Reads the tensors of a file in a folder beside it.
     """
     found = dict(tensors)
     for number in map(str, numbers(config)):
@@ -41,13 +36,7 @@ def with_lost_layers(
 
 
 def apart(tensors: Mapping[str, Tensor], experts: Experts, trained: Mapping[str, str]) -> Mapping[str, Tensor]:
-    """Returns tensors with the factors of each expert by themselves.
-
-    Args:
-        tensors: The adapter's tensors by their names in files.
-        experts: The experts.
-        trained: The labels of the sites whose factors are trained, each with how PEFT's names of these begin.
-    """
+    """Returns tensors with the factors of each expert by themselves."""
     found = dict(tensors)
     for label, own, axis, names in _factors(experts, trained):
         parts = found.pop(own).split(experts.ranks(label), dim=axis)
@@ -56,11 +45,7 @@ def apart(tensors: Mapping[str, Tensor], experts: Experts, trained: Mapping[str,
 
 
 def side_by_side(tensors: Mapping[str, Tensor], experts: Experts, trained: Mapping[str, str]) -> Mapping[str, Tensor]:
-    """Returns tensors with the factors of all experts as those of one product; arguments as for `apart`.
-
-    Raises:
-        ValueError: If a file has the factors of some experts alone.
-    """
+    """Returns tensors with the factors of all experts as those of one product; arguments as for `apart`."""
     found = dict(tensors)
     for label, own, axis, names in _factors(experts, trained):
         wanted = [name for name, rank in zip(names, experts.ranks(label), strict=True) if rank]

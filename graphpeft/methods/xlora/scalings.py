@@ -70,10 +70,6 @@ def shares_at(value: Tensor, given: Any, key: int, layer: int, is_flat: bool) ->
         key: The adapter's key in the mapping.
         layer: The layer's number.
         is_flat: Whether the layer has rows and positions in one dimension.
-
-    Raises:
-        TypeError: If the call has none for the adapter.
-        ValueError: If they are of other rows and positions than the layer's tokens.
     """
     if isinstance(given, Mapping):
         if key not in given and FIRST in given:

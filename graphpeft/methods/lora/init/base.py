@@ -73,11 +73,7 @@ class Initialisation(ABC):
 
     @abstractmethod
     def first(self, context: InitContext) -> InitialFactors:
-        """Returns the first values.
-
-        Raises:
-            AdaptError: If it needs calibration, and there was none.
-        """
+        """Returns the first values."""
         ...
 
 

@@ -23,13 +23,7 @@ CALL_FIRST = (
 
 
 def keep(layer: nn.Module, method: str, statistics: Any) -> None:
-    """Keeps what was measured on a layer as an attribute of the layer, so that a copy of the model has it, too.
-
-    Args:
-        layer: The layer.
-        method: The name of the initialisation that it is for.
-        statistics: The measurements.
-    """
+    """Keeps what was measured on a layer as an attribute of the layer, so that a copy of the model has it, too."""
     setattr(layer, _attribute(method), statistics)
 
 
@@ -43,11 +37,7 @@ def _attribute(method: str) -> str:
 
 
 def targeted_layers(model: nn.Module, config: Any) -> dict[str, nn.Module]:
-    """Returns the linear layers that a config targets, by path.
-
-    Raises:
-        AdaptError: If there are none.
-    """
+    """Returns the linear layers that a config targets, by path."""
     decide = targets.compile_matcher(config.resolved(model).target_options)
     layers = {
         path: module
@@ -70,17 +60,7 @@ def from_file_or(
     layers: Mapping[str, nn.Module],
     keys: Sequence[str],
 ) -> Mapping[str, tuple[Tensor, ...]]:
-    """Returns the statistics of layers, by path: from a file, or computed, and then written into it.
-
-    Args:
-        compute: Computes them.
-        file: The file, if any.
-        layers: The layers by path.
-        keys: The keys of a layer's tensors in the file, with ``{}`` for the path.
-
-    Raises:
-        AdaptError: If the file lacks some.
-    """
+    """Returns the statistics of layers, by path: from a file, or computed, and then written into it."""
     if file is not None and Path(file).exists() and Path(file).stat().st_size > 0:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         lacking = [key.format(path) for path in layers for key in keys if key.format(path) not in saved]

@@ -194,11 +194,7 @@ class Corda(Initialisation):
         return rank_refusal(shape, rank)
 
     def first(self, context: InitContext) -> InitialFactors:
-        """Returns the chosen singular vectors, with the root of the singular value in each factor.
-
-        Raises:
-            AdaptError: If they weren't computed, or for another rank.
-        """
+        """Returns the chosen singular vectors, with the root of the singular value in each factor."""
         eigens: CordaEigens | None = kept(context.module, "corda")
         if eigens is None:
             needed = "init_lora_weights='corda' needs what preprocess_corda(model, config, run_model) measures"

@@ -38,15 +38,8 @@ def forward_fn_dict(model: nn.Module, inputs: Any) -> Any:
 def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any) -> Tensor:
     """Returns the places of the tokens that count: those in the attention mask, and with a label.
 
-    Args:
-        model_input: The arguments of a language model, by name.
-        peft_config: The `LoraConfig`.
-
     Returns:
         Integers, (number, 2): the row and the place in it.
-
-    Raises:
-        TypeError: If the arguments aren't given by name.
     """
     if not isinstance(model_input, Mapping):
         raise TypeError("the inputs aren't a dictionary, as a language model's are; pass prepare_model_inputs_fn=None")

@@ -129,17 +129,7 @@ class _Search:
 
 
 def find_directions(layers: Mapping[str, nn.Module], batches: Batches, shows_progress: bool) -> dict[str, Tensor]:
-    """Returns the directions of each layer's inputs, (rank, features), by the layer's path.
-
-    Args:
-        layers: The layers by path.
-        batches: Runs the model.
-        shows_progress: Whether to show how many layers' directions agree.
-
-    Raises:
-        AdaptError: If the batches are too small, or a layer isn't run.
-        ValueError: If there are no batches.
-    """
+    """Returns the directions of each layer's inputs, (rank, features), by the layer's path."""
     search, fruitless = _search(layers, batches), 0
     with tqdm(itertools.cycle(batches.data), leave=False, disable=not shows_progress) as progress:
         for batch in progress:

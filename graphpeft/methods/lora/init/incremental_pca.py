@@ -18,10 +18,6 @@ _SEED = 42
 class IncrementalPca:
     """The principal directions of all rows so far.
 
-    Args:
-        count: The number of directions.
-        tau: The cosine from which on a direction counts as the same as before.
-
     Attributes:
         components: The directions, (count, features); None before the first rows.
         singular_values: Their singular values, (count,).

@@ -44,11 +44,7 @@ _MOST_STEPS = 100
 
 
 def initialisation_of(kind: bool | str) -> Initialisation | None:
-    """Returns the initialisation that the config's `init_lora_weights` names, or None for random values.
-
-    Raises:
-        ValueError: If it names none.
-    """
+    """Returns the initialisation that the config's `init_lora_weights` names, or None for random values."""
     if kind in RANDOM:
         return None
     steps = _WITH_STEPS.fullmatch(str(kind))
@@ -68,13 +64,7 @@ def traits_of(config: Any) -> type[Initialisation]:
 
 
 def refusal(site: Site, config: Any, flipped: bool) -> str | None:
-    """Returns the reason why the config's initialisation can't be done at a matrix, or None.
-
-    Args:
-        site: The site of the weight.
-        config: The config.
-        flipped: Whether A and B are factors of the weight's transpose.
-    """
+    """Returns the reason why the config's initialisation can't be done at a matrix, or None."""
     found, named = initialisation_of(config.init_lora_weights), f"init_lora_weights={config.init_lora_weights!r}"
     if found is None:
         return None
@@ -89,12 +79,7 @@ def refusal(site: Site, config: Any, flipped: bool) -> str | None:
 
 
 def refusal_unless_random(config: Any, what: str) -> str | None:
-    """Returns the reason why the config's initialisation can't be done where there is no matrix, or None.
-
-    Args:
-        config: The config.
-        what: The adapted thing, in words.
-    """
+    """Returns the reason why the config's initialisation can't be done where there is no matrix, or None."""
     if config.init_lora_weights in RANDOM:
         return None
     return f"init_lora_weights={config.init_lora_weights!r} is for linear weights, and it is {what}"
@@ -103,21 +88,7 @@ def refusal_unless_random(config: Any, what: str) -> str | None:
 def initialise(
     parameters: Mapping[str, Tensor], site: Site, config: Any, module: nn.Module, flipped: bool
 ) -> Mapping[str, Tensor] | None:
-    """Gives A and B of a matrix their first values, as PEFT does, so that equal seeds give equal values.
-
-    Args:
-        parameters: `lora_A`, `lora_B`, and `lora_bias` if there is one; filled in place.
-        site: Their site.
-        config: The config.
-        module: The module that has the weight.
-        flipped: Whether A and B are factors of the weight's transpose.
-
-    Returns:
-        The residual that is read in place of the module's own weight, by its name, if there is one.
-
-    Raises:
-        AdaptError: If the initialisation needs calibration, and there was none.
-    """
+    """Gives A and B of a matrix their first values, as PEFT does, so that equal seeds give equal values."""
     found, rank = initialisation_of(config.init_lora_weights), rank_of(site, config)
     if found is None:
         draw(parameters, config.init_lora_weights, rank)

@@ -151,11 +151,7 @@ class LoraGa(Initialisation):
         return f"lora_ga needs 2r directions; its rank is {min(shape)} at most, and r is {rank}: choose a smaller one"
 
     def first(self, context: InitContext) -> InitialFactors:
-        """Returns singular vectors of the gradient.
-
-        Raises:
-            AdaptError: If it wasn't collected.
-        """
+        """Returns singular vectors of the gradient."""
         gradient: Tensor | None = kept(context.module, "lora_ga")
         if gradient is None:
             needed = "init_lora_weights='lora_ga' needs what preprocess_loraga(model, config, train_step) measures"

@@ -110,12 +110,7 @@ def _factors(path: str, weight: Tensor, rounded: Tensor, rank: int) -> tuple[Ten
 
 
 class _Weights:
-    """Reads weights from the file of a model, or from several with an index.
-
-    Args:
-        model: The model.
-        given: The file, or its folder; None for those from which Transformers has loaded the model.
-    """
+    """Reads weights from the file of a model, or from several with an index."""
 
     def __init__(self, model: Any, given: str | os.PathLike[str] | None) -> None:
         path = Path(_folder_of(model) if given is None else given)
@@ -131,11 +126,7 @@ class _Weights:
             self._folder = index.parent
 
     def of(self, path: str) -> Tensor:
-        """Returns the weight of a layer.
-
-        Raises:
-            CheckpointError: If it can't be read.
-        """
+        """Returns the weight of a layer."""
         for name in self._names(f"{path}.weight"):
             file = self._file or (self._folder / self._files[name] if name in self._files else None)
             if file is None:

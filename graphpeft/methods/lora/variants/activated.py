@@ -102,10 +102,6 @@ def positions_before(x: Tensor, offsets: Any, tokens: tuple[int, ...]) -> Tensor
         offsets: How far before the end each row's invocation begins, as a tensor or a list, with 0 or None for none; or
             a mapping with such for each adapter's tokens.
         tokens: The adapter's.
-
-    Raises:
-        TypeError: If the adapter's tokens are none of the mapping's keys.
-        ValueError: If the first dimension isn't that of the rows, or there are more dimensions.
     """
     if isinstance(offsets, Mapping):
         if tokens not in offsets:
@@ -159,13 +155,7 @@ def offsets_in(ids: Tensor, tokens: Sequence[int]) -> Tensor:
 
 
 def offsets_of_call(tokens: tuple[int, ...], arguments: Mapping[str, Any], prompt: Tensor | None) -> Mapping[str, Any]:
-    """Returns the offsets of a call as the value of `alora_offsets`; none if it is given no tokens.
-
-    Args:
-        tokens: The invocation.
-        arguments: The arguments of the call, by name.
-        prompt: The tokens from which the model generates, if it does.
-    """
+    """Returns the offsets of a call as the value of `alora_offsets`; none if it is given no tokens."""
     ids = arguments.get("input_ids")
     if prompt is None:
         if ids is None:

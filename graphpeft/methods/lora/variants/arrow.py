@@ -144,13 +144,7 @@ class Expert(NamedTuple):
 
 @torch.no_grad()
 def tensors_of(experts: Sequence[Expert], general: Sequence[Expert], seed: int | None) -> dict[str, Tensor]:
-    """Returns the values of a router's parameters at a layer.
-
-    Args:
-        experts: The experts.
-        general: The general adapters, whose mean is taken from each of them.
-        seed: The seed for each prototype, or None.
-    """
+    """Returns the values of a router's parameters at a layer."""
     A, B = (torch.stack(factors) for factors in ([e.A for e in experts], [e.B for e in experts]))
     if general:
         A = A - torch.stack([each.A for each in general]).mean(0)

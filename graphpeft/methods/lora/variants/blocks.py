@@ -165,13 +165,7 @@ def _diagonal(blocks: Any, count: int) -> Any:
 
 
 def of_blocks(lora: LoraLinear, site: Site, config: Any) -> LoraLinear:
-    """Returns the rule of BD-LoRA at a layer, or LoRA's if the layer has neither kind of blocks and may so.
-
-    Args:
-        lora: LoRA's rule there.
-        site: The layer's site.
-        config: The config.
-    """
+    """Returns the rule of BD-LoRA at a layer, or LoRA's if the layer has neither kind of blocks and may so."""
     options: BdLoraConfig = config.use_bdlora
     named = {"lora_A": options.target_modules_bd_a, "lora_B": options.target_modules_bd_b}
     factors = tuple(name for name, texts in named.items() if any(text in site.name for text in texts or ()))

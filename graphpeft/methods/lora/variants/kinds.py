@@ -89,13 +89,7 @@ def check(config: Any) -> None:
 
 
 def only_layers(config: Any, sites: Sequence[Any], report: Report) -> list[Any]:
-    """Returns the sites where a config's variant can be.
-
-    Args:
-        config: The config.
-        sites: Its sites.
-        report: Gets the other ones as refused.
-    """
+    """Returns the sites where a config's variant can be."""
     variant = variant_of(config)
     if variant is None:
         return list(sites)
@@ -115,12 +109,6 @@ def _is_place_of(variant: Variant, site: Any) -> bool:
 
 
 def rule_for(config: Any, site: Any, lora: Any) -> Rule:
-    """Returns the rule of a config's variant at a site, or LoRA's if it asks for none.
-
-    Args:
-        config: The config.
-        site: The site.
-        lora: LoRA's rule there.
-    """
+    """Returns the rule of a config's variant at a site, or LoRA's if it asks for none."""
     variant = variant_of(config)
     return lora if variant is None else variant.rule(lora, site, config)

@@ -116,12 +116,7 @@ class Velora(AroundLora):
 
 
 def of_options(lora: LoraLinear, options: VeloraConfig) -> Velora:
-    """Returns the rule of VeLoRA.
-
-    Args:
-        lora: LoRA's rule for the same site.
-        options: The options.
-    """
+    """Returns the rule of VeLoRA."""
     averages: Any = {"batch_average": "always", "batch_average_once": "once", "random": "never"}[options.init_type]
     return Velora(lora, options.num_groups, options.scale, averages)
 

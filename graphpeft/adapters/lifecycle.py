@@ -127,7 +127,8 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
     set_item(adapters.by_name, name, adapter)
     adapters.note_call_inputs(modules[""])
     own = {place: value for place, value in (values or {}).items() if place not in made}
-    overwrite(modules, adapter, name, own)
+    if own:
+        overwrite(modules, adapter, name, own)
 
 
 def _refuse_taken(module: nn.Module, path: str, root: str) -> None:

@@ -214,11 +214,12 @@ def place_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 def new_place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     """Returns the same as `place_of` for an adapter's attribute, whose holder gets the parts that it lacks."""
     *path, own = name.split(".")
+    held: Any = module
     for inner in path:
-        if inner not in module._modules:
-            module._modules[inner] = holder_for(module, "part", "")
-        module = _inside(module, inner)
-    return module, own
+        if inner not in held._modules:
+            held._modules[inner] = holder_for(held, "part", "")
+        held = held._modules[inner]
+    return held, own
 
 
 def value_at(module: nn.Module, name: str) -> Any:

@@ -46,7 +46,7 @@ def planned_one_by_one(build: Callable[[], nn.Module], make: Callable[[], Any]) 
     """Returns the same of a plan that finds each site, and asks the method about it, by itself."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SiteFinder, "_likeness", lambda *_: None)
-        patch.setattr(Answers, "of", lambda _, site, question, ask: ask(site))
+        patch.setattr(Answers, "of", lambda _, site, kind, question, ask: ask(site))
         return planned(build, make)
 
 

@@ -31,7 +31,7 @@ from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import Mergeable, ReplacesWeight, changes_bias
 from graphpeft.rules.weight_reader import WeightReader
-from graphpeft.sites.answers import Answers
+from graphpeft.sites.answers import Answers, without_paths
 from graphpeft.sites.finder import NOTHING_KNOWN, Known, SiteFinder
 from graphpeft.sites.site import CallSite, LeafSite, Site
 from graphpeft.targeting import embedding_layers, targets
@@ -266,24 +266,29 @@ def _refuse_untied(kept: Sequence[Any], sites: Sequence[Any]) -> None:
 
 def _add_site(plan: Plan, site: Site | LeafSite | CallSite, template: Template) -> None:
     dtype = dtype_of_adapter(site.dtype, plan.autocast)
-    adapted = plan.answers.of(site, functools.partial(_adapted, plan, dtype))
+    kind = without_paths(site)
+    rule = plan.answers.of(site, kind, "rule", functools.partial(_rule_at, plan.config, dtype))
+    adapted = plan.answers.of(site, kind, rule, functools.partial(_adapted, plan, rule, dtype))
     if isinstance(adapted, str):
         plan.report.refused.append(Refusal(site.label, adapted, site.way_out))
         return
     changed = (site.attribute,) if isinstance(site, Site) else ()
-    if isinstance(site, Site) and site.bias is not None and changes_bias(adapted.rule):
+    if isinstance(site, Site) and site.bias is not None and changes_bias(rule):
         changed = (site.attribute, site.bias.rpartition(".")[2])
     shared = _shared(plan, site, adapted.specs, adapted.names, dtype)
-    plan.sites.append(adapted._replace(site=site, changed=changed, shared=shared))
+    plan.sites.append(adapted._replace(site=site, rule=rule, changed=changed, shared=shared))
     plan.templates[site.region] = template
 
 
-def _adapted(plan: Plan, dtype: torch.dtype, site: Any) -> AdaptedSite | str:
+def _rule_at(config: Any, dtype: torch.dtype, site: Any) -> Any:
+    rule = config.rule_for(site, dtype)
+    _refuse_no_rule(rule)
+    return rule.at_site(site, dtype)
+
+
+def _adapted(plan: Plan, rule: Any, dtype: torch.dtype, site: Any) -> AdaptedSite | str:
     """Returns a site with its rule, its parameters and their names; or the reason why the rule can't adapt it."""
     config, is_weight = plan.config, isinstance(site, Site)
-    rule: Any = config.rule_for(site, dtype)
-    _refuse_no_rule(rule)
-    rule = rule.at_site(site, dtype)
     reason = rule.check(site, config)
     # the method's own reason tells a user more
     unfit = unfit_bases(type(rule), Site if is_weight else type(site), site.op) if reason is None else None

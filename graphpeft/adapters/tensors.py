@@ -115,16 +115,12 @@ def _site_tensors(plan: Plan, modules: Modules, values: Tensors | None) -> Tenso
             dtype = spec.dtype or adapted.dtype
             if tensor.dtype != dtype or tensor.device != device:
                 tensor = tensor.to(device, dtype)
-            tensor = _of_no_mode(tensor)
+            if tensor.is_inference():
+                tensor = tensor.clone()  # as what a file's reader has made in inference mode, which can't be trained
             made[site.owner, names[local]] = nn.Parameter(tensor, spec.is_trained) if spec.is_parameter else tensor
         for local, tensor in shared.items():
             made[site.owner, names[local]] = tensor
     return made
-
-
-def _of_no_mode(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a tensor that can be trained, in place of one that a file's reader has made in inference mode."""
-    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _completed(
@@ -244,7 +240,8 @@ def _row_tensors(plan: Plan, name: str, modules: Modules, values: Tensors | None
                     plan.config.initialise_rows(first)
                 else:
                     first = values[place].to(_device(table, values))
-            made[place] = nn.Parameter(_of_no_mode(first.to(dtype_of_adapter(table.dtype, plan.autocast))))
+            first = first.to(dtype_of_adapter(table.dtype, plan.autocast))
+            made[place] = nn.Parameter(first.clone() if first.is_inference() else first)
     for path, rows in plan.rows.items():
         made[path, overrides.rows(name)] = made[rows.leader, overrides.rows(name)]
     return made

@@ -67,6 +67,11 @@ class AskedSite(Site):
         return super().__getattribute__(name)
 
 
+def without_paths(site: Any) -> Site | None:
+    """Returns a site of a weight as all have it that differ in their paths alone; None for other sites."""
+    return site._replace(region="", owner="", bias=site.bias and "") if type(site) is Site else None
+
+
 class Answers:
     """Answers about sites, each kept for all sites that differ from the one that was asked about in their paths alone.
 
@@ -77,11 +82,18 @@ class Answers:
         self._known: dict[Hashable, Any] = {}
         self._met: set[Hashable] = set()
 
-    def of(self, site: Any, ask: Callable[[Any], T]) -> T:
-        """Returns the answer for a site, which depends on nothing but the site."""
-        if type(site) is not Site:
+    def of(self, site: Any, kind: Site | None, question: Hashable, ask: Callable[[Any], T]) -> T:
+        """Returns the answer to a question about a site.
+
+        Args:
+            site: The site.
+            kind: The site `without_paths`.
+            question: All that the answer depends on beside the site.
+            ask: Returns the answer for a site.
+        """
+        if kind is None:
             return ask(site)
-        key = site._replace(region="", owner="", bias=site.bias and "")
+        key = kind, question
         found = self._known.get(key, self)
         if found is not self:
             return found

@@ -67,6 +67,7 @@ class AdaLoraConfig(TargetedConfig):
     """The options that train; PEFT takes its defaults for the others."""
 
     peft_type: ClassVar[PeftType] = PeftType.ADALORA
+    changed_by_training: ClassVar[frozenset[str]] = frozenset({"rank_pattern"})
 
     lora_alpha: int = 8
     init_r: int = 4

@@ -126,13 +126,10 @@ class Adapter:
     def edited_options(self) -> dict[str, tuple[Any, Any]]:
         """The options that were set on the config since it was made, and don't act: what they were, and are."""
         now, by_training = vars(self.config), self.config.changed_by_training
-        if type(self.config).after_step is not PeftConfig.after_step and not by_training:
-            return {}  # it may set any
-        known = {name: was for name, was in self.made_with.items() if name not in by_training}
         edited = {
             name: (was, now[name])
-            for name, was in known.items()
-            if now[name] != was and not _are_same_names(now[name], was)
+            for name, was in self.made_with.items()
+            if name not in by_training and now[name] != was and not _are_same_names(now[name], was)
         }
         of_tensors = edited.keys() - self.config.not_of_tensors
         # others may have been read once and mean nothing any more

@@ -155,7 +155,7 @@ def test_what_the_base_becomes_while_an_adapter_is_merged_is_kept_or_the_call_ra
         assert_close(outputs(model, case), expected, contract.tolerance)
 
 
-@pytest.mark.filterwarnings("ignore:.*has no effect")
+@pytest.mark.filterwarnings("ignore:.*has no effect", "ignore:ensure_weight_tying=True but")
 @pytest.mark.parametrize("contract", FIRST, ids=str)
 def test_an_option_that_is_set_on_a_config_later_is_read_or_saving_raises(contract: Contract, tmp_path: Path) -> None:
     case = (*contract.cases, *contract.beyond)[0]

@@ -24,6 +24,7 @@ from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import Report
 from graphpeft.rules.rule import changes_bias
+from graphpeft.rules.target_options import TargetOptions
 from graphpeft.sites.quantisers import Codes
 from graphpeft.sites.regions import Lifted
 from graphpeft.sites.site import LeafSite, Site
@@ -131,8 +132,11 @@ class Adapter:
             for name, was in self.made_with.items()
             if name not in by_training and now[name] != was and not _are_same_names(now[name], was)
         }
-        of_tensors = edited.keys() - self.config.not_of_tensors
-        # others may have been read once and mean nothing any more
+        of_names = edited.keys() & {*TargetOptions._fields, self.config.biases_option}
+        # whoever loads the file makes these tensors by the config
+        is_remade = any(not spec.is_saved for adapted in self.sites for spec in adapted.specs.values())
+        of_tensors = of_names | (edited.keys() - self.config.not_of_tensors if is_remade else set())
+        # others may be read as the model runs, or have been read once and mean nothing any more
         if of_tensors or (edited and not all(_is_of(self.config, adapted) for adapted in self.sites)):
             return edited
         return {}

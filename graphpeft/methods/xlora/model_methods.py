@@ -7,6 +7,10 @@ from typing import Any
 from torch import Tensor
 
 
+SET_LATER = frozenset({"global_scaling_weight", "scaling_pass_value", "top_k_lora"})
+"""The options that the methods set, and each call reads."""
+
+
 class XLoraMethods:
     """Methods of PEFT's that a model has while an adapter of X-LoRA is active.
 

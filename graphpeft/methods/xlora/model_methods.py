@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-
 SET_LATER = frozenset({"global_scaling_weight", "scaling_pass_value", "top_k_lora"})
 """The options that the methods set, and each call reads."""
 

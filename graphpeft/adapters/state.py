@@ -132,14 +132,14 @@ class Adapter:
             for name, was in self.made_with.items()
             if name not in by_training and now[name] != was and not _are_same_names(now[name], was)
         }
+        if not edited:
+            return {}
         of_names = edited.keys() & {*TargetOptions._fields, self.config.biases_option}
         # whoever loads the file makes these tensors by the config
         is_remade = any(not spec.is_saved for adapted in self.sites for spec in adapted.specs.values())
         of_tensors = of_names | (edited.keys() - self.config.not_of_tensors if is_remade else set())
         # others may be read as the model runs, or have been read once and mean nothing any more
-        if of_tensors or (edited and not all(_is_of(self.config, adapted) for adapted in self.sites)):
-            return edited
-        return {}
+        return edited if of_tensors or not all(_is_of(self.config, adapted) for adapted in self.sites) else {}
 
     @functools.cached_property
     def call_inputs(self) -> frozenset[str]:

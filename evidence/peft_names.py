@@ -37,8 +37,8 @@ def page() -> str:
     there = sum(is_there for _, is_there, _ in package)
     return f"""# PEFT's names
 
-`python evidence/peft_names.py` writes this page; PEFT is {peft.__version__}. Names in its submodules, the package
-`graphpeft` has itself: `peft.helpers.rescale_adapter_scale` is `graphpeft.rescale_adapter_scale`.
+`python evidence/peft_names.py` writes this page; PEFT is {peft.__version__}. The package `graphpeft`
+itself has the names of its submodules: `peft.helpers.rescale_adapter_scale` is `graphpeft.rescale_adapter_scale`.
 
 ## The package
 

@@ -1381,7 +1381,7 @@ def test_an_option_that_is_set_on_the_config_of_an_adapter_is_not_saved_as_if_it
 def test_an_option_that_says_nothing_of_the_tensors_may_be_set(tmp_path: Any):
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), lora("0"))
     config: Any = model.peft_config["default"]
-    config.base_model_name_or_path, config.inference_mode = "other", True
+    config.base_model_name_or_path, config.inference_mode, config.task_type = "other", True, "CAUSAL_LM"
     config.target_modules = [*config.target_modules]
     model.save_pretrained(tmp_path)
     assert LoraConfig.from_pretrained(tmp_path).base_model_name_or_path == "other"

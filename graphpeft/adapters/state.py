@@ -46,7 +46,7 @@ def told_rows(table: nn.Module) -> int | None:
 
 def options_of(config: PeftConfig) -> dict[str, Any]:
     """Returns copies of the options of a config that an adapter may be made with, by name."""
-    names = type(config).__dataclass_fields__.keys() - PeftConfig.not_of_tensors
+    names = type(config).__dataclass_fields__.keys() - PeftConfig.not_of_tensors - {"task_type"}
     return {
         name: value if value is None or type(value) in _ATOMS else copy.deepcopy(value)
         for name, value in vars(config).items()

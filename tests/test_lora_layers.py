@@ -865,14 +865,40 @@ class ByName(nn.Module):
 
 
 class Deciding(nn.Linear):
-    """A layer without a graph, whose own code multiplies by the weight."""
+    """A layer without a graph, whose own code computes with the weight."""
 
     def forward(self, input: Tensor) -> Tensor:
         assert input.isfinite().all()
-        return F.linear(input, self.weight, self.bias)
+        return self.computed(input, self.weight)
+
+    def computed(self, x: Tensor, w: Tensor) -> Tensor:
+        return F.linear(x, w, self.bias)
 
 
-@pytest.mark.parametrize("layer", [nn.Linear, Deciding])
+class Converting(Deciding):
+    """Such a layer that lets its input and its weight be of one kind first."""
+
+    def computed(self, x: Tensor, w: Tensor) -> Tensor:
+        w = w if w.is_contiguous() else w.contiguous()
+        return super().computed(x.type_as(w).to(w), w.to(x.device).to(x.dtype).contiguous())
+
+
+class InDoublePrecision(Deciding):
+    """Such a layer that computes in double precision."""
+
+    def computed(self, x: Tensor, w: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.double()
+        return F.linear(x.double(), w.double(), bias).float()
+
+
+class Turning(Deciding):
+    """Such a layer that spells its product otherwise."""
+
+    def computed(self, x: Tensor, w: Tensor) -> Tensor:
+        return x @ w.swapaxes(0, 1) if self.bias is None else torch.addmm(self.bias, x, w.t())
+
+
+@pytest.mark.parametrize("layer", [nn.Linear, Deciding, Converting, InDoublePrecision, Turning])
 def test_a_layer_in_a_module_that_runs_its_own_code_has_pefts_dropout(layer: Any) -> None:
     torch.manual_seed(0)
     base, x, t = ByName(layer), torch.randn(2, 4), torch.randn(2, 8)
@@ -889,3 +915,13 @@ def test_a_layer_in_a_module_that_runs_its_own_code_has_pefts_dropout(layer: Any
     for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert not torch.allclose(found[0][0], found[0][-1])
+
+
+def test_a_weight_is_shown_where_dropout_acts_on_products_with_it() -> None:
+    config = graphpeft.LoraConfig(r=2, lora_dropout=0.5, init_lora_weights=False, target_modules=["0"])
+    model: Any = graphpeft.get_peft_model(nn.Sequential(Deciding(2, 2)), config)
+    with torch.no_grad():
+        shown = repr(model.eval()[0].weight)
+        assert repr(model.train()[0].weight) == shown
+    with pytest.raises(RuntimeError, match="lora_dropout drops elements"):
+        model[0].weight.norm()

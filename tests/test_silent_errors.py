@@ -1387,6 +1387,34 @@ def test_an_option_that_says_nothing_of_the_tensors_may_be_set(tmp_path: Any):
     assert LoraConfig.from_pretrained(tmp_path).base_model_name_or_path == "other"
 
 
+@pytest.mark.parametrize(
+    ("config", "option", "value"),
+    [
+        (graphpeft.FrodConfig(target_modules=["0"]), "progressbar", True),
+        (UniLoraConfig(r=2, theta_d_length=11, target_modules=["0"]), "init_theta_d_bound", 0.5),
+        (graphpeft.GloraConfig(r=2, target_modules=["0"]), "init_weights", False),
+        (lora("0"), "init_lora_weights", "gaussian"),
+    ],
+    ids=["frod", "unilora", "glora", "prepared"],
+)
+def test_an_option_that_was_read_once_may_be_set(config: Any, option: str, value: Any, tmp_path: Any):
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(4, 4, bias=False)), config)
+    if isinstance(config, LoraConfig):
+        graphpeft.prepare_model_for_compiled_hotswap(model, target_rank=8)
+    setattr(model.peft_config["default"], option, value)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(model).unload(), tmp_path)
+    assert torch.equal(loaded(X), model.eval()(X))
+
+
+def test_the_option_that_acts_nowhere_is_named_and_not_another(tmp_path: Any):
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), lora("0"))
+    config: Any = model.peft_config["default"]
+    config.init_lora_weights, config.lora_alpha = "gaussian", 7
+    with pytest.raises(AdaptError, match="lora_alpha of 'default' was"):
+        model.save_pretrained(tmp_path)
+
+
 @pytest.fixture(params=["default dtype", "autocast"])
 def half_precision_around(request: pytest.FixtureRequest) -> Callable[[], Any]:
     """What halves the precision of code that doesn't choose one."""

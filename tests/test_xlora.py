@@ -300,6 +300,8 @@ def test_a_model_has_pefts_methods_while_such_an_adapter_is_active() -> None:
 def test_what_was_set_is_in_the_file_and_a_copy_logs_for_itself(tmp_path: Path) -> None:
     model = ours()
     model.set_topk_lora(1)
+    model.set_global_scaling_weight(0.5)
+    model.peft_config["default"].softmax_temperature = 2.0
     model.enable_scalings_logging()
     model.train()
     logits(model)
@@ -308,7 +310,9 @@ def test_what_was_set_is_in_the_file_and_a_copy_logs_for_itself(tmp_path: Path) 
     assert copied.get_scalings_log() == []
     assert torch.equal(logits(copied), logits(model))
     model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["top_k_lora"] == 1
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    options = ("top_k_lora", "global_scaling_weight", "softmax_temperature")
+    assert tuple(saved[name] for name in options) == (1, 0.5, 2.0)
 
 
 # the first run

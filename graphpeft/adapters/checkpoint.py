@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +28,7 @@ from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.graph.sharding import whole
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.graph.values import value_of
+from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
@@ -305,10 +307,19 @@ def save(
 
     With `first_values`, a folder of these, it is written as one that has taken no weights.
     """
-    for option, (was, now) in adapter.edited_options.items():
+    for option, (was, now) in adapter.idle_options.items():
         raise AdaptError(
             f"{option} of {name!r} was {was!r} when its tensors were made, and was set to {now!r} since, which changes "
             "nothing in the model; set it back, or make an adapter with it"
+        )
+    taken = adapter.edited_options if first_values is None and adapter.took_product else {}
+    for option in taken.keys() - adapter.config.not_of_tensors:
+        warnings.warn(
+            f"{option} of {name!r} was set since it has taken a part of the weights, which the file no longer says: "
+            "pass this file as path_initial_model_for_weight_conversion alone; for a file of the adapter, set the "
+            "option back",
+            PeftWarning,
+            stacklevel=4,
         )
     tensors = state_dict_of(modules_by_path(model), adapter, name, originals, state_dict, save_embedding_layers)
     config = file_config(model, adapter)

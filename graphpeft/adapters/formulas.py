@@ -214,7 +214,7 @@ def _at(module: Any, path: str) -> Any:
 
 
 def _of_values(graph: fx.Graph, first: str, own: Collection[str | None], owner: object) -> _Run:
-    """Returns a graph as a function of what it reads."""
+    """Returns a graph as a function of the values of the attributes that it reads, and their getters."""
     paths = dict.fromkeys([first, *(str(node.target) for node in graph.nodes if node.op == "get_attr")])
     made = fx.Graph()
     inputs = {path: made.placeholder(f"value{number}") for number, path in enumerate(paths)}

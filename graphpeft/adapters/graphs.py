@@ -61,7 +61,7 @@ def _slots_of_others(adapters: Adapters, names: list[str], modules: Modules) -> 
 
 
 def names_of_others(module: nn.Module, own: Collection[int]) -> dict[int, str]:
-    """Returns the adapters in slots of a module's graph that are those of another model."""
+    """Returns the names of another model's adapters in a module's graph, by slot."""
     return {slot: name for slot, name in names_in_slots(module).items() if slot not in own}
 
 

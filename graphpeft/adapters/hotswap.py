@@ -290,7 +290,7 @@ def _copy(modules: Modules, adapter: Adapter, plan: Plan, sites: list[AdaptedSit
 
 
 def exchange(model: nn.Module, name: str, plan: Plan, values: Tensors | None = None) -> Adapters:
-    """Exchanges an adapter for that of a plan, which is active and trained as the old one was; all or nothing."""
+    """Exchanges an adapter for a plan's, which is active and trained as the old one was; all or nothing."""
     modules, state = plan.modules, known_adapters(model)
     order, active, room = list(state.by_name), list(state.active), state.by_name[name].padded_to
     with transaction(model):

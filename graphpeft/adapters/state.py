@@ -57,15 +57,19 @@ def options_of(config: PeftConfig) -> dict[str, Any]:
 _ATOMS = (bool, int, float, str)
 
 
-def _is_of(config: PeftConfig, adapted: AdaptedSite) -> bool:
-    """Returns whether a config gives a site the rule that it has."""
+def _of_site(config: PeftConfig, adapted: AdaptedSite) -> tuple[Any, ...] | None:
+    """Returns the rule, the specs and the constants that a config gives a site; None if its options contradict."""
     try:
         config.check()
     except ValueError:
-        return False
+        return None
     rule: Any = config.rule_for(adapted.site, adapted.dtype).at_site(adapted.site, adapted.dtype)
-    given = rule, rule.parameters(adapted.site, config), rule.all_constants(adapted.site, config)
-    return given == (adapted.rule, adapted.specs, adapted.constants)
+    # each call makes functions of a form anew, and none equals another
+    specs = {
+        name: (spec._replace(form=None), spec.form and spec.form.shape)
+        for name, spec in rule.parameters(adapted.site, config).items()
+    }
+    return rule, specs, rule.all_constants(adapted.site, config)
 
 
 def _are_same_names(value: Any, other: Any) -> bool:
@@ -124,22 +128,35 @@ class Adapter:
         )
 
     @property
-    def edited_options(self) -> dict[str, tuple[Any, Any]]:
-        """The options that were set on the config since it was made, and don't act: what they were, and are."""
+    def edited_options(self) -> dict[str, Any]:
+        """The options that were set on the config since it was made, but not by training, with their former values."""
         now, by_training = vars(self.config), self.config.changed_by_training
-        edited = {
-            name: (was, now[name])
+        return {
+            name: was
             for name, was in self.made_with.items()
             if name not in by_training and now[name] != was and not _are_same_names(now[name], was)
         }
-        if not edited:
-            return {}
-        of_names = edited.keys() & {*TargetOptions._fields, self.config.biases_option}
-        # whoever loads the file makes these tensors by the config
-        is_remade = any(not spec.is_saved for adapted in self.sites for spec in adapted.specs.values())
-        of_tensors = of_names | (edited.keys() - self.config.not_of_tensors if is_remade else set())
-        # others may be read as the model runs, or have been read once and mean nothing any more
-        return edited if of_tensors or not all(_is_of(self.config, adapted) for adapted in self.sites) else {}
+
+    @property
+    def idle_options(self) -> dict[str, tuple[Any, Any]]:
+        """The edited options by which a file's reader would get another model, with the former and the present value."""
+        edited = self.edited_options
+        made = copy.copy(self.config) if edited else self.config
+        vars(made).update(edited)
+        now = vars(self.config)
+        return {name: (was, now[name]) for name, was in edited.items() if self._is_idle(name, made)}
+
+    def _is_idle(self, name: str, made: PeftConfig) -> bool:
+        if name in TargetOptions._fields or name == made.biases_option:
+            return True
+        # whoever loads the file makes these tensors by the config; of those that took a product, PEFT's recipe edits it
+        remakes = any(not spec.is_saved for adapted in self.sites for spec in adapted.specs.values())
+        if name not in made.not_of_tensors and (remakes or (self.replaced and not self.took_product)):
+            return True
+        edited = copy.copy(made)
+        vars(edited)[name] = vars(self.config)[name]
+        # others are read as the model runs, or were read once and mean nothing any more
+        return any((found := _of_site(edited, each)) is None or found != _of_site(made, each) for each in self.sites)
 
     @functools.cached_property
     def call_inputs(self) -> frozenset[str]:

@@ -70,7 +70,7 @@ class Holder(nn.Module):
         self._keep_shared(*before)
 
     def _keep_shared(self, parameters: Mapping[str, Any], buffers: Mapping[str, Any]) -> None:
-        """Lets tensors that have come in the places of others be one tensor wherever holders shared one."""
+        """Keeps a tensor that holders share one tensor where others have come in its places."""
         held: Any
         for held, before in ((self._parameters, parameters), (self._buffers, buffers)):
             for name, tensor in before.items():

@@ -167,9 +167,9 @@ class LowRankSum(Tensor):
                 f"{func.__name__} would change a weight in place, to which the change of an adapter isn't added; merge "
                 "the adapter, or leave this weight out of its targets"
             )
-        reader = _READERS.get(func)
         # what a function was given may have been changed through it, as by w.data.clamp_(0, 1)
-        result = NotImplemented if reader is None or _is_added_up(args, kwargs) else reader.read(args, kwargs)
+        reader = None if _is_added_up(args, kwargs) else _CONVERSIONS.get(func) or _READERS.get(func)
+        result = NotImplemented if reader is None else reader.read(args, kwargs)
         if result is not NotImplemented:
             return result
         if any(_lost_gradients(value) for value in pytree.tree_leaves((args, kwargs))):
@@ -211,6 +211,10 @@ def _is_added_up(args: Any, kwargs: Any) -> bool:
     return any(type(value) is LowRankSum and "total" in vars(value) for value in values)
 
 
+def _weight_of(value: Any) -> Any:
+    return value.weight if _is_sum(value) else value
+
+
 def _is_sum(*values: Any) -> bool:
     return any(type(value) is LowRankSum for value in values)
 
@@ -235,6 +239,29 @@ class _Reader(NamedTuple):
         if len(args) > len(self.names) or not given.keys() <= {*self.names}:
             return NotImplemented
         return self.function(*(given.get(name) for name in self.names))
+
+
+class _Conversion(NamedTuple):
+    """Converts the weight of a sum; a tensor that is to be like a sum becomes like its weight.
+
+    Attributes:
+        function: The function, a method of tensors.
+    """
+
+    function: Callable[..., Any]
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Returns the function's result, or NotImplemented."""
+        converted, *others = args
+        like, options = pytree.tree_map(_weight_of, (others, kwargs))
+        weight = self.function(_weight_of(converted), *like, **options)
+        if not _is_sum(converted):
+            return weight
+        if weight is converted.weight:
+            return converted
+        if not isinstance(weight, Tensor) or weight.device != converted.device or not weight.is_floating_point():
+            return NotImplemented
+        return plus_product(weight, converted.first, converted.second, converted.scale, converted.dropped, True)
 
 
 def _index(stack: LowRankSum, index: Any) -> Any:
@@ -282,6 +309,11 @@ def _matmul(left: Any, right: Any) -> Any:
 
 def _reflected_matmul(right: Any, left: Any) -> Any:
     return _matmul(left, right)
+
+
+def _repr(stack: LowRankSum, _contents: Any) -> str:
+    """Returns the text of the sum, on which dropout has no effect."""
+    return repr(plus_product(stack.weight, stack.first, stack.second, stack.scale).total)
 
 
 def _baddbmm(y: Any, left: Any, right: Any) -> Any:
@@ -346,7 +378,10 @@ METADATA: frozenset[Any] = frozenset(
         *map(getter, ("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized")),
         *(
             getattr(Tensor, name)
-            for name in ("size", "dim", "numel", "stride", "is_floating_point", "is_complex", "__len__")
+            for name in (
+                *("size", "dim", "numel", "stride", "is_floating_point", "is_complex", "is_contiguous", "__len__"),
+                *("element_size", "get_device"),
+            )
         ),
     ]
 )
@@ -357,11 +392,14 @@ _READERS: dict[Any, _Reader] = {
     getter("mT"): _Reader(LowRankSum.transposed, ("self",)),
     **dict.fromkeys((getter("T"), Tensor.t, torch.t), _Reader(_transpose_matrix, ("self",))),
     **dict.fromkeys((Tensor.transpose, torch.transpose), _Reader(_transpose, ("input", "dim0", "dim1"))),
+    **dict.fromkeys((Tensor.swapaxes, torch.swapaxes), _Reader(_transpose, ("input", "axis0", "axis1"))),
     F.linear: _Reader(_linear, ("input", "weight", "bias")),
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _Reader(_matmul, ("input", "other"))),
     **dict.fromkeys((torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), _Reader(_matmul, ("input", "mat2"))),
     Tensor.__rmatmul__: _Reader(_reflected_matmul, ("self", "other")),
     **dict.fromkeys((torch.baddbmm, Tensor.baddbmm), _Reader(_baddbmm, ("input", "batch1", "batch2"))),
+    **dict.fromkeys((torch.addmm, Tensor.addmm), _Reader(_baddbmm, ("input", "mat1", "mat2"))),
+    Tensor.__repr__: _Reader(_repr, ("self", "tensor_contents")),
     torch.einsum: _Reader(_einsum, ("equation", "first", "second")),
     **{
         function: _Reader(functools.partial(_grouped_mm, function), ("input", "mat2", "offs", "bias", "out_dtype"))
@@ -369,3 +407,12 @@ _READERS: dict[Any, _Reader] = {
     },
 }
 """The readers, by function."""
+
+_CONVERSIONS: dict[Any, _Conversion] = {
+    function: _Conversion(function)
+    for function in (
+        *(Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16),
+        Tensor.contiguous,
+    )
+}
+"""The functions that change the kind of a tensor's numbers alone."""

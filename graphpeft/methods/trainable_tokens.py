@@ -2,8 +2,8 @@
 
     W'[token_indices] = rows        W'[others] = W[others]
 
-The rows replace those of the table. A module that is tied to it, such as the head of a language model, has the same
-rows.
+The rows replace rows of the table. A module that is tied to the table, such as the head of a language model, has the
+same rows.
 
 Source: PEFT's ``tuners/trainable_tokens/layer.py``, since there is no paper. The numbers are the same, but at a linear
 layer with a bias, which PEFT drops.

@@ -89,7 +89,7 @@ def _after(before: Importance | None, sensitivity: Tensor, beta1: float, beta2: 
 
 
 def importance(averages: Averages, label: str) -> Tensor:
-    """Returns the importance of the triplets of a site; those of a stack of matrices are one for each rank."""
+    """Returns the importance of the triplets of a site; a stack of matrices has one for each rank."""
     a, e, b = (torch.mul(*averages[label, name]) for name in ("lora_A", "lora_E", "lora_B"))
     of_triplets = e.squeeze(-1) + (a.mean(-1) + b.mean(-2))
     return of_triplets if of_triplets.ndim == 1 else of_triplets.flatten(0, -2).mean(0)
@@ -126,7 +126,7 @@ def as_tensors(pattern: Mapping[str, Sequence[bool]], averages: Averages) -> dic
 
 
 def from_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, list[bool]], Averages]:
-    """Returns the arguments of which `as_tensors` has made these tensors."""
+    """Returns the ranks that are left and the averages, from the tensors of `as_tensors`."""
     parts: dict[str, dict[str, Tensor]] = {"rank_pattern": {}, "mean": {}, "spread": {}}
     for key, tensor in state.items():
         what, _, name = key.partition("/")

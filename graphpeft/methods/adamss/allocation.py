@@ -79,7 +79,7 @@ def as_tensors(resting: set[Place], averages: Averages) -> dict[str, Tensor]:
 
 
 def from_tensors(state: Mapping[str, Tensor]) -> tuple[set[Place], Averages]:
-    """Returns the arguments of which `as_tensors` has made these tensors."""
+    """Returns the subspaces that rest and the averages, from the tensors of `as_tensors`."""
     resting, averages = set(), {}
     for key, tensor in state.items():
         what, _, place = key.partition("/")

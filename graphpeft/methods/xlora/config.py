@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from graphpeft.graph import ops
 from graphpeft.methods.xlora import classifier, first_run, in_files
 from graphpeft.methods.xlora.experts import Experts, read_expert
-from graphpeft.methods.xlora.model_methods import SET_LATER, XLoraMethods
+from graphpeft.methods.xlora.model_methods import READ_IN_CALLS, XLoraMethods
 from graphpeft.methods.xlora.rule import XLora
 from graphpeft.methods.xlora.scalings import INPUT, Log, used
 from graphpeft.progress import over
@@ -88,7 +88,7 @@ class XLoraConfig(PeftConfig):
     peft_type: ClassVar[PeftType] = PeftType.XLORA
     prefix: ClassVar[str | None] = "xlora_"
     lacks: ClassVar[frozenset[str]] = frozenset({"modules_to_save"})
-    not_of_tensors: ClassVar[frozenset[str]] = PeftConfig.not_of_tensors | SET_LATER | {"adapters"}
+    not_of_tensors: ClassVar[frozenset[str]] = PeftConfig.not_of_tensors | READ_IN_CALLS | {"adapters"}
     runs_model: ClassVar[bool] = True
     goes_on_from_caches: ClassVar[bool] = False
     is_by_token: ClassVar[bool] = True

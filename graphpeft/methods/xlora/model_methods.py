@@ -6,8 +6,19 @@ from typing import Any
 
 from torch import Tensor
 
-SET_LATER = frozenset({"global_scaling_weight", "scaling_pass_value", "top_k_lora"})
-"""The options that the methods set, and each call reads."""
+READ_IN_CALLS = frozenset(
+    {
+        *(
+            "enable_softmax",
+            "enable_softmax_topk",
+            "global_scaling_weight",
+            "scaling_pass_value",
+            "softmax_temperature",
+        ),
+        "top_k_lora",
+    }
+)
+"""The options that each call reads, some of which the methods set."""
 
 
 class XLoraMethods:

@@ -139,7 +139,7 @@ class Adapter:
 
     @property
     def idle_options(self) -> dict[str, tuple[Any, Any]]:
-        """The edited options by which a file's reader would get another model, with the former and the present value."""
+        """The edited options by which a reader of the file would get another model: the former values and the present."""
         edited = self.edited_options
         made = copy.copy(self.config) if edited else self.config
         vars(made).update(edited)

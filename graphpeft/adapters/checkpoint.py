@@ -292,6 +292,24 @@ def refuse_other_operations(
             )
 
 
+def _tell_of_edits(adapter: Adapter, name: str, edited: Mapping[str, Any], gives_back: bool) -> None:
+    """Refuses options that were set and don't act; warns where a file no longer says that it has taken weights."""
+    for option, (was, now) in adapter.idle(edited).items():
+        raise AdaptError(
+            f"{option} of {name!r} was {was!r} when its tensors were made, and was set to {now!r} since, which changes "
+            "nothing in the model; set it back, or make an adapter with it"
+        )
+    taken = edited if adapter.took_product and not gives_back else {}
+    for option in taken.keys() - adapter.config.not_of_tensors:
+        warnings.warn(
+            f"{option} of {name!r} was set since it has taken a part of the weights, which the file no longer says: "
+            "pass this file as path_initial_model_for_weight_conversion alone; for a file of the adapter, set the "
+            "option back",
+            PeftWarning,
+            stacklevel=5,
+        )
+
+
 def save(
     model: nn.Module,
     adapter: Adapter,
@@ -307,20 +325,8 @@ def save(
 
     With `first_values`, a folder of these, it is written as one that has taken no weights.
     """
-    for option, (was, now) in adapter.idle_options.items():
-        raise AdaptError(
-            f"{option} of {name!r} was {was!r} when its tensors were made, and was set to {now!r} since, which changes "
-            "nothing in the model; set it back, or make an adapter with it"
-        )
-    taken = adapter.edited_options if first_values is None and adapter.took_product else {}
-    for option in taken.keys() - adapter.config.not_of_tensors:
-        warnings.warn(
-            f"{option} of {name!r} was set since it has taken a part of the weights, which the file no longer says: "
-            "pass this file as path_initial_model_for_weight_conversion alone; for a file of the adapter, set the "
-            "option back",
-            PeftWarning,
-            stacklevel=4,
-        )
+    if edited := adapter.edited_options:
+        _tell_of_edits(adapter, name, edited, first_values is not None)
     tensors = state_dict_of(modules_by_path(model), adapter, name, originals, state_dict, save_embedding_layers)
     config = file_config(model, adapter)
     if first_values is not None:

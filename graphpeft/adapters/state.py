@@ -137,13 +137,10 @@ class Adapter:
             if name not in by_training and now[name] != was and not _are_same_names(now[name], was)
         }
 
-    @property
-    def idle_options(self) -> dict[str, tuple[Any, Any]]:
-        """The edited options by which a reader of the file would get another model: the former values and the present."""
-        edited = self.edited_options
-        made = copy.copy(self.config) if edited else self.config
+    def idle(self, edited: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Returns the edited options by which a file's reader would get another model, each as it was and is."""
+        now, made = vars(self.config), copy.copy(self.config)
         vars(made).update(edited)
-        now = vars(self.config)
         return {name: (was, now[name]) for name, was in edited.items() if self._is_idle(name, made)}
 
     def _is_idle(self, name: str, made: PeftConfig) -> bool:

@@ -53,10 +53,11 @@ from graphpeft.optimizers import (
 from graphpeft.passes.optimization import PassReport, optimize
 from graphpeft.peft_errors import PeftError, PeftWarning
 from graphpeft.rules.config import PeftConfig
-from graphpeft.rules.delta_rule import BranchRule, DeltaRule, WeightRule
+from graphpeft.rules.delta_rule import DeltaRule, ProductRule, WeightRule
 from graphpeft.rules.given_config import check_if_peft_model, get_peft_config
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec, RankAxis
 from graphpeft.rules.peft_names import PeftType, TaskType
+from graphpeft.rules.products import Diagonal, Factor, Product
 from graphpeft.rules.registry import PEFT_TYPE_TO_CONFIG_MAPPING, register
 from graphpeft.rules.report import Report
 from graphpeft.rules.rule import (
@@ -92,13 +93,14 @@ __all__ = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "BoundaryRule",
-    "BranchRule",
     "CallSite",
     "CheckpointError",
     "Combines",
     "DeltaRule",
+    "Diagonal",
     "ExportError",
     "ExportReport",
+    "Factor",
     "FileForm",
     "FullyTrainedModule",
     "GuardError",
@@ -124,6 +126,8 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "PeftWarning",
+    "Product",
+    "ProductRule",
     "RankAxis",
     "ReplacesWeight",
     "Report",

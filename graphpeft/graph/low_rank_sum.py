@@ -56,6 +56,15 @@ def plus_product(
     return made
 
 
+def plus_stacked_product(weight: Tensor, first: Tensor, second: Tensor, scale: Any = None) -> Tensor:
+    """Returns W + s · P Q, not added up where W is a stack of matrices that are larger than their factors."""
+    s, rank = 1.0 if scale is None else scale, first.shape[-1]
+    if weight.ndim < 3 or rank >= min(weight.shape[-2:]):
+        return weight + (first @ second * s).to(weight.dtype)
+    factors = (factor.expand(*weight.shape[:-2], *factor.shape[-2:]) for factor in (first, second))
+    return plus_product(weight, *factors, s)
+
+
 _NO_DROPOUT = (
     "dropout beside a weight that code reads isn't compiled, exported or transformed: set lora_dropout=0, or call the "
     "model as it is"

@@ -43,14 +43,14 @@ class Butterfly(WeightRule):
         count: The number of blocks of a factor.
         size: The number of features of a block.
         factors: The number of factors of R.
-        kernel: The sizes of a convolution's kernel; () for matrices.
+        positions: The sizes of a convolution's kernel; () for matrices.
         drops: The share of the blocks of a factor that dropout replaces by the identity, in training.
     """
 
     count: int
     size: int
     factors: int
-    kernel: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
     drops: float = 0.0
 
     adapts: ClassVar[tuple[type, ...]] = (ops.Linear, ops.Convolution, ops.Weight)
@@ -79,13 +79,13 @@ class Butterfly(WeightRule):
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns a square matrix for each block of each factor, and the scales."""
-        stack = () if self.kernel or isinstance(site, LeafSite) else site.matrix_shape[:-2]
+        stack = () if self.positions or isinstance(site, LeafSite) else site.matrix_shape[:-2]
         blocks = (self.count, self.size, self.size)
         of_one, whole = (*stack, 1, *blocks), (*stack, self.factors, *blocks)
         # PEFT without its CUDA kernel makes one factor, whatever the config says
         form = FileForm(whole, _same, functools.partial(_filled, self.factors), (of_one,)) if whole != of_one else None
-        rows = site.out_features if isinstance(site, LeafSite) else site.matrix_shape[0 if self.kernel else -2]
-        scales = (1, rows) if self.kernel else (*stack, rows, 1)
+        rows = site.out_features if isinstance(site, LeafSite) else site.matrix_shape[0 if self.positions else -2]
+        scales = (1, rows) if self.positions else (*stack, rows, 1)
         return {"boft_R": ParameterSpec(whole, "boft_R", form=form), "boft_s": ParameterSpec(scales, "boft_s")}
 
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
@@ -103,10 +103,10 @@ class Butterfly(WeightRule):
 
     def changed(self, weight: Any, boft_R: Any, boft_s: Any, training: Any) -> Any:
         """Returns diag(s) W Rᵀ, in PEFT's layout as `weight` is, with dropout in training."""
-        matrix = weight.flatten(1) if self.kernel else weight
+        matrix = weight.flatten(1) if self.positions else weight
         made = rotations.butterfly(matrix, boft_R, True, self.drops, training)
-        made = made * (boft_s.transpose(0, 1) if self.kernel else boft_s)
-        return made.unflatten(1, (-1, *self.kernel)) if self.kernel else made
+        made = made * (boft_s.transpose(0, 1) if self.positions else boft_s)
+        return made.unflatten(1, (-1, *self.positions)) if self.positions else made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,4 +224,4 @@ class BOFTConfig(TargetedConfig):
         # what an operation adds and the rule can't read would be scaled with the outputs
         if isinstance(site, LeafSite) or (site.op is ops.Linear and not site.both_ways and site.bias_conflict is None):
             return InputButterfly(**options)
-        return WeightButterfly(**options, kernel=site.matrix_shape[2:] if site.layout is ops.Convolution else ())
+        return WeightButterfly(**options, positions=site.matrix_shape[2:] if site.layout is ops.Convolution else ())

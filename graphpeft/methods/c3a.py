@@ -22,10 +22,11 @@ from graphpeft.graph.recorded import recorded
 from graphpeft.graph.scaled_sum import is_captured
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.matrices import matrices_of
-from graphpeft.rules.delta_rule import BranchRule
+from graphpeft.rules.delta_rule import ProductRule
 from graphpeft.rules.options import Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.products import Factor, Product
 from graphpeft.rules.registry import register
 from graphpeft.rules.target_options import TargetOptions
 from graphpeft.targeting import pattern_values, targets
@@ -33,14 +34,8 @@ from graphpeft.targeting.target_config import TargetedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class C3A(BranchRule):
-    """The change at one weight.
-
-    Attributes:
-        shape: The shape of ΔW.
-    """
-
-    shape: tuple[int, ...]
+class C3A(ProductRule):
+    """The change at one weight."""
 
     needs_matrix: ClassVar[bool] = True
 
@@ -74,13 +69,24 @@ class C3A(BranchRule):
             bound = math.sqrt(1 / columns if config.init_weights == "kaiming_uniform" else 6 / (rows + columns))
             kernel.uniform_(-bound, bound)
 
-    def branch(self, h: Any, c3a_kernel: Any) -> Any:
-        """Returns the circular convolutions of the input."""
-        return convolved(h, c3a_kernel)
+    def product(self, c3a_kernel: Any) -> Product:
+        """Returns ΔW as one factor."""
+        return Product((_Circulant(c3a_kernel),))
 
-    def delta(self, c3a_kernel: Any) -> Any:
-        """Returns ΔW."""
-        return circulant(c3a_kernel).reshape(self.shape)
+
+@dataclass(frozen=True)
+class _Circulant(Factor):
+    """Circulant blocks, by their rows."""
+
+    kernel: Any
+
+    def applied(self, h: Any) -> Any:
+        """Returns the circular convolutions of the input."""
+        return convolved(h, self.kernel)
+
+    def matrix(self) -> Any:
+        """Returns the matrix of all blocks."""
+        return circulant(self.kernel)
 
 
 @recorded
@@ -219,4 +225,4 @@ class C3AConfig(TargetedConfig):
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> C3A:
         """Returns the rule for a weight's shape."""
-        return C3A(shape=site.matrix_shape)
+        return C3A()

@@ -23,28 +23,26 @@ from graphpeft.graph import ops
 from graphpeft.graph.computed_weights import read_weight
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.methods.lycoris import kernel_of
 from graphpeft.methods.matrices import as_matrices, matrices_of
-from graphpeft.rules.delta_rule import DeltaRule
+from graphpeft.rules.delta_rule import ProductRule
 from graphpeft.rules.options import Number, Probability, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.products import Product
 from graphpeft.rules.registry import register
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Deft(DeltaRule):
+class Deft(ProductRule):
     """The change at one weight.
 
     Attributes:
-        kernel: The sizes of a convolution's kernel; () for matrices.
         is_orthogonal: Whether the directions are made orthogonal.
         injects: Whether something is put in their place.
     """
 
-    kernel: tuple[int, ...]
     is_orthogonal: bool = False
     injects: bool = True
 
@@ -117,12 +115,15 @@ class Deft(DeltaRule):
             made = made + F.linear(self.entering(x, deft_P, training, dropout), deft_R) * scale
         return self.leaving(y + made @ Q.mT, y)
 
-    def delta(self, base: Any, deft_P: Any, deft_R: Any = None, scale: Any = None) -> Any:
-        """Returns ΔW."""
+    def delta(self, base: Any, **own: Any) -> Any:  # type: ignore[override]
+        """Returns ΔW, which depends on the weight."""
+        return super().delta(base=base, **own)
+
+    def product(self, base: Any, deft_P: Any, deft_R: Any = None, scale: Any = None) -> Product:
+        """Returns Q (s R − Kᵀ W)."""
         Q, K = self._directions(deft_P)
         made = -(K.mT @ in_rows(base, K))
-        product = Q @ (made + deft_R * scale if self.injects else made)
-        return product.unflatten(-1, (-1, *self.kernel)) if self.kernel else product
+        return Product((Q, made + deft_R * scale if self.injects else made))
 
 
 @recorded
@@ -192,4 +193,4 @@ class DeftConfig(TargetedConfig):
     def rule_for(self, site: Any, dtype: torch.dtype) -> Deft:
         """Returns the rule for a weight's shape."""
         is_orthogonal = self.decomposition_method == "qr"
-        return Deft(kernel=kernel_of(site), is_orthogonal=is_orthogonal, injects=not self.para)
+        return Deft(is_orthogonal=is_orthogonal, injects=not self.para)

@@ -14,31 +14,25 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.graph.computed_weights import read_weight
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.methods.lycoris import draw, kernel_of
+from graphpeft.methods.lycoris import draw
 from graphpeft.methods.matrices import as_matrices, matrices_of
-from graphpeft.rules.delta_rule import BranchRule
+from graphpeft.rules.delta_rule import ProductRule
 from graphpeft.rules.options import Number, Probability, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.products import Diagonal, Product
 from graphpeft.rules.registry import register
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Delora(BranchRule):
-    """The change at one weight.
-
-    Attributes:
-        kernel: The sizes of a convolution's kernel; () for matrices.
-    """
-
-    kernel: tuple[int, ...] = ()
+class Delora(ProductRule):
+    """The change at one weight."""
 
     needs_matrix: ClassVar[bool] = True
 
@@ -69,16 +63,10 @@ class Delora(BranchRule):
         """Returns `module_dropout`, which drops elements of the branch's input in PEFT, too."""
         return config.module_dropout
 
-    def branch(self, h: Any, delora_A: Any, delora_B: Any, delora_lambda: Any, delora_w_norm: Any, rank: Any) -> Any:
-        """Returns B diag(…) A (w ⊙ h)."""
-        h = F.linear(h * delora_w_norm, delora_A) * scales(delora_A, delora_B, delora_lambda, rank)
-        return F.linear(h, delora_B)
-
-    def delta(self, delora_A: Any, delora_B: Any, delora_lambda: Any, delora_w_norm: Any, rank: Any) -> Any:
-        """Returns ΔW."""
-        scaled = delora_B * scales(delora_A, delora_B, delora_lambda, rank)[..., None, :]
-        change = scaled @ (delora_A * delora_w_norm[..., None, :])
-        return change.unflatten(-1, (-1, *self.kernel)) if self.kernel else change
+    def product(self, delora_A: Any, delora_B: Any, delora_lambda: Any, delora_w_norm: Any, rank: Any) -> Product:
+        """Returns B diag(…) A diag(w)."""
+        between = scales(delora_A, delora_B, delora_lambda, rank)
+        return Product((delora_B, Diagonal(between), delora_A, Diagonal(delora_w_norm)))
 
 
 def scales(A: Any, B: Any, strength: Any, rank: Any) -> Any:
@@ -146,4 +134,4 @@ class DeloraConfig(TargetedConfig):
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Delora:
         """Returns the rule for a weight's kernel, or for a matrix."""
-        return Delora(kernel=kernel_of(site))
+        return Delora()

@@ -19,9 +19,8 @@ from torch import nn
 
 from graphpeft.graph.computed_weights import read_weight
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.methods.lycoris import kernel_of
 from graphpeft.methods.matrices import matrices_of
-from graphpeft.rules.delta_rule import DeltaRule
+from graphpeft.rules.delta_rule import ProductRule
 from graphpeft.rules.options import Seed
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.sites import quantisers
@@ -37,13 +36,11 @@ class Sizes(NamedTuple):
         rows: The number of output features.
         columns: The number of input features; of a convolution, times the size of its kernel.
         stack: The number of matrices, as a shape; () for one.
-        kernel: The sizes into which the columns of a convolution are parted; () for matrices.
     """
 
     rows: int
     columns: int
     stack: tuple[int, ...] = ()
-    kernel: tuple[int, ...] = ()
 
 
 def sizes_of(site: Any) -> Sizes:
@@ -51,11 +48,11 @@ def sizes_of(site: Any) -> Sizes:
     if isinstance(site, LeafSite):
         return Sizes(site.out_features, site.in_features)
     stack, rows, columns = matrices_of(site)
-    return Sizes(rows, columns, stack, kernel=site.matrix_shape[1:] if kernel_of(site) else ())
+    return Sizes(rows, columns, stack)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Factored(DeltaRule):
+class Factored(ProductRule):
     """A change that is a product of two factors.
 
     Attributes:
@@ -87,16 +84,6 @@ class Factored(DeltaRule):
         own: Any = quantisers.codes_of(module).numbers() if is_call else read_weight(module, site.attribute)
         weight = self.layout.turned(own.detach().to(torch.promote_types(own.dtype, torch.float32)))
         return weight.reshape(*self.sizes.stack, self.sizes.rows, self.sizes.columns)
-
-    def product(self, a: Any, b: Any) -> Any:
-        """Returns B A in the shape of the weight.
-
-        Args:
-            a: A, (…, r, columns).
-            b: B, (…, rows, r).
-        """
-        product = b @ a
-        return product.unflatten(-1, self.sizes.kernel) if self.sizes.kernel else product
 
 
 @dataclass(kw_only=True)

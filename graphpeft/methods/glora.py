@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.methods.lycoris import draw, kernel_of
+from graphpeft.methods.lycoris import draw
 from graphpeft.methods.matrices import matrices_of
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Size
@@ -38,14 +38,14 @@ class Glora(DeltaRule):
 
     Attributes:
         shape: The shape of ΔW.
-        kernel: The number of dimensions of a convolution's kernel; 0 for matrices.
+        positions: The number of dimensions of a convolution's kernel; 0 for matrices.
         weight_kind: How A and B are made.
         coupling_kind: How C is made.
         bias_kind: How D and E are made.
     """
 
     shape: tuple[int, ...]
-    kernel: int
+    positions: int
     weight_kind: Kind
     coupling_kind: Kind
     bias_kind: Kind
@@ -107,7 +107,7 @@ class Glora(DeltaRule):
         """Returns A or B in a shape that broadcasts over the weight, which may have the dimensions of a kernel."""
         if self.weight_kind == "lora":
             return made.reshape(self.shape)
-        return made[(..., *(None,) * self.kernel)] if self.kernel and self.weight_kind == "vector" else made
+        return made[(..., *(None,) * self.positions)] if self.positions and self.weight_kind == "vector" else made
 
     @property
     def changes_bias(self) -> bool:
@@ -195,7 +195,7 @@ class GloraConfig(TargetedConfig):
         of_bias = (self.config_C, self.config_D_E) if getattr(site, "bias", None) is not None else ("none", "none")
         return Glora(
             shape=site.matrix_shape,
-            kernel=len(kernel_of(site)),
+            positions=len(site.kernel),
             weight_kind=self.config_A_B,
             coupling_kind=of_bias[0],
             bias_kind=of_bias[1],

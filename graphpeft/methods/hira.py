@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from graphpeft.graph import ops
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.methods.lycoris import kernel_of
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Probability, Size
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec, RankAxis
@@ -38,13 +37,7 @@ from graphpeft.targeting.target_config import TargetedConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Hira(DeltaRule):
-    """The change of a matrix, of each matrix in a stack, or of a kernel.
-
-    Attributes:
-        kernel: The sizes of a convolution's kernel; () for matrices.
-    """
-
-    kernel: tuple[int, ...] = ()
+    """The change of a matrix, of each matrix in a stack, or of a kernel."""
 
     needs_matrix: ClassVar[bool] = True
 
@@ -77,7 +70,7 @@ class Hira(DeltaRule):
         """Returns W₀ ⊙ (B A)."""
         if not self.kernel:
             return base * (hira_B @ hira_A)
-        return base * (hira_B.flatten(1) @ hira_A.flatten(1)).unflatten(1, (-1, *self.kernel))
+        return base * self.shaped(hira_B.flatten(1) @ hira_A.flatten(1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,4 +215,4 @@ class HiraConfig(TargetedConfig):
         """Returns the rule for a call, for an embedding, for a weight's kernel, or for a matrix."""
         if isinstance(site, LeafSite):
             return HiraLeaf()
-        return HiraTable() if site.layout is ops.Embedding else Hira(kernel=kernel_of(site))
+        return HiraTable() if site.layout is ops.Embedding else Hira()

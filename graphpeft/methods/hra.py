@@ -38,11 +38,11 @@ class Reflections(WeightRule):
 
     Attributes:
         are_orthonormal: Whether the vectors are made orthonormal.
-        kernel: The sizes of a convolution's kernel, whose positions count as features; () for matrices.
+        positions: The sizes of a convolution's kernel, whose positions count as features; () for matrices.
     """
 
     are_orthonormal: bool
-    kernel: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
 
     adapts: ClassVar[tuple[type, ...]] = (ops.Linear, ops.Convolution, ops.Weight)
     needs_matrix: ClassVar[bool] = True
@@ -60,7 +60,7 @@ class Reflections(WeightRule):
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns U."""
-        stack = () if self.kernel or isinstance(site, LeafSite) else site.matrix_shape[:-2]
+        stack = () if self.positions or isinstance(site, LeafSite) else site.matrix_shape[:-2]
         return {"hra_u": ParameterSpec((*stack, features_of_row(site), config.r), key="hra_u")}
 
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
@@ -74,9 +74,9 @@ class Reflections(WeightRule):
 
     def delta(self, weight: Any, hra_u: Any) -> Any:
         """Returns W H₁ … Hᵣ − W."""
-        matrix = weight.flatten(1) if self.kernel else weight
+        matrix = weight.flatten(1) if self.positions else weight
         change = reflected(matrix, hra_u, self.are_orthonormal, False) - matrix
-        return change.unflatten(1, (-1, *self.kernel)) if self.kernel else change
+        return change.unflatten(1, (-1, *self.positions)) if self.positions else change
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,5 +193,5 @@ class HRAConfig(TargetedConfig):
         """Returns the rule for a linear layer's inputs, or for a weight."""
         if isinstance(site, LeafSite) or (site.op is ops.Linear and not site.both_ways):
             return InputReflections(are_orthonormal=self.apply_GS)
-        kernel = site.matrix_shape[2:] if site.layout is ops.Convolution else ()
-        return WeightReflections(are_orthonormal=self.apply_GS, kernel=kernel)
+        positions = site.matrix_shape[2:] if site.layout is ops.Convolution else ()
+        return WeightReflections(are_orthonormal=self.apply_GS, positions=positions)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from graphpeft._torch import is_transformed
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.scaled_sum import is_captured
-from graphpeft.methods.lycoris import LycorisConfig, LycorisRule, core_product, core_shape, draw, kernel_of
+from graphpeft.methods.lycoris import LycorisConfig, LycorisRule, core_product, core_shape, draw
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
@@ -73,7 +73,7 @@ class LoHa(LycorisRule):
         if self.has_cores:
             first, second = core_product(*first, hada_t1), core_product(*second, hada_t2)
         change = hadamard(*first, *second) * scale
-        return change.unflatten(1, (-1, *self.kernel)) if self.kernel else change
+        return self.shaped(change)
 
 
 @recorded
@@ -154,6 +154,5 @@ class LoHaConfig(LycorisConfig):
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> LoHa:
         """Returns the rule for a weight's kernel, or for a matrix."""
-        kernel = kernel_of(site)
-        has_cores = self.use_effective_conv2d and any(size != 1 for size in kernel)
-        return LoHa(kernel=kernel, rescales=True, has_cores=has_cores)
+        has_cores = self.use_effective_conv2d and any(size != 1 for size in site.kernel)
+        return LoHa(rescales=True, has_cores=has_cores)

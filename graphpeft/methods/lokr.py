@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.graph.recorded import recorded
-from graphpeft.methods.lycoris import LycorisConfig, LycorisRule, core_product, core_shape, draw, kernel_of
+from graphpeft.methods.lycoris import LycorisConfig, LycorisRule, core_product, core_shape, draw
 from graphpeft.rules.options import Within
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
@@ -79,7 +79,7 @@ class LoKr(LycorisRule):
             a, b = (lokr_w2_a, lokr_w2_b) if lokr_t2 is None else core_product(lokr_w2_a, lokr_w2_b, lokr_t2)
             second = a @ b
         change = kronecker(first, second) * scale
-        return change.unflatten(1, (-1, *self.kernel)) if self.kernel else change
+        return self.shaped(change)
 
 
 @recorded
@@ -161,4 +161,4 @@ class LoKrConfig(LycorisConfig):
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> LoKr:
         """Returns the rule for a weight's kernel, or for a matrix."""
-        return LoKr(kernel=kernel_of(site), rescales=self.rank_dropout_scale)
+        return LoKr(rescales=self.rank_dropout_scale)

@@ -32,11 +32,9 @@ class LycorisRule(DeltaRule):
     """A change of a matrix, of each matrix in a stack, or of a kernel.
 
     Attributes:
-        kernel: The sizes of a convolution's kernel; () for matrices.
         rescales: Whether the rows that rank dropout keeps are divided by their share.
     """
 
-    kernel: tuple[int, ...] = ()
     rescales: bool = False
 
     scales: ClassVar[tuple[str, ...]] = ("scale",)
@@ -125,15 +123,9 @@ def after_dropout(
     return change * is_kept.to(change) if module_dropout else change
 
 
-def kernel_of(site: Any) -> tuple[int, ...]:
-    """Returns the sizes of a convolution's kernel; () for a matrix or a stack of matrices."""
-    has_kernel = site.layout is ops.Convolution or len(site.shape) > 3
-    return site.matrix_shape[2:] if has_kernel else ()
-
-
 def draw(tensor: Tensor, site: Any) -> None:
     """Fills a factor as ``nn.Linear`` fills its weight; at a stack of matrices, one factor after the other."""
-    is_stack = len(site.shape) == 3 and not kernel_of(site)
+    is_stack = len(site.shape) == 3 and not site.kernel
     for factor in tensor if is_stack else (tensor,):
         nn.init.kaiming_uniform_(factor, a=5**0.5)
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from graphpeft.methods.lycoris import kernel_of
 from graphpeft.sites.site import LeafSite
 
 
@@ -45,7 +44,7 @@ def matrices_of(site: Any) -> Matrices:
     """Returns the matrices of a site's weight; a vector, which most rules refuse, counts as a column."""
     if isinstance(site, LeafSite):
         return Matrices((), site.out_features, site.in_features)
-    kernel, shape = kernel_of(site), site.matrix_shape
+    kernel, shape = site.kernel, site.matrix_shape
     *stack, rows, columns = (*shape[: len(shape) - len(kernel)], *(1,) * (2 - len(shape)))
     return Matrices(tuple(stack), rows, columns * math.prod(kernel))
 

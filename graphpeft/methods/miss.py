@@ -24,10 +24,11 @@ from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import draw
 from graphpeft.methods.matrices import matrices_of
-from graphpeft.rules.delta_rule import BranchRule, DeltaRule
+from graphpeft.rules.delta_rule import DeltaRule, ProductRule
 from graphpeft.rules.options import Probability, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.products import Factor, Product
 from graphpeft.rules.registry import register
 from graphpeft.sites.site import LeafSite
 from graphpeft.targeting import targets
@@ -35,15 +36,17 @@ from graphpeft.targeting.target_config import TargetedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Miss(BranchRule):
+class Miss(ProductRule):
     """One block for all blocks of columns.
 
     Attributes:
-        shape: The shape of ΔW.
+        rows: The number of W's rows.
+        columns: The number of its columns.
         is_mini: Whether the block has fewer columns than W has rows, and is repeated.
     """
 
-    shape: tuple[int, ...]
+    rows: int
+    columns: int
     is_mini: bool = False
 
     needs_matrix: ClassVar[bool] = True
@@ -85,14 +88,26 @@ class Miss(BranchRule):
         """Returns the input in whole blocks, for which PEFT draws a mask."""
         return in_whole_blocks(x, parameter)
 
-    def branch(self, h: Any, miss_block: Any) -> Any:
-        """Returns (x₁ + x₂ + …) D."""
-        block = repeated(miss_block, self.shape[0]) if self.is_mini else miss_block
-        return sum_of_blocks(h, miss_block) @ block
+    def product(self, miss_block: Any) -> Product:
+        """Returns ΔW as one factor."""
+        return Product((_Blocks(miss_block, self.rows, self.columns),))
 
-    def delta(self, miss_block: Any) -> Any:
-        """Returns ΔW."""
-        return in_each_block(miss_block, self.shape)
+
+@dataclass(frozen=True)
+class _Blocks(Factor):
+    """The same block for all blocks of columns."""
+
+    block: Any
+    rows: int
+    columns: int
+
+    def applied(self, h: Any) -> Any:
+        """Returns (x₁ + x₂ + …) D."""
+        return sum_of_blocks(h, self.block) @ repeated(self.block, self.rows)
+
+    def matrix(self) -> Any:
+        """Returns [Dᵀ Dᵀ …]."""
+        return in_each_block(self.block, self.rows, self.columns)
 
 
 @recorded
@@ -116,22 +131,22 @@ def repeated(block: Tensor, rows: int) -> Tensor:
         block: D, or M; of shape (…, r, columns).
         rows: The number of the weight's rows.
     """
-    return torch.cat([block] * (rows // block.shape[-1]), -1)
+    count = rows // block.shape[-1]
+    return block if count == 1 else torch.cat([block] * count, -1)
 
 
 @recorded
-def in_each_block(block: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Returns the change of a weight that has the same block in all blocks of its columns.
+def in_each_block(block: Tensor, rows: int, columns: int) -> Tensor:
+    """Returns the change of a weight that has the same block in all blocks of its columns, (…, rows, columns).
 
     Args:
         block: D or M; of shape (…, r, columns).
-        shape: The shape of the change: (…, out, in), or (out, in, *kernel).
+        rows: The number of the weight's rows.
+        columns: The number of its columns.
     """
-    stack = block.ndim - 2
-    rows, columns = shape[stack], math.prod(shape[stack + 1 :])
     one = repeated(block, rows).mT
     number = -(-columns // one.shape[-1])
-    return torch.cat([one] * number, -1)[..., :columns].reshape(shape)
+    return torch.cat([one] * number, -1)[..., :columns]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,5 +249,5 @@ class MissConfig(TargetedConfig):
         """Returns the rule for the kind of change."""
         if self.init_weights == "bat":
             return MissBat()
-        shape = (site.out_features, site.in_features) if isinstance(site, LeafSite) else site.matrix_shape
-        return Miss(shape=shape, is_mini=self.init_weights == "mini")
+        _, rows, columns = matrices_of(site)
+        return Miss(rows=rows, columns=columns, is_mini=self.init_weights == "mini")

@@ -18,15 +18,14 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.methods.factored import Factored, sizes_of
 from graphpeft.methods.steered import steered
-from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.options import Size, Within
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.products import Diagonal, Factor, Product
 from graphpeft.rules.registry import register
 from graphpeft.targeting import targets
 from graphpeft.targeting.pattern_values import pattern_of
@@ -49,7 +48,7 @@ DEFAULT_TARGET_MODULES: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Osf(Factored, BranchRule):
+class Osf(Factored):
     """The change of a weight."""
 
     def check(self, site: Any, config: Any) -> str | None:
@@ -69,7 +68,7 @@ class Osf(Factored, BranchRule):
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns U, S and V, and what is frozen."""
-        rows, columns, stack, _ = self.sizes
+        rows, columns, stack = self.sizes
         frozen = config.rank_at(site.name, self._directions)
         rank = self._directions - frozen
         shapes = {"U": (*stack, rows, rank), "S": (*stack, rank), "V": (*stack, rank, columns)}
@@ -100,17 +99,27 @@ class Osf(Factored, BranchRule):
         """Returns 0: the method has no dropout."""
         return 0.0
 
-    def delta(self, osf_S_low: Any, osf_S_init: Any, osf_U_init: Any, osf_V_init: Any, **others: Any) -> Any:
+    def product(self, osf_S_low: Any, osf_S_init: Any, osf_U_init: Any, osf_V_init: Any, **others: Any) -> Product:
         """Returns U S V − U₀ S₀ V₀."""
         u, v = _steered(osf_U_init, osf_V_init, **others)
-        first = self.product(osf_V_init, osf_U_init * osf_S_init[..., None, :])
-        return self.product(v, u * osf_S_low[..., None, :]) - first
+        now = Product((u, Diagonal(osf_S_low), v))
+        return Product((_Difference(now, Product((osf_U_init, Diagonal(osf_S_init), osf_V_init))),))
 
-    def branch(self, h: Any, osf_S_low: Any, osf_S_init: Any, osf_U_init: Any, osf_V_init: Any, **others: Any) -> Any:
-        """Returns h Vᵀ S Uᵀ − h V₀ᵀ S₀ U₀ᵀ, which is 0 at first, within rounding."""
-        u, v = _steered(osf_U_init, osf_V_init, **others)
-        first = F.linear(F.linear(h, osf_V_init) * osf_S_init, osf_U_init)
-        return F.linear(F.linear(h, v) * osf_S_low, u) - first
+
+@dataclass(frozen=True)
+class _Difference(Factor):
+    """The difference of two products, which is 0 at first, within rounding."""
+
+    now: Product
+    first: Product
+
+    def applied(self, h: Any) -> Any:
+        """Returns the difference of what both are when they are applied."""
+        return self.now.applied(h) - self.first.applied(h)
+
+    def matrix(self) -> Any:
+        """Returns the difference of both."""
+        return self.now.dense() - self.first.dense()
 
 
 def _steered(

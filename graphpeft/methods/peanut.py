@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.methods.lycoris import draw, kernel_of
+from graphpeft.methods.lycoris import draw
 from graphpeft.methods.matrices import matrices_of
-from graphpeft.rules.delta_rule import DeltaRule
+from graphpeft.rules.delta_rule import ProductRule
 from graphpeft.rules.options import Number, Size, Within
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.products import Product
 from graphpeft.rules.registry import register
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
@@ -64,16 +65,14 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Peanut(DeltaRule):
+class Peanut(ProductRule):
     """The change at one weight.
 
     Attributes:
-        kernel: The sizes of a convolution's kernel; () for matrices.
         depth: How many layers the network has beside A and B, on either side.
         activation: The name of the activation.
     """
 
-    kernel: tuple[int, ...]
     depth: int
     activation: str
 
@@ -113,24 +112,19 @@ class Peanut(DeltaRule):
         training: Any,
         change: Any,
         bias_change: Any = None,
-        dropout: Any = None,
         base: Any = None,
-        peanut_A: Any = None,
-        peanut_B: Any = None,
-        scale: Any = None,
-        **inner: Any,
+        **own: Any,
     ) -> Any:
         """Returns y', and for operations that aren't linear y + operation(x, ΔW)."""
-        if not self.multiplies(operation):
-            return super().rewrite(x, y, operation, training, change, bias_change, dropout)
-        h = self._hidden(self.layout.turned(base), peanut_A, inner)
-        branch = F.linear(self.entering(x, peanut_A, training, dropout) @ h, peanut_B) * scale
-        return self.leaving(y + branch, y)
+        return super().rewrite(x, y, operation, training, change, bias_change, base=self.layout.turned(base), **own)
 
-    def delta(self, base: Any, peanut_A: Any, peanut_B: Any, scale: Any, **inner: Any) -> Any:
-        """Returns ΔW."""
-        product = peanut_B @ self._hidden(base, peanut_A, inner).mT * scale
-        return product.unflatten(-1, (-1, *self.kernel)) if self.kernel else product
+    def delta(self, base: Any, **own: Any) -> Any:  # type: ignore[override]
+        """Returns ΔW, which depends on the weight."""
+        return super().delta(base=base, **own)
+
+    def product(self, peanut_A: Any, peanut_B: Any, base: Any, scale: Any, **inner: Any) -> Product:
+        """Returns s B h(W)ᵀ."""
+        return Product((peanut_B, self._hidden(base, peanut_A, inner).mT), scale)
 
     def _hidden(self, weight: Any, A: Any, inner: Mapping[str, Any]) -> Any:
         return hidden(weight, A, self.activation, *(inner[f"peanut_{side}_{n}"] for side, n in self._inner()))
@@ -211,4 +205,4 @@ class PeanutConfig(TargetedConfig):
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Peanut:
         """Returns the rule for a weight's shape."""
-        return Peanut(kernel=kernel_of(site), depth=self.depth, activation=self.act_fn)
+        return Peanut(depth=self.depth, activation=self.act_fn)

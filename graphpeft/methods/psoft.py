@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.graph.recorded import recorded
@@ -25,17 +24,17 @@ from graphpeft.methods.factored import Factored, sizes_of
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.matrices import svd_by_seed
 from graphpeft.methods.skew import cayley, neumann, skew
-from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.options import Probability, Seed, Size, Within
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.products import Product
 from graphpeft.rules.registry import register
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Psoft(Factored, BranchRule):
+class Psoft(Factored):
     """The change of a weight.
 
     Attributes:
@@ -97,38 +96,19 @@ class Psoft(Factored, BranchRule):
         parameters["psoft_A"].copy_(on_a[..., None] * vh)
         parameters["psoft_B"].copy_(u * on_b[..., None, :])
 
-    def turning(self, psoft_R: Any, psoft_vector_b: Any, psoft_vector_a: Any) -> Any:
-        """Returns R − 1."""
-        size = self.rank if self.is_orthogonal else None
-        return turning(psoft_R, psoft_vector_b, psoft_vector_a, size, self.terms, self.eps)
-
-    def delta(
+    def product(
         self,
-        psoft_R: Any,
         psoft_A: Any,
         psoft_B: Any,
+        psoft_R: Any,
         scale: Any,
         psoft_vector_b: Any = None,
         psoft_vector_a: Any = None,
-    ) -> Any:
+    ) -> Product:
         """Returns s B (R − 1) A."""
-        turned = self.turning(psoft_R, psoft_vector_b, psoft_vector_a).to(psoft_A.dtype)
-        return self.product(turned @ psoft_A, psoft_B) * scale
-
-    def branch(
-        self,
-        h: Any,
-        psoft_A: Any,
-        psoft_B: Any,
-        psoft_R: Any,
-        scale: Any,
-        psoft_vector_b: Any = None,
-        psoft_vector_a: Any = None,
-    ) -> Any:
-        """Returns s · (h Aᵀ) (R − 1)ᵀ Bᵀ."""
-        turned = self.turning(psoft_R, psoft_vector_b, psoft_vector_a).to(psoft_A.dtype)
-        h = F.linear(F.linear(h, psoft_A), turned)
-        return F.linear(h, psoft_B) * scale
+        size = self.rank if self.is_orthogonal else None
+        turned = turning(psoft_R, psoft_vector_b, psoft_vector_a, size, self.terms, self.eps)
+        return Product((psoft_B, turned.to(psoft_A.dtype), psoft_A), scale)
 
 
 @recorded

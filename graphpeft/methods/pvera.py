@@ -26,6 +26,7 @@ from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.options import Number, Probability, Seed, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.products import Diagonal, Product
 from graphpeft.rules.registry import register
 from graphpeft.sites.site import LeafSite
 from graphpeft.targeting import targets
@@ -108,10 +109,10 @@ class Pvera(Factored):
             h = normal_sample_in_training(halves[0], halves[1], training, pvera_generator)
         return self.leaving(y + pvera_lambda_b * F.linear(h, pvera_B[: self.sizes.rows]), y)
 
-    def delta(self, pvera_A: Any, pvera_B: Any, pvera_lambda_b: Any, pvera_lambda_d: Any) -> Any:
+    def product(self, pvera_A: Any, pvera_B: Any, pvera_lambda_b: Any, pvera_lambda_d: Any) -> Product:
         """Returns the change of the mean."""
         a, b = pvera_A[: self.rank, : self.sizes.columns], pvera_B[: self.sizes.rows]
-        return self.product(pvera_lambda_d[: self.rank, None] * a, pvera_lambda_b[:, None] * b)
+        return Product((Diagonal(pvera_lambda_b), b, Diagonal(pvera_lambda_d[: self.rank]), a))
 
 
 @recorded

@@ -18,22 +18,21 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft._torch import is_transformed
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.scaled_sum import is_captured
 from graphpeft.methods.factored import Factored, ProjectedConfig, sizes_of
-from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.options import Number, Probability, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.products import Product
 from graphpeft.rules.registry import register
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandLora(Factored, BranchRule):
+class RandLora(Factored):
     """The change of a weight.
 
     Attributes:
@@ -84,22 +83,13 @@ class RandLora(Factored, BranchRule):
         """Returns α/r."""
         return {"scale": config.randlora_alpha / config.r}
 
-    def factors(self, randlora_A: Any, randlora_B: Any, randlora_lambda: Any, randlora_gamma: Any) -> tuple[Any, Any]:
-        """Returns the factors of the sum of all terms, (…, terms · r, columns) and (…, rows, terms · r)."""
+    def product(
+        self, randlora_gamma: Any, randlora_lambda: Any, randlora_A: Any, randlora_B: Any, scale: Any
+    ) -> Product:
+        """Returns the sum of all terms, as factors of (…, terms · r, columns) and (…, rows, terms · r)."""
         down = scaled_bases(randlora_A[:, :, : self.small], randlora_lambda, randlora_gamma).flatten(-3, -2)
         up = randlora_B[: self.large, : self.terms].flatten(1)
-        return (down, up) if self.small == self.sizes.columns else (up.mT, down.mT)
-
-    def delta(self, randlora_A: Any, randlora_B: Any, randlora_lambda: Any, randlora_gamma: Any, scale: Any) -> Any:
-        """Returns ΔW."""
-        return self.product(*self.factors(randlora_A, randlora_B, randlora_lambda, randlora_gamma)) * scale
-
-    def branch(
-        self, h: Any, randlora_gamma: Any, randlora_lambda: Any, randlora_A: Any, randlora_B: Any, scale: Any
-    ) -> Any:
-        """Returns (α/r) · h ΔWᵀ."""
-        first, second = self.factors(randlora_A, randlora_B, randlora_lambda, randlora_gamma)
-        return F.linear(F.linear(h, first), second) * scale
+        return Product((up, down) if self.small == self.sizes.columns else (down.mT, up.mT), scale)
 
 
 @recorded

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from graphpeft.graph.computed_weights import read_weight
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.methods.lycoris import draw, kernel_of
+from graphpeft.methods.lycoris import draw
 from graphpeft.methods.matrices import matrices_of
 from graphpeft.methods.placed import Placed
 from graphpeft.peft_errors import PeftWarning
@@ -39,11 +39,9 @@ class Supertuning(Placed):
     """The change of the chosen elements of one weight, and a product of low rank.
 
     Attributes:
-        kernel: The sizes of a convolution's kernel; () for matrices.
         has_product: Whether a product of low rank is added.
     """
 
-    kernel: tuple[int, ...] = ()
     has_product: bool = False
 
     needs_matrix: ClassVar[bool] = True
@@ -154,8 +152,7 @@ class Supertuning(Placed):
         return elements + self._product(own["supertuning_lora_A"], own["supertuning_lora_B"], own["scale"])
 
     def _product(self, A: Any, B: Any, scale: Any) -> Any:
-        product = B @ A * scale
-        return product.unflatten(-1, (-1, *self.kernel)) if self.kernel else product
+        return self.shaped(B @ A * scale)
 
 
 def _count(size: int, config: Any) -> int:
@@ -225,4 +222,4 @@ class SupertuningConfig(TargetedConfig):
     def rule_for(self, site: Any, dtype: torch.dtype) -> Supertuning:
         """Returns the rule for a weight's shape."""
         shape, columns = site.matrix_shape, matrices_of(site).columns
-        return Supertuning(shape=shape, columns=columns, kernel=kernel_of(site), has_product=self.r is not None)
+        return Supertuning(shape=shape, columns=columns, has_product=self.r is not None)

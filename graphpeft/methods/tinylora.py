@@ -23,22 +23,22 @@ from graphpeft.graph import ops
 from graphpeft.graph.computed_weights import read_weight
 from graphpeft.methods.factored import Factored, FactoredConfig, sizes_of
 from graphpeft.methods.matrices import as_matrices
-from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.options import Number, Probability, Seed, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.products import Product
 from graphpeft.rules.registry import register
 
 
 @dataclass(frozen=True, kw_only=True)
-class TinyLora(Factored, BranchRule):
+class TinyLora(Factored):
     """The change of a weight."""
 
     adapts: ClassVar[tuple[type, ...]] = (*Factored.adapts, ops.Embedding)
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns v, which the sites of a group share, and A, B and P."""
-        rows, columns, stack, _ = self.sizes
+        rows, columns, stack = self.sizes
         rank, key = min(config.r, rows, columns), f"tinylora_v.{config.group_of(site)}"
         frozen = {
             "tinylora_A": ParameterSpec((*stack, rank, columns), "tinylora_A", is_trained=False),
@@ -69,13 +69,9 @@ class TinyLora(Factored, BranchRule):
         p = parameters["tinylora_P"]
         p.copy_(torch.normal(0.0, rank**-0.5, p.shape, generator=generator))
 
-    def delta(self, tinylora_v: Any, tinylora_A: Any, tinylora_B: Any, tinylora_P: Any) -> Any:
+    def product(self, tinylora_A: Any, tinylora_B: Any, tinylora_v: Any, tinylora_P: Any) -> Product:
         """Returns B R A."""
-        return self.product(chosen(tinylora_v, tinylora_P) @ tinylora_A, tinylora_B)
-
-    def branch(self, h: Any, tinylora_A: Any, tinylora_B: Any, tinylora_v: Any, tinylora_P: Any) -> Any:
-        """Returns h Aᵀ Rᵀ Bᵀ."""
-        return F.linear(F.linear(F.linear(h, tinylora_A), chosen(tinylora_v, tinylora_P)), tinylora_B)
+        return Product((tinylora_B, chosen(tinylora_v, tinylora_P), tinylora_A))
 
 
 def chosen(v: Any, p: Any) -> Any:

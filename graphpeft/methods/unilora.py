@@ -18,19 +18,18 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.methods.factored import Factored, FactoredConfig, sizes_of
-from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.options import Number, Probability, Size, Within
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
 from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.products import Product
 from graphpeft.rules.registry import register
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniLora(Factored, BranchRule):
+class UniLora(Factored):
     """The change of a weight."""
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
@@ -46,7 +45,7 @@ class UniLora(Factored, BranchRule):
         return found
 
     def _shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
-        rows, columns, stack, _ = self.sizes
+        rows, columns, stack = self.sizes
         return {"A": (*stack, config.r, columns), "B": (*stack, rows, config.r)}
 
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
@@ -66,30 +65,17 @@ class UniLora(Factored, BranchRule):
             parameters[f"unilora_scales_{factor}"].copy_(scales[own])
             first += own.numel()
 
-    def delta(
+    def product(
         self,
         unilora_theta_d: Any,
         unilora_indices_A: Any,
         unilora_indices_B: Any,
         unilora_scales_A: Any,
         unilora_scales_B: Any,
-    ) -> Any:
+    ) -> Product:
         """Returns B A."""
         a, b = unilora_theta_d[unilora_indices_A], unilora_theta_d[unilora_indices_B]
-        return self.product(a * unilora_scales_A, b * unilora_scales_B)
-
-    def branch(
-        self,
-        h: Any,
-        unilora_theta_d: Any,
-        unilora_indices_A: Any,
-        unilora_indices_B: Any,
-        unilora_scales_A: Any,
-        unilora_scales_B: Any,
-    ) -> Any:
-        """Returns h Aᵀ Bᵀ."""
-        a, b = unilora_theta_d[unilora_indices_A], unilora_theta_d[unilora_indices_B]
-        return F.linear(F.linear(h, a * unilora_scales_A), b * unilora_scales_B)
+        return Product((b * unilora_scales_B, a * unilora_scales_A))
 
 
 # the sites of an adapter ask for them one after the other
@@ -174,7 +160,7 @@ class UniLoraConfig(FactoredConfig):
         config: Any = copy.copy(self)
         config._first_places, config._number_of_places = {}, 0
         for site in sites:
-            rows, columns, stack, _ = sizes_of(site)
+            rows, columns, stack = sizes_of(site)
             config._first_places[site.label] = config._number_of_places
             config._number_of_places += torch.Size(stack).numel() * self.r * (rows + columns)
         return config

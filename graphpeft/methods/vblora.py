@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.scaled_sum import is_captured
 from graphpeft.methods.factored import Factored, FactoredConfig, sizes_of
-from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.options import Number, Probability, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.products import Product
 from graphpeft.rules.registry import register
 from graphpeft.targeting import targets
 
@@ -56,7 +56,7 @@ _TARGETS: dict[str, tuple[str, ...] | str] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Vblora(Factored, BranchRule):
+class Vblora(Factored):
     """The change of a weight.
 
     Attributes:
@@ -75,7 +75,7 @@ class Vblora(Factored, BranchRule):
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns the bank, which all sites share, and the logits of both factors' parts."""
-        (rows, columns, stack, _), length, vectors = self.sizes, config.vector_length, config.num_vectors
+        (rows, columns, stack), length, vectors = self.sizes, config.vector_length, config.num_vectors
         bank, a, b = "vblora_vector_bank", "vblora_logits_A", "vblora_logits_B"
         return {
             bank: ParameterSpec((vectors, length), bank, scope=bank, written_once=True),
@@ -90,20 +90,11 @@ class Vblora(Factored, BranchRule):
         for name in ("vblora_logits_A", "vblora_logits_B"):
             parameters[name].normal_(0, config.init_logits_std)
 
-    def factors(self, bank: Any, logits_a: Any, logits_b: Any, training: Any = False) -> tuple[Any, Any]:
-        """Returns A and B."""
-        a = mixtures(logits_a, bank, self.top, training).flatten(-2)
-        b = mixtures(logits_b, bank, self.top, training).mT.flatten(-3, -2)
-        return a, b
-
-    def delta(self, vblora_vector_bank: Any, vblora_logits_A: Any, vblora_logits_B: Any) -> Any:
+    def product(self, vblora_vector_bank: Any, vblora_logits_A: Any, vblora_logits_B: Any, training: Any) -> Product:
         """Returns B A."""
-        return self.product(*self.factors(vblora_vector_bank, vblora_logits_A, vblora_logits_B))
-
-    def branch(self, h: Any, vblora_vector_bank: Any, vblora_logits_A: Any, vblora_logits_B: Any, training: Any) -> Any:
-        """Returns h Aᵀ Bᵀ."""
-        a, b = self.factors(vblora_vector_bank, vblora_logits_A, vblora_logits_B, training)
-        return F.linear(F.linear(h, a), b)
+        a = mixtures(vblora_logits_A, vblora_vector_bank, self.top, training).flatten(-2)
+        b = mixtures(vblora_logits_B, vblora_vector_bank, self.top, training).mT.flatten(-3, -2)
+        return Product((b, a))
 
 
 @recorded

@@ -13,21 +13,20 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.methods.factored import Factored, ProjectedConfig, sizes_of
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.options import Number, Probability, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.products import Diagonal, Product
 from graphpeft.rules.registry import register
 from graphpeft.targeting import targets
 
 
 @dataclass(frozen=True, kw_only=True)
-class Vera(Factored, BranchRule):
+class Vera(Factored):
     """The change of a weight."""
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
@@ -53,19 +52,10 @@ class Vera(Factored, BranchRule):
         if config.init_weights:
             parameters["vera_lambda_d"].fill_(config.d_initial)
 
-    def cut(self, a: Any, b: Any) -> tuple[Any, Any]:
-        """Returns A and B in the size of the weight."""
-        return a[:, : self.sizes.columns], b[: self.sizes.rows]
-
-    def delta(self, vera_A: Any, vera_B: Any, vera_lambda_b: Any, vera_lambda_d: Any) -> Any:
+    def product(self, vera_lambda_d: Any, vera_lambda_b: Any, vera_A: Any, vera_B: Any) -> Product:
         """Returns diag(b) B diag(d) A."""
-        a, b = self.cut(vera_A, vera_B)
-        return self.product(vera_lambda_d[..., None] * a, vera_lambda_b[..., None] * b)
-
-    def branch(self, h: Any, vera_lambda_d: Any, vera_lambda_b: Any, vera_A: Any, vera_B: Any) -> Any:
-        """Returns b ⊙ (d ⊙ (h Aᵀ)) Bᵀ."""
-        a, b = self.cut(vera_A, vera_B)
-        return vera_lambda_b * F.linear(vera_lambda_d * F.linear(h, a), b)
+        a, b = vera_A[:, : self.sizes.columns], vera_B[: self.sizes.rows]
+        return Product((Diagonal(vera_lambda_b), b, Diagonal(vera_lambda_d), a))
 
 
 @register

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.graph.computed_weights import read_weight
-from graphpeft.methods.lycoris import kernel_of
 from graphpeft.rules.arguments import asked_by
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.delta_rule import DeltaRule
@@ -202,7 +201,7 @@ class WeightDecomposedConfig(PeftConfig):
     def rule_for(self, site: Any, dtype: torch.dtype) -> WeightDecomposed:
         """Returns the rule around the direction's."""
         direction = self.direction.rule_for(site, dtype)
-        return WeightDecomposed(direction=direction, dimensions=1 + len(kernel_of(site)))
+        return WeightDecomposed(direction=direction, dimensions=1 + len(site.kernel))
 
     @staticmethod
     def _with(config: PeftConfig, direction: PeftConfig) -> PeftConfig:

@@ -1,7 +1,7 @@
 """Rules that change a weight, written for PEFT's layout of weights: (out, in), or (out, in / groups, *kernel).
 
 A `DeltaRule` is just its `delta`: y + operation(dropout(x), ΔW) + Δb. It adapts linear operations, convolutions,
-batches of matrices, and weights in other uses, in every stored layout. A `BranchRule` has a shorter way for products.
+batches of matrices, and weights in other uses, in every stored layout. A `ProductRule` gives the change as a product.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ import torch.nn.functional as F
 
 from graphpeft.graph import ops
 from graphpeft.graph.changed_products import apart_in_training, plus_branch, with_change
+from graphpeft.graph.low_rank_sum import plus_stacked_product
 from graphpeft.graph.ops.boundaries import Leaf
-from graphpeft.graph.recorded import recorded
+from graphpeft.graph.recorded import as_node, recorded
+from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.rules.adds_to_weight import AddsToWeight
 from graphpeft.rules.arguments import asked_by
 from graphpeft.rules.parameter_spec import Dropout
+from graphpeft.rules.products import Product
 from graphpeft.rules.rule import Mergeable
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.sites.weight_layout import WeightLayout
@@ -38,6 +41,7 @@ class WeightRule(Mergeable):
     Attributes:
         layout: The stored layout of the site's weight; `at_site` sets it.
         casts: Whether the parameters' dtype differs from the weight's; `at_site` sets it.
+        kernel: The sizes of a convolution's kernel, () for matrices; `at_site` sets it.
         adapts: The kinds of weights that the rule adapts, by `Site.layout`.
         needs_matrix: Whether it refuses vectors.
         adapts_calls: Whether it adapts calls of modules without a plain weight, too: a `LeafSite`.
@@ -59,6 +63,7 @@ class WeightRule(Mergeable):
 
     layout: WeightLayout = dataclasses.field(default=WeightLayout(), kw_only=True, repr=False)
     casts: bool = dataclasses.field(default=False, kw_only=True, repr=False)
+    kernel: tuple[int, ...] = dataclasses.field(default=(), kw_only=True, repr=False)
 
     adapts: ClassVar[tuple[type, ...]] = (ops.Linear, ops.Convolution, ops.Weight)
     needs_matrix: ClassVar[bool] = False
@@ -68,7 +73,8 @@ class WeightRule(Mergeable):
         """Returns the rule for the layout of a site's weight."""
         if not isinstance(site, Site):
             return self
-        return dataclasses.replace(self, layout=site.weight_layout, casts=dtype != site.dtype)
+        casts = dtype != site.dtype
+        return dataclasses.replace(self, layout=site.weight_layout, casts=casts, kernel=site.kernel)
 
     def check(self, site: Any, config: Any) -> str | None:
         """Refuses sites without a weight, weights of other layouts or sizes, and embeddings that shorten their rows."""
@@ -85,6 +91,14 @@ class WeightRule(Mergeable):
     def change(self, given: Mapping[str, Any]) -> Any:
         """Returns the result of `delta` in the stored layout."""
         return self.layout.turned(self.delta(**self._all_seen(given)))
+
+    def shaped(self, matrix: Any) -> Any:
+        """Returns a matrix whose columns are those of a kernel's positions in the shape of a weight.
+
+        Args:
+            matrix: The matrix, (out, in · kernel), or (…, out, in) without a kernel.
+        """
+        return matrix.unflatten(-1, (-1, *self.kernel)) if self.kernel else matrix
 
     def bias_change(self, given: Mapping[str, Any]) -> Any:
         """Returns the result of `bias_delta`, which gets weights in PEFT's layout, too."""
@@ -235,11 +249,11 @@ class DeltaRule(WeightRule, AddsToWeight):
 
 
 @dataclass(frozen=True)
-class BranchRule(DeltaRule):
-    """A `DeltaRule` with a shorter way for products with the weight, which doesn't make the whole change.
+class ProductRule(DeltaRule):
+    """A `DeltaRule` whose change is a product of factors, which an operation with the weight applies one by one.
 
     Examples:
-        >>> class LowRank(BranchRule):
+        >>> class LowRank(ProductRule):
         ...     def parameters(self, site, config):
         ...         rows, columns = site.matrix_shape
         ...         return {"A": ParameterSpec((2, columns), "A"), "B": ParameterSpec((rows, 2), "B")}
@@ -248,27 +262,41 @@ class BranchRule(DeltaRule):
         ...         parameters["A"].normal_()
         ...         parameters["B"].zero_()
         ...
-        ...     def delta(self, A, B):
-        ...         return B @ A
-        ...
-        ...     def branch(self, h, A, B):
-        ...         return h @ A.mT @ B.mT
-        >>> LowRank().branch(torch.ones(1, 3), torch.ones(2, 3), torch.ones(4, 2))
-        tensor([[6., 6., 6., 6.]])
+        ...     def product(self, A, B):
+        ...         return Product((B, A))
+        >>> LowRank().delta(A=torch.ones(2, 3), B=torch.ones(4, 2)).shape
+        torch.Size([4, 3])
     """
 
     @abstractmethod
-    def branch(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns h ΔWᵀ, which is added to a product with the weight, or to the result of a layer's call.
+    def product(self, *args: Any, **kwargs: Any) -> Product:
+        """Returns the change, of matrices in PEFT's layout, a kernel counting as columns.
 
-        A rule names the arguments that it needs: ``h``, the input after dropout, in the dtype of the first parameter
-        that is named; ``training``; and the rule's own parameters and constants.
+        A rule names the arguments that it needs: ``training``, and its own parameters and constants.
 
         Args:
             *args: The rule's arguments.
             **kwargs: Likewise.
         """
         ...
+
+    def delta(self, **own: Any) -> Any:
+        """Returns the product's result."""
+        return self.shaped(self._product(own).dense())
+
+    def _product(self, own: Mapping[str, Any], training: Any = False) -> Product:
+        given = {**own, "training": training}
+        return self.product(**{name: given[name] for name in asked_by(self.product).among(given)})
+
+    def changed_weight(self, weight: Any, given: Mapping[str, Any]) -> Any:
+        """Returns a weight as such with its change; what multiplies by a stack takes it factor by factor."""
+        product = self._product(self._all_seen(given))
+        first, second = product.halves()
+        if second is None or self.kernel:
+            return super().changed_weight(weight, given)
+        if self.layout.exchanged is not None:
+            first, second = second.mT, first.mT
+        return as_node(plus_stacked_product, weight, first, second, product.scale)
 
     def adds_to_weight(self, operation: Any) -> bool:
         """Returns whether an operation is a product, and none with the weight in PEFT's layout, x Wᵀ."""
@@ -279,7 +307,7 @@ class BranchRule(DeltaRule):
 
         Args:
             x: The operation's input.
-            parameter: The first parameter that `branch` names.
+            parameter: The first parameter that `product` names.
         """
         return x
 
@@ -296,11 +324,14 @@ class BranchRule(DeltaRule):
         apart: Any = None,
         **own: Any,
     ) -> Any:
-        """Returns y + branch(dropout(x)), and for other operations y + operation(dropout(x), ΔW)."""
+        """Returns y + s · dropout(x) F…ᵀ F₁ᵀ + Δb, and for other operations y + operation(dropout(x), ΔW) + Δb."""
         if not self.multiplies(operation):
             return super().rewrite(x, y, operation, training, change, bias_change, dropout, apart=apart)
-        asked = asked_by(self.branch)
-        first = own[next(name for name in asked.names if name in own)]
+        product = self._product(own, training)
+        first = own[next(name for name in asked_by(self.product).names if name in own)]
         h = self.entering(self.fitted(x, first), first, training, dropout)
-        given = {"h": h, "training": training, **own}
-        return self.leaving(y + self.branch(**{name: given[name] for name in asked.among(given)}), y)
+        branch = product.unscaled(h)
+        result = y + branch if product.scale is None else add_scaled(y, branch, product.scale)
+        if bias_change is not None and not product.adds_bias:
+            result = result + operation.beside_outputs(bias_change.to(y.dtype))
+        return self.leaving(result, y)

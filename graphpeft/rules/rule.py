@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from graphpeft.graph.written_products import plus_change
 from graphpeft.rules.parameter_spec import ParameterSpec
 
 
@@ -257,7 +256,7 @@ class Mergeable(Rule):
         return self.delta(**given)
 
     def changed_weight(self, weight: Any, given: Mapping[str, Any]) -> Any:
-        """Returns a weight as such with its change; what multiplies by a stack takes ``P @ Q * s`` factor by factor.
+        """Returns a weight as such with its change.
 
         Its arguments can also be ``training`` and the rule's own constants.
 
@@ -265,7 +264,7 @@ class Mergeable(Rule):
             weight: The weight, with the changes of earlier adapters; a proxy.
             given: The arguments of `delta` by name, as in `change`; proxies.
         """
-        return plus_change(weight, self.change(given))
+        return weight + self.change(given).to(weight.dtype)
 
     @abstractmethod
     def delta(self, *args: Any, **kwargs: Any) -> Any:

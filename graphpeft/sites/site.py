@@ -148,6 +148,11 @@ class Site(NamedTuple):
         return self.weight_layout.turned_shape(self.shape)
 
     @property
+    def kernel(self) -> tuple[int, ...]:
+        """The sizes of a convolution's kernel; () for a matrix or a stack of matrices."""
+        return self.matrix_shape[2:] if self.layout is Convolution or len(self.shape) > 3 else ()
+
+    @property
     def beside(self) -> tuple[str, str]:
         """The tensor whose device an adapter's tensors share: the path of its module, and its name."""
         if self.computed is None:

@@ -26,7 +26,6 @@ from graphpeft.methods.adalora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.adalora.rule import AdaLora, AdaLoraBranch, AdaLoraLeaf, form_of
 from graphpeft.methods.lora.config import LoraConfig
 from graphpeft.methods.lora.nested import drop_unused
-from graphpeft.methods.lycoris import kernel_of
 from graphpeft.rules.combination import Combination
 from graphpeft.rules.options import Index, NotNegative, Size, Within
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
@@ -171,7 +170,7 @@ class AdaLoraConfig(LoraConfig):
         """Returns the rule for a linear operation, for a call, or for any other weight."""
         if isinstance(site, LeafSite):
             return AdaLoraLeaf()
-        return AdaLoraBranch() if site.op is site.layout is ops.Linear else AdaLora(kernel=kernel_of(site))
+        return AdaLoraBranch() if site.op is site.layout is ops.Linear else AdaLora()
 
     # training
 

@@ -19,21 +19,16 @@ from graphpeft.graph import ops
 from graphpeft.graph.recorded import as_node
 from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora.linear import dropped_by_row, products_by_row
-from graphpeft.rules.delta_rule import DeltaRule
+from graphpeft.rules.delta_rule import ProductRule
 from graphpeft.rules.parameter_spec import Dropout, FileForm, ParameterSpec
+from graphpeft.rules.products import Product
 from graphpeft.rules.rule import RunsByRow
 from graphpeft.sites.site import LeafSite
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaLora(DeltaRule):
-    """The change of a matrix, of each matrix in a stack, or of a kernel.
-
-    Attributes:
-        kernel: The sizes of a convolution's kernel; () for matrices.
-    """
-
-    kernel: tuple[int, ...] = ()
+class AdaLora(ProductRule):
+    """The change of a matrix, of each matrix in a stack, or of a kernel."""
 
     scales: ClassVar[tuple[str, ...]] = ("scale",)
     needs_matrix: ClassVar[bool] = True
@@ -62,10 +57,9 @@ class AdaLora(DeltaRule):
             parameters["lora_A"].normal_(std=0.02)
             parameters["lora_B"].normal_(std=0.02)
 
-    def delta(self, lora_A: Any, lora_E: Any, lora_B: Any, scale: Any) -> Any:
+    def product(self, lora_A: Any, lora_E: Any, lora_B: Any, scale: Any) -> Product:
         """Returns s B (E ⊙ A)."""
-        change = lora_B @ (lora_A * lora_E) * scale
-        return change.unflatten(1, (-1, *self.kernel)) if self.kernel else change
+        return Product((lora_B, lora_A * lora_E), scale)
 
 
 def _factors(stack: tuple[int, ...], rank: int, rows: int, columns: int) -> dict[str, ParameterSpec]:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from graphpeft.methods.adamss.groups import Group, fresh_factor, own_bias, rank_of, same_directions
 from graphpeft.methods.factored import Factored
-from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.rules.products import Factor, Product
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adamss(Factored, BranchRule):
+class Adamss(Factored):
     """The change of a weight, and of the bias beside it.
 
     Attributes:
@@ -86,27 +86,52 @@ class Adamss(Factored, BranchRule):
         """Whether there is a bias."""
         return self.has_bias
 
-    def delta(self, adamss_newB: Any, adamss_places: Any, **factors: Any) -> Any:
-        """Returns ΔW."""
-        columns = adamss_newB[:, : self.sizes.columns]
-        return self.product(columns, self._of_rows(adamss_places, factors))
+    def product(self, adamss_newB: Any, adamss_places: Any, **factors: Any) -> Product:
+        """Returns P [B₁ A₁; …] C, with the last column of C as what is added to its result, if there is a bias."""
+        columns = self.sizes.columns
+        inner = _Affine(adamss_newB[:, :columns], adamss_newB[:, columns] if self.has_bias else None)
+        return Product((_Grouped(adamss_places, self._pairs(factors)), inner), adds_bias=True)
+
+    def _pairs(self, factors: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+        return [(factors[f"adamss_B_{n}"], factors[f"adamss_A_{n}"]) for n in range(self.count)]
 
     def bias_delta(self, adamss_newB: Any, adamss_places: Any, **factors: Any) -> Any:
         """Returns Δb, or None."""
-        return self._of_rows(adamss_places, factors) @ adamss_newB[:, -1] if self.has_bias else None
+        return _Grouped(adamss_places, self._pairs(factors)).matrix() @ adamss_newB[:, -1] if self.has_bias else None
 
-    def _of_rows(self, places: Any, factors: Mapping[str, Any]) -> Any:
-        made = [factors[f"adamss_B_{n}"] @ factors[f"adamss_A_{n}"] for n in range(self.count)]
-        return torch.cat(made)[places]
 
-    def branch(self, h: Any, adamss_newB: Any, adamss_places: Any, **factors: Any) -> Any:
-        """Returns h ΔWᵀ + Δb, group by group."""
-        columns = self.sizes.columns
-        h = F.linear(h, adamss_newB[:, :columns], adamss_newB[:, columns] if self.has_bias else None)
-        made = [F.linear(F.linear(h, factors[f"adamss_A_{n}"]), factors[f"adamss_B_{n}"]) for n in range(self.count)]
-        rows = torch.cat(made, -1)
+@dataclass(frozen=True)
+class _Affine(Factor):
+    """A matrix, and what is added to its result."""
+
+    columns: Any
+    bias: Any
+
+    def applied(self, h: Any) -> Any:
+        """Returns h Cᵀ + c."""
+        return F.linear(h, self.columns, self.bias)
+
+    def matrix(self) -> Any:
+        """Returns C."""
+        return self.columns
+
+
+@dataclass(frozen=True)
+class _Grouped(Factor):
+    """P [B₁ A₁; …; Bₙ Aₙ], by the places of rows and each group's B and A."""
+
+    places: Any
+    pairs: list[tuple[Any, Any]]
+
+    def applied(self, h: Any) -> Any:
+        """Returns the groups' results in the order of the rows."""
+        rows = torch.cat([F.linear(F.linear(h, A), B) for B, A in self.pairs], -1)
         # of a matrix, since columns of a tensor with more dimensions take several times as long
-        return rows.reshape(-1, self.sizes.rows).index_select(1, adamss_places).reshape(rows.shape)
+        return rows.reshape(-1, rows.shape[-1]).index_select(1, self.places).reshape(rows.shape)
+
+    def matrix(self) -> Any:
+        """Returns the groups' products in the order of the rows."""
+        return torch.cat([B @ A for B, A in self.pairs])[self.places]
 
 
 def _places(groups: Sequence[Group]) -> Tensor:

@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.methods.factored import Factored, FactoredConfig, sizes_of
-from graphpeft.methods.frod.mixing import mixed, mixed_product, sorted_places
+from graphpeft.methods.frod.mixing import Mixed, sorted_places
 from graphpeft.methods.frod.projections import (
     Projections,
     category_of,
@@ -33,22 +32,22 @@ from graphpeft.methods.frod.projections import (
 )
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.peft_errors import PeftWarning
-from graphpeft.rules.delta_rule import BranchRule
 from graphpeft.rules.options import NotNegative, Probability, Seed
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
 from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.products import Product
 from graphpeft.rules.registry import register
 from graphpeft.rules.weight_reader import WeightReader
 from graphpeft.targeting import targets
 
 
 @dataclass(frozen=True, kw_only=True)
-class Frod(Factored, BranchRule):
+class Frod(Factored):
     """The change of a weight."""
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns λ and the elements of S; V and the places, which a category shares; and U and λ₀."""
-        rows, columns, stack, _ = self.sizes
+        rows, columns, stack = self.sizes
         count, category = count_of(columns, config.sparse_rate), category_of(site.name)
         shared = {"frod_V": (columns, columns), "frod_s_indices": (2, count), "frod_s_size": (2,)}
         specs = {
@@ -113,23 +112,21 @@ class Frod(Factored, BranchRule):
         parameters["frod_lambda_init"].copy_(lengths)
         return is_spanned(basis, unit, lengths, weight)
 
-    def delta(self, frod_V: Any, frod_U: Any, **own: Any) -> Any:
-        """Returns ΔW."""
-        return self.product(mixed(*self._elements(**own)) @ self._basis(frod_V, frod_U).mT, frod_U)
-
-    def branch(self, h: Any, frod_U: Any, frod_V: Any, **own: Any) -> Any:
-        """Returns h V (S + diag(λ − λ₀))ᵀ Uᵀ."""
-        order = own["frod_s_elements"], own["frod_s_starts"]
-        return F.linear(mixed_product(h @ self._basis(frod_V, frod_U), *self._elements(**own), *order), frod_U)
-
-    def _basis(self, basis: Any, unit: Any) -> Any:
-        return basis.to(unit.dtype)
-
-    def _elements(
-        self, frod_lambda_l: Any, frod_lambda_init: Any, frod_lambda_s_values: Any, frod_s_indices: Any, **_: Any
-    ) -> tuple[Any, Any, Any]:
-        """Returns the diagonal λ − λ₀, the elements of S, and their places."""
-        return frod_lambda_l - frod_lambda_init, frod_lambda_s_values, frod_s_indices
+    def product(
+        self,
+        frod_U: Any,
+        frod_V: Any,
+        frod_lambda_l: Any,
+        frod_lambda_init: Any,
+        frod_lambda_s_values: Any,
+        frod_s_indices: Any,
+        frod_s_elements: Any,
+        frod_s_starts: Any,
+    ) -> Product:
+        """Returns U (S + diag(λ − λ₀)) Vᵀ."""
+        order = frod_s_elements, frod_s_starts
+        middle = Mixed(frod_lambda_l - frod_lambda_init, frod_lambda_s_values, frod_s_indices, *order)
+        return Product((frod_U, middle, frod_V.to(frod_U.dtype).mT))
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

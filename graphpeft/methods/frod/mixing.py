@@ -6,6 +6,7 @@ M = S + diag(d)        h Mᵀ
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from graphpeft._torch import is_transformed
 from graphpeft.graph.autocast import is_in_autocast
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.scaled_sum import is_captured
+from graphpeft.rules.products import Factor
 
 
 @recorded
@@ -37,6 +39,25 @@ def mixed(diagonal: Tensor, values: Tensor, places: Tensor) -> Tensor:
         .scatter_add_(-1, flat, elements)
         .unflatten(-1, (size, size))
     )
+
+
+@dataclass(frozen=True)
+class Mixed(Factor):
+    """M as a factor of a product; its attributes are the arguments of `mixed_product`."""
+
+    diagonal: Any
+    values: Any
+    places: Any
+    elements: Any
+    starts: Any
+
+    def applied(self, h: Any) -> Any:
+        """Returns h Mᵀ."""
+        return mixed_product(h, self.diagonal, self.values, self.places, self.elements, self.starts)
+
+    def matrix(self) -> Any:
+        """Returns M."""
+        return mixed(self.diagonal, self.values, self.places)
 
 
 class Sorted(NamedTuple):

@@ -172,7 +172,7 @@ class IA3Config(TargetedConfig):
         """Returns the rule for a layer's inputs or for its outputs."""
         rule = InputFactors if self._is_feed_forward(site.name) else OutputFactors
         if not isinstance(site, LeafSite) and site.layout is ops.Convolution:
-            return rule(kernel=len(site.matrix_shape) - 2, groups=site.groups)
+            return rule(positions=len(site.matrix_shape) - 2, groups=site.groups)
         return rule()
 
     def _is_feed_forward(self, name: str) -> bool:

@@ -12,11 +12,14 @@ from torch import fx, nn
 from graphpeft.adapters.graphs import op_in
 from graphpeft.adapters.present_rows import RowParameters, present
 from graphpeft.adapters.rows import Where, place_of
+from graphpeft.graph import ops
+from graphpeft.graph.ops.boundaries import Leaf
 from graphpeft.graph.paths import join, within
 from graphpeft.graph.template import Graphs, Template
 from graphpeft.rules import rewrite
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.arguments import asked_by
+from graphpeft.rules.delta_rule import ProductRule
 from graphpeft.rules.parameter_spec import Dropout
 from graphpeft.rules.rule import RunsByRow
 from graphpeft.sites.parts import is_view
@@ -77,6 +80,7 @@ def _joined(sites: Sequence[AdaptedSite]) -> Any:
     if (
         not isinstance(first, RunsByRow)
         or not first.zeros_change_nothing
+        or (isinstance(first, ProductRule) and sites[0].site.op not in (ops.Linear, Leaf))
         or any(place_of(adapted) != place_of(sites[0]) for adapted in sites)
         # which are found by their names in holders at the module itself
         or any(adapted.rule.held_in or any(spec.path for spec in adapted.specs.values()) for adapted in sites)

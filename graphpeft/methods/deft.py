@@ -24,7 +24,7 @@ from graphpeft.graph.computed_weights import read_weight
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.matrices import as_matrices, matrices_of
-from graphpeft.rules.delta_rule import ProductRule
+from graphpeft.rules.delta_rule import DeltaRule, ProductRule
 from graphpeft.rules.options import Number, Probability, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
@@ -108,7 +108,7 @@ class Deft(ProductRule):
     ) -> Any:
         """Returns y', and for operations that aren't linear y + operation(x, ΔW)."""
         if not self.multiplies(operation):
-            return super().rewrite(x, y, operation, training, change, bias_change, dropout)
+            return DeltaRule.rewrite(self, x, y, operation, training, change, bias_change, dropout)
         Q, K = self._directions(deft_P)
         made = -((plain.to(deft_P.dtype) if self.casts else plain) @ K)
         if self.injects:

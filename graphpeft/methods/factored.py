@@ -9,7 +9,6 @@ those of PEFT's ``tuners/vera/layer.py``, ``tuners/randlora/layer.py``, ``tuners
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -63,10 +62,6 @@ class Factored(ProductRule):
 
     needs_matrix: ClassVar[bool] = True
     adapts_calls: ClassVar[bool] = True
-
-    def at_site(self, site: Any, dtype: torch.dtype) -> Any:
-        """Returns the rule for a site; a call's input and output may be in other dtypes than the factors."""
-        return dataclasses.replace(self, casts=True) if isinstance(site, LeafSite) else super().at_site(site, dtype)
 
     def dropout_of(self, config: Any) -> float:
         """Returns the option for dropout, which each method names by itself."""

@@ -10,7 +10,6 @@ Source: Kang and Yin, "MiSS: Revisiting the Trade-off in LoRA with an Efficient 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.products import Factor, Product
 from graphpeft.rules.registry import register
-from graphpeft.sites.site import LeafSite
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
 
@@ -51,10 +49,6 @@ class Miss(ProductRule):
 
     needs_matrix: ClassVar[bool] = True
     adapts_calls: ClassVar[bool] = True
-
-    def at_site(self, site: Any, dtype: torch.dtype) -> Any:
-        """Returns the rule for a site; a call's input and output may be in other dtypes than the block."""
-        return dataclasses.replace(self, casts=True) if isinstance(site, LeafSite) else super().at_site(site, dtype)
 
     def check(self, site: Any, config: Any) -> str | None:
         """Refuses blocks that don't fit."""

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.graph import ops
+from graphpeft.graph.products_by_row import products_by_row
 from graphpeft.graph.recorded import as_node, recorded
 from graphpeft.graph.scaled_sum import is_captured
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.methods.lora.linear import products_by_row
 from graphpeft.rules.options import Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType

@@ -93,7 +93,7 @@ def unknown_argument(rule: Rule, site: type, op: type, own: tuple[str, ...]) -> 
         functions |= {"delta": ("weight", "base"), "bias_delta": ("weight", "base", "bias", "base_bias")}
         functions |= {"changed_weight": ("weight", "given", "training")} if op is ops.Weight else {}
     if hasattr(rule, "product"):
-        functions["product"] = ("training", *(name for name in ("weight", "base") if name in asked_by(rule.delta).names))
+        functions["product"] = ("weight", "base", "training")
     if isinstance(rule, RunsByRow):
         functions["by_row"] = (*_AT_LEAF, *rule.constants_by_row)
     functions = {name: (*given, *_of_call(rule, name)) for name, given in functions.items()}

@@ -19,13 +19,14 @@ from graphpeft.graph import ops
 from graphpeft.graph.changed_products import apart_in_training, plus_branch, with_change
 from graphpeft.graph.low_rank_sum import plus_stacked_product
 from graphpeft.graph.ops.boundaries import Leaf
+from graphpeft.graph.products_by_row import dropped_by_row, products_by_row
 from graphpeft.graph.recorded import as_node, recorded
 from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.rules.adds_to_weight import AddsToWeight
 from graphpeft.rules.arguments import asked_by
 from graphpeft.rules.parameter_spec import Dropout
 from graphpeft.rules.products import Product
-from graphpeft.rules.rule import Mergeable
+from graphpeft.rules.rule import Mergeable, RunsByRow
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.sites.weight_layout import WeightLayout
 
@@ -72,7 +73,8 @@ class WeightRule(Mergeable):
     def at_site(self, site: Any, dtype: torch.dtype) -> WeightRule:
         """Returns the rule for the layout of a site's weight."""
         if not isinstance(site, Site):
-            return self
+            # a call's input and output may be in other dtypes than the parameters
+            return dataclasses.replace(self, casts=True)
         casts = dtype != site.dtype
         return dataclasses.replace(self, layout=site.weight_layout, casts=casts, kernel=site.kernel)
 
@@ -249,8 +251,12 @@ class DeltaRule(WeightRule, AddsToWeight):
 
 
 @dataclass(frozen=True)
-class ProductRule(DeltaRule):
+class ProductRule(DeltaRule, RunsByRow):
     """A `DeltaRule` whose change is a product of factors, which an operation with the weight applies one by one.
+
+    Rows of a batch have factors of their own in one graph if the class says ``zeros_change_nothing = True``: if its
+    factors are matrices and diagonals, also where its parameters have rows in front, and it has no other constants than
+    `scales`.
 
     Examples:
         >>> class LowRank(ProductRule):
@@ -299,8 +305,8 @@ class ProductRule(DeltaRule):
         return as_node(plus_stacked_product, weight, first, second, product.scale)
 
     def adds_to_weight(self, operation: Any) -> bool:
-        """Returns whether an operation is a product, and none with the weight in PEFT's layout, x Wᵀ."""
-        return super().adds_to_weight(operation) and not self.multiplies(operation)
+        """Returns False, since a product is applied factor by factor."""
+        return False
 
     def fitted(self, x: Any, parameter: Any) -> Any:
         """Returns the input of which dropout drops elements, where that isn't the operation's.
@@ -320,18 +326,34 @@ class ProductRule(DeltaRule):
         change: Any = None,
         bias_change: Any = None,
         dropout: Any = None,
-        *,
-        apart: Any = None,
         **own: Any,
     ) -> Any:
         """Returns y + s · dropout(x) F…ᵀ F₁ᵀ + Δb, and for other operations y + operation(dropout(x), ΔW) + Δb."""
-        if not self.multiplies(operation):
-            return super().rewrite(x, y, operation, training, change, bias_change, dropout, apart=apart)
-        product = self._product(own, training)
-        first = own[next(name for name in asked_by(self.product).names if name in own)]
-        h = self.entering(self.fitted(x, first), first, training, dropout)
-        branch = product.unscaled(h)
+        if not isinstance(operation, ops.Linear | Leaf):
+            return super().rewrite(x, y, operation, training, change, bias_change, dropout)
+        product, first = self._product(own, training), self._first(own)
+        if self.multiplies(operation):
+            branch = product.unscaled(self.entering(self.fitted(x, first), first, training, dropout))
+        else:
+            branch = product.turned(self.entering(x, first, training, dropout))
         result = y + branch if product.scale is None else add_scaled(y, branch, product.scale)
         if bias_change is not None and not product.adds_bias:
             result = result + operation.beside_outputs(bias_change.to(y.dtype))
         return self.leaving(result, y)
+
+    def _first(self, own: Mapping[str, Any]) -> Any:
+        return own[next(name for name in asked_by(self.product).names if name in own)]
+
+    @property
+    def constants_by_row(self) -> Mapping[str, float | None]:
+        """The constants that `by_row` reads."""
+        return {**dict.fromkeys(self.scales), "dropout": Dropout(0.0)}
+
+    def by_row(self, x: Any, y: Any, operation: Any, dropout: Any, **own: Any) -> Any:
+        """Returns y with the branch of each row's own factors, which are matrices and diagonals."""
+        h = as_node(dropped_by_row, x.to(self._first(own).dtype) if self.casts else x, dropout)
+        product = self._product(own)
+        first, second = product.halves()
+        if self.multiplies(operation):
+            first, second = second.mT, first.mT
+        return self.leaving(as_node(products_by_row, y, h, first, second, product.scale), y)

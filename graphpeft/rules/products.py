@@ -104,6 +104,19 @@ class Product:
         """
         return self.scaled(self.unscaled(h))
 
+    def turned(self, h: Any) -> Any:
+        """Returns h ΔW / s, factor by factor.
+
+        Args:
+            h: The input, (…, out).
+        """
+        for factor in self.factors:
+            if isinstance(factor, Diagonal):
+                h = factor.applied(h)
+            else:
+                h = h @ (factor.matrix() if isinstance(factor, Factor) else factor)
+        return h
+
     def halves(self) -> tuple[Any, Any]:
         """Returns two matrices P and Q whose product is ΔW / s; Q is None where there is one factor alone."""
         matrices: list[Any] = []

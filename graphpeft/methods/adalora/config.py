@@ -20,10 +20,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from graphpeft.graph import ops
 from graphpeft.methods.adalora import allocation, option_checks, ranks_left
 from graphpeft.methods.adalora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.methods.adalora.rule import AdaLora, AdaLoraBranch, AdaLoraLeaf, form_of
+from graphpeft.methods.adalora.rule import AdaLora, form_of
 from graphpeft.methods.lora.config import LoraConfig
 from graphpeft.methods.lora.nested import drop_unused
 from graphpeft.rules.combination import Combination
@@ -32,7 +31,6 @@ from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 from graphpeft.rules.trained import SiteParameters
-from graphpeft.sites.site import LeafSite
 from graphpeft.targeting import targets
 
 Share = Annotated[float, Within("a number between 0 and 1", math.nextafter(0, 1), math.nextafter(1, 0))]
@@ -167,10 +165,8 @@ class AdaLoraConfig(LoraConfig):
         return config
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> AdaLora:
-        """Returns the rule for a linear operation, for a call, or for any other weight."""
-        if isinstance(site, LeafSite):
-            return AdaLoraLeaf()
-        return AdaLoraBranch() if site.op is site.layout is ops.Linear else AdaLora()
+        """Returns the rule for a weight, or for a call."""
+        return AdaLora()
 
     # training
 

@@ -15,12 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor
 
+from graphpeft.graph.products_by_row import dropped_by_row, products_by_row
 from graphpeft.graph.recorded import as_node
-from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora.factors import rank_of
 from graphpeft.methods.lora.matrix import LoraMatrix, matrix_delta, matrix_factors
 from graphpeft.methods.lora.rule import LoraBranch, LoraBranchWithBias, variant_refusal
@@ -131,30 +129,3 @@ class LoraLeaf(_ByRow, Mergeable, Combines):
     def matrices(self, operation: Any, lora_A: Any, lora_B: Any) -> tuple[Any, Any]:
         """Returns Aᵀ and Bᵀ."""
         return lora_A.mT, lora_B.mT
-
-
-def products_by_row(y: Tensor, h: Tensor, first: Tensor, second: Tensor, scaling: Any) -> Tensor:
-    """Returns y + s · h · first · second, with other matrices for each row.
-
-    Args:
-        y: Of shape (rows, …, out).
-        h: Of shape (rows, …, in).
-        first: Of shape (rows, in, r).
-        second: Of shape (rows, r, out).
-        scaling: A number, or one for each row.
-    """
-    down = torch.bmm(h.reshape(h.shape[0], -1, h.shape[-1]), first)
-    if isinstance(scaling, Tensor):
-        down, scaling = down * scaling.to(down).view(-1, 1, 1), 1
-    flat = y.reshape(y.shape[0], -1, y.shape[-1])
-    if flat.dtype == down.dtype:
-        return torch.baddbmm(flat, down, second, alpha=scaling).view(y.shape)
-    return add_scaled(flat, torch.bmm(down, second), scaling).view(y.shape)
-
-
-def dropped_by_row(h: Tensor, probability: Any) -> Tensor:
-    """Returns `h`, (rows, …), with elements dropped, by one probability or by one for each row; 0 drops none."""
-    if not isinstance(probability, Tensor):
-        return F.dropout(h, probability)
-    kept = 1 - probability.to(h).view(-1, *(1 for _ in h.shape[1:]))
-    return h * torch.bernoulli(kept.expand_as(h)) / kept

@@ -329,7 +329,7 @@ class ProductRule(DeltaRule, RunsByRow):
         **own: Any,
     ) -> Any:
         """Returns y + s · dropout(x) F…ᵀ F₁ᵀ + Δb, and for other operations y + operation(dropout(x), ΔW) + Δb."""
-        if not isinstance(operation, ops.Linear | Leaf):
+        if not _is_product(operation):
             return super().rewrite(x, y, operation, training, change, bias_change, dropout)
         product, first = self._product(own, training), self._first(own)
         if self.multiplies(operation):
@@ -357,3 +357,8 @@ class ProductRule(DeltaRule, RunsByRow):
         if self.multiplies(operation):
             first, second = second.mT, first.mT
         return self.leaving(as_node(products_by_row, y, h, first, second, product.scale), y)
+
+
+def _is_product(operation: Any) -> bool:
+    """Returns whether an operation multiplies by a matrix, or is the call of a layer."""
+    return isinstance(operation, ops.Linear | Leaf)

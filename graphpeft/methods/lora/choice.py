@@ -51,7 +51,7 @@ def _without_magnitudes(config: Any, site: Site, drops: bool, casts: bool) -> Lo
     if site.layout is ops.Embedding:
         return LoraEmbedding(casts=casts) if site.is_layer else LoraTable(casts=casts)
     if site.layout is ops.Weight and len(site.shape) == 3:
-        return LoraExperts(experts=site.shape[0], transposed=site.transposed, drops=drops)
+        return LoraExperts(experts=site.shape[0], flipped=site.transposed, drops=drops)
     if site.layout is ops.Weight and len(site.shape) > 3:
         return LoraKernels(shape=site.shape)
     if site.op is ops.Weight:

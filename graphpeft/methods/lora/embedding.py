@@ -30,8 +30,6 @@ from graphpeft.sites.site import Site
 class LoraTable(LoraBranch, LoraMatrix):
     """The branch of an embedding whose table is a parameter for PEFT, not a layer's weight."""
 
-    flipped: bool = False
-
     def check(self, site: Site, config: Any) -> str | None:
         """Refuses dropout, rows that are shortened, and the same as for a matrix."""
         if config.lora_dropout and not config.inference_mode:

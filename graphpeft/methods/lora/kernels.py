@@ -17,12 +17,12 @@ from graphpeft.methods.lora.init import initialisation
 from graphpeft.methods.lora.matrix import matrix_factors
 from graphpeft.methods.lora.rule import LoraRule, variant_refusal
 from graphpeft.rules.parameter_spec import ParameterSpec
-from graphpeft.rules.rule import Combines, Mergeable
+from graphpeft.rules.rule import Combines
 from graphpeft.sites.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraKernels(LoraRule, Mergeable, Combines):
+class LoraKernels(LoraRule, Combines):
     """The change of a weight with four dimensions or more.
 
     Attributes:
@@ -41,9 +41,9 @@ class LoraKernels(LoraRule, Mergeable, Combines):
         """Returns A and B."""
         return matrix_factors(rank_of(site, config), math.prod(self.shape[:-3]), math.prod(self.shape[-3:]))
 
-    def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
-        """Returns s B A, in the shape of the weight."""
-        return (lora_B @ lora_A * lora_scaling).reshape(self.shape)
+    def stored(self, product: Any) -> Any:
+        """Returns the product's result in the shape of the weight."""
+        return product.reshape(self.shape)
 
     def as_product(self, delta: Any) -> Any:
         """Returns a change of the weight as the matrix B A."""

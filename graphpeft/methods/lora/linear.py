@@ -10,20 +10,17 @@ PEFT's ``tuners/lora/bnb.py`` and ``tuners/lora/torchao.py``.
 from __future__ import annotations
 
 import dataclasses
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
-
 from graphpeft.graph.products_by_row import dropped_by_row, products_by_row
 from graphpeft.graph.recorded import as_node
 from graphpeft.methods.lora.factors import rank_of
-from graphpeft.methods.lora.matrix import LoraMatrix, matrix_delta, matrix_factors
-from graphpeft.methods.lora.rule import LoraBranch, LoraBranchWithBias, variant_refusal
+from graphpeft.methods.lora.matrix import LoraMatrix, matrix_factors
+from graphpeft.methods.lora.rule import LoraBranch, LoraBranchWithBias, LoraOfMatrices, variant_refusal
 from graphpeft.rules.parameter_spec import Dropout, ParameterSpec
-from graphpeft.rules.rule import Combines, Mergeable, RunsByRow
+from graphpeft.rules.rule import RunsByRow
 from graphpeft.sites.site import LeafSite, Site
 
 
@@ -32,11 +29,6 @@ class _ByRow(LoraBranch, RunsByRow):
     """A branch of two matrices; each row of a batch can have its own."""
 
     zeros_change_nothing: ClassVar[bool] = True
-
-    @abstractmethod
-    def matrices(self, operation: Any, lora_A: Any, lora_B: Any) -> tuple[Any, Any]:
-        """Returns the matrices by which the branch's input is multiplied in turn, (…, in, r) and (…, r, out)."""
-        ...
 
     @property
     def constants_by_row(self) -> Mapping[str, float | None]:
@@ -67,7 +59,9 @@ class _ByRow(LoraBranch, RunsByRow):
         h = x.to(lora_A.dtype) if self.casts else x
         if self.drops:
             h = as_node(dropped_by_row, h, lora_dropout)
-        first, second = self.matrices(operation, lora_A, lora_B)
+        first, second = self.product(lora_A, lora_B).halves()
+        if not self.turns(operation):
+            first, second = second.mT, first.mT
         result = as_node(products_by_row, y, h, first, second, lora_scaling)
         return result.to(y.dtype) if self.casts else result
 
@@ -81,26 +75,13 @@ class LoraLinear(LoraBranchWithBias, _ByRow, LoraMatrix):
         factors = super().parameters(site, config)
         return {**factors, **self.bias_parameter(factors["lora_B"].shape[0])}
 
-    def branch(self, h: Any, operation: Any, lora_A: Any, lora_B: Any, lora_bias: Any = None) -> Any:
-        """Returns h Aᵀ Bᵀ + c, or h B A + c."""
-        product = h @ lora_B @ lora_A if self._multiplies(operation) else F.linear(F.linear(h, lora_A), lora_B)
-        return product if lora_bias is None else product + lora_bias
-
-    def _multiplies(self, operation: Any) -> bool:
-        """Returns whether the operation multiplies by the product of A and B, not by its transpose."""
-        return operation.transposed != self.flipped
-
-    def matrices(self, operation: Any, lora_A: Any, lora_B: Any) -> tuple[Any, Any]:
-        """Returns B and A, or their transposes."""
-        return (lora_B, lora_A) if self._multiplies(operation) else (lora_A.mT, lora_B.mT)
-
     def joined(self, rules: Sequence[Any]) -> LoraLinear | None:
         """Returns the rule for a batch whose rows have adapters with these rules; None with a bias of B."""
         return None if self.has_bias else super().joined(rules)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraLeaf(_ByRow, Mergeable, Combines):
+class LoraLeaf(_ByRow, LoraOfMatrices):
     """The branch of a call; it can be merged if the module has a weight whose codes can be made anew."""
 
     # a module's input and output can be in another dtype than its own tensors
@@ -113,19 +94,3 @@ class LoraLeaf(_ByRow, Mergeable, Combines):
     def parameters(self, site: LeafSite, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A and B."""
         return matrix_factors(rank_of(site, config), site.out_features, site.in_features)
-
-    def branch(self, h: Any, operation: Any, lora_A: Any, lora_B: Any, lora_bias: Any = None) -> Any:
-        """Returns h Aᵀ Bᵀ."""
-        return F.linear(F.linear(h, lora_A), lora_B)
-
-    def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
-        """Returns s B A."""
-        return matrix_delta(False, lora_A, lora_B, lora_scaling)
-
-    def as_product(self, delta: Any) -> Any:
-        """Returns a change of the weight, which is the matrix B A itself."""
-        return delta
-
-    def matrices(self, operation: Any, lora_A: Any, lora_B: Any) -> tuple[Any, Any]:
-        """Returns Aᵀ and Bᵀ."""
-        return lora_A.mT, lora_B.mT

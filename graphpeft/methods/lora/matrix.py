@@ -18,27 +18,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from graphpeft.graph.low_rank_sum import plus_product
 from graphpeft.methods.lora.factors import rank_of
 from graphpeft.methods.lora.init import initialisation
 from graphpeft.methods.lora.init.initialisation import traits_of
-from graphpeft.methods.lora.rule import LoraRule, bias_refusal, variant_refusal
+from graphpeft.methods.lora.rule import LoraOfMatrices, bias_refusal, variant_refusal
 from graphpeft.rules.parameter_spec import ParameterSpec, RankAxis
-from graphpeft.rules.rule import Combines, Mergeable, ReplacesWeight
+from graphpeft.rules.products import Product
+from graphpeft.rules.rule import ReplacesWeight
 from graphpeft.sites.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraMatrix(LoraRule, Mergeable, ReplacesWeight, Combines):
-    """The change of a matrix.
-
-    Attributes:
-        flipped: Whether A and B are factors of the weight's transpose. A layer that stores its weight as (in, out) has
-            them, so that A is (r, in) and B (out, r) in every layer, as in PEFT. For a plain parameter they don't
-            depend on how it is used, as in PEFT's `target_parameters`.
-    """
-
-    flipped: bool
+class LoraMatrix(LoraOfMatrices, ReplacesWeight):
+    """The change of a matrix."""
 
     def check(self, site: Site, config: Any) -> str | None:
         """Refuses other shapes, variants for layers, and the same as the initialisation."""
@@ -63,39 +55,16 @@ class LoraMatrix(LoraRule, Mergeable, ReplacesWeight, Combines):
         """Gives A and B the values that PEFT gives them, and returns the residual of the weight, if there is one."""
         return initialisation.initialise(parameters, site, config, module, self.flipped)
 
-    def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
-        """Returns s B A, or its transpose where A and B are factors of the weight's transpose."""
-        return matrix_delta(self.flipped, lora_A, lora_B, lora_scaling)
-
-    def changed_weight(
-        self, weight: Any, given: Mapping[str, Any], training: Any = False, lora_dropout: Any = 0.0
-    ) -> Any:
-        """Returns the weight with its change, beside the factors of that if what is multiplied has dropout."""
-        if not self.drops:
-            return super().changed_weight(weight, given)
-        factors = self.factors_of_change(given["lora_A"], given["lora_B"])
-        return plus_product(weight, *factors, given["lora_scaling"], lora_dropout, training)
-
-    def factors_of_change(self, lora_A: Any, lora_B: Any) -> tuple[Any, Any]:
-        """Returns B and A, or the transposes of A and B where these are factors of the weight's transpose."""
-        return (lora_A.mT, lora_B.mT) if self.flipped else (lora_B, lora_A)
-
-    def as_product(self, delta: Any) -> Any:
-        """Returns a change of the weight as the matrix B A."""
-        return delta.mT if self.flipped else delta
-
 
 @dataclass(frozen=True, kw_only=True)
-class LoraExperts(LoraRule, Mergeable, Combines):
+class LoraExperts(LoraOfMatrices):
     """The change of a stack of matrices, one for each expert.
 
     Attributes:
         experts: The number of experts.
-        transposed: Whether each matrix is stored as (in, out).
     """
 
     experts: int
-    transposed: bool
 
     def check(self, site: Site, config: Any) -> str | None:
         """Refuses a bias of B, and initialisations of a single matrix."""
@@ -104,33 +73,16 @@ class LoraExperts(LoraRule, Mergeable, Combines):
     def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A and B of all experts."""
         sides = site.shape[1:]
-        rows, columns = reversed(sides) if self.transposed else sides
+        rows, columns = reversed(sides) if self.flipped else sides
         factors = matrix_factors(rank_of(site, config) * self.experts, rows, columns)
         ranks = {"lora_A": RankAxis(0, self.experts), "lora_B": RankAxis(1, self.experts, interleaved=True)}
         return {name: spec._replace(rank=ranks[name]) for name, spec in factors.items()}
 
-    def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
-        """Returns s B_e A_e of each expert, in the shape of the weight."""
-        first, second = self._factors(lora_A, lora_B)
-        return first @ second * lora_scaling
-
-    def changed_weight(
-        self, weight: Any, given: Mapping[str, Any], training: Any = False, lora_dropout: Any = 0.0
-    ) -> Any:
-        """Returns the weight beside the factors of its change, so that no tensor of its size is made."""
-        factors = self._factors(given["lora_A"], given["lora_B"])
-        dropout = (lora_dropout, training) if self.drops else ()
-        return plus_product(weight, *factors, given["lora_scaling"], *dropout)
-
-    def _factors(self, lora_A: Any, lora_B: Any) -> tuple[Any, Any]:
-        """Returns the factors of the change of each matrix as it is stored."""
+    def product(self, lora_A: Any, lora_B: Any) -> Product:
+        """Returns B_e A_e of each expert."""
         A = lora_A.reshape(self.experts, -1, lora_A.shape[-1])
         B = lora_B.reshape(lora_B.shape[0], -1, self.experts).permute(2, 0, 1)
-        return (A.mT, B.mT) if self.transposed else (B, A)
-
-    def as_product(self, delta: Any) -> Any:
-        """Returns a change of the weight as the stack of the matrices B_e A_e."""
-        return delta.mT if self.transposed else delta
+        return Product((B, A))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -140,9 +92,3 @@ def matrix_factors(rank: int, rows: int, columns: int, trains_b: bool = True) ->
         "lora_A": ParameterSpec((rank, columns), key="lora_A.weight", rank=RankAxis(0)),
         "lora_B": ParameterSpec((rows, rank), key="lora_B.weight", is_trained=trains_b, rank=RankAxis(1)),
     }
-
-
-def matrix_delta(flipped: bool, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
-    """Returns s B A, or its transpose if `flipped`."""
-    delta = lora_B @ lora_A * lora_scaling
-    return delta.mT if flipped else delta

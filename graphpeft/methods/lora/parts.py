@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from graphpeft.graph import ops
 from graphpeft.graph.errors import TraceError
 from graphpeft.methods.lora.factors import draw_as_layer, rank_of
-from graphpeft.methods.lora.matrix import matrix_delta
 from graphpeft.methods.lora.rule import LoraBranch, dropout_refusal, variant_refusal
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec, RankAxis
+from graphpeft.rules.products import Product
 from graphpeft.rules.report import Refusal, Report
-from graphpeft.rules.rule import Mergeable
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.parts import parts_of
 from graphpeft.sites.site import LeafSite, Runs, Site
@@ -35,7 +34,7 @@ from graphpeft.targeting import targets
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraParts(LoraBranch, Mergeable):
+class LoraParts(LoraBranch):
     """The branch of some rows of a linear operation.
 
     A is (n · r, in), the parts' own below one another; B is (rows of all parts, r), likewise.
@@ -43,12 +42,10 @@ class LoraParts(LoraBranch, Mergeable):
     Attributes:
         parts: The rows of each part.
         rows: The number of rows of the weight.
-        flipped: Whether the weight is stored as (in, out).
     """
 
     parts: tuple[Runs, ...]
     rows: int
-    flipped: bool
 
     def check(self, site: Site, config: Any) -> str | None:
         """Refuses rows that the weight doesn't have, rows in several parts, and variants for whole layers."""
@@ -90,13 +87,9 @@ class LoraParts(LoraBranch, Mergeable):
             elif config.init_lora_weights is False:
                 draw_as_layer(B)
 
-    def branch(self, h: Any, operation: Any, lora_A: Any, lora_B: Any, lora_bias: Any = None) -> Any:
-        """Returns h Aᵀ Bᵀ, zero beside the parts."""
-        return F.linear(F.linear(h, lora_A), dense(self.parts, self.rows, lora_B))
-
-    def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
-        """Returns s B A of all parts, transposed where the weight is stored so."""
-        return matrix_delta(self.flipped, lora_A, dense(self.parts, self.rows, lora_B), lora_scaling)
+    def product(self, lora_A: Any, lora_B: Any) -> Product:
+        """Returns B A of all parts, zero beside their rows."""
+        return Product((dense(self.parts, self.rows, lora_B), lora_A))
 
 
 def dense(parts: tuple[Runs, ...], rows: Any, compact: Any) -> Any:

@@ -6,7 +6,6 @@ y' = y + s · branch(dropout(x))      of those at an operation, which don't comp
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,23 +14,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.graph import ops
+from graphpeft.graph.low_rank_sum import plus_product, plus_stacked_product
+from graphpeft.graph.recorded import as_node
 from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora.factors import draw, rank_of, scaling_of
 from graphpeft.methods.lora.init.initialisation import RANDOM
 from graphpeft.rules.parameter_spec import Dropout, ParameterSpec
-from graphpeft.rules.rule import Mergeable, OperationRule, Rule
+from graphpeft.rules.products import Product
+from graphpeft.rules.rule import Combines, Mergeable, OperationRule
 from graphpeft.sites.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraRule(Rule):
+class LoraRule(Mergeable):
     """A product of two factors, `lora_A`, which is applied first, and `lora_B`, with random first values.
 
     Attributes:
         drops: Whether elements of the branch's input are dropped in training.
+        flipped: Whether the product is the change of the weight's transpose. A layer that stores its weight as (in,
+            out) has it, so that A is (r, in) and B (out, r) in every layer, as in PEFT. For a plain parameter it
+            doesn't depend on how it is used, as in PEFT's `target_parameters`.
     """
 
     drops: bool = False
+    flipped: bool = False
 
     adapts_both_ways: ClassVar[bool] = True
     scales: ClassVar[tuple[str, ...]] = ("lora_scaling",)
@@ -50,6 +56,38 @@ class LoraRule(Rule):
     ) -> Mapping[str, Tensor] | None:
         """Draws A and B as PEFT does."""
         draw(parameters, config.init_lora_weights, rank_of(site, config))
+
+    def product(self, lora_A: Any, lora_B: Any) -> Product:
+        """Returns B A, or its like."""
+        return Product((lora_B, lora_A))
+
+    def stored(self, product: Any) -> Any:
+        """Returns the product's result as the weight is stored."""
+        return product.mT if self.flipped else product
+
+    def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
+        """Returns s B A, as the weight is stored."""
+        return self.stored(self.product(lora_A, lora_B).dense() * lora_scaling)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOfMatrices(LoraRule, Combines):
+    """The change of a matrix, or of each matrix in a stack."""
+
+    def changed_weight(
+        self, weight: Any, given: Mapping[str, Any], training: Any = False, lora_dropout: Any = 0.0
+    ) -> Any:
+        """Returns the weight; a stack, or one whose input has dropout, beside the factors of its change."""
+        first, second = self.product(given["lora_A"], given["lora_B"]).halves()
+        if self.flipped:
+            first, second = second.mT, first.mT
+        if self.drops:
+            return plus_product(weight, first, second, given["lora_scaling"], lora_dropout, training)
+        return as_node(plus_stacked_product, weight, first, second, given["lora_scaling"])
+
+    def as_product(self, delta: Any) -> Any:
+        """Returns a change of the weight as the matrix B A, or as a stack of such."""
+        return self.stored(delta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +123,19 @@ class LoraBranch(LoraRule, OperationRule):
         h = x.to(lora_A.dtype) if self.casts else x
         return F.dropout(h, lora_dropout, training) if self.drops else h
 
-    @abstractmethod
     def branch(self, h: Any, operation: Any, lora_A: Any, lora_B: Any, lora_bias: Any = None) -> Any:
-        """Returns the branch's value without the scale."""
-        ...
+        """Returns the branch's value without the scale: h (B A)ᵀ + c, or h B A + c."""
+        product = self.product(lora_A, lora_B)
+        made = product.turned(h) if self.turns(operation) else product.unscaled(h)
+        return made if lora_bias is None else made + lora_bias
+
+    def turns(self, operation: Any) -> bool:
+        """Returns whether an operation multiplies by the product, and not by its transpose."""
+        return isinstance(operation, ops.Linear) and operation.transposed != self.flipped
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraBranchWithBias(LoraBranch, Mergeable):
+class LoraBranchWithBias(LoraBranch):
     """A branch whose B can have a bias, by the option `lora_bias`.
 
     Attributes:

@@ -26,8 +26,8 @@ from graphpeft.methods.lora.init.initialisation import RANDOM
 from graphpeft.methods.lora.rule import LoraBranch
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec, RankAxis
+from graphpeft.rules.products import Product
 from graphpeft.rules.report import Refusal, Report
-from graphpeft.rules.rule import Mergeable
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.targeting import pattern_values, targets
@@ -38,8 +38,10 @@ _WAY_OUT = "name it in no list, or leave ensure_weight_tying False"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraTied(LoraBranch, Mergeable):
+class LoraTied(LoraBranch):
     """The branch of a linear layer with the factors of the embedding to which it is tied."""
+
+    flipped: bool = True
 
     def check(self, site: Site, config: Any) -> str | None:
         """Refuses other operations than linear layers."""
@@ -76,13 +78,9 @@ class LoraTied(LoraBranch, Mergeable):
         else:
             draw(of_layer, config.init_lora_weights, rank_of(site, config))
 
-    def branch(self, h: Any, operation: Any, lora_A: Any, lora_B: Any, lora_bias: Any = None) -> Any:
-        """Returns h A B."""
-        return h @ lora_A @ lora_B
-
-    def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
-        """Returns s (B A)ᵀ, B and A being the embedding's."""
-        return (lora_A @ lora_B).mT * lora_scaling
+    def product(self, lora_A: Any, lora_B: Any) -> Product:
+        """Returns the product of the embedding's B and A, whose transpose is the change."""
+        return Product((lora_A, lora_B))
 
 
 def _transposed(shape: tuple[int, int]) -> FileForm:

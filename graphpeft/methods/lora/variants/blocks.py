@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.methods.lora.factors import draw, rank_of
@@ -23,6 +22,7 @@ from graphpeft.methods.lora.init.initialisation import RANDOM
 from graphpeft.methods.lora.linear import LoraLinear
 from graphpeft.rules.options import Size, check_options
 from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.rules.products import Factor, Product
 from graphpeft.sites.site import Site
 
 
@@ -125,35 +125,33 @@ class LoraBlocks(LoraLinear):
             drawn = torch.empty(parameters["lora_A"].shape, dtype=site.dtype)
             parameters["lora_A"].copy_(nn.init.kaiming_uniform_(drawn))
 
-    def branch(self, h: Any, operation: Any, lora_A: Any, lora_B: Any, lora_bias: Any = None) -> Any:
-        """Returns h Aᵀ Bᵀ + c, block by block."""
-        down = self._times(h, lora_A, "lora_A")
-        product = self._times(down, lora_B, "lora_B")
-        return product if lora_bias is None else product + lora_bias
+    def product(self, lora_A: Any, lora_B: Any) -> Product:
+        """Returns B A, one of them as a factor of blocks."""
+        if self.factor == "lora_A":
+            return Product((lora_B, _Blocks(lora_A, self.blocks)))
+        return Product((_Blocks(lora_B, self.blocks), lora_A))
 
-    def _times(self, h: Any, factor: Any, name: str) -> Any:
-        if name != self.factor:
-            return F.linear(h, factor)
-        parted, blocks = h.unflatten(-1, (self.blocks, -1)), factor.unflatten(0, (self.blocks, -1))
+
+@dataclass(frozen=True)
+class _Blocks(Factor):
+    """A matrix with blocks on its diagonal.
+
+    Attributes:
+        blocks: The blocks, one below the other.
+        count: Their number.
+    """
+
+    blocks: Any
+    count: int
+
+    def applied(self, h: Any) -> Any:
+        """Returns the products with the blocks."""
+        parted, blocks = h.unflatten(-1, (self.count, -1)), self.blocks.unflatten(0, (self.count, -1))
         return torch.einsum("...bi,boi->...bo", parted, blocks).flatten(-2)
 
-    def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
-        """Returns s B A."""
-        return super().delta(*self._whole(lora_A, lora_B), lora_scaling)
-
-    def factors_of_change(self, lora_A: Any, lora_B: Any) -> tuple[Any, Any]:
-        """Returns the whole factors."""
-        return super().factors_of_change(*self._whole(lora_A, lora_B))
-
-    def matrices(self, operation: Any, lora_A: Any, lora_B: Any) -> tuple[Any, Any]:
-        """Returns the transposes of the whole factors."""
-        return super().matrices(operation, *self._whole(lora_A, lora_B))
-
-    def _whole(self, lora_A: Any, lora_B: Any) -> tuple[Any, Any]:
-        """Returns A and B with zeros around the blocks, (…, r, in) and (…, out, r)."""
-        if self.factor == "lora_A":
-            return _diagonal(lora_A, self.blocks), lora_B
-        return lora_A, _diagonal(lora_B, self.blocks)
+    def matrix(self) -> Any:
+        """Returns the matrix with zeros around the blocks."""
+        return _diagonal(self.blocks, self.count)
 
 
 def _diagonal(blocks: Any, count: int) -> Any:

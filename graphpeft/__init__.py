@@ -57,7 +57,7 @@ from graphpeft.rules.delta_rule import DeltaRule, ProductRule, WeightRule
 from graphpeft.rules.given_config import check_if_peft_model, get_peft_config
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec, RankAxis
 from graphpeft.rules.peft_names import PeftType, TaskType
-from graphpeft.rules.products import Diagonal, Factor, Product
+from graphpeft.rules.products import Diagonal, Factor, Product, Transposed
 from graphpeft.rules.registry import PEFT_TYPE_TO_CONFIG_MAPPING, register
 from graphpeft.rules.report import Report
 from graphpeft.rules.rule import (
@@ -142,6 +142,7 @@ __all__ = [
     "TaskType",
     "TensorLearning",
     "TraceError",
+    "Transposed",
     "TunerLayerStatus",
     "TunerModelStatus",
     "WeightRule",

@@ -44,7 +44,8 @@ def matrices_of(site: Any) -> Matrices:
     """Returns the matrices of a site's weight; a vector, which most rules refuse, counts as a column."""
     if isinstance(site, LeafSite):
         return Matrices((), site.out_features, site.in_features)
-    kernel, shape = site.kernel, site.matrix_shape
+    layout = site.weight_layout
+    kernel, shape = layout.kernel, layout.turned_shape(site.shape)
     *stack, rows, columns = (*shape[: len(shape) - len(kernel)], *(1,) * (2 - len(shape)))
     return Matrices(tuple(stack), rows, columns * math.prod(kernel))
 

@@ -26,7 +26,7 @@ from graphpeft.rules.delta_rule import ProductRule
 from graphpeft.rules.options import Number, Size, Within
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
-from graphpeft.rules.products import Product
+from graphpeft.rules.products import Product, Transposed
 from graphpeft.rules.registry import register
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
@@ -124,7 +124,7 @@ class Peanut(ProductRule):
 
     def product(self, peanut_A: Any, peanut_B: Any, base: Any, scale: Any, **inner: Any) -> Product:
         """Returns s B h(W)ᵀ."""
-        return Product((peanut_B, self._hidden(base, peanut_A, inner).mT), scale)
+        return Product((peanut_B, Transposed(self._hidden(base, peanut_A, inner))), scale)
 
     def _hidden(self, weight: Any, A: Any, inner: Mapping[str, Any]) -> Any:
         return hidden(weight, A, self.activation, *(inner[f"peanut_{side}_{n}"] for side, n in self._inner()))

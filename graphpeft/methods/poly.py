@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.graph import ops
-from graphpeft.graph.products_by_row import products_by_row
+from graphpeft.graph.changed_products import products_by_row
 from graphpeft.graph.recorded import as_node, recorded
 from graphpeft.graph.scaled_sum import is_captured
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES

@@ -16,17 +16,21 @@ import torch
 import torch.nn.functional as F
 
 from graphpeft.graph import ops
-from graphpeft.graph.changed_products import apart_in_training, plus_branch, with_change
+from graphpeft.graph.changed_products import (
+    apart_in_training,
+    dropped_by_row,
+    plus_branch,
+    products_by_row,
+    with_change,
+)
 from graphpeft.graph.low_rank_sum import plus_stacked_product
 from graphpeft.graph.ops.boundaries import Leaf
-from graphpeft.graph.products_by_row import dropped_by_row, products_by_row
 from graphpeft.graph.recorded import as_node, recorded
 from graphpeft.graph.scaled_sum import add_scaled
-from graphpeft.rules.adds_to_weight import AddsToWeight
 from graphpeft.rules.arguments import asked_by
 from graphpeft.rules.parameter_spec import Dropout
 from graphpeft.rules.products import Product
-from graphpeft.rules.rule import Mergeable, RunsByRow
+from graphpeft.rules.rule import Mergeable, OperationRule, RunsByRow
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.sites.weight_layout import WeightLayout
 
@@ -42,7 +46,6 @@ class WeightRule(Mergeable):
     Attributes:
         layout: The stored layout of the site's weight; `at_site` sets it.
         casts: Whether the parameters' dtype differs from the weight's; `at_site` sets it.
-        kernel: The sizes of a convolution's kernel, () for matrices; `at_site` sets it.
         adapts: The kinds of weights that the rule adapts, by `Site.layout`.
         needs_matrix: Whether it refuses vectors.
         adapts_calls: Whether it adapts calls of modules without a plain weight, too: a `LeafSite`.
@@ -64,7 +67,6 @@ class WeightRule(Mergeable):
 
     layout: WeightLayout = dataclasses.field(default=WeightLayout(), kw_only=True, repr=False)
     casts: bool = dataclasses.field(default=False, kw_only=True, repr=False)
-    kernel: tuple[int, ...] = dataclasses.field(default=(), kw_only=True, repr=False)
 
     adapts: ClassVar[tuple[type, ...]] = (ops.Linear, ops.Convolution, ops.Weight)
     needs_matrix: ClassVar[bool] = False
@@ -75,8 +77,9 @@ class WeightRule(Mergeable):
         if not isinstance(site, Site):
             # a call's input and output may be in other dtypes than the parameters
             return dataclasses.replace(self, casts=True)
-        casts = dtype != site.dtype
-        return dataclasses.replace(self, layout=site.weight_layout, casts=casts, kernel=site.kernel)
+        layout, casts = site.weight_layout, dtype != site.dtype
+        is_so = layout == self.layout and casts == self.casts
+        return self if is_so else dataclasses.replace(self, layout=layout, casts=casts)
 
     def check(self, site: Any, config: Any) -> str | None:
         """Refuses sites without a weight, weights of other layouts or sizes, and embeddings that shorten their rows."""
@@ -93,6 +96,11 @@ class WeightRule(Mergeable):
     def change(self, given: Mapping[str, Any]) -> Any:
         """Returns the result of `delta` in the stored layout."""
         return self.layout.turned(self.delta(**self._all_seen(given)))
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The sizes of a convolution's kernel; () for matrices."""
+        return self.layout.kernel
 
     def shaped(self, matrix: Any) -> Any:
         """Returns a matrix whose columns are those of a kernel's positions in the shape of a weight.
@@ -129,8 +137,12 @@ def in_dtype_of(weight: torch.Tensor, *others: Any) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class DeltaRule(WeightRule, AddsToWeight):
+class DeltaRule(WeightRule, OperationRule):
     """A rule that is just its `delta`: an author writes `parameters`, `initialise` and `delta`.
+
+    The change can be added to the weight by which an operation multiplies. Where that is so, ``rewrite`` is given
+    ``apart``: in runs where it holds, the operation's weight is without the change, so that ``rewrite`` adds the
+    operation on it, and else the operation's value has it already. Where it's never so, ``apart`` is None.
 
     Examples:
         >>> class Shift(DeltaRule):
@@ -188,9 +200,7 @@ class DeltaRule(WeightRule, AddsToWeight):
         Args:
             operation: The operation. One weight may be read both ways: by x Wᵀ and by x W.
         """
-        if isinstance(operation, Leaf):
-            return True
-        return isinstance(operation, ops.Linear) and operation.transposed == (self.layout.exchanged is not None)
+        return isinstance(operation, ops.Linear | Leaf) and operation.transposed == (self.layout.exchanged is not None)
 
     def entering(self, x: Any, parameter: Any, training: Any, dropout: Any) -> Any:
         """Returns the branch's input: dropout(x), in the dtype of the rule's parameters.
@@ -214,15 +224,31 @@ class DeltaRule(WeightRule, AddsToWeight):
         return result.to(y.dtype) if self.casts else result
 
     def adds_to_weight(self, operation: Any) -> bool:
-        """Returns whether an operation is a product, and its weight is as precise as the change."""
+        """Returns whether x (W + ΔW)ᵀ is the operation's value with its change: of products as precise as the change.
+
+        Args:
+            operation: The operation.
+        """
         return isinstance(operation, ops.Linear) and not self.casts
 
     def keeps_apart(self, apart: Any, training: Any, dropout: Any = None) -> Any:
-        """Returns whether the run is to keep W and ΔW apart, or dropout acts on what is multiplied by ΔW."""
+        """Returns whether a run is to keep W and ΔW apart, as it has to where dropout acts; it runs on proxies.
+
+        Args:
+            apart: Whether the run is to do so anyway.
+            training: Whether dropout is on.
+            dropout: The probability; None for 0.
+        """
         return apart if dropout is None else apart_in_training(apart, training)
 
     def added(self, weight: Any, apart: Any, change: Any) -> Any:
-        """Returns W + ΔW, or W."""
+        """Returns W + ΔW, and W in runs where both are to be apart; it runs on proxies.
+
+        Args:
+            weight: W.
+            apart: Whether they are apart.
+            change: ΔW, as the weight is stored.
+        """
         return with_change(apart, weight, change)
 
     def rewrite(

@@ -11,7 +11,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import torch.fx as fx
 import torch.nn.functional as F
+from torch import Tensor
+
+_MATRICES = (Tensor, fx.Proxy)
 
 
 class Factor(ABC):
@@ -68,6 +72,29 @@ class Diagonal(Factor):
 
 
 @dataclass(frozen=True)
+class Transposed(Factor):
+    """The transpose of a matrix, by which an input is multiplied without it.
+
+    Attributes:
+        values: The matrix, (…, columns, rows).
+
+    Examples:
+        >>> Product((torch.ones(4, 2), Transposed(torch.ones(3, 2)))).applied(torch.ones(1, 3))
+        tensor([[6., 6., 6., 6.]])
+    """
+
+    values: Any
+
+    def applied(self, h: Any) -> Any:
+        """Returns the input times the matrix."""
+        return h @ self.values
+
+    def matrix(self) -> Any:
+        """Returns the transpose."""
+        return self.values.mT
+
+
+@dataclass(frozen=True)
 class Product:
     """A change of a weight as a product.
 
@@ -93,7 +120,7 @@ class Product:
             h: The input, (…, in).
         """
         for factor in reversed(self.factors):
-            h = factor.applied(h) if isinstance(factor, Factor) else F.linear(h, factor)
+            h = F.linear(h, factor) if isinstance(factor, _MATRICES) else factor.applied(h)
         return h
 
     def applied(self, h: Any) -> Any:
@@ -111,10 +138,10 @@ class Product:
             h: The input, (…, out).
         """
         for factor in self.factors:
-            if isinstance(factor, Diagonal):
+            if type(factor) is Diagonal:
                 h = factor.applied(h)
             else:
-                h = h @ (factor.matrix() if isinstance(factor, Factor) else factor)
+                h = h @ (factor if isinstance(factor, _MATRICES) else factor.matrix())
         return h
 
     def halves(self) -> tuple[Any, Any]:
@@ -122,12 +149,12 @@ class Product:
         matrices: list[Any] = []
         before: Any = None
         for factor in self.factors:
-            if isinstance(factor, Diagonal) and matrices:
+            if type(factor) is Diagonal and matrices:
                 matrices[-1] = matrices[-1] * factor.values[..., None, :]
-            elif isinstance(factor, Diagonal):
+            elif type(factor) is Diagonal:
                 before = factor.values if before is None else before * factor.values
             else:
-                matrix = factor.matrix() if isinstance(factor, Factor) else factor
+                matrix = factor if isinstance(factor, _MATRICES) else factor.matrix()
                 matrices.append(matrix if before is None else before[..., :, None] * matrix)
                 before = None
         first, *others = matrices

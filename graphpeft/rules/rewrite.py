@@ -21,12 +21,13 @@ from graphpeft.graph.calls import CALLS, calls_of
 from graphpeft.graph.changed_products import is_apart
 from graphpeft.graph.ops import Computation, Operation, Weight
 from graphpeft.graph.ops.boundaries import Boundary, Leaf
+from graphpeft.graph.ops.set_forwards import as_set
 from graphpeft.graph.own_tensors import let_read_own
 from graphpeft.graph.recorded import as_node
 from graphpeft.graph.tags import TAG, Tag, changes_at, own_input, read_before, top
-from graphpeft.rules.adds_to_weight import own_weight
 from graphpeft.rules.arguments import OPTIONAL, Asked, asked_by
 from graphpeft.rules.code_in_graphs import RuleError, RuleTracer, given_to
+from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.rule import BoundaryRule, InputRule, OperationRule, changes_bias
 
 Op = Operation | Boundary
@@ -167,7 +168,7 @@ def _over_weight(graph: fx.Graph, op: Weight, rule: Any, attributes: Sources) ->
 def _behind(graph: fx.Graph, op: Computation, rule: Any, x: fx.Node, attributes: Sources) -> tuple[Replaced, Replaced]:
     """Emits the operation's new weight, if it gets one, and its new value; returns each with what it replaces."""
     current, tracer = top(graph, op.node, op.name), RuleTracer(graph)
-    weight = own_weight(graph, op, rule)
+    weight = _own_weight(graph, op, rule)
     before, behind = set(graph.nodes), current.next
     entered: Replaced = {}
     with graph.inserting_before(behind if weight is None else op.node):
@@ -191,6 +192,26 @@ def _behind(graph: fx.Graph, op: Computation, rule: Any, x: fx.Node, attributes:
         _erase_unread(emitted)
     _replace(current, result.node, before.__contains__)
     return entered, {result.node: current}
+
+
+def _own_weight(graph: fx.Graph, op: Computation, rule: Any) -> fx.Node | None:
+    """Returns the operand of an operation to which a rule's change is to be added, or None."""
+    if not isinstance(rule, DeltaRule) or "apart" not in asked_by(rule.rewrite).names:
+        return None
+    # a layer's call has no such operand, and a forward that was set on a layer reads its input alone
+    if not op.node.op.startswith("call_") or op.node.op == "call_module" or op.node.target is as_set:
+        return None
+    operands = [node for node in op.node.all_input_nodes if _reads(node, op.weight)]
+    if len(operands) != 1 or op.x in operands or not rule.adds_to_weight(op):
+        return None
+    # what an earlier adapter does to the input, or to the result, is no matter of this change
+    added = len(read_before(operands[0])) - 1
+    return operands[0] if added == len(changes_at(graph, op.name)) else None
+
+
+def _reads(node: fx.Node, path: str) -> bool:
+    *_, first = read_before(node)
+    return first.op == "get_attr" and first.target == path
 
 
 def _erase_unread(nodes: list[fx.Node]) -> None:

@@ -21,6 +21,9 @@ Runs = tuple[tuple[int, int], ...]
 """Rows as runs of consecutive rows: the first row of each run, and the end (exclusive)."""
 
 
+_PLAIN, _TURNED = WeightLayout(), WeightLayout((-2, -1))
+
+
 class NoSiteError(Exception):
     """A weight or a module has no site; the message says why."""
 
@@ -138,9 +141,14 @@ class Site(NamedTuple):
     @property
     def weight_layout(self) -> WeightLayout:
         """The stored layout of the weight, compared with PEFT's layout."""
-        if not self.transposed:
-            return WeightLayout()
-        return WeightLayout((0, 1), self.groups) if self.layout is Convolution else WeightLayout((-2, -1))
+        if len(self.shape) < 3:
+            return _TURNED if self.transposed else _PLAIN
+        is_convolution = self.layout is Convolution
+        layout = _PLAIN
+        if self.transposed:
+            layout = WeightLayout((0, 1), self.groups) if is_convolution else _TURNED
+        has_kernel = is_convolution or len(self.shape) > 3
+        return layout._replace(kernel=layout.turned_shape(self.shape)[2:]) if has_kernel else layout
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
@@ -150,7 +158,7 @@ class Site(NamedTuple):
     @property
     def kernel(self) -> tuple[int, ...]:
         """The sizes of a convolution's kernel; () for a matrix or a stack of matrices."""
-        return self.matrix_shape[2:] if self.layout is Convolution or len(self.shape) > 3 else ()
+        return self.weight_layout.kernel
 
     @property
     def beside(self) -> tuple[str, str]:

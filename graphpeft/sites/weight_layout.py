@@ -11,10 +11,12 @@ class WeightLayout(NamedTuple):
     Attributes:
         exchanged: The two dimensions that are stored in exchanged order, or None.
         groups: The groups of a transposed convolution, which is stored as (in, out / groups, *kernel).
+        kernel: The sizes of a convolution's kernel; () for a matrix or a stack of matrices.
     """
 
     exchanged: tuple[int, int] | None = None
     groups: int = 1
+    kernel: tuple[int, ...] = ()
 
     def turned(self, weight: Any) -> Any:
         """Converts a weight from the stored layout to PEFT's, or back; a tensor or a proxy."""

@@ -44,6 +44,8 @@ class Boundary:
 class Leaf(Boundary):
     """The boundary of an opaque module: one operation from the first argument to the output."""
 
+    transposed = False
+
     @property
     def x(self) -> fx.Node:
         """The present node of the first argument."""

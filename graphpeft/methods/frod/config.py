@@ -35,7 +35,7 @@ from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.options import NotNegative, Probability, Seed
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
 from graphpeft.rules.peft_names import PeftType
-from graphpeft.rules.products import Product
+from graphpeft.rules.products import Product, Transposed
 from graphpeft.rules.registry import register
 from graphpeft.rules.weight_reader import WeightReader
 from graphpeft.targeting import targets
@@ -126,7 +126,7 @@ class Frod(Factored):
         """Returns U (S + diag(λ − λ₀)) Vᵀ."""
         order = frod_s_elements, frod_s_starts
         middle = Mixed(frod_lambda_l - frod_lambda_init, frod_lambda_s_values, frod_s_indices, *order)
-        return Product((frod_U, middle, frod_V.to(frod_U.dtype).mT))
+        return Product((frod_U, middle, Transposed(frod_V.to(frod_U.dtype))))
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

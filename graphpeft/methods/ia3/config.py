@@ -179,7 +179,7 @@ class IA3Config(TargetedConfig):
         named = self.feedforward_modules or ()
         if isinstance(named, str):
             return Pattern(named, named, "feedforward_modules").fullmatch(name) is not None
-        return any(name.endswith(ending) for ending in named)
+        return name.endswith(tuple(named))
 
     def combined(self, configs: Sequence[Any], sites: Sequence[Any], how: Combination) -> IA3Config:
         """Returns the config that names the targets of all.

@@ -80,7 +80,7 @@ class DoraLeaf(OperationRule, Mergeable):
         plain = y if bias is None else y - bias
         if self.direction.drops:
             plain = as_node(_anew_if, plain, training, h, weight)
-        branch = self.direction.branch(h, None, lora_A, lora_B)
+        branch = self.direction.factored(lora_A, lora_B).unscaled(h)
         return (y + ((ratio - 1) * plain + ratio * branch * lora_scaling)).to(y.dtype)
 
     def delta(self, weight: Any, base: Any, lora_A: Any, lora_B: Any, lora_magnitude: Any, lora_scaling: Any) -> Any:

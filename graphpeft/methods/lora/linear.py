@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from graphpeft.graph.products_by_row import dropped_by_row, products_by_row
+from graphpeft.graph.changed_products import dropped_by_row, products_by_row
 from graphpeft.graph.recorded import as_node
 from graphpeft.methods.lora.factors import rank_of
 from graphpeft.methods.lora.matrix import LoraMatrix, matrix_factors
@@ -59,8 +59,8 @@ class _ByRow(LoraBranch, RunsByRow):
         h = x.to(lora_A.dtype) if self.casts else x
         if self.drops:
             h = as_node(dropped_by_row, h, lora_dropout)
-        first, second = self.product(lora_A, lora_B).halves()
-        if not self.turns(operation):
+        first, second = self.factored(lora_A, lora_B).halves()
+        if operation.transposed == self.flipped:
             first, second = second.mT, first.mT
         result = as_node(products_by_row, y, h, first, second, lora_scaling)
         return result.to(y.dtype) if self.casts else result
@@ -73,7 +73,7 @@ class LoraLinear(LoraBranchWithBias, _ByRow, LoraMatrix):
     def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A and B, and the bias of B if there is one."""
         factors = super().parameters(site, config)
-        return {**factors, **self.bias_parameter(factors["lora_B"].shape[0])}
+        return {**factors, **self.bias_parameter(factors["lora_B"].shape[0])} if self.has_bias else factors
 
     def joined(self, rules: Sequence[Any]) -> LoraLinear | None:
         """Returns the rule for a batch whose rows have adapters with these rules; None with a bias of B."""

@@ -78,7 +78,7 @@ class LoraExperts(LoraOfMatrices):
         ranks = {"lora_A": RankAxis(0, self.experts), "lora_B": RankAxis(1, self.experts, interleaved=True)}
         return {name: spec._replace(rank=ranks[name]) for name, spec in factors.items()}
 
-    def product(self, lora_A: Any, lora_B: Any) -> Product:
+    def factored(self, lora_A: Any, lora_B: Any) -> Product:
         """Returns B_e A_e of each expert."""
         A = lora_A.reshape(self.experts, -1, lora_A.shape[-1])
         B = lora_B.reshape(lora_B.shape[0], -1, self.experts).permute(2, 0, 1)

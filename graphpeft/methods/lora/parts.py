@@ -87,7 +87,7 @@ class LoraParts(LoraBranch):
             elif config.init_lora_weights is False:
                 draw_as_layer(B)
 
-    def product(self, lora_A: Any, lora_B: Any) -> Product:
+    def factored(self, lora_A: Any, lora_B: Any) -> Product:
         """Returns B A of all parts, zero beside their rows."""
         return Product((dense(self.parts, self.rows, lora_B), lora_A))
 

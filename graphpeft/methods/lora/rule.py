@@ -57,7 +57,7 @@ class LoraRule(Mergeable):
         """Draws A and B as PEFT does."""
         draw(parameters, config.init_lora_weights, rank_of(site, config))
 
-    def product(self, lora_A: Any, lora_B: Any) -> Product:
+    def factored(self, lora_A: Any, lora_B: Any) -> Product:
         """Returns B A, or its like."""
         return Product((lora_B, lora_A))
 
@@ -67,7 +67,7 @@ class LoraRule(Mergeable):
 
     def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s B A, as the weight is stored."""
-        return self.stored(self.product(lora_A, lora_B).dense() * lora_scaling)
+        return self.stored(self.factored(lora_A, lora_B).dense() * lora_scaling)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class LoraOfMatrices(LoraRule, Combines):
         self, weight: Any, given: Mapping[str, Any], training: Any = False, lora_dropout: Any = 0.0
     ) -> Any:
         """Returns the weight; a stack, or one whose input has dropout, beside the factors of its change."""
-        first, second = self.product(given["lora_A"], given["lora_B"]).halves()
+        first, second = self.factored(given["lora_A"], given["lora_B"]).halves()
         if self.flipped:
             first, second = second.mT, first.mT
         if self.drops:
@@ -125,13 +125,9 @@ class LoraBranch(LoraRule, OperationRule):
 
     def branch(self, h: Any, operation: Any, lora_A: Any, lora_B: Any, lora_bias: Any = None) -> Any:
         """Returns the branch's value without the scale: h (B A)ᵀ + c, or h B A + c."""
-        product = self.product(lora_A, lora_B)
-        made = product.turned(h) if self.turns(operation) else product.unscaled(h)
+        product = self.factored(lora_A, lora_B)
+        made = product.turned(h) if operation.transposed != self.flipped else product.unscaled(h)
         return made if lora_bias is None else made + lora_bias
-
-    def turns(self, operation: Any) -> bool:
-        """Returns whether an operation multiplies by the product, and not by its transpose."""
-        return isinstance(operation, ops.Linear) and operation.transposed != self.flipped
 
 
 @dataclass(frozen=True, kw_only=True)

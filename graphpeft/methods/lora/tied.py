@@ -78,7 +78,7 @@ class LoraTied(LoraBranch):
         else:
             draw(of_layer, config.init_lora_weights, rank_of(site, config))
 
-    def product(self, lora_A: Any, lora_B: Any) -> Product:
+    def factored(self, lora_A: Any, lora_B: Any) -> Product:
         """Returns the product of the embedding's B and A, whose transpose is the change."""
         return Product((lora_A, lora_B))
 

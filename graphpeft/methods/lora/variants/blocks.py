@@ -125,7 +125,7 @@ class LoraBlocks(LoraLinear):
             drawn = torch.empty(parameters["lora_A"].shape, dtype=site.dtype)
             parameters["lora_A"].copy_(nn.init.kaiming_uniform_(drawn))
 
-    def product(self, lora_A: Any, lora_B: Any) -> Product:
+    def factored(self, lora_A: Any, lora_B: Any) -> Product:
         """Returns B A, one of them as a factor of blocks."""
         if self.factor == "lora_A":
             return Product((lora_B, _Blocks(lora_A, self.blocks)))

@@ -17,38 +17,53 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from graphpeft.methods.lora.factors import rank_of
 from graphpeft.methods.lora.init import initialisation
 from graphpeft.methods.lora.rule import LoraBranchWithBias
 from graphpeft.rules.parameter_spec import ParameterSpec, RankAxis
+from graphpeft.rules.products import Product
 from graphpeft.rules.rule import Combines
 from graphpeft.sites.site import Site
 from graphpeft.sites.weight_layout import WeightLayout
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConvolution(LoraBranchWithBias, Combines):
-    """The branch of a convolution.
+class LoraOfKernels(LoraBranchWithBias, Combines):
+    """The change of a convolution's kernels, as a matrix whose columns are the inputs at the kernel's positions.
 
     Attributes:
-        transposed: Whether it is a transposed one.
+        layout: How the weight is stored.
     """
 
-    transposed: bool
+    layout: WeightLayout
 
     def check(self, site: Site, config: Any) -> str | None:
         """Refuses dropout without an input, and initialisations of matrices."""
         return super().check(site, config) or initialisation.refusal_unless_random(config, "a convolution")
 
+    def stored(self, product: Any) -> Any:
+        """Returns the product's result as the weight is stored."""
+        return self.layout.turned(product.unflatten(1, (-1, *self.layout.kernel)))
+
+    def as_product(self, delta: Any) -> Any:
+        """Returns a change of the weight as the matrix B A."""
+        return self.layout.turned(delta).flatten(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConvolution(LoraOfKernels):
+    """The branch of a convolution."""
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the convolution is a transposed one."""
+        return self.layout.exchanged is not None
+
     def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A and B, and the bias of B if there is one."""
-        rank, kernel = rank_of(site, config), site.shape[2:]
-        if self.transposed:
-            a_shape, out = (site.shape[0], rank, *kernel), site.shape[1] * site.groups
-        else:
-            a_shape, out = (rank, site.shape[1] * site.groups, *kernel), site.shape[0]
+        rank, kernel = rank_of(site, config), self.layout.kernel
+        a_shape = (site.in_features, rank, *kernel) if self.transposed else (rank, site.in_features, *kernel)
+        out: Any = site.out_features
         return {
             "lora_A": ParameterSpec(a_shape, key="lora_A.weight", rank=RankAxis(int(self.transposed), site.groups)),
             # which has the rank of one group only, since its rows are in groups
@@ -68,30 +83,14 @@ class LoraConvolution(LoraBranchWithBias, Combines):
             return super().unmergeable(site)
         return f"its features are in {site.groups} groups, and LoRA's change of them goes across groups"
 
-    def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
-        """Returns s B A, in the shape of the weight."""
-        equation = "irk,or->iok" if self.transposed else "rik,or->oik"
-        change = torch.einsum(equation, lora_A.flatten(2), lora_B.flatten(1))
-        return change.unflatten(2, lora_A.shape[2:]) * lora_scaling
-
-    def as_product(self, delta: Any) -> Any:
-        """Returns a change of the weight as the matrix B A, whose columns are the inputs at the kernel's positions."""
-        return (delta.transpose(0, 1) if self.transposed else delta).flatten(1)
+    def factored(self, lora_A: Any, lora_B: Any) -> Product:
+        """Returns B A."""
+        return Product((lora_B.flatten(1), (lora_A.transpose(0, 1) if self.transposed else lora_A).flatten(1)))
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraWithinGroups(LoraBranchWithBias, Combines):
-    """The branch of a convolution in groups that don't divide the rank.
-
-    Attributes:
-        layout: How the weight is stored.
-    """
-
-    layout: WeightLayout
-
-    def check(self, site: Site, config: Any) -> str | None:
-        """Refuses dropout without an input, and initialisations of matrices."""
-        return super().check(site, config) or initialisation.refusal_unless_random(config, "a convolution")
+class LoraWithinGroups(LoraOfKernels):
+    """The branch of a convolution in groups that don't divide the rank."""
 
     def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A and B, and the bias of B if there is one."""
@@ -104,22 +103,16 @@ class LoraWithinGroups(LoraBranchWithBias, Combines):
 
     def branch(self, h: Any, operation: Any, lora_A: Any, lora_B: Any, lora_bias: Any = None) -> Any:
         """Returns (B A) ∗ h + c."""
-        changed = operation.apply(h, self.delta(lora_A, lora_B, 1))
+        changed = operation.apply(h, self.stored(self.factored(lora_A, lora_B).dense()))
         return changed if lora_bias is None else changed + operation.beside_outputs(lora_bias)
 
-    def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
-        """Returns s B A, as the weight is stored."""
-        change = lora_B.flatten(1) @ lora_A.flatten(1)
-        return self.layout.turned(change.unflatten(1, lora_A.shape[1:])) * lora_scaling
-
-    def as_product(self, delta: Any) -> Any:
-        """Returns a change of the weight as the matrix B A."""
-        return self.layout.turned(delta).flatten(1)
+    def factored(self, lora_A: Any, lora_B: Any) -> Product:
+        """Returns B A."""
+        return Product((lora_B.flatten(1), lora_A.flatten(1)))
 
 
 def lora_of_convolution(site: Site, config: Any, casts: bool) -> LoraConvolution | LoraWithinGroups:
     """Returns the rule for a convolution."""
-    drops, has_bias = config.lora_dropout > 0, config.lora_bias
-    if rank_of(site, config) % site.groups:
-        return LoraWithinGroups(layout=site.weight_layout, drops=drops, casts=casts, has_bias=has_bias)
-    return LoraConvolution(transposed=site.transposed, drops=drops, casts=casts, has_bias=has_bias)
+    kind = LoraWithinGroups if rank_of(site, config) % site.groups else LoraConvolution
+    drops = config.lora_dropout > 0
+    return kind(layout=site.weight_layout, drops=drops, casts=casts, has_bias=config.lora_bias)

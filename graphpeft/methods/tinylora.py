@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.graph import ops
@@ -82,31 +81,6 @@ def chosen(v: Any, p: Any) -> Any:
         p: Of shape (u, r, r).
     """
     return torch.einsum("i,ijk->jk", v, p)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TinyLoraEmbedding(TinyLora):
-    """The change of what an embedding looks up."""
-
-    def has_numbers(self, site: Any) -> bool:
-        """Dropout drops elements of the rows of B."""
-        return True
-
-    def rewrite(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        x: Any,
-        y: Any,
-        training: Any,
-        tinylora_v: Any,
-        tinylora_A: Any,
-        tinylora_B: Any,
-        tinylora_P: Any,
-        dropout: Any = None,
-    ) -> Any:
-        """Returns y + B[x] R A."""
-        h = F.embedding(x, tinylora_B)
-        h = h if dropout is None else F.dropout(h, dropout, training)
-        return self.leaving(y + h @ chosen(tinylora_v, tinylora_P) @ tinylora_A, y)
 
 
 @register
@@ -203,7 +177,4 @@ class TinyLoraConfig(FactoredConfig):
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> TinyLora:
         """Returns the rule for a linear operation, for an embedding, or for a weight."""
-        sizes = sizes_of(site)
-        if site.op is ops.Embedding:
-            return TinyLoraEmbedding(sizes=sizes)
-        return TinyLora(sizes=sizes)
+        return TinyLora(sizes=sizes_of(site))

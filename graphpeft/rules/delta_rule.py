@@ -330,6 +330,10 @@ class ProductRule(DeltaRule, RunsByRow):
             first, second = second.mT, first.mT
         return as_node(plus_stacked_product, weight, first, second, product.scale)
 
+    def has_numbers(self, site: Any) -> bool:
+        """Returns whether there is an operation: of an embedding, dropout drops elements of the first factor's rows."""
+        return site.op is not ops.Weight
+
     def adds_to_weight(self, operation: Any) -> bool:
         """Returns False, since a product is applied factor by factor."""
         return False
@@ -355,10 +359,15 @@ class ProductRule(DeltaRule, RunsByRow):
         **own: Any,
     ) -> Any:
         """Returns y + s · dropout(x) F…ᵀ F₁ᵀ + Δb, and for other operations y + operation(dropout(x), ΔW) + Δb."""
-        if not _is_product(operation):
+        is_table = isinstance(operation, ops.Embedding)
+        if not (is_table or _is_product(operation)):
             return super().rewrite(x, y, operation, training, change, bias_change, dropout)
         product, first = self._product(own, training), self._first(own)
-        if self.multiplies(operation):
+        if is_table:
+            # only leaves of the graph of gradients can have sparse ones
+            rows = operation.apply(x, product.factors[0], sparse=False)
+            branch = product.behind(rows if dropout is None else F.dropout(rows, dropout, training))
+        elif self.multiplies(operation):
             branch = product.unscaled(self.entering(self.fitted(x, first), first, training, dropout))
         else:
             branch = product.turned(self.entering(x, first, training, dropout))

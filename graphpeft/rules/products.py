@@ -137,12 +137,15 @@ class Product:
         Args:
             h: The input, (…, out).
         """
-        for factor in self.factors:
-            if type(factor) is Diagonal:
-                h = factor.applied(h)
-            else:
-                h = h @ (factor if isinstance(factor, _MATRICES) else factor.matrix())
-        return h
+        return _times(h, self.factors)
+
+    def behind(self, rows: Any) -> Any:
+        """Returns rows of the first factor, a matrix, times the other ones.
+
+        Args:
+            rows: The rows, (…, columns of F₁).
+        """
+        return _times(rows, self.factors[1:])
 
     def halves(self) -> tuple[Any, Any]:
         """Returns two matrices P and Q whose product is ΔW / s; Q is None where there is one factor alone."""
@@ -175,3 +178,12 @@ class Product:
             value: The value.
         """
         return value if self.scale is None else value * self.scale
+
+
+def _times(h: Any, factors: tuple[Any, ...]) -> Any:
+    for factor in factors:
+        if type(factor) is Diagonal:
+            h = factor.applied(h)
+        else:
+            h = h @ (factor if isinstance(factor, _MATRICES) else factor.matrix())
+    return h

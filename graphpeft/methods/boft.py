@@ -26,7 +26,7 @@ from graphpeft.methods import rotations
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.delta_rule import DeltaRule, WeightRule
 from graphpeft.rules.options import Probability, Size, SizeOrZero
-from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
+from graphpeft.rules.parameter_spec import FileForm, ParameterSpec, unchanged
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 from graphpeft.rules.rule import InputRule, OperationRule, Rule
@@ -83,7 +83,9 @@ class Butterfly(WeightRule):
         blocks = (self.count, self.size, self.size)
         of_one, whole = (*stack, 1, *blocks), (*stack, self.factors, *blocks)
         # PEFT without its CUDA kernel makes one factor, whatever the config says
-        form = FileForm(whole, _same, functools.partial(_filled, self.factors), (of_one,)) if whole != of_one else None
+        form = (
+            FileForm(whole, unchanged, functools.partial(_filled, self.factors), (of_one,)) if whole != of_one else None
+        )
         rows = site.out_features if isinstance(site, LeafSite) else site.matrix_shape[0 if self.positions else -2]
         scales = (1, rows) if self.positions else (*stack, rows, 1)
         return {"boft_R": ParameterSpec(whole, "boft_R", form=form), "boft_s": ParameterSpec(scales, "boft_s")}
@@ -136,10 +138,6 @@ class WeightButterfly(Butterfly, DeltaRule):
         own = self.layout.turned(weight.to(boft_R.dtype))
         change = self.layout.turned(self.changed(own, boft_R, boft_s, training) - own)
         return super().rewrite(x, y, operation, training, change)
-
-
-def _same(boft_R: Tensor) -> Tensor:
-    return boft_R
 
 
 def _filled(factors: int, boft_R: Tensor) -> Tensor:

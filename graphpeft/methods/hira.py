@@ -26,7 +26,7 @@ from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Probability, Size
-from graphpeft.rules.parameter_spec import FileForm, ParameterSpec, RankAxis
+from graphpeft.rules.parameter_spec import FileForm, ParameterSpec, RankAxis, unchanged
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 from graphpeft.sites import quantisers
@@ -134,12 +134,8 @@ class HiraLeaf(Hira):
 def _spec(key: str, shape: tuple[int, ...], axis: int, config: Any) -> ParameterSpec:
     """Returns the spec of a factor, which files of PEFT have with the rank `r`, whatever `rank_pattern` says."""
     own = (*shape[:axis], config.r, *shape[axis + 1 :])
-    form = FileForm(shape, _same, functools.partial(_of_rank, axis, shape), (own,)) if own != shape else None
+    form = FileForm(shape, unchanged, functools.partial(_of_rank, axis, shape), (own,)) if own != shape else None
     return ParameterSpec(shape, key, form=form)
-
-
-def _same(factor: Tensor) -> Tensor:
-    return factor
 
 
 def _of_rank(axis: int, shape: tuple[int, ...], factor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from graphpeft.methods.factored import Factored, FactoredConfig, sizes_of
 from graphpeft.rules.options import Number, Probability, Size, Within
-from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
+from graphpeft.rules.parameter_spec import FileForm, ParameterSpec, unchanged
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.products import Product
 from graphpeft.rules.registry import register
@@ -38,7 +38,7 @@ class UniLora(Factored):
         found = {"unilora_theta_d": theta}
         for factor, shape in self._shapes(config).items():
             places, scales = f"unilora_indices_{factor}", f"unilora_scales_{factor}"
-            form = FileForm(shape, _as_it_is, functools.partial(_places, length=config.theta_d_length))
+            form = FileForm(shape, unchanged, functools.partial(_places, length=config.theta_d_length))
             fixed = ParameterSpec(shape, places, is_trained=False, is_saved=config.save_indices)
             found[places] = fixed._replace(dtype=torch.int64, form=form)
             found[scales] = fixed._replace(key=scales)
@@ -94,10 +94,6 @@ def drawn_places(number: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
     places = torch.as_tensor(data, dtype=torch.int64)
     counts = torch.bincount(places, minlength=length)
     return places, torch.where(counts > 0, counts.float().rsqrt(), torch.zeros(()))
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _places(tensor: Tensor, length: int) -> Tensor:

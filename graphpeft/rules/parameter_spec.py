@@ -29,6 +29,11 @@ class FileForm(NamedTuple):
     other_shapes: tuple[tuple[int, ...], ...] = ()
 
 
+def unchanged(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor that is packed as it is."""
+    return tensor
+
+
 class RankAxis(NamedTuple):
     """Where a factor of a product has the rank: which of its dimensions, and in how many blocks.
 

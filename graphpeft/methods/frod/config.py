@@ -33,7 +33,7 @@ from graphpeft.methods.frod.projections import (
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.options import NotNegative, Probability, Seed
-from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
+from graphpeft.rules.parameter_spec import FileForm, ParameterSpec, unchanged
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.products import Product, Transposed
 from graphpeft.rules.registry import register
@@ -58,7 +58,7 @@ class Frod(Factored):
             key = f"{name}.{category}"
             fixed = ParameterSpec(shape, key, is_trained=False, scope=key, is_saved=config.save_projection)
             fixed = fixed._replace(written_once=config.save_projection, dtype=torch.int64)
-            specs[name] = fixed._replace(form=FileForm(shape, _as_it_is, functools.partial(_within, size=columns)))
+            specs[name] = fixed._replace(form=FileForm(shape, unchanged, functools.partial(_within, size=columns)))
         # beside half precision, V isn't in single precision in PEFT's files
         specs["frod_V"] = specs["frod_V"]._replace(dtype=site.dtype, form=None)
         unsaved: dict[str, Any] = {"is_trained": False, "is_saved": False}
@@ -127,10 +127,6 @@ class Frod(Factored):
         order = frod_s_elements, frod_s_starts
         middle = Mixed(frod_lambda_l - frod_lambda_init, frod_lambda_s_values, frod_s_indices, *order)
         return Product((frod_U, middle, Transposed(frod_V.to(frod_U.dtype))))
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _within(tensor: Tensor, size: int) -> Tensor:

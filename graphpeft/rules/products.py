@@ -15,7 +15,7 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch import Tensor
 
-_MATRICES = (Tensor, fx.Proxy)
+_MATRICES: Any = (Tensor, fx.Proxy)
 
 
 class Factor(ABC):

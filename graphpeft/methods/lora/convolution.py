@@ -62,8 +62,9 @@ class LoraConvolution(LoraOfKernels):
     def parameters(self, site: Site, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A and B, and the bias of B if there is one."""
         rank, kernel = rank_of(site, config), self.layout.kernel
-        a_shape = (site.in_features, rank, *kernel) if self.transposed else (rank, site.in_features, *kernel)
+        into: Any = site.in_features
         out: Any = site.out_features
+        a_shape = (into, rank, *kernel) if self.transposed else (rank, into, *kernel)
         return {
             "lora_A": ParameterSpec(a_shape, key="lora_A.weight", rank=RankAxis(int(self.transposed), site.groups)),
             # which has the rank of one group only, since its rows are in groups

@@ -74,20 +74,22 @@ def plus_branch(y: Tensor, branch: Tensor | None) -> Tensor:
 # matrices of which each row of a batch has its own
 
 
-def products_by_row(y: Tensor, h: Tensor, first: Tensor, second: Tensor, scaling: Any) -> Tensor:
+def products_by_row(y: Tensor, h: Tensor, first: Tensor, second: Tensor | None, scaling: Any) -> Tensor:
     """Returns y + s · h · first · second, with other matrices for each row.
 
     Args:
         y: Of shape (rows, …, out).
         h: Of shape (rows, …, in).
         first: Of shape (rows, in, r).
-        second: Of shape (rows, r, out).
+        second: Of shape (rows, r, out); None for one matrix alone.
         scaling: A number, or one for each row.
     """
     down = torch.bmm(h.reshape(h.shape[0], -1, h.shape[-1]), first)
     if isinstance(scaling, Tensor):
         down, scaling = down * scaling.to(down).view(-1, 1, 1), 1
     flat = y.reshape(y.shape[0], -1, y.shape[-1])
+    if second is None:
+        return add_scaled(flat, down, scaling).view(y.shape)
     if flat.dtype == down.dtype:
         return torch.baddbmm(flat, down, second, alpha=scaling).view(y.shape)
     return add_scaled(flat, torch.bmm(down, second), scaling).view(y.shape)

@@ -58,11 +58,12 @@ def plus_product(
 
 def plus_stacked_product(weight: Tensor, first: Tensor, second: Tensor, scale: Any = None) -> Tensor:
     """Returns W + s · P Q, not added up where W is a stack of matrices that are larger than their factors."""
-    s, rank = 1.0 if scale is None else scale, first.shape[-1]
-    if weight.ndim < 3 or rank >= min(weight.shape[-2:]):
-        return weight + (first @ second * s).to(weight.dtype)
-    factors = (factor.expand(*weight.shape[:-2], *factor.shape[-2:]) for factor in (first, second))
-    return plus_product(weight, *factors, s)
+    if weight.ndim < 3 or first.shape[-1] >= min(weight.shape[-2:]):
+        product = first @ second
+        return weight + (product if scale is None else product * scale).to(weight.dtype)
+    stack = weight.shape[:-2]
+    of_each = [each if each.shape[:-2] == stack else each.expand(*stack, *each.shape[-2:]) for each in (first, second)]
+    return plus_product(weight, *of_each, 1.0 if scale is None else scale)
 
 
 _NO_DROPOUT = (

@@ -27,6 +27,7 @@ def add_scaled(y: Any, change: Any, scale: Any) -> Any:
     # without @recorded: in each call of each adapted layer, its wrapper would take as long as a small sum
     if isinstance(y, fx.Proxy):
         return as_node(add_scaled, y, change, scale)
-    if is_captured():
+    # only a number can be alpha
+    if is_captured() or (isinstance(scale, torch.Tensor) and scale.requires_grad):
         return y + change * scale
     return torch.add(y, change, alpha=scale)

@@ -52,7 +52,7 @@ def sizes_of(site: Any) -> Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Factored(ProductRule):
-    """A change that is a product of two factors.
+    """A change that is a product of factors of a weight, or of each matrix in a stack.
 
     Attributes:
         sizes: The sizes of the weight.

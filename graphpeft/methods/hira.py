@@ -49,8 +49,8 @@ class Hira(DeltaRule):
         """Returns A and B."""
         rank = config.value_at("r", site)
         shape = (site.out_features, site.in_features) if isinstance(site, LeafSite) else site.matrix_shape
-        *stack, rows, columns = shape[: len(shape) - len(self.kernel)]
-        shapes = (*stack, rank, columns, *self.kernel), (*stack, rows, rank, *(1,) * len(self.kernel))
+        *stack, rows, columns = shape[: len(shape) - len(self.layout.kernel)]
+        shapes = (*stack, rank, columns, *self.layout.kernel), (*stack, rows, rank, *(1,) * len(self.layout.kernel))
         names = ("hira_A", "hira_B")
         return {name: _spec(name, shapes[i], len(stack) + i, config) for i, name in enumerate(names)}
 
@@ -59,16 +59,16 @@ class Hira(DeltaRule):
         A, B = parameters["hira_A"].normal_(), parameters["hira_B"].normal_()
         if not config.init_weights:
             return
-        if config.init_weights == "gaussian" and not self.kernel:
+        if config.init_weights == "gaussian" and not self.layout.kernel:
             A.normal_(std=1 / config.value_at("r", site))
         else:
-            for factor in A.flatten(0, -3) if A.ndim > 2 and not self.kernel else (A,):
+            for factor in A.flatten(0, -3) if A.ndim > 2 and not self.layout.kernel else (A,):
                 nn.init.kaiming_uniform_(factor, a=5**0.5)
         B.zero_()
 
     def delta(self, base: Any, hira_A: Any, hira_B: Any) -> Any:
         """Returns W₀ ⊙ (B A)."""
-        if not self.kernel:
+        if not self.layout.kernel:
             return base * (hira_B @ hira_A)
         return base * self.shaped(hira_B.flatten(1) @ hira_A.flatten(1))
 

@@ -43,11 +43,11 @@ class LoHa(LycorisRule):
         if self.has_cores:
             shapes = {"a": (rank, shape[0]), "b": (rank, shape[1])}
         else:
-            *stack, rows, columns = shape[: len(shape) - len(self.kernel)]
-            shapes = {"a": (*stack, rows, rank), "b": (*stack, rank, columns * math.prod(self.kernel))}
+            *stack, rows, columns = shape[: len(shape) - len(self.layout.kernel)]
+            shapes = {"a": (*stack, rows, rank), "b": (*stack, rank, columns * math.prod(self.layout.kernel))}
         names = {f"hada_w{n}_{side}": made for n in (1, 2) for side, made in shapes.items()}
         if self.has_cores:
-            names |= dict.fromkeys(("hada_t1", "hada_t2"), core_shape(rank, self.kernel))
+            names |= dict.fromkeys(("hada_t1", "hada_t2"), core_shape(rank, self.layout.kernel))
         return {name: ParameterSpec(made, key=name) for name, made in names.items()}
 
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:

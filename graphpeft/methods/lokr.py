@@ -34,7 +34,7 @@ class LoKr(LycorisRule):
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns W₁ and W₂, or the factors of which they are made, in the order in which PEFT draws them."""
         rank, shape = config.value_at("r", site), site.matrix_shape
-        *stack, rows, columns = shape[: len(shape) - len(self.kernel)]
+        *stack, rows, columns = shape[: len(shape) - len(self.layout.kernel)]
         (rows_1, rows_2), (columns_1, columns_2) = (
             two_factors(size, config.decompose_factor) for size in (rows, columns)
         )
@@ -42,11 +42,11 @@ class LoKr(LycorisRule):
         if config.decompose_both and rank < max(rows_1, columns_1) / 2:
             shapes = {"w1_a": (rows_1, rank), "w1_b": (rank, columns_1)}
         if rank >= max(rows_2, columns_2) / 2:
-            shapes |= {"w2": (rows_2, columns_2, *self.kernel)}
-        elif config.use_effective_conv2d and any(size != 1 for size in self.kernel):
-            shapes |= {"w2_a": (rank, rows_2), "w2_b": (rank, columns_2), "t2": core_shape(rank, self.kernel)}
+            shapes |= {"w2": (rows_2, columns_2, *self.layout.kernel)}
+        elif config.use_effective_conv2d and any(size != 1 for size in self.layout.kernel):
+            shapes |= {"w2_a": (rank, rows_2), "w2_b": (rank, columns_2), "t2": core_shape(rank, self.layout.kernel)}
         else:
-            shapes |= {"w2_a": (rows_2, rank), "w2_b": (rank, columns_2 * math.prod(self.kernel))}
+            shapes |= {"w2_a": (rows_2, rank), "w2_b": (rank, columns_2 * math.prod(self.layout.kernel))}
         return {f"lokr_{name}": ParameterSpec((*stack, *made), key=f"lokr_{name}") for name, made in shapes.items()}
 
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
@@ -71,10 +71,10 @@ class LoKr(LycorisRule):
     ) -> Any:
         """Returns ΔW."""
         first = lokr_w1_a @ lokr_w1_b if lokr_w1 is None else lokr_w1
-        if lokr_w2 is not None and len(self.kernel) == 1:
+        if lokr_w2 is not None and len(self.layout.kernel) == 1:
             return _interleaved(first, lokr_w2) * scale
         if lokr_w2 is not None:
-            second = lokr_w2.flatten(1) if self.kernel else lokr_w2
+            second = lokr_w2.flatten(1) if self.layout.kernel else lokr_w2
         else:
             a, b = (lokr_w2_a, lokr_w2_b) if lokr_t2 is None else core_product(lokr_w2_a, lokr_w2_b, lokr_t2)
             second = a @ b

@@ -81,7 +81,7 @@ class LycorisRule(DeltaRule):
         """Returns y + operation(x, ΔW), in training with what dropout leaves of ΔW."""
         if rank_dropout is not None or module_dropout is not None:
             # rows are those in PEFT's layout
-            rows, dimensions = self.layout.turned(change), len(self.kernel)
+            rows, dimensions = self.layout.turned(change), len(self.layout.kernel)
             kept = after_dropout(rows, dimensions, rank_dropout, module_dropout, self.rescales, training)
             change = self.layout.turned(kept)
         return super().rewrite(x, y, operation, training, change, bias_change, dropout, apart=apart)

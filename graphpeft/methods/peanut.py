@@ -116,7 +116,8 @@ class Peanut(ProductRule):
         **own: Any,
     ) -> Any:
         """Returns y', and for operations that aren't linear y + operation(x, ΔW)."""
-        return super().rewrite(x, y, operation, training, change, bias_change, base=self.layout.turned(base), **own)
+        seen = self.layout.turned(base) if self.multiplies(operation) else base
+        return super().rewrite(x, y, operation, training, change, bias_change, base=seen, **own)
 
     def delta(self, base: Any, **own: Any) -> Any:  # type: ignore[override]
         """Returns ΔW, which depends on the weight."""

@@ -49,9 +49,6 @@ class Psoft(Factored):
     terms: int | None = None
     eps: float | None = None
 
-    scales: ClassVar[tuple[str, ...]] = ("scale",)
-    zeros_change_nothing: ClassVar[bool] = True
-
     def at_site(self, site: Any, dtype: torch.dtype) -> Psoft:
         """Returns the rule for a site; A and B are of single precision beside half precision, whatever R is."""
         own: Any = super().at_site(site, dtype)

@@ -92,8 +92,9 @@ def unknown_argument(rule: Rule, site: type, op: type, own: tuple[str, ...]) -> 
     elif isinstance(rule, Mergeable):
         functions |= {"delta": ("weight", "base"), "bias_delta": ("weight", "base", "bias", "base_bias")}
         functions |= {"changed_weight": ("weight", "given", "training")} if op is ops.Weight else {}
-    if hasattr(rule, "product"):
-        functions["product"] = ("weight", "base", "training")
+    if isinstance(rule, Mergeable) and getattr(rule, "is_product", False):
+        handed_on = [name for name in asked_by(rule.delta).names if name in _OPERANDS]
+        functions["product"] = ("training", *handed_on)
     if isinstance(rule, RunsByRow):
         functions["by_row"] = (*_AT_LEAF, *rule.constants_by_row)
     functions = {name: (*given, *_of_call(rule, name)) for name, given in functions.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,6 +28,7 @@ from graphpeft.graph.ops.boundaries import Leaf
 from graphpeft.graph.recorded import as_node, recorded
 from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.rules.arguments import asked_by
+from graphpeft.rules.code_in_graphs import RuleError
 from graphpeft.rules.parameter_spec import Dropout
 from graphpeft.rules.products import Product
 from graphpeft.rules.rule import Mergeable, OperationRule, RunsByRow
@@ -97,18 +98,13 @@ class WeightRule(Mergeable):
         """Returns the result of `delta` in the stored layout."""
         return self.layout.turned(self.delta(**self._all_seen(given)))
 
-    @property
-    def kernel(self) -> tuple[int, ...]:
-        """The sizes of a convolution's kernel; () for matrices."""
-        return self.layout.kernel
-
     def shaped(self, matrix: Any) -> Any:
         """Returns a matrix whose columns are those of a kernel's positions in the shape of a weight.
 
         Args:
             matrix: The matrix, (out, in · kernel), or (…, out, in) without a kernel.
         """
-        return matrix.unflatten(-1, (-1, *self.kernel)) if self.kernel else matrix
+        return matrix.unflatten(-1, (-1, *self.layout.kernel)) if self.layout.kernel else matrix
 
     def bias_change(self, given: Mapping[str, Any]) -> Any:
         """Returns the result of `bias_delta`, which gets weights in PEFT's layout, too."""
@@ -281,8 +277,11 @@ class ProductRule(DeltaRule, RunsByRow):
     """A `DeltaRule` whose change is a product of factors, which an operation with the weight applies one by one.
 
     Rows of a batch have factors of their own in one graph if the class says ``zeros_change_nothing = True``: if its
-    factors are matrices and diagonals, also where its parameters have rows in front, and it has no other constants than
-    `scales`.
+    factors are matrices and diagonals, also where its parameters have rows in front, it has no other constants than
+    `scales`, and it changes no bias.
+
+    Attributes:
+        is_product: What tells such a rule from others with a function of that name.
 
     Examples:
         >>> class LowRank(ProductRule):
@@ -300,11 +299,14 @@ class ProductRule(DeltaRule, RunsByRow):
         torch.Size([4, 3])
     """
 
+    is_product: ClassVar[bool] = True
+
     @abstractmethod
     def product(self, *args: Any, **kwargs: Any) -> Product:
         """Returns the change, of matrices in PEFT's layout, a kernel counting as columns.
 
-        A rule names the arguments that it needs: ``training``, and its own parameters and constants.
+        A rule names the arguments that it needs: ``training``, and its own parameters and constants. The input is cast
+        to the dtype of the first parameter that it names, where that isn't the weight's.
 
         Args:
             *args: The rule's arguments.
@@ -324,7 +326,7 @@ class ProductRule(DeltaRule, RunsByRow):
         """Returns a weight as such with its change; what multiplies by a stack takes it factor by factor."""
         product = self._product(self._all_seen(given))
         first, second = product.halves()
-        if second is None or self.kernel:
+        if second is None or self.layout.kernel:
             return super().changed_weight(weight, given)
         if self.layout.exchanged is not None:
             first, second = second.mT, first.mT
@@ -335,8 +337,8 @@ class ProductRule(DeltaRule, RunsByRow):
         return site.op is not ops.Weight
 
     def adds_to_weight(self, operation: Any) -> bool:
-        """Returns False, since a product is applied factor by factor."""
-        return False
+        """Returns whether an operation is a product, and none with the weight in PEFT's layout, x Wᵀ."""
+        return super().adds_to_weight(operation) and not self.multiplies(operation)
 
     def fitted(self, x: Any, parameter: Any) -> Any:
         """Returns the input of which dropout drops elements, where that isn't the operation's.
@@ -356,24 +358,27 @@ class ProductRule(DeltaRule, RunsByRow):
         change: Any = None,
         bias_change: Any = None,
         dropout: Any = None,
+        *,
+        apart: Any = None,
         **own: Any,
     ) -> Any:
         """Returns y + s · dropout(x) F…ᵀ F₁ᵀ + Δb, and for other operations y + operation(dropout(x), ΔW) + Δb."""
         is_table = isinstance(operation, ops.Embedding)
-        if not (is_table or _is_product(operation)):
-            return super().rewrite(x, y, operation, training, change, bias_change, dropout)
+        if not (is_table or self.multiplies(operation)):
+            return super().rewrite(x, y, operation, training, change, bias_change, dropout, apart=apart)
         product, first = self._product(own, training), self._first(own)
         if is_table:
             # only leaves of the graph of gradients can have sparse ones
             rows = operation.apply(x, product.factors[0], sparse=False)
             branch = product.behind(rows if dropout is None else F.dropout(rows, dropout, training))
-        elif self.multiplies(operation):
-            branch = product.unscaled(self.entering(self.fitted(x, first), first, training, dropout))
         else:
-            branch = product.turned(self.entering(x, first, training, dropout))
+            branch = product.unscaled(self.entering(self.fitted(x, first), first, training, dropout))
         result = y + branch if product.scale is None else add_scaled(y, branch, product.scale)
-        if bias_change is not None and not product.adds_bias:
-            result = result + operation.beside_outputs(bias_change.to(y.dtype))
+        if self.changes_bias and not product.adds_bias:
+            if isinstance(operation, Leaf):
+                raise RuleError("it changes a bias, of which a call has none that is known; see Product.adds_bias")
+            if bias_change is not None:
+                result = result + operation.beside_outputs(bias_change.to(y.dtype))
         return self.leaving(result, y)
 
     def _first(self, own: Mapping[str, Any]) -> Any:
@@ -384,16 +389,16 @@ class ProductRule(DeltaRule, RunsByRow):
         """The constants that `by_row` reads."""
         return {**dict.fromkeys(self.scales), "dropout": Dropout(0.0)}
 
-    def by_row(self, x: Any, y: Any, operation: Any, dropout: Any, **own: Any) -> Any:
+    def joined(self, rules: Sequence[Any]) -> Any:
+        """Returns the rule for a batch whose rows have adapters with these rules; None with changes of a bias."""
+        return None if self.changes_bias else super().joined(rules)
+
+    def by_row(self, x: Any, y: Any, operation: Any, training: Any, dropout: Any, **own: Any) -> Any:
         """Returns y with the branch of each row's own factors, which are matrices and diagonals."""
         h = as_node(dropped_by_row, x.to(self._first(own).dtype) if self.casts else x, dropout)
-        product = self._product(own)
+        product = self._product(own, training)
         first, second = product.halves()
         if self.multiplies(operation):
-            first, second = second.mT, first.mT
-        return self.leaving(as_node(products_by_row, y, h, first, second, product.scale), y)
-
-
-def _is_product(operation: Any) -> bool:
-    """Returns whether an operation multiplies by a matrix, or is the call of a layer."""
-    return isinstance(operation, ops.Linear | Leaf)
+            first, second = (first.mT, None) if second is None else (second.mT, first.mT)
+        scale = 1.0 if product.scale is None else product.scale
+        return self.leaving(as_node(products_by_row, y, h, first, second, scale), y)

@@ -101,7 +101,7 @@ class Product:
     Attributes:
         factors: F₁, F₂, …: matrices, (…, m, n), and other factors.
         scale: s; None for 1.
-        adds_bias: Whether what is applied has the change of the bias, too.
+        adds_bias: Whether `unscaled` adds the change of the bias, too, so that nobody else does where it is called.
 
     Examples:
         >>> change = Product((torch.ones(4, 2), torch.ones(2, 3)), scale=0.5)
@@ -160,6 +160,8 @@ class Product:
                 matrix = factor if isinstance(factor, _MATRICES) else factor.matrix()
                 matrices.append(matrix if before is None else before[..., :, None] * matrix)
                 before = None
+        if before is not None:
+            matrices.append(before.diag_embed())
         first, *others = matrices
         second: Any = None
         for matrix in reversed(others):

@@ -13,15 +13,21 @@ class RuleError(Exception):
     """The error of rules that fail on purpose."""
 
 
-def _fail(*_: Any, **__: Any) -> Any:
-    raise RuleError
+def _failing(function: Any) -> Any:
+    """Returns a function that asks for the same arguments, and fails."""
+
+    @functools.wraps(function)
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuleError
+
+    return fail
 
 
 @functools.cache
 def _failing_class(cls: type) -> type:
     """Returns a class of rules that fail as late as possible: when their nodes are inserted."""
     names = ("rewrite", "delta", "changed_weight", "enter")
-    return type(cls.__name__, (cls,), {name: _fail for name in names if hasattr(cls, name)})
+    return type(cls.__name__, (cls,), {name: _failing(getattr(cls, name)) for name in names if hasattr(cls, name)})
 
 
 def _failing_rule(rule: Any) -> Any:

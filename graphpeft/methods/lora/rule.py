@@ -31,9 +31,9 @@ class LoraRule(Mergeable):
 
     Attributes:
         drops: Whether elements of the branch's input are dropped in training.
-        flipped: Whether the product is the change of the weight's transpose. A layer that stores its weight as (in,
-            out) has it, so that A is (r, in) and B (out, r) in every layer, as in PEFT. For a plain parameter it
-            doesn't depend on how it is used, as in PEFT's `target_parameters`.
+        flipped: Whether the product is the change of the weight's transpose, as in PEFT at a layer that stores its
+            weight as (in, out), so that A is (r, in) and B (out, r) in every layer; at an embedding's table, and at a
+            head that is tied to it. At a plain parameter it doesn't depend on how that is used.
     """
 
     drops: bool = False

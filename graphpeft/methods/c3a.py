@@ -82,11 +82,11 @@ class _Circulant(Factor):
 
     def applied(self, h: Any) -> Any:
         """Returns the circular convolutions of the input."""
-        return convolved(h, self.layout.kernel)
+        return convolved(h, self.kernel)
 
     def matrix(self) -> Any:
         """Returns the matrix of all blocks."""
-        return circulant(self.layout.kernel)
+        return circulant(self.kernel)
 
 
 @recorded

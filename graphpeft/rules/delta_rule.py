@@ -281,7 +281,7 @@ class ProductRule(DeltaRule, RunsByRow):
     `scales`, and it changes no bias.
 
     Attributes:
-        is_product: What tells such a rule from others with a function of that name.
+        is_product: Whether `product` is the change; other rules may have a function of that name.
 
     Examples:
         >>> class LowRank(ProductRule):

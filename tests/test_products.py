@@ -18,7 +18,7 @@ X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
 
 
 @dataclass(frozen=True)
-class LowRank(ProductRule):
+class Tensors(ProductRule):
     zeros_change_nothing = True
     adapts_calls = True
 
@@ -30,21 +30,23 @@ class LowRank(ProductRule):
         for tensor in parameters.values():
             tensor.normal_()
 
+
+class LowRank(Tensors):
     def product(self, A: Any, B: Any) -> Product:
         return Product((B, A))
 
 
-class OneDiagonal(LowRank):
+class OneDiagonal(Tensors):
     def product(self, d: Any) -> Product:
         return Product((Diagonal(d),))
 
 
-class OneMatrix(LowRank):
+class OneMatrix(Tensors):
     def product(self, A: Any, B: Any) -> Product:
         return Product((B @ A,))
 
 
-class TrainedScale(LowRank):
+class TrainedScale(Tensors):
     def product(self, A: Any, B: Any, s: Any) -> Product:
         return Product((B, A), s)
 
@@ -54,7 +56,7 @@ class WithBias(LowRank):
         return d
 
 
-class InTraining(LowRank):
+class InTraining(Tensors):
     def product(self, A: Any, B: Any, training: Any) -> Product:
         return Product((B * (1 + training), A))
 
@@ -124,7 +126,7 @@ def test_a_change_of_the_bias_that_a_call_would_lose_is_refused() -> None:
 
 
 def test_a_product_asks_for_weights_that_its_rule_hands_on_alone() -> None:
-    class OfBase(LowRank):
+    class OfBase(Tensors):
         def product(self, base: Any, A: Any) -> Product:
             return Product((base, A))
 

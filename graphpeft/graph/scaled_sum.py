@@ -27,7 +27,7 @@ def add_scaled(y: Any, change: Any, scale: Any) -> Any:
     # without @recorded: in each call of each adapted layer, its wrapper would take as long as a small sum
     if isinstance(y, fx.Proxy):
         return as_node(add_scaled, y, change, scale)
-    # only a number can be alpha
-    if is_captured() or (isinstance(scale, torch.Tensor) and scale.requires_grad):
+    # only a number can be alpha, and no tensor that is trained
+    if is_captured() or getattr(scale, "requires_grad", False):
         return y + change * scale
     return torch.add(y, change, alpha=scale)

@@ -120,7 +120,7 @@ class Opaque(nn.Module):
 
 
 def test_a_change_of_the_bias_that_a_call_would_lose_is_refused() -> None:
-    with pytest.raises(AdaptError, match=r"a call has none that is known; see Product\.adds_bias"):
+    with pytest.raises(AdaptError, match=r"the bias of a call isn't known; see Product\.adds_bias"):
         adapted(WithBias, Opaque())
     assert adapted(LowRank, Opaque())(X).shape == X.shape
 

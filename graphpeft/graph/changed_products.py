@@ -71,7 +71,7 @@ def plus_branch(y: Tensor, branch: Tensor | None) -> Tensor:
     return y if branch is None else y + branch
 
 
-# matrices of which each row of a batch has its own
+# rows of a batch with matrices of their own
 
 
 def products_by_row(y: Tensor, h: Tensor, first: Tensor, second: Tensor | None, scaling: Any) -> Tensor:

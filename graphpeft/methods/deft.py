@@ -115,7 +115,7 @@ class Deft(ProductRule):
             made = made + F.linear(self.entering(x, deft_P, training, dropout), deft_R) * scale
         return self.leaving(y + made @ Q.mT, y)
 
-    def delta(self, base: Any, **own: Any) -> Any:  # type: ignore[override]
+    def delta(self, base: Any, **own: Any) -> Any:  # type: ignore[override]  # given by name
         """Returns ΔW, which depends on the weight."""
         return super().delta(base=base, **own)
 

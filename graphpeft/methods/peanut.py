@@ -119,7 +119,7 @@ class Peanut(ProductRule):
         seen = self.layout.turned(base) if self.multiplies(operation) else base
         return super().rewrite(x, y, operation, training, change, bias_change, base=seen, **own)
 
-    def delta(self, base: Any, **own: Any) -> Any:  # type: ignore[override]
+    def delta(self, base: Any, **own: Any) -> Any:  # type: ignore[override]  # given by name
         """Returns ΔW, which depends on the weight."""
         return super().delta(base=base, **own)
 

@@ -99,7 +99,7 @@ class WeightRule(Mergeable):
         return self.layout.turned(self.delta(**self._all_seen(given)))
 
     def shaped(self, matrix: Any) -> Any:
-        """Returns a matrix whose columns are those of a kernel's positions in the shape of a weight.
+        """Returns a matrix in the shape of the weight, which may have a kernel.
 
         Args:
             matrix: The matrix, (out, in · kernel), or (…, out, in) without a kernel.
@@ -376,7 +376,7 @@ class ProductRule(DeltaRule, RunsByRow):
         result = y + branch if product.scale is None else add_scaled(y, branch, product.scale)
         if self.changes_bias and not product.adds_bias:
             if isinstance(operation, Leaf):
-                raise RuleError("it changes a bias, of which a call has none that is known; see Product.adds_bias")
+                raise RuleError("it changes a bias, and the bias of a call isn't known; see Product.adds_bias")
             if bias_change is not None:
                 result = result + operation.beside_outputs(bias_change.to(y.dtype))
         return self.leaving(result, y)

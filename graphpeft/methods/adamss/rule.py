@@ -87,7 +87,7 @@ class Adamss(Factored):
         return self.has_bias
 
     def product(self, adamss_newB: Any, adamss_places: Any, **factors: Any) -> Product:
-        """Returns P [B₁ A₁; …] C, with the last column of C as what is added to its result, if there is a bias."""
+        """Returns P [B₁ A₁; …] C; the last column of C is the bias of C's result, if there is a bias."""
         columns = self.sizes.columns
         inner = _Affine(adamss_newB[:, :columns], adamss_newB[:, columns] if self.has_bias else None)
         return Product((_Grouped(adamss_places, self._pairs(factors)), inner), adds_bias=True)
@@ -102,7 +102,7 @@ class Adamss(Factored):
 
 @dataclass(frozen=True)
 class _Affine(Factor):
-    """A matrix, and what is added to its result."""
+    """A matrix with a bias."""
 
     columns: Any
     bias: Any

@@ -6,19 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-READ_IN_CALLS = frozenset(
-    {
-        *(
-            "enable_softmax",
-            "enable_softmax_topk",
-            "global_scaling_weight",
-            "scaling_pass_value",
-            "softmax_temperature",
-        ),
-        "top_k_lora",
-    }
-)
-"""The options that each call reads, some of which the methods set."""
+READ_IN_CALLS = frozenset(("enable_softmax", "enable_softmax_topk", "softmax_temperature", "top_k_lora")) | {
+    "global_scaling_weight",
+    "scaling_pass_value",
+}
+"""The options that each call reads; the methods set some of them."""
 
 
 class XLoraMethods:

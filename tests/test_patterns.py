@@ -30,7 +30,7 @@ from graphpeft import (
     initialize_lora_eva_weights,
     trace,
 )
-from graphpeft.rules.options import Number
+from graphpeft.rules.options import Number, Turned
 from graphpeft.targeting.patterns import Pattern
 from graphpeft.testing import laws
 
@@ -276,11 +276,10 @@ class ByNameConfig(TargetedConfig):
 
     peft_type: ClassVar[str] = "BY_NAME"
     patterns: ClassVar[Mapping[str, str]] = {"factor": "factor_pattern"}
-    turned_option: ClassVar[str] = "is_turned"
 
     factor: Number = 1.0
     factor_pattern: dict[str, Number] = field(default_factory=dict)
-    is_turned: bool = False
+    is_turned: Turned = False
 
 
 def test_options_that_a_method_declares_have_values_by_patterns_in_a_model_and_in_its_file() -> None:

@@ -22,6 +22,7 @@ from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.paths import STATE, modules_by_path
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.options import Role
 from graphpeft.rules.peft_names import TaskType
 from graphpeft.sites.finder import NOTHING_KNOWN, Known
 from graphpeft.sites.site import Site
@@ -244,7 +245,7 @@ def _changed_alone(plan: Plan, trained: Set[str]) -> Iterator[str]:
         others = [other for other, weight in weights.items() if weight is not None and weight is weights[path]]
         alone = [other for other in others if other not in trained]
         if alone:
-            option = f"; set {plan.config.tying_option}=True to keep them one" if plan.config.tying_option else ""
+            option = f"; set {tying}=True to keep them one" if (tying := plan.config.option_for(Role.TYING)) else ""
             yield (
                 f"Model has `tie_word_embeddings=True`: {path} has one weight with {joined(alone)}, and is changed "
                 f"alone, so they become two, and may not merge{option}"

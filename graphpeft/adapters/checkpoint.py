@@ -31,6 +31,7 @@ from graphpeft.graph.values import value_of
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.options import Role
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
 from graphpeft.targeting import embedding_layers
 from graphpeft.wording import joined, shortened
@@ -220,7 +221,7 @@ def _refuse_untied(adapter: Adapter, name: str, modules: Modules, found: Tensors
         for path, rows in adapter.rows.items()
         if rows.key
     ]
-    option = adapter.config.tying_option
+    option = adapter.config.option_for(Role.TYING)
     tied_way_out = f"; if they are those of tied weights, load it with {option}=False in its config" if option else ""
     for place, other in tied:
         if place in found and not found[place].is_meta and not torch.equal(found[place], found[other]):
@@ -300,7 +301,7 @@ def _tell_of_edits(adapter: Adapter, name: str, edited: Mapping[str, Any], gives
             "nothing in the model; set it back, or make an adapter with it"
         )
     taken = edited if adapter.took_product and not gives_back else {}
-    for option in taken.keys() - adapter.config.not_of_tensors:
+    for option in taken.keys() - adapter.config.editable:
         warnings.warn(
             f"{option} of {name!r} was set since it has taken a part of the weights, which the file no longer says: "
             "pass this file as path_initial_model_for_weight_conversion alone; for a file of the adapter, set the "

@@ -43,6 +43,7 @@ from graphpeft.graph.sharding import reshard, whole
 from graphpeft.graph.template import refuse_other_options, template_of
 from graphpeft.graph.values import loaded, written
 from graphpeft.rules.adapted_site import AdaptedSite
+from graphpeft.rules.options import Role
 from graphpeft.sites import quantisers
 from graphpeft.sites.site import LeafSite, Site
 from graphpeft.transaction import remember, set_attribute, set_item
@@ -410,7 +411,8 @@ def _refuse_tied(modules: Modules, adapter: Adapter, name: str) -> None:
         tied = [other for other in others if not _changes_alike(modules, adapter, name, (path, own), other)]
         if tied:
             config = adapter.config
-            option = "" if config.keeps_tied or not config.tying_option else f", or set {config.tying_option}"
+            tying = config.option_for(Role.TYING)
+            option = "" if config.keeps_tied or not tying else f", or set {tying}"
             raise AdaptError(
                 f"{join(path, own)} is tied to {', '.join(join(*other) for other in tied)}, which merging would change "
                 f"too; give one of them a parameter of its own before adapting{option}"

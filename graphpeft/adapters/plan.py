@@ -27,6 +27,7 @@ from graphpeft.rules.adapted_site import AdaptedSite, names_in_holder
 from graphpeft.rules.arguments import unknown_argument
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.contradictions import contradiction, lacking_base, unfit_bases
+from graphpeft.rules.options import Role
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import Mergeable, ReplacesWeight, changes_bias
@@ -141,7 +142,7 @@ def make_plan(
     except ValueError as error:
         raise AdaptError(str(error)) from error
     if resolved.keeps_tied:
-        _refuse_hidden_ties(finder.modules, f"{resolved.tying_option}=True")
+        _refuse_hidden_ties(finder.modules, f"{resolved.option_for(Role.TYING)}=True")
     report = Report(config.method, adapter)
     plan = Plan(finder.regions.all_modules, resolved, report, autocast=autocast_adapter_dtype)
     plan.found, plan.renewed = finder.found, finder.regions.renewed

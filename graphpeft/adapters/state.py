@@ -22,6 +22,7 @@ from graphpeft.graph.paths import STATE
 from graphpeft.graph.template import Template
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.options import Role, options_for
 from graphpeft.rules.report import Report
 from graphpeft.rules.rule import changes_bias
 from graphpeft.rules.target_options import TargetOptions
@@ -46,7 +47,7 @@ def told_rows(table: nn.Module) -> int | None:
 
 def options_of(config: PeftConfig) -> dict[str, Any]:
     """Returns copies of the options of a config that an adapter may be made with, by name."""
-    names = type(config).__dataclass_fields__.keys() - PeftConfig.not_of_tensors - {"task_type"}
+    names = type(config).__dataclass_fields__.keys() - {*options_for(PeftConfig, Role.EDITABLE)} - {"task_type"}
     return {
         name: value if value is None or type(value) in _ATOMS else copy.deepcopy(value)
         for name, value in vars(config).items()
@@ -144,11 +145,11 @@ class Adapter:
         return {name: (was, now[name]) for name, was in edited.items() if self._is_idle(name, made)}
 
     def _is_idle(self, name: str, made: PeftConfig) -> bool:
-        if name in TargetOptions._fields or name == made.biases_option:
+        if name in TargetOptions._fields or name == made.option_for(Role.BIASES):
             return True
         # whoever loads the file makes these tensors by the config; of those that took a product, PEFT's recipe edits it
         remakes = any(not spec.is_saved for adapted in self.sites for spec in adapted.specs.values())
-        if name not in made.not_of_tensors and (remakes or (self.replaced and not self.took_product)):
+        if name not in made.editable and (remakes or (self.replaced and not self.took_product)):
             return True
         edited = copy.copy(made)
         vars(edited)[name] = vars(self.config)[name]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from graphpeft.graph import ops
 from graphpeft.rules.delta_rule import WeightRule
+from graphpeft.rules.options import InitWeights
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
@@ -111,14 +112,8 @@ class BeftConfig(TargetedConfig):
             "deberta-v2": ("value_proj",),
         }
     )
-    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"init_weights"}
 
-    init_weights: bool = True
-
-    @property
-    def starts_as_identity(self) -> bool:
-        """Whether biases are zero."""
-        return self.init_weights
+    init_weights: InitWeights = True
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> AddedBias:
         """Returns the rule for a layer."""

@@ -25,7 +25,7 @@ from graphpeft.graph.memory_layout import laid_out_as
 from graphpeft.methods import rotations
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.delta_rule import DeltaRule, WeightRule
-from graphpeft.rules.options import Probability, Size, SizeOrZero
+from graphpeft.rules.options import Editable, InitWeights, Probability, Size, SizeOrZero, TrainedBiases
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec, unchanged
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
@@ -180,22 +180,16 @@ class BOFTConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.BOFT
     prefix: ClassVar[str | None] = "boft_"
-    biases_option: ClassVar[str] = "bias"
     adapts_leaves: ClassVar[bool] = True
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
-    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
-        "fan_in_fan_out",
-        "boft_dropout",
-        "init_weights",
-    }
 
     boft_block_size: SizeOrZero = 4
     boft_block_num: SizeOrZero = 0
     boft_n_butterfly_factor: Size = 1
-    boft_dropout: Probability = 0.0
-    fan_in_fan_out: bool = False
-    bias: Literal["none", "all", "boft_only"] = "none"
-    init_weights: bool = True
+    boft_dropout: Editable[Probability] = 0.0
+    fan_in_fan_out: Editable[bool] = False
+    bias: TrainedBiases[Literal["none", "all", "boft_only"]] = "none"
+    init_weights: InitWeights = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -204,11 +198,6 @@ class BOFTConfig(TargetedConfig):
                 f"boft_block_size={self.boft_block_size}, boft_block_num={self.boft_block_num}: give one of them, and "
                 "0 for the other"
             )
-
-    @property
-    def starts_as_identity(self) -> bool:
-        """Whether rotations are the identity and scales 1."""
-        return self.init_weights
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
         """Returns the rule for a linear layer's inputs and outputs, or for a weight."""

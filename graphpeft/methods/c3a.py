@@ -23,7 +23,7 @@ from graphpeft.graph.scaled_sum import is_captured
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.matrices import matrices_of
 from graphpeft.rules.delta_rule import ProductRule
-from graphpeft.rules.options import Size
+from graphpeft.rules.options import Editable, Size, TrainedBiases
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.products import Factor, Product
@@ -189,19 +189,17 @@ class C3AConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.C3A
     prefix: ClassVar[str | None] = "c3a_"
-    biases_option: ClassVar[str] = "bias"
     lacks: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
     default_targets: ClassVar[targets.Defaults] = {
         **DEFAULT_TARGET_MODULES,
         "gpt2": ("mlp.c_proj",),
         "gpt_bigcode": ("mlp.c_proj",),
     }
-    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"init_weights"}
 
     block_size: Size = 256
-    bias: Literal["none", "all", "c3a_only"] = "none"
+    bias: TrainedBiases[Literal["none", "all", "c3a_only"]] = "none"
     block_size_pattern: dict[str, Size] | None = field(default_factory=dict)
-    init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] = "xavier_uniform"
+    init_weights: Editable[bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"]] = "xavier_uniform"
 
     @property
     def starts_as_identity(self) -> bool:

@@ -25,7 +25,7 @@ from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.matrices import as_matrices, matrices_of
 from graphpeft.rules.delta_rule import DeltaRule, ProductRule
-from graphpeft.rules.options import Number, Probability, Size
+from graphpeft.rules.options import Editable, InputDropout, Number, Size, TrainedBiases, Turned
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.products import Product
@@ -165,25 +165,17 @@ class DeftConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.DEFT
     prefix: ClassVar[str | None] = "deft_"
-    biases_option: ClassVar[str] = "bias"
-    turned_option: ClassVar[str] = "fan_in_fan_out"
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
-    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
-        "init_scale",
-        "fan_in_fan_out",
-        "deft_dropout",
-        "init_weights",
-    }
 
     r: Size = 8
     decomposition_method: Literal["relu", "qr"] = "relu"
-    init_scale: Number = 1.0
+    init_scale: Editable[Number] = 1.0
     alpha: Number | None = None
     para: bool = False
-    fan_in_fan_out: bool = False
-    deft_dropout: Probability = 0.0
-    init_weights: bool = True
-    bias: Literal["none", "all", "deft_only"] = "none"
+    fan_in_fan_out: Turned = False
+    deft_dropout: InputDropout = 0.0
+    init_weights: Editable[bool] = True
+    bias: TrainedBiases[Literal["none", "all", "deft_only"]] = "none"
 
     @property
     def starts_as_identity(self) -> bool | Literal["within rounding"]:

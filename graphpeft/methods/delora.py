@@ -21,7 +21,7 @@ from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import draw
 from graphpeft.methods.matrices import as_matrices, matrices_of
 from graphpeft.rules.delta_rule import ProductRule
-from graphpeft.rules.options import Number, Probability, Size
+from graphpeft.rules.options import Editable, InitWeights, InputDropout, Number, Size, TrainedBiases
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.products import Diagonal, Product
@@ -58,10 +58,6 @@ class Delora(ProductRule):
     def constants(self, site: Any, config: Any) -> Mapping[str, float]:
         """Returns the rank."""
         return {"rank": config.value_at("r", site)}
-
-    def dropout_of(self, config: Any) -> float:
-        """Returns `module_dropout`, which drops elements of the branch's input in PEFT, too."""
-        return config.module_dropout
 
     def product(self, delora_A: Any, delora_B: Any, delora_lambda: Any, delora_w_norm: Any, rank: Any) -> Product:
         """Returns B diag(…) A diag(w)."""
@@ -109,28 +105,16 @@ class DeloraConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.DELORA
     prefix: ClassVar[str | None] = "delora_"
-    biases_option: ClassVar[str] = "bias"
     patterns: ClassVar[Mapping[str, str]] = {"r": "rank_pattern", "delora_lambda": "lambda_pattern"}
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
-    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
-        "delora_lambda",
-        "lambda_pattern",
-        "module_dropout",
-        "init_weights",
-    }
 
     r: Size = 8
-    delora_lambda: Number = 15
-    module_dropout: Probability = 0.0
-    bias: Literal["none", "all", "delora_only"] = "none"
-    init_weights: bool = True
+    delora_lambda: Editable[Number] = 15
+    module_dropout: InputDropout = 0.0
+    bias: TrainedBiases[Literal["none", "all", "delora_only"]] = "none"
+    init_weights: InitWeights = True
     rank_pattern: dict[str, Size] = field(default_factory=dict)
-    lambda_pattern: dict[str, Number] = field(default_factory=dict)
-
-    @property
-    def starts_as_identity(self) -> bool:
-        """Whether B is zero."""
-        return self.init_weights
+    lambda_pattern: Editable[dict[str, Number]] = field(default_factory=dict)
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Delora:
         """Returns the rule for a weight's kernel, or for a matrix."""

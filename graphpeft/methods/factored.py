@@ -20,7 +20,7 @@ from graphpeft.graph.computed_weights import read_weight
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.matrices import matrices_of
 from graphpeft.rules.delta_rule import ProductRule
-from graphpeft.rules.options import Seed
+from graphpeft.rules.options import Seed, Turned
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.sites import quantisers
 from graphpeft.sites.site import LeafSite
@@ -63,10 +63,6 @@ class Factored(ProductRule):
     needs_matrix: ClassVar[bool] = True
     adapts_calls: ClassVar[bool] = True
 
-    def dropout_of(self, config: Any) -> float:
-        """Returns the option for dropout, which each method names by itself."""
-        return config.dropout
-
     def numbers_unknown(self, site: Any) -> str | None:
         """Returns why the numbers of a site's weight can't be read, for a method that starts from them, or None."""
         if isinstance(site, LeafSite) and not site.is_recoded:
@@ -90,20 +86,12 @@ class FactoredConfig(TargetedConfig):
     """
 
     adapts_leaves: ClassVar[bool] = True
-    biases_option: ClassVar[str] = "bias"
-    turned_option: ClassVar[str] = "fan_in_fan_out"
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
-    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"fan_in_fan_out", "init_weights"}
 
     shared_options: ClassVar[tuple[str, ...]] = ()
     """The tensors that all adapters of the method on one model have to share, as in PEFT."""
 
-    fan_in_fan_out: bool = False
-
-    @property
-    def dropout(self) -> float:
-        """The probability of dropping an element of a branch's input in training."""
-        return getattr(self, f"{self.method.lower()}_dropout")
+    fan_in_fan_out: Turned = False
 
     def conflict(self, others: Mapping[str, Any]) -> str | None:
         """Refuses other values of `shared_options` than those of the model's other adapters, as PEFT does."""

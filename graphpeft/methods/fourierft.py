@@ -20,7 +20,7 @@ from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.matrices import Matrices, matrices_of
 from graphpeft.methods.placed import placed
 from graphpeft.rules.delta_rule import DeltaRule
-from graphpeft.rules.options import Number, Seed, Size
+from graphpeft.rules.options import InitWeights, Number, Seed, Size, TrainedBiases, Turned
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
@@ -133,27 +133,19 @@ class FourierFTConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.FOURIERFT
     prefix: ClassVar[str | None] = "fourierft_"
-    biases_option: ClassVar[str] = "bias"
-    turned_option: ClassVar[str] = "fan_in_fan_out"
     default_targets: ClassVar[targets.Defaults] = {
         **DEFAULT_TARGET_MODULES,
         "gpt2": ("mlp.c_proj",),
         "gpt_bigcode": ("mlp.c_proj",),
     }
-    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"fan_in_fan_out", "init_weights"}
 
     n_frequency: Size = 1000
     scaling: Number = 150.0
     random_loc_seed: Seed = 777
-    fan_in_fan_out: bool = False
-    bias: Literal["none", "all", "fourier_only", "fourierft_only"] = "none"
+    fan_in_fan_out: Turned = False
+    bias: TrainedBiases[Literal["none", "all", "fourier_only", "fourierft_only"]] = "none"
     n_frequency_pattern: dict[str, Size] | None = field(default_factory=dict)
-    init_weights: bool = False
-
-    @property
-    def starts_as_identity(self) -> bool:
-        """Whether the coefficients are zero."""
-        return self.init_weights
+    init_weights: InitWeights = False
 
     @property
     def target_options(self) -> TargetOptions:

@@ -21,7 +21,7 @@ from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import draw
 from graphpeft.methods.matrices import matrices_of
 from graphpeft.rules.delta_rule import DeltaRule
-from graphpeft.rules.options import Size
+from graphpeft.rules.options import InitWeights, Size, TrainedBiases
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
@@ -173,22 +173,15 @@ class GloraConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.GLORA
     prefix: ClassVar[str | None] = "glora_"
-    biases_option: ClassVar[str] = "bias"
     lacks: ClassVar[frozenset[str]] = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern"})
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
-    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"init_weights"}
 
     r: Size = 8
-    bias: Literal["none", "all", "glora_only"] = "none"
+    bias: TrainedBiases[Literal["none", "all", "glora_only"]] = "none"
     config_A_B: Literal["lora", "vector", "constant", "none"] = "lora"  # noqa: N815
     config_C: Literal["lora", "vector", "none"] = "lora"  # noqa: N815
     config_D_E: Literal["vector", "constant", "none"] = "constant"  # noqa: N815
-    init_weights: bool = True
-
-    @property
-    def starts_as_identity(self) -> bool:
-        """Whether all factors and shifts are zero."""
-        return self.init_weights
+    init_weights: InitWeights = True
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Glora:
         """Returns the rule for a weight, with or without a bias beside it."""

@@ -23,7 +23,7 @@ from graphpeft.graph import ops
 from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.delta_rule import DeltaRule
-from graphpeft.rules.options import Index, Number, Probability, Size
+from graphpeft.rules.options import Index, InitWeights, InputDropout, Number, Size, TrainedBiases, Turned
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
@@ -69,10 +69,6 @@ class Gralora(DeltaRule):
     def constants(self, site: Any, config: Any) -> Mapping[str, float]:
         """Returns s."""
         return {"scale": config.alpha / (config.r + config.hybrid_r)}
-
-    def dropout_of(self, config: Any) -> float:
-        """Returns `gralora_dropout`."""
-        return config.gralora_dropout
 
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
         """Draws A and H, and sets B and G to zero or draws them, too."""
@@ -169,35 +165,23 @@ class GraloraConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.GRALORA
     prefix: ClassVar[str | None] = "gralora_"
-    biases_option: ClassVar[str] = "bias"
     lacks: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
     adapts_leaves: ClassVar[bool] = True
-    turned_option: ClassVar[str] = "fan_in_fan_out"
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
-    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
-        "fan_in_fan_out",
-        "gralora_dropout",
-        "init_weights",
-    }
 
     r: Size = 32
     hybrid_r: Index = 0
     alpha: Number = 64
-    gralora_dropout: Probability = 0.0
+    gralora_dropout: InputDropout = 0.0
     gralora_k: Size = 2
-    fan_in_fan_out: bool = False
-    bias: Literal["none", "all", "gralora_only"] = "none"
-    init_weights: bool = True
+    fan_in_fan_out: Turned = False
+    bias: TrainedBiases[Literal["none", "all", "gralora_only"]] = "none"
+    init_weights: InitWeights = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.r % self.gralora_k:
             raise ValueError(f"gralora_k={self.gralora_k} must divide r={self.r}, the rank of all its blocks together")
-
-    @property
-    def starts_as_identity(self) -> bool:
-        """Whether B and G are zero."""
-        return self.init_weights
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Gralora:
         """Returns the rule of a linear operation, of a call, or of any other use of a weight."""

@@ -25,7 +25,7 @@ from graphpeft.graph import ops
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.delta_rule import DeltaRule
-from graphpeft.rules.options import Probability, Size
+from graphpeft.rules.options import Editable, InputDropout, Size, Turned
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec, RankAxis, unchanged
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
@@ -40,10 +40,6 @@ class Hira(DeltaRule):
     """The change of a matrix, of each matrix in a stack, or of a kernel."""
 
     needs_matrix: ClassVar[bool] = True
-
-    def dropout_of(self, config: Any) -> float:
-        """Returns the probability of dropping an element of the input of the change."""
-        return config.hira_dropout
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns A and B."""
@@ -188,18 +184,12 @@ class HiraConfig(TargetedConfig):
     prefix: ClassVar[str | None] = "hira_"
     adapts_leaves: ClassVar[bool] = True
     patterns: ClassVar[Mapping[str, str]] = {"r": "rank_pattern"}
-    turned_option: ClassVar[str] = "fan_in_fan_out"
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
-    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
-        "hira_dropout",
-        "fan_in_fan_out",
-        "init_weights",
-    }
 
     r: Size = 32
-    hira_dropout: Probability = 0.0
-    fan_in_fan_out: bool = False
-    init_weights: bool | Literal["gaussian"] | None = True
+    hira_dropout: InputDropout = 0.0
+    fan_in_fan_out: Turned = False
+    init_weights: Editable[bool | Literal["gaussian"] | None] = True
     rank_pattern: dict[str, Size] = field(default_factory=dict)
 
     @property

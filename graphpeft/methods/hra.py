@@ -22,7 +22,7 @@ from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.rotations import features_of_row
 from graphpeft.rules.delta_rule import DeltaRule, WeightRule
-from graphpeft.rules.options import Size
+from graphpeft.rules.options import Editable, Size, TrainedBiases
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
@@ -169,15 +169,13 @@ class HRAConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.HRA
     prefix: ClassVar[str | None] = "hra_"
-    biases_option: ClassVar[str] = "bias"
     adapts_leaves: ClassVar[bool] = True
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
-    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"init_weights"}
 
     r: Size = 8
     apply_GS: bool = False  # noqa: N815
-    init_weights: bool = True
-    bias: Literal["none", "all", "hra_only"] = "none"
+    init_weights: Editable[bool] = True
+    bias: TrainedBiases[Literal["none", "all", "hra_only"]] = "none"
 
     @property
     def starts_in_pairs(self) -> bool:

@@ -25,7 +25,7 @@ from graphpeft.graph import ops
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.config import PeftConfig
-from graphpeft.rules.options import Number, Size
+from graphpeft.rules.options import InitWeights, Number, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
@@ -129,22 +129,16 @@ class LilyConfig(TargetedConfig):
     prefix: ClassVar[str | None] = "lily_"
     adapts_leaves: ClassVar[bool] = True
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
-    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"init_weights"}
 
     r: Size = 32
     stride_A: Size = 1  # noqa: N815
     num_B: Size = 2  # noqa: N815
     scaling: Number = 1.0
-    init_weights: bool = True
+    init_weights: InitWeights = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._owners: Mapping[str, tuple[str, str]] = {}
-
-    @property
-    def starts_as_identity(self) -> bool:
-        """Whether B is zero."""
-        return self.init_weights
 
     def resolved(self, model: nn.Module) -> PeftConfig:
         """Returns the config with `target_modules` filled in, and in as few entries as PEFT has, which share."""

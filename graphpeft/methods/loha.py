@@ -22,6 +22,7 @@ from graphpeft._torch import is_transformed
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.scaled_sum import is_captured
 from graphpeft.methods.lycoris import LycorisConfig, LycorisRule, core_product, core_shape, draw
+from graphpeft.rules.options import InitWeights
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
@@ -145,12 +146,7 @@ class LoHaConfig(LycorisConfig):
     peft_type: ClassVar[PeftType] = PeftType.LOHA
     prefix: ClassVar[str | None] = "hada_"
 
-    init_weights: bool = True
-
-    @property
-    def starts_as_identity(self) -> bool:
-        """Whether B₂ is zero."""
-        return self.init_weights
+    init_weights: InitWeights = True
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> LoHa:
         """Returns the rule for a weight's kernel, or for a matrix."""

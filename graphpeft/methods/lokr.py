@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lycoris import LycorisConfig, LycorisRule, core_product, core_shape, draw
-from graphpeft.rules.options import Within
+from graphpeft.rules.options import Editable, Within
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
@@ -147,12 +147,11 @@ class LoKrConfig(LycorisConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.LOKR
     prefix: ClassVar[str | None] = "lokr_"
-    not_of_tensors: ClassVar[frozenset[str]] = LycorisConfig.not_of_tensors | {"rank_dropout_scale"}
 
     decompose_both: bool = False
     decompose_factor: Annotated[int, Within("a whole number from -1 on", -1, 2**20)] = -1
-    rank_dropout_scale: bool = False
-    init_weights: bool | Literal["lycoris"] = True
+    rank_dropout_scale: Editable[bool] = False
+    init_weights: Editable[bool | Literal["lycoris"]] = True
 
     @property
     def starts_as_identity(self) -> bool:

@@ -20,7 +20,7 @@ from graphpeft.graph.changed_products import apart_in_training
 from graphpeft.graph.recorded import identity_in_evaluation, recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.delta_rule import DeltaRule
-from graphpeft.rules.options import Number, Probability, Size
+from graphpeft.rules.options import Editable, Number, Probability, Size
 from graphpeft.targeting import targets
 from graphpeft.targeting.target_config import TargetedConfig
 
@@ -156,16 +156,11 @@ class LycorisConfig(TargetedConfig):
 
     patterns: ClassVar[Mapping[str, str]] = {"r": "rank_pattern", "alpha": "alpha_pattern"}
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
-    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
-        "rank_dropout",
-        "module_dropout",
-        "init_weights",
-    }
 
     r: Size = 8
     alpha: Number = 8
-    rank_dropout: Probability = 0.0
-    module_dropout: Probability = 0.0
+    rank_dropout: Editable[Probability] = 0.0
+    module_dropout: Editable[Probability] = 0.0
     use_effective_conv2d: bool = False
     rank_pattern: dict[str, Size] = field(default_factory=dict)
     alpha_pattern: dict[str, Number] = field(default_factory=dict)

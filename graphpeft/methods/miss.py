@@ -24,7 +24,7 @@ from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import draw
 from graphpeft.methods.matrices import matrices_of
 from graphpeft.rules.delta_rule import DeltaRule, ProductRule
-from graphpeft.rules.options import Probability, Size
+from graphpeft.rules.options import InputDropout, Size, TrainedBiases
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.products import Factor, Product
@@ -73,10 +73,6 @@ class Miss(ProductRule):
             draw(parameters["miss_block"], site)
         else:
             parameters["miss_block"].zero_()
-
-    def dropout_of(self, config: Any) -> float:
-        """Returns `miss_dropout`."""
-        return config.miss_dropout
 
     def fitted(self, x: Any, parameter: Any) -> Any:
         """Returns the input in whole blocks, for which PEFT draws a mask."""
@@ -223,16 +219,14 @@ class MissConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.MISS
     prefix: ClassVar[str | None] = "miss_"
-    biases_option: ClassVar[str] = "bias"
     adapts_leaves: ClassVar[bool] = True
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
-    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"miss_dropout"}
 
     r: Size = 64
-    miss_dropout: Probability = 0.0
+    miss_dropout: InputDropout = 0.0
     mini_r: Size = 1
     init_weights: bool | Literal["bat", "mini"] = True
-    bias: Literal["none", "all", "MiSS_only", "miss_only"] = "none"
+    bias: TrainedBiases[Literal["none", "all", "MiSS_only", "miss_only"]] = "none"
 
     @property
     def starts_as_identity(self) -> bool:

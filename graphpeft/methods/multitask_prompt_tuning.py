@@ -22,7 +22,7 @@ from graphpeft.graph.recorded import recorded
 from graphpeft.methods.prompt_tuning import TokenTable
 from graphpeft.methods.prompts.encoders import EMBEDDINGS_KEY, Encoder
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
-from graphpeft.rules.options import Index, Size
+from graphpeft.rules.options import Editable, Index, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
@@ -82,8 +82,8 @@ class MultitaskPromptTuningConfig(PromptLearningConfig):
     prompt_tuning_init_text: str | None = None
     prompt_tuning_init_state_dict_path: str | None = None
     prompt_tuning_init_task: Index | None = 0
-    tokenizer_name_or_path: str | None = None
-    tokenizer_kwargs: dict[str, Any] | None = None
+    tokenizer_name_or_path: Editable[str | None] = None
+    tokenizer_kwargs: Editable[dict[str, Any] | None] = None
     num_ranks: Size = 1
     num_tasks: Size = 1
 

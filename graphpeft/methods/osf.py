@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from graphpeft.methods.factored import Factored, sizes_of
 from graphpeft.methods.steered import steered
-from graphpeft.rules.options import Size, Within
+from graphpeft.rules.options import Editable, Size, Within
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.products import Diagonal, Factor, Product
@@ -94,10 +94,6 @@ class Osf(Factored):
         for name, high in {"osf_U_high": u[..., :frozen], "osf_V_high": v[..., :frozen, :]}.items():
             if name in parameters:
                 parameters[name].copy_(high)
-
-    def dropout_of(self, config: Any) -> float:
-        """Returns 0: the method has no dropout."""
-        return 0.0
 
     def product(self, osf_S_low: Any, osf_S_init: Any, osf_U_init: Any, osf_V_init: Any, **others: Any) -> Product:
         """Returns U S V − U₀ S₀ V₀."""
@@ -171,12 +167,11 @@ class OSFConfig(TargetedConfig):
     lacks: ClassVar[frozenset[str]] = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern"})
     adapts_leaves: ClassVar[bool] = True
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
-    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"init_weights", "target_svd_config"}
 
     effective_rank: Size | _Share | None = None
     rank_pattern: dict[str, Size | _Share] | None = None
-    init_weights: bool | None = True
-    target_svd_config: dict[str, int] | None = None
+    init_weights: Editable[bool | None] = True
+    target_svd_config: Editable[dict[str, int] | None] = None
 
     @property
     def starts_as_identity(self) -> Literal["within rounding"] | bool:

@@ -23,7 +23,7 @@ from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import draw
 from graphpeft.methods.matrices import matrices_of
 from graphpeft.rules.delta_rule import ProductRule
-from graphpeft.rules.options import Number, Size, Within
+from graphpeft.rules.options import InitWeights, Number, Size, Within
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.products import Product, Transposed
@@ -182,13 +182,12 @@ class PeanutConfig(TargetedConfig):
     peft_type: ClassVar[PeftType] = PeftType.PEANUT
     prefix: ClassVar[str | None] = "peanut_"
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
-    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"init_weights"}
 
     r: Size = 32
     depth: Annotated[int, Within("a whole number from 0 on", 0, 1000)] = 0
     act_fn: str = "relu"
     scaling: Number = 1.0
-    init_weights: bool = True
+    init_weights: InitWeights = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -198,11 +197,6 @@ class PeanutConfig(TargetedConfig):
             raise ValueError(
                 f"act_fn {shown(self.act_fn)}{reason if self.act_fn in ('prelu', 'xielu') else ' is unknown'}; {known}"
             )
-
-    @property
-    def starts_as_identity(self) -> bool:
-        """Whether the last layer is zero."""
-        return self.init_weights
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Peanut:
         """Returns the rule for a weight's shape."""

@@ -24,7 +24,7 @@ from graphpeft.graph.changed_products import products_by_row
 from graphpeft.graph.recorded import as_node, recorded
 from graphpeft.graph.scaled_sum import is_captured
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.rules.options import Size
+from graphpeft.rules.options import InitWeights, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
@@ -193,19 +193,13 @@ class PolyConfig(TargetedConfig):
     lacks: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
     adapts_leaves: ClassVar[bool] = True
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
-    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"init_weights"}
 
     r: Size = 8
-    init_weights: bool = True
+    init_weights: InitWeights = True
     poly_type: Literal["poly"] = "poly"
     n_tasks: Size = 1
     n_skills: Size = 4
     n_splits: Size = 1
-
-    @property
-    def starts_as_identity(self) -> bool:
-        """Whether B is zero."""
-        return self.init_weights
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Poly:
         """Returns the rule of a linear operation, or of a call."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from graphpeft.methods.prompts.encoders import Encoder, Table
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
+from graphpeft.rules.options import Editable
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 
@@ -59,8 +60,8 @@ class PromptTuningConfig(PromptLearningConfig):
 
     prompt_tuning_init: Literal["TEXT", "SAMPLE_VOCAB", "RANDOM"] = "RANDOM"
     prompt_tuning_init_text: str | None = None
-    tokenizer_name_or_path: str | None = None
-    tokenizer_kwargs: dict[str, Any] | None = None
+    tokenizer_name_or_path: Editable[str | None] = None
+    tokenizer_kwargs: Editable[dict[str, Any] | None] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

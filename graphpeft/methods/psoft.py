@@ -24,7 +24,7 @@ from graphpeft.methods.factored import Factored, sizes_of
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.matrices import svd_by_seed
 from graphpeft.methods.skew import cayley, neumann, skew
-from graphpeft.rules.options import Probability, Seed, Size, Within
+from graphpeft.rules.options import Editable, InitWeights, InputDropout, Seed, Size, Within
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.products import Product
@@ -71,10 +71,6 @@ class Psoft(Factored):
         of_base = {"is_trained": False, "is_saved": False, "dtype": torch.promote_types(site.dtype, torch.float32)}
         shapes = {"psoft_A": (*stack, rank, self.sizes.columns), "psoft_B": (*stack, self.sizes.rows, rank)}
         return made | {name: ParameterSpec(shape, name, **of_base) for name, shape in shapes.items()}
-
-    def dropout_of(self, config: Any) -> float:
-        """Returns the probability of dropping an element of the branch's input."""
-        return config.psoft_dropout
 
     def constants(self, site: Any, config: Any) -> Mapping[str, float]:
         """Returns s."""
@@ -173,12 +169,11 @@ class PsoftConfig(TargetedConfig):
     prefix: ClassVar[str | None] = "psoft_"
     adapts_leaves: ClassVar[bool] = True
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
-    not_of_tensors = TargetedConfig.not_of_tensors | {"psoft_dropout", "fan_in_fan_out", "init_weights"}
 
     r: Size = 32
     psoft_alpha: Annotated[float, Within("a number above 0", 1e-6, 3.4e38)] = 32
-    psoft_dropout: Probability = 0.0
-    fan_in_fan_out: bool = False
+    psoft_dropout: InputDropout = 0.0
+    fan_in_fan_out: Editable[bool] = False
     ab_svd_init: Literal["psoft_init", "pissa_init"] = "psoft_init"
     psoft_svd: Literal["full", "lowrank"] = "full"
     psoft_svd_lowrank_niter: Annotated[int, Within("a whole number from 0 on", 0, 100)] = 10
@@ -189,12 +184,7 @@ class PsoftConfig(TargetedConfig):
     use_cayley_neumann: bool = False
     num_cayley_neumann_terms: Annotated[int, Within("a positive integer", 1, 100)] = 5
     cayley_neumann_eps: Annotated[float, Within("a number between 0 and 1", 1e-12, 1 - 1e-12)] | None = None
-    init_weights: bool = True
-
-    @property
-    def starts_as_identity(self) -> bool:
-        """Whether R is the identity."""
-        return self.init_weights
+    init_weights: InitWeights = True
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Psoft:
         """Returns the rule for a linear operation or a call, or for a weight in any other use."""

@@ -23,7 +23,7 @@ from graphpeft.graph import ops
 from graphpeft.graph.recorded import identity_in_evaluation, recorded
 from graphpeft.methods.factored import Factored, ProjectedConfig, sizes_of
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.rules.options import Number, Probability, Seed, Size
+from graphpeft.rules.options import Editable, InitWeights, InputDropout, Number, Seed, Size, TrainedBiases
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.products import Diagonal, Product
@@ -194,25 +194,14 @@ class PveraConfig(ProjectedConfig):
         "phi": ("q_proj", "v_proj"),
         "dinov2": ("query", "value"),
     }
-    not_of_tensors: ClassVar[frozenset[str]] = ProjectedConfig.not_of_tensors | {
-        "pvera_dropout",
-        "d_initial",
-        "sample_at_inference",
-        "generator_seed",
-    }
 
     r: Size = 256
-    pvera_dropout: Probability = 0.0
-    d_initial: Number = 0.1
-    bias: Literal["none", "all", "pvera_only"] = "none"
-    init_weights: bool = True
-    sample_at_inference: bool = False
-    generator_seed: Seed | None = None
-
-    @property
-    def starts_as_identity(self) -> bool:
-        """Whether b is 0."""
-        return self.init_weights
+    pvera_dropout: InputDropout = 0.0
+    d_initial: Editable[Number] = 0.1
+    bias: TrainedBiases[Literal["none", "all", "pvera_only"]] = "none"
+    init_weights: InitWeights = True
+    sample_at_inference: Editable[bool] = False
+    generator_seed: Editable[Seed | None] = None
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Pvera:
         """Returns the rule for a linear operation, or for a call."""

@@ -24,7 +24,7 @@ from graphpeft._torch import is_transformed
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.scaled_sum import is_captured
 from graphpeft.methods.factored import Factored, ProjectedConfig, sizes_of
-from graphpeft.rules.options import Number, Probability, Size
+from graphpeft.rules.options import InitWeights, InputDropout, Number, Size, TrainedBiases
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.products import Product
@@ -187,20 +187,14 @@ class RandLoraConfig(ProjectedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.RANDLORA
     prefix: ClassVar[str | None] = "randlora_"
-    not_of_tensors: ClassVar[frozenset[str]] = ProjectedConfig.not_of_tensors | {"randlora_dropout"}
 
     r: Size = 32
     sparse: bool = False
     very_sparse: bool = False
-    randlora_dropout: Probability = 0.0
+    randlora_dropout: InputDropout = 0.0
     randlora_alpha: Number = 640
-    bias: Literal["none", "all", "randlora_only"] = "none"
-    init_weights: bool = True
-
-    @property
-    def starts_as_identity(self) -> bool:
-        """Whether λ is 0."""
-        return self.init_weights
+    bias: TrainedBiases[Literal["none", "all", "randlora_only"]] = "none"
+    init_weights: InitWeights = True
 
     @property
     def share(self) -> float | None:

@@ -23,7 +23,7 @@ from graphpeft.graph import ops
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.delta_rule import WeightRule
-from graphpeft.rules.options import Size
+from graphpeft.rules.options import InitWeights, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
@@ -171,21 +171,15 @@ class RoadConfig(TargetedConfig):
     adapts_leaves: ClassVar[bool] = True
     lacks: ClassVar[frozenset[str]] = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern"})
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
-    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"init_weights"}
 
     variant: Variant = "road_1"
     group_size: Size = 64
-    init_weights: bool = True
+    init_weights: InitWeights = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.group_size % 2:
             raise ValueError(f"group_size is {self.group_size}, which has no two halves; choose an even number")
-
-    @property
-    def starts_as_identity(self) -> bool:
-        """Whether angles are 0 and scales 1."""
-        return self.init_weights
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> PairRotations:
         """Returns the rule for a layer."""

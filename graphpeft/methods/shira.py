@@ -19,7 +19,7 @@ from graphpeft.adapters.plan import AdaptError
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.matrices import Matrices, matrices_of
 from graphpeft.methods.placed import Placed
-from graphpeft.rules.options import Seed, Size
+from graphpeft.rules.options import Editable, InitWeights, Seed, Size, Turned
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
@@ -119,27 +119,15 @@ class ShiraConfig(TargetedConfig):
     peft_type: ClassVar[PeftType] = PeftType.SHIRA
     prefix: ClassVar[str | None] = "shira_"
     lacks: ClassVar[frozenset[str]] = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern"})
-    turned_option: ClassVar[str] = "fan_in_fan_out"
     default_targets: ClassVar[targets.Defaults] = {**DEFAULT_TARGET_MODULES, "phi": ("q_proj", "v_proj")}
-    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
-        "mask_type",
-        "random_seed",
-        "fan_in_fan_out",
-        "init_weights",
-    }
     mask_fn: ClassVar[Callable[..., Tensor] | None] = None
     """The function that chooses the places, which an instance may have."""
 
     r: Size = 32
-    mask_type: str = "random"
-    random_seed: Seed | None = None
-    fan_in_fan_out: bool = False
-    init_weights: bool = True
-
-    @property
-    def starts_as_identity(self) -> bool:
-        """Whether the elements are 0."""
-        return self.init_weights
+    mask_type: Editable[str] = "random"
+    random_seed: Editable[Seed | None] = None
+    fan_in_fan_out: Turned = False
+    init_weights: InitWeights = True
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Shira:
         """Returns the rule for a weight's shape."""

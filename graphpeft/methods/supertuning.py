@@ -24,7 +24,7 @@ from graphpeft.methods.lycoris import draw
 from graphpeft.methods.matrices import matrices_of
 from graphpeft.methods.placed import Placed
 from graphpeft.peft_errors import PeftWarning
-from graphpeft.rules.options import Number, Size, Within
+from graphpeft.rules.options import Editable, InitWeights, Number, Size, Within
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
@@ -190,14 +190,13 @@ class SupertuningConfig(TargetedConfig):
     prefix: ClassVar[str | None] = "supertuning_"
     lacks: ClassVar[frozenset[str]] = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern"})
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
-    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"lora_dropout", "init_weights"}
 
     sparsity: _Share = 0.99
     select_top: bool = True
     r: Size | None = None
     lora_alpha: Number | None = None
-    lora_dropout: _Share = 0.0
-    init_weights: bool = True
+    lora_dropout: Editable[_Share] = 0.0
+    init_weights: InitWeights = True
     save_precomputed_indices: bool = True
 
     def __post_init__(self) -> None:
@@ -213,11 +212,6 @@ class SupertuningConfig(TargetedConfig):
                 PeftWarning,
                 stacklevel=3,
             )
-
-    @property
-    def starts_as_identity(self) -> bool:
-        """Whether the elements and B are zero."""
-        return self.init_weights
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Supertuning:
         """Returns the rule for a weight's shape."""

@@ -22,7 +22,7 @@ from graphpeft.graph import ops
 from graphpeft.graph.computed_weights import read_weight
 from graphpeft.methods.factored import Factored, FactoredConfig, sizes_of
 from graphpeft.methods.matrices import as_matrices
-from graphpeft.rules.options import Number, Probability, Seed, Size
+from graphpeft.rules.options import Editable, InputDropout, Number, Probability, Seed, Size, TrainedBiases
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.products import Product
@@ -122,17 +122,16 @@ class TinyLoraConfig(FactoredConfig):
     lacks: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
     adapts_leaves: ClassVar[bool] = False
     shared_options: ClassVar[tuple[str, ...]] = ("save_projection",)
-    not_of_tensors: ClassVar[frozenset[str]] = FactoredConfig.not_of_tensors | {"tinylora_dropout", "init_v_bound"}
 
     r: Size = 2
     u: Size = 64
     weight_tying: Probability = 0.0
     projection_seed: Seed = 42
     save_projection: bool = True
-    init_v_bound: Number = 0.02
-    tinylora_dropout: Probability = 0.0
-    bias: Literal["none", "all", "tinylora_only"] = "none"
-    init_weights: bool | Literal["uniform"] = True
+    init_v_bound: Editable[Number] = 0.02
+    tinylora_dropout: InputDropout = 0.0
+    bias: TrainedBiases[Literal["none", "all", "tinylora_only"]] = "none"
+    init_weights: Editable[bool | Literal["uniform"]] = True
 
     @property
     def starts_as_identity(self) -> bool:

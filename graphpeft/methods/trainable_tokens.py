@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from graphpeft.rules.options import InitWeights
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 from graphpeft.rules.report import Report
@@ -52,15 +53,9 @@ class TrainableTokensConfig(TargetedConfig):
     lacks: ClassVar[frozenset[str]] = frozenset(
         {"exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save"}
     )
-    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"init_weights"}
 
     token_indices: list[int] = field(default_factory=list)
-    init_weights: bool = True
-
-    @property
-    def starts_as_identity(self) -> bool:
-        """Whether the rows are those of the weight."""
-        return self.init_weights
+    init_weights: InitWeights = True
 
     def targets_by_default(self, model: nn.Module) -> str:
         """Returns the path of the model's input embedding.

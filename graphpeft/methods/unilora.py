@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.methods.factored import Factored, FactoredConfig, sizes_of
-from graphpeft.rules.options import Number, Probability, Size, Within
+from graphpeft.rules.options import Editable, InputDropout, Number, Size, TrainedBiases, Within
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec, unchanged
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.products import Product
@@ -135,15 +135,14 @@ class UniLoraConfig(FactoredConfig):
     peft_type: ClassVar[PeftType] = PeftType.UNILORA
     prefix: ClassVar[str | None] = "unilora_"
     lacks: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
-    not_of_tensors: ClassVar[frozenset[str]] = FactoredConfig.not_of_tensors | {"unilora_dropout", "init_theta_d_bound"}
 
     r: Size = 4
     proj_seed: Annotated[int, Within("a whole number from 0 on", 0, 2**63 - 1)] = 42
     theta_d_length: Size = 256
-    unilora_dropout: Probability = 0.0
-    bias: Literal["none", "all", "unilora_only"] = "none"
-    init_theta_d_bound: Number = 0.02
-    init_weights: bool = True
+    unilora_dropout: InputDropout = 0.0
+    bias: TrainedBiases[Literal["none", "all", "unilora_only"]] = "none"
+    init_theta_d_bound: Editable[Number] = 0.02
+    init_weights: Editable[bool] = True
     save_indices: bool = False
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.scaled_sum import is_captured
 from graphpeft.methods.factored import Factored, FactoredConfig, sizes_of
-from graphpeft.rules.options import Number, Probability, Size
+from graphpeft.rules.options import Editable, InputDropout, Number, Size, TrainedBiases
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.products import Product
@@ -149,21 +149,16 @@ class VBLoRAConfig(FactoredConfig):
     peft_type: ClassVar[PeftType] = PeftType.VBLORA
     prefix: ClassVar[str | None] = "vblora_"
     default_targets: ClassVar[targets.Defaults] = _TARGETS
-    not_of_tensors: ClassVar[frozenset[str]] = FactoredConfig.not_of_tensors | {
-        "vblora_dropout",
-        "init_vector_bank_bound",
-        "init_logits_std",
-    }
 
     r: Size = 4
     num_vectors: Size = 256
     vector_length: Size = 256
     topk: Size = 2
     save_only_topk_weights: bool = False
-    vblora_dropout: Probability = 0.0
-    bias: Literal["none", "all", "vblora_only"] = "none"
-    init_vector_bank_bound: Number = 0.02
-    init_logits_std: Number = 0.1
+    vblora_dropout: InputDropout = 0.0
+    bias: TrainedBiases[Literal["none", "all", "vblora_only"]] = "none"
+    init_vector_bank_bound: Editable[Number] = 0.02
+    init_logits_std: Editable[Number] = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()

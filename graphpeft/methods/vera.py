@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from graphpeft.methods.factored import Factored, ProjectedConfig, sizes_of
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.rules.options import Number, Probability, Size
+from graphpeft.rules.options import Editable, InitWeights, InputDropout, Number, Size, TrainedBiases
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.products import Diagonal, Product
@@ -91,18 +91,12 @@ class VeraConfig(ProjectedConfig):
     peft_type: ClassVar[PeftType] = PeftType.VERA
     prefix: ClassVar[str | None] = "vera_lambda_"
     default_targets: ClassVar[targets.Defaults] = {**DEFAULT_TARGET_MODULES, "phi": ("q_proj", "v_proj")}
-    not_of_tensors: ClassVar[frozenset[str]] = ProjectedConfig.not_of_tensors | {"vera_dropout", "d_initial"}
 
     r: Size = 256
-    vera_dropout: Probability = 0.0
-    d_initial: Number = 0.1
-    bias: Literal["none", "all", "vera_only"] = "none"
-    init_weights: bool = True
-
-    @property
-    def starts_as_identity(self) -> bool:
-        """Whether b is 0."""
-        return self.init_weights
+    vera_dropout: InputDropout = 0.0
+    d_initial: Editable[Number] = 0.1
+    bias: TrainedBiases[Literal["none", "all", "vera_only"]] = "none"
+    init_weights: InitWeights = True
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Vera:
         """Returns the rule for a linear operation, for a call, or for a weight."""

@@ -25,7 +25,7 @@ from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.matrices import Matrices, matrices_of
 from graphpeft.methods.wavelets import band, filters_of, synthesised
 from graphpeft.rules.delta_rule import DeltaRule
-from graphpeft.rules.options import Number, Seed, Size
+from graphpeft.rules.options import InitWeights, Number, Seed, Size, TrainedBiases, Turned
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
@@ -151,26 +151,23 @@ class WaveFTConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.WAVEFT
     prefix: ClassVar[str | None] = "waveft_"
-    biases_option: ClassVar[str] = "bias"
     patterns: ClassVar[Mapping[str, str]] = {"n_frequency": "n_frequency_pattern"}
-    turned_option: ClassVar[str] = "fan_in_fan_out"
     default_targets: ClassVar[targets.Defaults] = {
         **{name: named for name, named in DEFAULT_TARGET_MODULES.items() if name not in _WITHOUT_DEFAULTS},
         "gpt2": ("mlp.c_proj",),
         "gpt_bigcode": ("mlp.c_proj",),
     }
-    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"fan_in_fan_out", "init_weights"}
 
     n_frequency: Size = 2592
     scaling: Number = 25.0
     wavelet_family: str = "db1"
     use_idwt: bool = True
     random_loc_seed: Seed = 777
-    fan_in_fan_out: bool = False
-    bias: Literal["none", "all", "waveft_only"] = "none"
+    fan_in_fan_out: Turned = False
+    bias: TrainedBiases[Literal["none", "all", "waveft_only"]] = "none"
     n_frequency_pattern: dict[str, Size] = field(default_factory=dict)
     proportional_parameters: bool = False
-    init_weights: bool = True
+    init_weights: InitWeights = True
 
     _proportional: ClassVar[Mapping[str, int]] = {}
 
@@ -184,11 +181,6 @@ class WaveFTConfig(TargetedConfig):
         if not _length_of(self.wavelet_family):
             known = ", ".join(f"{name}{first} to {name}{last}" for name, (first, last, _) in _ORDERS.items())
             raise ValueError(f"wavelet_family must be one of {known}, not {shown(self.wavelet_family)}")
-
-    @property
-    def starts_as_identity(self) -> bool:
-        """Whether the coefficients are zero."""
-        return self.init_weights
 
     def prepared(self, sites: Sequence[Any]) -> WaveFTConfig:
         """Returns the config that knows the numbers of coefficients in proportion to the weights' sizes."""

@@ -23,7 +23,9 @@ from graphpeft.graph.computed_weights import read_weight
 from graphpeft.rules.arguments import asked_by
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.delta_rule import DeltaRule
+from graphpeft.rules.options import Editable
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
+from graphpeft.rules.peft_names import TaskType
 from graphpeft.rules.registry import register
 from graphpeft.rules.report import Report
 from graphpeft.rules.target_options import TargetOptions
@@ -122,8 +124,8 @@ class WeightDecomposedConfig(PeftConfig):
     """
 
     peft_type: ClassVar[Any] = "GRAPHPEFT_WEIGHT_DECOMPOSED"
-    not_of_tensors: ClassVar[frozenset[str]] = PeftConfig.not_of_tensors | {"task_type"}
 
+    task_type: Editable[TaskType | None] = None
     direction: Any = field(default_factory=dict)
 
     def __post_init__(self) -> None:

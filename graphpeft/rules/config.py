@@ -19,7 +19,7 @@ from graphpeft.rules.config_in_calls import ConfigInCalls
 from graphpeft.rules.config_json import OWN as OWN
 from graphpeft.rules.config_json import ConfigJson
 from graphpeft.rules.config_training import ConfigTraining
-from graphpeft.rules.options import check_options
+from graphpeft.rules.options import Editable, Role, check_options, options_for
 from graphpeft.rules.peft_names import HEADS, PEFT_VERSION, TaskType
 from graphpeft.rules.plain_values import default_of, plain
 from graphpeft.rules.registry import names_method
@@ -66,32 +66,21 @@ class PeftConfig(ConfigInCalls, ConfigJson, ConfigTraining):
     file_prefix: ClassVar[str] = "base_model.model."
     """The prefix in files of the names of tensors inside the model."""
 
-    not_of_tensors: ClassVar[frozenset[str]] = frozenset(
-        {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"}
-    )
-    """Options that don't change the meaning of an adapter's tensors, so that a file's user may edit them."""
-
     lacks: ClassVar[frozenset[str]] = frozenset()
     """Inherited options that the method doesn't have, as in PEFT: they can't be set, and files lack them."""
 
     prefix: ClassVar[str | None] = None
     """How the rules' names of the method's tensors begin, by which PEFT's users find these; None if they vary."""
 
-    biases_option: ClassVar[str] = ""
-    """The option for `trained_biases`: "none", "all", or any other value for "adapted"; "" if there is none."""
-
-    tying_option: ClassVar[str] = ""
-    """The option for `keeps_tied`; "" if there is none."""
-
     is_resolved: ClassVar[bool] = False
     """Whether the options that depend on a model are filled in, as in the config of each adapter."""
 
     task_type: TaskType | None = None
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
-    inference_mode: bool = False
-    auto_mapping: dict[str, Any] | None = None
-    peft_version: str | None = PEFT_VERSION
+    base_model_name_or_path: Editable[str | None] = None
+    revision: Editable[str | None] = None
+    inference_mode: Editable[bool] = False
+    auto_mapping: Editable[dict[str, Any] | None] = None
+    peft_version: Editable[str | None] = PEFT_VERSION
     modules_to_save: list[str] | None = None
 
     def __post_init__(self) -> None:
@@ -127,9 +116,19 @@ class PeftConfig(ConfigInCalls, ConfigJson, ConfigTraining):
         """Whether a fresh adapter of this config changes no output; the laws in `graphpeft.testing` check it.
 
         True means bit for bit, in half precision within rounding. ``"within rounding"`` is for factors whose product
-        is the identity only in exact arithmetic, such as two equal reflections.
+        is the identity only in exact arithmetic, such as two equal reflections. By default, as the option with the role
+        `Role.IDENTITY` says.
         """
-        return False
+        option = self.option_for(Role.IDENTITY)
+        return bool(option and getattr(self, option))
+
+    def option_for(self, role: Role) -> str:
+        """Returns the name of the option that has a role, or "" if none has.
+
+        Args:
+            role: The role, which annotations of options tell: ``bias: TrainedBiases[...]``.
+        """
+        return next(iter(options_for(type(self), role)), "")
 
     def check(self) -> None:
         """Raises ValueError for options that this library doesn't support, and for invalid values."""
@@ -155,8 +154,9 @@ class PeftConfig(ConfigInCalls, ConfigJson, ConfigTraining):
 
     @property
     def trained_biases(self) -> Biases:
-        """The biases of the model to train; by default, as `biases_option` says."""
-        value = getattr(self, self.biases_option) if self.biases_option else "none"
+        """The biases of the model to train; by default, as the option with the role `Role.BIASES` says."""
+        option = self.option_for(Role.BIASES)
+        value = getattr(self, option) if option else "none"
         return value if value in ("none", "all") else "adapted"
 
     @property
@@ -168,9 +168,10 @@ class PeftConfig(ConfigInCalls, ConfigJson, ConfigTraining):
     def keeps_tied(self) -> bool:
         """Whether tied weights of the model stay tied: trained copies are one tensor, and trained rows are the same.
 
-        By default, as `tying_option` says.
+        By default, as the option with the role `Role.TYING` says.
         """
-        return bool(self.tying_option and getattr(self, self.tying_option))
+        option = self.option_for(Role.TYING)
+        return bool(option and getattr(self, option))
 
     @property
     def replicated_layers(self) -> Sequence[Sequence[int]] | None:

@@ -14,6 +14,7 @@ from graphpeft.files.atomic_files import Staging
 from graphpeft.files.foreign_files import CheckpointError, read_json
 from graphpeft.files.hub import CONFIG_NAME, adapter_file
 from graphpeft.peft_errors import PeftWarning
+from graphpeft.rules.options import Role, options_for
 from graphpeft.rules.plain_values import default_of, plain
 from graphpeft.rules.registry import nearest, options, registered
 from graphpeft.wording import joined, shown
@@ -28,7 +29,11 @@ class ConfigJson:
     """The part of `PeftConfig` that reads and writes PEFT's JSON."""
 
     peft_type: ClassVar[Any]
-    not_of_tensors: ClassVar[frozenset[str]]
+
+    @property
+    def editable(self) -> tuple[str, ...]:
+        """The options that don't change the meaning of an adapter's tensors, so that a file's user may edit them."""
+        return options_for(type(self), Role.EDITABLE, Role.IDENTITY, Role.DROPOUT, Role.TURNED)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the keys of PEFT's JSON with plain values."""
@@ -186,6 +191,6 @@ class ConfigJson:
         values = {
             name: own.digest() if isinstance(own := getattr(self, name, None), ConfigJson) else value
             for name, value in self.to_dict().items()
-            if name not in self.not_of_tensors and (name not in default or value != default[name])
+            if name not in self.editable and (name not in default or value != default[name])
         }
         return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()

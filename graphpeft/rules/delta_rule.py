@@ -29,6 +29,7 @@ from graphpeft.graph.recorded import as_node, recorded
 from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.rules.arguments import asked_by
 from graphpeft.rules.code_in_graphs import RuleError
+from graphpeft.rules.options import Role
 from graphpeft.rules.parameter_spec import Dropout
 from graphpeft.rules.products import Product
 from graphpeft.rules.rule import Mergeable, OperationRule, RunsByRow
@@ -172,10 +173,12 @@ class DeltaRule(WeightRule, OperationRule):
     def dropout_of(self, config: Any) -> float:
         """Returns the probability of dropping an element of the branch's input in training.
 
+        By default, it is the option with the role `Role.DROPOUT`.
+
         Args:
             config: The config.
         """
-        return 0.0
+        return getattr(config, option) if (option := config.option_for(Role.DROPOUT)) else 0.0
 
     def has_numbers(self, site: Any) -> bool:
         """Returns whether the branch has numbers at a site that dropout can drop: an operation's input.

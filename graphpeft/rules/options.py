@@ -1,19 +1,21 @@
-"""Checks a config's options against their annotations: types, and bounds of numbers.
+"""What the annotation of a config's option says: its type, the bounds of its numbers, and its role.
 
-The annotation of a field, such as ``r: Size`` or ``rank_pattern: dict[str, Size]``, is its only declaration;
-`check_options` compares the values with it, whether they come from code or from a file.
+The annotation of a field, such as ``r: Size`` or ``lora_dropout: InputDropout``, is its only declaration.
+`check_options` compares the values with it, whether they come from code or from a file; `options_for` finds the options
+of a role, whatever a method names them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from graphpeft.wording import shown
 
@@ -73,8 +75,46 @@ NotNegative = Annotated[float, Within("a finite number from 0 on", 0, _LARGEST)]
 Probability = Annotated[float, Within("a probability, 0 ≤ p ≤ 1", 0, 1)]
 """A probability, such as of dropout."""
 
-DropoutProbability = Annotated[float, Within("a probability of dropping an element, 0 ≤ p < 1", 0, _BELOW_1)]
-"""A probability of dropout that leaves something."""
+
+class Role(enum.Enum):
+    """The role of an option that the library asks for, whatever a method names it."""
+
+    EDITABLE = "doesn't change the meaning of an adapter's tensors, so that a file's user may edit it"
+    IDENTITY = "True makes first values that change nothing; editable"
+    DROPOUT = "drops elements of a branch's input in training; editable"
+    TURNED = "says in files that weights are stored as (in, out); editable"
+    BIASES = "chooses the biases of the model to train"
+    TYING = "says whether weights that are one stay one"
+    PARAMETERS = "names weights as parameters"
+
+
+_Value = TypeVar("_Value")
+
+Editable = Annotated[_Value, Role.EDITABLE]
+"""An option that doesn't change the meaning of an adapter's tensors, such as how they are drawn or trained."""
+
+InitWeights = Annotated[bool, Role.IDENTITY]
+"""Whether a fresh adapter changes nothing."""
+
+InputDropout = Annotated[float, Within("a probability, 0 ≤ p ≤ 1", 0, 1), Role.DROPOUT]
+"""The probability of dropping an element of a branch's input in training."""
+
+InputDropoutBelow1 = Annotated[
+    float, Within("a probability of dropping an element, 0 ≤ p < 1", 0, _BELOW_1), Role.DROPOUT
+]
+"""The same, which leaves something."""
+
+Turned = Annotated[bool, Role.TURNED]
+"""Whether weights are stored as (in, out), which files tell PEFT."""
+
+TrainedBiases = Annotated[_Value, Role.BIASES]
+"""The biases to train: ``"none"``, ``"all"``, or another value for those of the adapted layers."""
+
+Tying = Annotated[bool, Role.TYING]
+"""Whether weights that are one stay one."""
+
+NamedParameters = Annotated[_Value, Role.PARAMETERS]
+"""The names of weights, as parameters."""
 
 
 def check_options(options: Any) -> None:
@@ -102,9 +142,26 @@ def sizes_of(options: Any) -> dict[str, int]:
     """Returns the options annotated as `Size` that have a value, by name."""
     hints = _type_hints(type(options))
     names = [field.name for field in dataclasses.fields(options)]
-    sized = [name for name in names if hints[name] == Size or Size in typing.get_args(hints[name])]
+    sized = [name for name in names if any(_is_size(hint) for hint in (hints[name], *typing.get_args(hints[name])))]
     values = {name: getattr(options, name) for name in sized}
     return {name: value for name, value in values.items() if isinstance(value, int)}
+
+
+@functools.cache
+def options_for(cls: type, *roles: Role) -> tuple[str, ...]:
+    """Returns the names of a config class's options that have one of some roles, in it or in a class above it."""
+    above = [_type_hints(each) for each in cls.__mro__ if dataclasses.is_dataclass(each)]
+    wanted = {*roles}
+    names = (field.name for field in dataclasses.fields(cls))
+    return tuple(name for name in names if any(not wanted.isdisjoint(_metadata(hints.get(name))) for hints in above))
+
+
+def _is_size(hint: Any) -> bool:
+    return typing.get_args(Size)[1] in _metadata(hint)
+
+
+def _metadata(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
 
 
 @functools.cache  # evaluating a class's annotations, which are strings, is slow
@@ -147,8 +204,8 @@ def _problem(value: Any, hint: Any) -> tuple[str, str, Any] | None:
     """Returns the first number out of bounds in a value of the annotated type."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        wanted = parts[1].problem(value)
-        return None if wanted is None else ("", wanted, value)
+        wanted = next((each.problem(value) for each in parts[1:] if isinstance(each, Within)), None)
+        return _problem(value, parts[0]) if wanted is None else ("", wanted, value)
     if origin in (typing.Union, types.UnionType):
         return _problem(value, next(part for part in parts if _fits(value, part)))
     inside: Iterable[tuple[Any, Any, Any]] = ()

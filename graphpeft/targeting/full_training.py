@@ -11,6 +11,7 @@ from graphpeft.graph import overrides
 from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.options import Role
 from graphpeft.rules.peft_names import TASK_HEADS
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.trained import FullyTrainedModule, TableRows
@@ -204,9 +205,8 @@ def _with_tied(
                 continue
             if other in rows and rows[other].indices != own.indices:
                 if config.keeps_tied:
-                    reason = (
-                        f"it is tied to {path}, and other rows are named for it, which {config.tying_option} forbids"
-                    )
+                    forbids = f"which {config.option_for(Role.TYING)} forbids"
+                    reason = f"it is tied to {path}, and other rows are named for it, {forbids}"
                     report.refused.append(Refusal(other, reason, f"change {own.option}"))
                 continue
             reason = _rows_refusal(other, module, own.indices, sites, fully_trained)

@@ -14,6 +14,8 @@ from graphpeft.graph.errors import TraceError
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.options import Editable, Role
+from graphpeft.rules.peft_names import TaskType
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.target_options import TargetOptions
 from graphpeft.sites.calls import boundary_site
@@ -43,8 +45,6 @@ class TargetedConfig(PeftConfig):
         True
     """
 
-    not_of_tensors: ClassVar[frozenset[str]] = PeftConfig.not_of_tensors | {"task_type"}
-
     adapts_boundaries: ClassVar[bool] = False
     """Whether the sites are the boundaries of the named modules, for a `BoundaryRule`."""
 
@@ -54,15 +54,10 @@ class TargetedConfig(PeftConfig):
     patterns: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """The options that have other values at some sites, each with the option that has these by patterns for names."""
 
-    parameters_option: ClassVar[str] = ""
-    """The option that names weights as parameters, `target_parameters` in PEFT; "" if there is none."""
-
-    turned_option: ClassVar[str] = ""
-    """The option by which files tell PEFT that weights are stored as (in, out); "" if there is none."""
-
     default_targets: ClassVar[targets.Defaults] = MappingProxyType({})
     """The default `target_modules`, by the `model_type` of the model's config, as in PEFT."""
 
+    task_type: Editable[TaskType | None] = None
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
@@ -98,7 +93,7 @@ class TargetedConfig(PeftConfig):
             self.modules_to_save,
             self.layers_to_transform,
             self.layers_pattern,
-            target_parameters=getattr(self, self.parameters_option) if self.parameters_option else None,
+            target_parameters=getattr(self, option) if (option := self.option_for(Role.PARAMETERS)) else None,
             patterns={pattern: getattr(self, pattern) for pattern in self.patterns.values()},
         )
 
@@ -188,7 +183,7 @@ class TargetedConfig(PeftConfig):
         parameters = [site for site in sites if self._names_parameter(site)]
         modules = [site.name for site in sites if site not in parameters]
         config.target_modules = targets.exactly(modules, names)
-        if self.parameters_option:
+        if self.option_for(Role.PARAMETERS):
             config._name_parameters([site.name for site in parameters], names)
         return config
 
@@ -198,21 +193,22 @@ class TargetedConfig(PeftConfig):
 
     def _name_parameters(self, paths: Sequence[str], names: Collection[str]) -> None:
         """Lets the config name exactly these parameters."""
-        vars(self)[self.parameters_option] = [targets.own_parameter_entry(path) for path in paths] or None
+        option = self.option_for(Role.PARAMETERS)
+        vars(self)[option] = [targets.own_parameter_entry(path) for path in paths] or None
         also = sorted(
             name for name in names if targets.match_parameter(self.target_options, name) and name not in paths
         )
         if also:
-            raise ValueError(f"{self.parameters_option} can't name {paths} without {also}; name them in target_modules")
+            raise ValueError(f"{option} can't name {paths} without {also}; name them in target_modules")
 
     def for_file(self, sites: Sequence[Any]) -> PeftConfig:
-        """Returns the config with `turned_option`, and with patterns of one name each, since PEFT sorts them."""
+        """Returns the config that tells of turned weights, with patterns of one name each, since PEFT sorts them."""
         changed: dict[str, Any] = {}
         for option, pattern in self.patterns.items():
             values = {site.name: self.value_at(option, site) for site in sites}
             changed[pattern] = pattern_values.exact_patterns(values, getattr(self, option))
-        if self.turned_option:
-            changed[self.turned_option] = bool(sites) and all(getattr(site, "transposed", False) for site in sites)
+        if option := self.option_for(Role.TURNED):
+            changed[option] = bool(sites) and all(getattr(site, "transposed", False) for site in sites)
         config = super().for_file(sites)
         vars(config).update(changed)
         return config

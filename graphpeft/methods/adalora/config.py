@@ -26,7 +26,7 @@ from graphpeft.methods.adalora.rule import AdaLora, form_of
 from graphpeft.methods.lora.config import LoraConfig
 from graphpeft.methods.lora.nested import drop_unused
 from graphpeft.rules.combination import Combination
-from graphpeft.rules.options import Index, NotNegative, Size, Within
+from graphpeft.rules.options import Editable, Index, NotNegative, Size, Within
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
@@ -97,31 +97,20 @@ class AdaLoraConfig(LoraConfig):
     parameters_changed_by_steps: ClassVar[frozenset[str] | None] = frozenset({"lora_E"})
     patterns: ClassVar[Mapping[str, str]] = {}
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
-    not_of_tensors: ClassVar[frozenset[str]] = LoraConfig.not_of_tensors | {
-        "beta1",
-        "beta2",
-        "deltaT",
-        "orth_reg_weight",
-        "r",
-        "target_r",
-        "tfinal",
-        "tinit",
-        "total_step",
-    }
 
     # a wider type than LoRA's, since PEFT takes its own name of the option here, too
     bias: Literal["none", "all", "lora_only", "adalora_only"] = "none"  # type: ignore[assignment]
-    r: Index = 8  # no size, since it has no effect
-    target_r: Size = 8
+    r: Editable[Index] = 8  # no size, since it has no effect
+    target_r: Editable[Size] = 8
     init_r: Size = 12
-    tinit: Index = 0
-    tfinal: Index = 0
+    tinit: Editable[Index] = 0
+    tfinal: Editable[Index] = 0
     # PEFT's name
-    deltaT: Annotated[int, Within("a positive integer", 1, 2**31 - 1)] = 1  # noqa: N815
-    beta1: Share = 0.85
-    beta2: Share = 0.85
-    orth_reg_weight: NotNegative = 0.5
-    total_step: Index | None = None
+    deltaT: Editable[Annotated[int, Within("a positive integer", 1, 2**31 - 1)]] = 1  # noqa: N815
+    beta1: Editable[Share] = 0.85
+    beta2: Editable[Share] = 0.85
+    orth_reg_weight: Editable[NotNegative] = 0.5
+    total_step: Editable[Index | None] = None
     # PEFT gives LoRA's option another meaning here: the ranks that remain
     rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]
 

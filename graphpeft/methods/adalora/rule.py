@@ -38,10 +38,6 @@ class AdaLora(ProductRule):
         """Returns s; the small number in it is PEFT's."""
         return {"scale": (config.lora_alpha if config.lora_alpha > 0 else config.init_r) / (config.init_r + 1e-5)}
 
-    def dropout_of(self, config: Any) -> float:
-        """Returns `lora_dropout`."""
-        return config.lora_dropout
-
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
         """Draws A and B, and sets E to zero; all three are drawn where the config says so."""
         for tensor in parameters.values():

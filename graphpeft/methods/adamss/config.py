@@ -26,7 +26,7 @@ from graphpeft.methods.adamss.groups import Group, decomposed, groups_of, is_ins
 from graphpeft.methods.adamss.rule import Adamss, has_bias
 from graphpeft.methods.factored import sizes_of
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.rules.options import Number, Probability, Seed, Size, Within
+from graphpeft.rules.options import Editable, Number, Probability, Seed, Size, Within
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 from graphpeft.rules.trained import SiteParameters
@@ -87,30 +87,19 @@ class AdamssConfig(TargetedConfig):
     lacks: ClassVar[frozenset[str]] = frozenset({"exclude_modules"})
     parameters_changed_by_steps: ClassVar[frozenset[str] | None] = frozenset()
     default_targets: ClassVar[targets.Defaults] = {**DEFAULT_TARGET_MODULES, "vit": ("query", "value")}
-    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
-        "asa_importance_beta",
-        "asa_schedule_exponent",
-        "asa_target_subspaces",
-        "asa_uncertainty_beta",
-        "final_warmup",
-        "init_warmup",
-        "init_weights",
-        "mask_interval",
-        "use_asa",
-    }
 
     r: Size = 100
     num_subspaces: Size = 5
     subspace_rank: Size = 1
-    init_weights: bool | Literal["orthogonal"] | None = "orthogonal"
-    use_asa: bool = False
-    asa_target_subspaces: _Step = 50
-    init_warmup: _Step = 50
-    final_warmup: _Step = 1000
-    mask_interval: _Step = 100
-    asa_importance_beta: Probability = 0.85
-    asa_uncertainty_beta: Probability = 0.85
-    asa_schedule_exponent: Number = 3.0
+    init_weights: Editable[bool | Literal["orthogonal"] | None] = "orthogonal"
+    use_asa: Editable[bool] = False
+    asa_target_subspaces: Editable[_Step] = 50
+    init_warmup: Editable[_Step] = 50
+    final_warmup: Editable[_Step] = 1000
+    mask_interval: Editable[_Step] = 100
+    asa_importance_beta: Editable[Probability] = 0.85
+    asa_uncertainty_beta: Editable[Probability] = 0.85
+    asa_schedule_exponent: Editable[Number] = 3.0
     use_dynamic_rank: bool = False
     svd_threshold: Number = 0.1
     random_seed: Seed = 0

@@ -77,10 +77,6 @@ class Adamss(Factored):
                 "load it on the very base that it was trained on, on the same kind of device"
             )
 
-    def dropout_of(self, config: Any) -> float:
-        """Returns 0: the method has no dropout."""
-        return 0.0
-
     @property
     def changes_bias(self) -> bool:
         """Whether there is a bias."""

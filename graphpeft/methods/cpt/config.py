@@ -26,7 +26,7 @@ from graphpeft.methods.cpt.prepended import PrependedContext
 from graphpeft.methods.prompts.encoders import EMBEDDINGS_KEY, ENCODER_PREFIX, Encoder, Table
 from graphpeft.methods.prompts.prompt_config import PromptLearningConfig
 from graphpeft.methods.prompts.prompt_rule import PromptRule
-from graphpeft.rules.options import Index, Kind, NotNegative, Number
+from graphpeft.rules.options import Editable, Index, Kind, NotNegative, Number
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType, TaskType
 from graphpeft.rules.registry import register
@@ -72,7 +72,7 @@ class CPTConfig(PromptLearningConfig):
     opt_loss_decay_factor: Number | None = 1.0
     opt_projection_epsilon: NotNegative | None = 0.1
     opt_projection_format_epsilon: NotNegative | None = 0.1
-    tokenizer_name_or_path: str | None = None
+    tokenizer_name_or_path: Editable[str | None] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

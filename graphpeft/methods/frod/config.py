@@ -32,7 +32,7 @@ from graphpeft.methods.frod.projections import (
 )
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.peft_errors import PeftWarning
-from graphpeft.rules.options import NotNegative, Probability, Seed
+from graphpeft.rules.options import Editable, InitWeights, InputDropout, NotNegative, Probability, Seed, TrainedBiases
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec, unchanged
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.products import Product, Transposed
@@ -183,26 +183,16 @@ class FrodConfig(FactoredConfig):
         "phi": ("q_proj", "v_proj"),
         "vit": ("query", "value"),
     }
-    not_of_tensors: ClassVar[frozenset[str]] = FactoredConfig.not_of_tensors | {
-        "frod_dropout",
-        "progressbar",
-        "runtime_offload_base_weight",
-    }
 
     projection_prng_key: Seed = 0
     save_projection: bool = True
-    frod_dropout: Probability = 0.0
-    bias: Literal["none", "all", "frod_only"] = "none"
-    init_weights: bool = True
+    frod_dropout: InputDropout = 0.0
+    bias: TrainedBiases[Literal["none", "all", "frod_only"]] = "none"
+    init_weights: InitWeights = True
     sparse_rate: Probability = 0.01
     regularization_alpha: NotNegative = 1e-3
-    progressbar: bool = True
-    runtime_offload_base_weight: bool = False
-
-    @property
-    def starts_as_identity(self) -> bool:
-        """Whether S is zero and λ is λ₀."""
-        return self.init_weights
+    progressbar: Editable[bool] = True
+    runtime_offload_base_weight: Editable[bool] = False
 
     def check(self) -> None:
         """Raises ValueError for options that can't be, and warns of one that has no effect."""

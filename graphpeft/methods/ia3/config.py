@@ -22,6 +22,7 @@ from graphpeft.graph import ops
 from graphpeft.methods.ia3.rule import InputFactors, OutputFactors
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.combination import Combination, Part
+from graphpeft.rules.options import InitWeights, Turned
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 from graphpeft.rules.rule import Rule
@@ -125,15 +126,13 @@ class IA3Config(TargetedConfig):
     prefix: ClassVar[str | None] = "ia3_"
     lacks: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
     adapts_leaves: ClassVar[bool] = True
-    turned_option: ClassVar[str] = "fan_in_fan_out"
     default_targets: ClassVar[targets.Defaults] = {
         name: (*others, *FEED_FORWARD[name]) for name, others in OTHERS.items()
     }
-    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {"fan_in_fan_out", "init_ia3_weights"}
 
     feedforward_modules: list[str] | set[str] | str | None = None
-    fan_in_fan_out: bool = False
-    init_ia3_weights: bool = True
+    fan_in_fan_out: Turned = False
+    init_ia3_weights: InitWeights = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,11 +141,6 @@ class IA3Config(TargetedConfig):
         named, among = self.feedforward_modules, self.target_modules
         if isinstance(named, set) and isinstance(among, set) and not named <= among:
             raise ValueError(f"feedforward_modules names {sorted(named - among)}, which target_modules doesn't name")
-
-    @property
-    def starts_as_identity(self) -> bool:
-        """Whether all factors are 1."""
-        return self.init_ia3_weights
 
     def resolved(self, model: nn.Module) -> IA3Config:
         """Returns the config with `feedforward_modules` filled in."""

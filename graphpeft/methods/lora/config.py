@@ -26,7 +26,17 @@ from graphpeft.methods.lora.variants import activated, kinds
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.combination import Combination, Part
 from graphpeft.rules.config import OWN, PeftConfig
-from graphpeft.rules.options import DropoutProbability, Index, Kind, Number, Size
+from graphpeft.rules.options import (
+    Editable,
+    Index,
+    InputDropoutBelow1,
+    Kind,
+    NamedParameters,
+    Number,
+    Size,
+    TrainedBiases,
+    Tying,
+)
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.present_call import PresentCall
 from graphpeft.rules.registry import register
@@ -111,23 +121,15 @@ class LoraConfig(TargetedConfig):
     default_targets: ClassVar[Mapping[str, tuple[str, ...] | str]] = DEFAULT_TARGET_MODULES
     peft_type: ClassVar[PeftType] = PeftType.LORA
     prefix: ClassVar[str | None] = "lora_"
-    biases_option: ClassVar[str] = "bias"
     adapts_leaves: ClassVar[bool] = True
-    tying_option: ClassVar[str] = "ensure_weight_tying"
-    parameters_option: ClassVar[str] = "target_parameters"
     patterns: ClassVar[Mapping[str, str]] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
-    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
-        "fan_in_fan_out",
-        "lora_dropout",
-        "merged_quantiser",
-    }
 
     r: Size = 8
-    target_parameters: list[str] | None = None
+    target_parameters: NamedParameters[list[str] | None] = None
     lora_alpha: Number = 8
-    lora_dropout: DropoutProbability = 0.0
-    fan_in_fan_out: bool = False
-    bias: Literal["none", "all", "lora_only"] = "none"
+    lora_dropout: InputDropoutBelow1 = 0.0
+    fan_in_fan_out: Editable[bool] = False
+    bias: TrainedBiases[Literal["none", "all", "lora_only"]] = "none"
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
@@ -141,9 +143,9 @@ class LoraConfig(TargetedConfig):
 
     target_parts: dict[str, list[str | tuple[Kind, Kind]]] | None = field(default=None, metadata=OWN)
 
-    merged_quantiser: Any = field(default=None, metadata=OWN)
+    merged_quantiser: Editable[Any] = field(default=None, metadata=OWN)
 
-    ensure_weight_tying: bool = False
+    ensure_weight_tying: Tying = False
     layer_replication: list[tuple[Index, Index]] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 

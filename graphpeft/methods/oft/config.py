@@ -22,7 +22,7 @@ from graphpeft.methods import rotations
 from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.oft.rule import InputRotation, RowRotation
 from graphpeft.peft_errors import PeftWarning
-from graphpeft.rules.options import NotNegative, Probability, SizeOrZero, Within
+from graphpeft.rules.options import Editable, InitWeights, NotNegative, Probability, SizeOrZero, TrainedBiases, Within
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
 from graphpeft.rules.rule import Rule
@@ -70,21 +70,15 @@ class OFTConfig(TargetedConfig):
 
     peft_type: ClassVar[PeftType] = PeftType.OFT
     prefix: ClassVar[str | None] = "oft_"
-    biases_option: ClassVar[str] = "bias"
     adapts_leaves: ClassVar[bool] = True
     default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
-    not_of_tensors: ClassVar[frozenset[str]] = TargetedConfig.not_of_tensors | {
-        "fan_in_fan_out",
-        "module_dropout",
-        "init_weights",
-    }
 
     r: SizeOrZero = 0
     oft_block_size: SizeOrZero = 32
-    module_dropout: Probability = 0.0
-    fan_in_fan_out: bool = False
-    bias: Literal["none", "all", "oft_only"] = "none"
-    init_weights: bool = True
+    module_dropout: Editable[Probability] = 0.0
+    fan_in_fan_out: Editable[bool] = False
+    bias: TrainedBiases[Literal["none", "all", "oft_only"]] = "none"
+    init_weights: InitWeights = True
     coft: bool = False
     eps: NotNegative = 6e-5
     block_share: bool = False
@@ -109,11 +103,6 @@ class OFTConfig(TargetedConfig):
                 PeftWarning,
                 stacklevel=4,
             )
-
-    @property
-    def starts_as_identity(self) -> bool:
-        """Whether all rotations are the identity."""
-        return self.init_weights
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
         """Returns the rule for an embedding's rows, or for a layer's inputs."""

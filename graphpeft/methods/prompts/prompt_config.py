@@ -61,10 +61,6 @@ class PromptLearningConfig(PeftConfig):
 
     file_prefix: ClassVar[str] = "base_model."
     adds_tokens: ClassVar[bool] = True
-    not_of_tensors: ClassVar[frozenset[str]] = PeftConfig.not_of_tensors | {
-        "tokenizer_kwargs",
-        "tokenizer_name_or_path",
-    }
 
     num_virtual_tokens: Size | None = None
     token_dim: Size | None = None

@@ -24,7 +24,7 @@ from graphpeft.methods.shadow.mirror import SIZES, stack_of
 from graphpeft.methods.shadow.rule import INPUT, Shadow, States
 from graphpeft.methods.shadow.small_model import SmallModel, small_model_for
 from graphpeft.rules.config import PeftConfig
-from graphpeft.rules.options import Index, Layers, Number, Probability, Size
+from graphpeft.rules.options import Editable, Index, InitWeights, Layers, Number, Probability, Size
 from graphpeft.rules.peft_names import PeftType, TaskType
 from graphpeft.rules.present_call import PresentCall
 from graphpeft.rules.registry import register
@@ -82,18 +82,13 @@ class ShadowConfig(PeftConfig):
     prefix: ClassVar[str | None] = "shadow_"
     adds_to_caches: ClassVar[bool] = True
     is_by_token: ClassVar[bool] = True
-    not_of_tensors: ClassVar[frozenset[str]] = PeftConfig.not_of_tensors | {
-        "auxiliary_loss_weight",
-        "init_weights",
-        "shadow_dropout",
-    }
 
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     r: Size = 8
     shadow_alpha: Number = 0.1
-    shadow_dropout: Probability = 0.2
-    init_weights: bool = True
+    shadow_dropout: Editable[Probability] = 0.2
+    init_weights: InitWeights = True
     shadow_model: str = "mirror"
     shadow_num_hidden_layers: Layers | None = None
     shadow_hidden_size: Size | None = None
@@ -101,7 +96,7 @@ class ShadowConfig(PeftConfig):
     shadow_intermediate_size: Size | None = None
     share_embeddings: bool = True
     update_hidden_size: Size | None = None
-    auxiliary_loss_weight: Number = 0.05
+    auxiliary_loss_weight: Editable[Number] = 0.05
     layers_to_transform: list[Index] | Index | None = None
     layers_pattern: list[str] | str | None = None
 
@@ -136,11 +131,6 @@ class ShadowConfig(PeftConfig):
             layers_to_transform=self.layers_to_transform,
             layers_pattern=self.layers_pattern,
         )
-
-    @property
-    def starts_as_identity(self) -> bool:
-        """Whether up is zero."""
-        return self.init_weights
 
     # a model
 

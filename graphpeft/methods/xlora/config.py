@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from graphpeft.graph import ops
 from graphpeft.methods.xlora import classifier, first_run, in_files
 from graphpeft.methods.xlora.experts import Experts, read_expert
-from graphpeft.methods.xlora.model_methods import READ_IN_CALLS, XLoraMethods
+from graphpeft.methods.xlora.model_methods import XLoraMethods
 from graphpeft.methods.xlora.rule import XLora
 from graphpeft.methods.xlora.scalings import INPUT, Log, used
 from graphpeft.progress import over
 from graphpeft.rules.config import PeftConfig
-from graphpeft.rules.options import Layers, Number, Probability, Size, Within
+from graphpeft.rules.options import Editable, Layers, Number, Probability, Size, Within
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.present_call import PresentCall
@@ -88,25 +88,24 @@ class XLoraConfig(PeftConfig):
     peft_type: ClassVar[PeftType] = PeftType.XLORA
     prefix: ClassVar[str | None] = "xlora_"
     lacks: ClassVar[frozenset[str]] = frozenset({"modules_to_save"})
-    not_of_tensors: ClassVar[frozenset[str]] = PeftConfig.not_of_tensors | READ_IN_CALLS | {"adapters"}
     runs_model: ClassVar[bool] = True
     goes_on_from_caches: ClassVar[bool] = False
     is_by_token: ClassVar[bool] = True
     offered: ClassVar[type[Any] | None] = XLoraMethods
 
     hidden_size: Features | None = None
-    adapters: dict[str, str] | None = None
-    enable_softmax: bool = True
-    enable_softmax_topk: bool = False
+    adapters: Editable[dict[str, str] | None] = None
+    enable_softmax: Editable[bool] = True
+    enable_softmax_topk: Editable[bool] = False
     layerwise_scalings: bool = False
     xlora_depth: Layers = 1
     xlora_size: Size = 2048
     xlora_dropout_p: Probability = 0.2
     use_trainable_adapters: bool = False
-    softmax_temperature: Annotated[float, Within("positive and finite", 1e-30, 3.4e38)] = 1.0
-    top_k_lora: Size | None = None
-    scaling_pass_value: Number = 0.0
-    global_scaling_weight: Number = 1.0
+    softmax_temperature: Editable[Annotated[float, Within("positive and finite", 1e-30, 3.4e38)]] = 1.0
+    top_k_lora: Editable[Size | None] = None
+    scaling_pass_value: Editable[Number] = 0.0
+    global_scaling_weight: Editable[Number] = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

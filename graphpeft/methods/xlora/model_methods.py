@@ -6,12 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-READ_IN_CALLS = frozenset(("enable_softmax", "enable_softmax_topk", "softmax_temperature", "top_k_lora")) | {
-    "global_scaling_weight",
-    "scaling_pass_value",
-}
-"""The options that each call reads; the methods set some of them."""
-
 
 class XLoraMethods:
     """Methods of PEFT's that a model has while an adapter of X-LoRA is active.

@@ -5,9 +5,9 @@ config ─▶ names ─▶ sites ─▶ rules ─▶ Plan (with a Report of what
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+import sys
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.contradictions import contradiction, lacking_base, unfit_bases
 from graphpeft.rules.options import Role
 from graphpeft.rules.parameter_spec import ParameterSpec
+from graphpeft.rules.plain_values import fields_of
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import Mergeable, ReplacesWeight, changes_bias
 from graphpeft.rules.weight_reader import WeightReader
@@ -206,6 +207,8 @@ def _refuse_partitioned(modules: Mapping[str, nn.Module]) -> None:
 
 def _refuse_loaded_together(plan: Plan) -> None:
     """Raises AdaptError if accelerate offloads a module that gets tensors as one with others around it."""
+    if "accelerate.hooks" not in sys.modules:
+        return
     together = [path for path, module in plan.modules.items() if is_loaded_with_others(module)]
     owners = [*(adapted.site.owner for adapted in plan.sites), *plan.fully_trained, *plan.rows]
     for outer in together:
@@ -220,9 +223,9 @@ def _refuse_loaded_together(plan: Plan) -> None:
 
 def _refuse_too_many_names(config: PeftConfig, modules: Mapping[str, nn.Module]) -> None:
     """Raises ValueError if an option has more names than a model of this size can give a meaning."""
-    for option in dataclasses.fields(config):
+    for option in fields_of(type(config)):
         entries = getattr(config, option.name)
-        if not isinstance(entries, Collection) or isinstance(entries, str) or len(entries) <= _NAMES_BESIDE:
+        if not isinstance(entries, list | set | tuple | dict) or len(entries) <= _NAMES_BESIDE:
             continue
         most = _NAMES_BESIDE + 4 * sum(1 + len(module._parameters) for module in modules.values())
         if len(entries) > most and isinstance(next(iter(entries)), str):

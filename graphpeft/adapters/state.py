@@ -23,6 +23,7 @@ from graphpeft.graph.template import Template
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.options import Role, options_for
+from graphpeft.rules.plain_values import ATOMS
 from graphpeft.rules.report import Report
 from graphpeft.rules.rule import changes_bias
 from graphpeft.rules.target_options import TargetOptions
@@ -49,13 +50,10 @@ def options_of(config: PeftConfig) -> dict[str, Any]:
     """Returns copies of the options of a config that an adapter may be made with, by name."""
     names = type(config).__dataclass_fields__.keys() - {*options_for(PeftConfig, Role.EDITABLE)} - {"task_type"}
     return {
-        name: value if value is None or type(value) in _ATOMS else copy.deepcopy(value)
+        name: value if value is None or type(value) in ATOMS else copy.deepcopy(value)
         for name, value in vars(config).items()
         if name in names
     }
-
-
-_ATOMS = (bool, int, float, str)
 
 
 def _of_site(config: PeftConfig, adapted: AdaptedSite) -> tuple[Any, ...] | None:

@@ -28,6 +28,8 @@ def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {_no_module(model)}")
     classes = tuple(_classes_of_peft())
+    if not classes:
+        return
     # not the class of a model that is adapted here, which is one of PEFT's, too
     own = ((path, in_place.original_class(inner)) for path, inner in modules_by_path(model).items())
     path, cls = next(((path, cls) for path, cls in own if issubclass(cls, classes)), ("", None))

@@ -6,7 +6,6 @@ A config class defines its method: it chooses the rule for each site. The rest o
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -21,7 +20,7 @@ from graphpeft.rules.config_json import ConfigJson
 from graphpeft.rules.config_training import ConfigTraining
 from graphpeft.rules.options import Editable, Role, check_options, options_for
 from graphpeft.rules.peft_names import HEADS, PEFT_VERSION, TaskType
-from graphpeft.rules.plain_values import default_of, plain
+from graphpeft.rules.plain_values import ATOMS, default_of, fields_of, plain
 from graphpeft.rules.registry import names_method
 from graphpeft.rules.target_options import TargetOptions
 from graphpeft.wording import shown
@@ -90,7 +89,7 @@ class PeftConfig(ConfigInCalls, ConfigJson, ConfigTraining):
                     f"task_type is {shown(self.task_type)}; choose one of {[task.value for task in TaskType]}"
                 )
             self.task_type = TaskType(self.task_type)
-        for field in dataclasses.fields(self):
+        for field in fields_of(type(self)):
             # PEFT's types for mappings allow null, which files may hold
             if field.default_factory is dict and getattr(self, field.name) is None:
                 setattr(self, field.name, {})
@@ -133,7 +132,7 @@ class PeftConfig(ConfigInCalls, ConfigJson, ConfigTraining):
     def check(self) -> None:
         """Raises ValueError for options that this library doesn't support, and for invalid values."""
         check_options(self)
-        for field in dataclasses.fields(self):
+        for field in fields_of(type(self)):
             if field.name in self.lacks and plain(getattr(self, field.name)) != default_of(field):
                 raise ValueError(f"{type(self).__name__} has no option {field.name!r}; leave it {default_of(field)!r}")
 
@@ -145,7 +144,7 @@ class PeftConfig(ConfigInCalls, ConfigJson, ConfigTraining):
     @property
     def unchanged(self) -> dict[str, Any]:
         """The same options as they are by default."""
-        return {field.name: default_of(field) for field in dataclasses.fields(self) if field.name in self.changes}
+        return {field.name: default_of(field) for field in fields_of(type(self)) if field.name in self.changes}
 
     @property
     def target_options(self) -> TargetOptions:
@@ -412,6 +411,13 @@ class PeftConfig(ConfigInCalls, ConfigJson, ConfigTraining):
     def __getattr__(self, name: str) -> Any:
         hint = hint_for_peft(config_class(self.method), name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{hint}", name=name, obj=self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PeftConfig:
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        for name, value in vars(self).items():
+            vars(made)[name] = value if value is None or type(value) in ATOMS else copy.deepcopy(value, memo)
+        return made
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Python's own would compare the type with the __class__

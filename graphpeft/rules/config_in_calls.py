@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,6 +32,7 @@ class ConfigInCalls:
     """A class, made of the config, whose methods an adapted model has, too, while an adapter with it is active."""
 
     @classmethod
+    @functools.cache
     def offered_names(cls) -> frozenset[str]:
         """Returns the names of these methods."""
         members = () if cls.offered is None else dir(cls.offered)

@@ -10,13 +10,15 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import inspect
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
+from graphpeft.rules.plain_values import fields_of
 from graphpeft.wording import shown
 
 
@@ -120,7 +122,7 @@ NamedParameters = Annotated[_Value, Role.PARAMETERS]
 def check_options(options: Any) -> None:
     """Raises ValueError, with the option's name, for a value that the option's annotation doesn't admit."""
     hints = _type_hints(type(options))
-    for field in dataclasses.fields(options):
+    for field in fields_of(type(options)):
         value, hint = getattr(options, field.name), hints[field.name]
         if value is field.default:
             continue
@@ -141,19 +143,26 @@ def admits(cls: type, name: str, value: Any) -> bool:
 def sizes_of(options: Any) -> dict[str, int]:
     """Returns the options annotated as `Size` that have a value, by name."""
     hints = _type_hints(type(options))
-    names = [field.name for field in dataclasses.fields(options)]
+    names = [field.name for field in fields_of(type(options))]
     sized = [name for name in names if any(_is_size(hint) for hint in (hints[name], *typing.get_args(hints[name])))]
     values = {name: getattr(options, name) for name in sized}
     return {name: value for name, value in values.items() if isinstance(value, int)}
 
 
-@functools.cache
 def options_for(cls: type, *roles: Role) -> tuple[str, ...]:
-    """Returns the names of a config class's options that have one of some roles, in it or in a class above it."""
-    above = [_type_hints(each) for each in cls.__mro__ if dataclasses.is_dataclass(each)]
-    wanted = {*roles}
-    names = (field.name for field in dataclasses.fields(cls))
-    return tuple(name for name in names if any(not wanted.isdisjoint(_metadata(hints.get(name))) for hints in above))
+    """Returns the names of a config class's options that have one of some roles."""
+    return tuple(name for role in roles for name in _options_by_role(cls).get(role, ()))
+
+
+@functools.cache
+def _options_by_role(cls: type) -> Mapping[Role, Sequence[str]]:
+    """Returns the options of each role; an option that a subclass declares again keeps its role."""
+    found: dict[Role, list[str]] = {}
+    for name, metadata in {(name, _metadata(hint)) for above in _dataclasses(cls) for name, hint in above.items()}:
+        for role in metadata:
+            if isinstance(role, Role):
+                found.setdefault(role, []).append(name)
+    return {role: sorted({*names}) for role, names in found.items()}
 
 
 def _is_size(hint: Any) -> bool:
@@ -161,12 +170,28 @@ def _is_size(hint: Any) -> bool:
 
 
 def _metadata(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
+    return getattr(hint, "__metadata__", ())
+
+
+@functools.cache
+def _type_hints(cls: type) -> dict[str, Any]:
+    return {name: hint for hints in reversed(_dataclasses(cls)) for name, hint in hints.items()}
+
+
+def _dataclasses(cls: type) -> list[dict[str, Any]]:
+    """Returns the annotations of a dataclass and of those above it."""
+    return [_annotations(each) for each in cls.__mro__ if dataclasses.is_dataclass(each)]
 
 
 @functools.cache  # evaluating a class's annotations, which are strings, is slow
-def _type_hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls, include_extras=True)
+def _annotations(cls: type) -> dict[str, Any]:
+    return inspect.get_annotations(cls, eval_str=True)
+
+
+@functools.cache
+def _split(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Returns a type's origin and its arguments."""
+    return typing.get_origin(hint), typing.get_args(hint)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -177,7 +202,7 @@ def _fits(value: Any, hint: Any) -> bool:
     """
     if hint is Any or type(value) is hint:
         return True
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    origin, parts = _split(hint)
     if origin is Annotated:
         return _fits(value, parts[0])
     if origin is Literal:
@@ -202,7 +227,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _problem(value: Any, hint: Any) -> tuple[str, str, Any] | None:
     """Returns the first number out of bounds in a value of the annotated type."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    origin, parts = _split(hint)
     if origin is Annotated:
         wanted = next((each.problem(value) for each in parts[1:] if isinstance(each, Within)), None)
         return _problem(value, parts[0]) if wanted is None else ("", wanted, value)
@@ -224,7 +249,7 @@ def _problem(value: Any, hint: Any) -> tuple[str, str, Any] | None:
 
 def _spelled(hint: Any) -> str:
     """Returns a type as text, as a config's class writes it, without bounds."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    origin, parts = _split(hint)
     if origin is Annotated:
         return _spelled(parts[0])
     if origin in (typing.Union, types.UnionType):

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Mapping
 from typing import Any
+
+ATOMS = (bool, int, float, str)
+"""The types of values that JSON has as they are."""
+
+
+@functools.cache
+def fields_of(cls: type) -> tuple[dataclasses.Field[Any], ...]:
+    """Returns the fields of a dataclass."""
+    return dataclasses.fields(cls)
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
@@ -15,6 +25,8 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 
 def plain(value: Any) -> Any:
     """Converts a value to JSON's types: an enum to its value, a set to a sorted list, a dataclass to a dict."""
+    if value is None or type(value) in ATOMS:
+        return value
     if isinstance(value, enum.Enum):
         return value.value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

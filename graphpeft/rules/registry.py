@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from graphpeft.rules.plain_values import default_of, plain
+from graphpeft.rules.plain_values import default_of, fields_of, plain
 
 ConfigT = TypeVar("ConfigT", bound=type[Any])
 _REGISTRY: dict[str, type[Any]] = {}
@@ -109,7 +109,8 @@ def registered() -> dict[str, type[Any]]:
 
 def options(config: Any) -> list[dataclasses.Field[Any]]:
     """Returns the options of a config or of its class: the fields that `lacks` doesn't name."""
-    return [field for field in dataclasses.fields(config) if field.name not in config.lacks]
+    cls = config if isinstance(config, type) else type(config)
+    return [field for field in fields_of(cls) if field.name not in config.lacks]
 
 
 def nearest(name: str, known: list[str]) -> str:

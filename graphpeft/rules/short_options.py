@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.options import Role, options_for
-from graphpeft.rules.plain_values import default_of, plain
+from graphpeft.rules.plain_values import default_of, fields_of, plain
 from graphpeft.wording import shortened, shown
 
 _SIZES = {"r": "r", "lora_alpha": "α", "alpha": "α"}
@@ -22,8 +21,11 @@ def short_options(config: PeftConfig) -> str:
     # those of all methods say for which model it is
     not_told = _NAMES.union(options_for(PeftConfig, Role.EDITABLE))
     told: dict[str, str] = {}
-    for field in dataclasses.fields(config):
-        value: Any = plain(getattr(config, field.name))
+    for field in fields_of(type(config)):
+        given = getattr(config, field.name)
+        if given is field.default and field.name not in _SIZES:
+            continue
+        value: Any = plain(given)
         if field.name in _SIZES and value is not None:
             told[_SIZES[field.name]] = shown(value)
         elif field.name not in not_told and value != plain(default_of(field)):

@@ -124,8 +124,8 @@ class TargetedConfig(PeftConfig):
 
     def _all_linear(self, model: nn.Module) -> set[str] | str:
         """Returns what names exactly the linear layers of a model."""
-        names = targets.all_linear_names(model, self.task_type)
         modules = modules_by_path(model)
+        names = targets.all_linear_names(model, self.task_type, modules)
         if not names and not self.target_options.target_parameters:
             has = f"a {stands_for(model).__name__} has no linear layers; it has {joined(layers_in(modules), most=10)}"
             if len(modules) == 1:

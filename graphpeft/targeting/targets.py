@@ -170,12 +170,15 @@ def is_all_linear(target_modules: object) -> bool:
     return isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
 
 
-def all_linear_names(model: nn.Module, task_type: str | None) -> list[str]:
+def all_linear_names(
+    model: nn.Module, task_type: str | None, modules: Mapping[str, nn.Module] | None = None
+) -> list[str]:
     """Lists the modules that `target_modules="all-linear"` stands for.
 
     Args:
         model: Any model.
         task_type: The config's task, which decides on the output head, see `output_head`.
+        modules: Its modules by path, if they are known.
 
     Returns:
         The names of all linear layers but the output head, in the model's order. A module used in several places is
@@ -183,7 +186,9 @@ def all_linear_names(model: nn.Module, task_type: str | None) -> list[str]:
     """
     head = _output_head(model, task_type)
     return [
-        name for name, module in modules_by_path(model).items() if name and module is not head and is_linear(module)
+        name
+        for name, module in (modules or modules_by_path(model)).items()
+        if name and module is not head and is_linear(module)
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from graphpeft.methods.lora import merge_aware
@@ -24,11 +23,11 @@ _REASONS = {
 
 def check_supported(config: Any) -> None:
     """Raises ValueError for options that aren't supported, and for one that lacks what it needs."""
-    defaults = {field.name: default_of(field) for field in dataclasses.fields(config) if field.name in _REASONS}
+    fields = type(config).__dataclass_fields__
     for name, reason in _REASONS.items():
         value = getattr(config, name)
-        if value and value != defaults[name]:
-            raise ValueError(f"{name}={shown(value)} is not supported; leave it {defaults[name]!r}: {reason}")
+        if value and value != (default := default_of(fields[name])):
+            raise ValueError(f"{name}={shown(value)} is not supported; leave it {default!r}: {reason}")
     if config.init_lora_weights == "loftq" and not config.loftq_config:
         raise ValueError("init_lora_weights='loftq' needs loftq_config, such as {'loftq_bits': 4}")
 

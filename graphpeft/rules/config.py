@@ -118,8 +118,7 @@ class PeftConfig(ConfigInCalls, ConfigJson, ConfigTraining):
         is the identity only in exact arithmetic, such as two equal reflections. By default, as the option with the role
         `Role.IDENTITY` says.
         """
-        option = self.option_for(Role.IDENTITY)
-        return bool(option and getattr(self, option))
+        return bool(self.value_for(Role.IDENTITY))
 
     def option_for(self, role: Role) -> str:
         """Returns the name of the option that has a role, or "" if none has.
@@ -128,6 +127,15 @@ class PeftConfig(ConfigInCalls, ConfigJson, ConfigTraining):
             role: The role, which annotations of options tell: ``bias: TrainedBiases[...]``.
         """
         return next(iter(options_for(type(self), role)), "")
+
+    def value_for(self, role: Role) -> Any:
+        """Returns the value of the option that has a role, or None if none has.
+
+        Args:
+            role: The role.
+        """
+        option = self.option_for(role)
+        return getattr(self, option) if option else None
 
     def check(self) -> None:
         """Raises ValueError for options that this library doesn't support, and for invalid values."""
@@ -154,8 +162,7 @@ class PeftConfig(ConfigInCalls, ConfigJson, ConfigTraining):
     @property
     def trained_biases(self) -> Biases:
         """The biases of the model to train; by default, as the option with the role `Role.BIASES` says."""
-        option = self.option_for(Role.BIASES)
-        value = getattr(self, option) if option else "none"
+        value = self.value_for(Role.BIASES) or "none"
         return value if value in ("none", "all") else "adapted"
 
     @property
@@ -169,8 +176,7 @@ class PeftConfig(ConfigInCalls, ConfigJson, ConfigTraining):
 
         By default, as the option with the role `Role.TYING` says.
         """
-        option = self.option_for(Role.TYING)
-        return bool(option and getattr(self, option))
+        return bool(self.value_for(Role.TYING))
 
     @property
     def replicated_layers(self) -> Sequence[Sequence[int]] | None:

@@ -178,7 +178,7 @@ class DeltaRule(WeightRule, OperationRule):
         Args:
             config: The config.
         """
-        return getattr(config, option) if (option := config.option_for(Role.DROPOUT)) else 0.0
+        return config.value_for(Role.DROPOUT) or 0.0
 
     def has_numbers(self, site: Any) -> bool:
         """Returns whether the branch has numbers at a site that dropout can drop: an operation's input.

@@ -1,4 +1,4 @@
-"""What the annotation of a config's option says: its type, the bounds of its numbers, and its role.
+"""The annotations of a config's options, with their types, bounds and roles.
 
 The annotation of a field, such as ``r: Size`` or ``lora_dropout: InputDropout``, is its only declaration.
 `check_options` compares the values with it, whether they come from code or from a file; `options_for` finds the options
@@ -229,8 +229,11 @@ def _problem(value: Any, hint: Any) -> tuple[str, str, Any] | None:
     """Returns the first number out of bounds in a value of the annotated type."""
     origin, parts = _split(hint)
     if origin is Annotated:
-        wanted = next((each.problem(value) for each in parts[1:] if isinstance(each, Within)), None)
-        return _problem(value, parts[0]) if wanted is None else ("", wanted, value)
+        for bounds in parts[1:]:
+            if isinstance(bounds, Within):
+                wanted = bounds.problem(value)
+                return None if wanted is None else ("", wanted, value)
+        return _problem(value, parts[0])
     if origin in (typing.Union, types.UnionType):
         return _problem(value, next(part for part in parts if _fits(value, part)))
     inside: Iterable[tuple[Any, Any, Any]] = ()

@@ -93,7 +93,7 @@ class TargetedConfig(PeftConfig):
             self.modules_to_save,
             self.layers_to_transform,
             self.layers_pattern,
-            target_parameters=getattr(self, option) if (option := self.option_for(Role.PARAMETERS)) else None,
+            target_parameters=self.value_for(Role.PARAMETERS),
             patterns={pattern: getattr(self, pattern) for pattern in self.patterns.values()},
         )
 

@@ -140,11 +140,8 @@ class LoraConfig(TargetedConfig):
     loftq_config: Any = field(default_factory=dict)
     rank_pattern: dict[str, Size] = field(default_factory=dict)
     alpha_pattern: dict[str, Number] = field(default_factory=dict)
-
     target_parts: dict[str, list[str | tuple[Kind, Kind]]] | None = field(default=None, metadata=OWN)
-
     merged_quantiser: Editable[Any] = field(default=None, metadata=OWN)
-
     ensure_weight_tying: Tying = False
     layer_replication: list[tuple[Index, Index]] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None

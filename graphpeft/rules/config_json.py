@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -187,10 +188,16 @@ class ConfigJson:
 
         Options with default values are left out, so that new options don't change the digest.
         """
-        default = {field.name: default_of(field) for field in options(self)}
+        default, editable = _defaults(type(self)), self.editable
         values = {
             name: own.digest() if isinstance(own := getattr(self, name, None), ConfigJson) else value
             for name, value in self.to_dict().items()
-            if name not in self.editable and (name not in default or value != default[name])
+            if name not in editable and (name not in default or value != default[name])
         }
         return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+@functools.cache
+def _defaults(cls: Any) -> Mapping[str, Any]:
+    """Returns the options' defaults as plain values."""
+    return {field.name: default_of(field) for field in options(cls)}

@@ -11,6 +11,7 @@ import dataclasses
 import enum
 import functools
 import inspect
+import itertools
 import math
 import types
 import typing
@@ -151,18 +152,19 @@ def sizes_of(options: Any) -> dict[str, int]:
 
 def options_for(cls: type, *roles: Role) -> tuple[str, ...]:
     """Returns the names of a config class's options that have one of some roles."""
-    return tuple(name for role in roles for name in _options_by_role(cls).get(role, ()))
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(map(_options_by_role(cls).__getitem__, roles))))
 
 
 @functools.cache
 def _options_by_role(cls: type) -> Mapping[Role, Sequence[str]]:
     """Returns the options of each role; an option that a subclass declares again keeps its role."""
-    found: dict[Role, list[str]] = {}
-    for name, metadata in {(name, _metadata(hint)) for above in _dataclasses(cls) for name, hint in above.items()}:
-        for role in metadata:
-            if isinstance(role, Role):
-                found.setdefault(role, []).append(name)
-    return {role: sorted({*names}) for role, names in found.items()}
+    found: dict[Role, list[str]] = {role: [] for role in Role}
+    for hints in _dataclasses(cls):
+        for name, hint in hints.items():
+            for role in getattr(hint, "__metadata__", ()):
+                if isinstance(role, Role):
+                    found[role].append(name)
+    return found
 
 
 def _is_size(hint: Any) -> bool:

@@ -25,7 +25,7 @@ from torch import nn
 
 import graphpeft
 from graphpeft import AdaptError, CheckpointError, LoraConfig, PeftModel, get_peft_model
-from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.methods.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.options import Probability, Size
 from graphpeft.rules.registry import registered
 from graphpeft.targeting import pattern_values, targets

@@ -18,9 +18,9 @@ from torch.utils._sympy.functions import Mod
 
 import graphpeft
 from graphpeft import ExportError, GuardError
-from graphpeft.exporting.conditions import breaking
 from graphpeft.exporting.formats import FORMATS
 from graphpeft.exporting.formats.pt2 import Pt2
+from graphpeft.exporting.sizes import breaking
 
 
 def state_of(model: nn.Module) -> dict:

@@ -18,7 +18,7 @@ from torchao.quantization import Int8WeightOnlyConfig
 
 import graphpeft
 from graphpeft import AdaptError, IA3Config, get_peft_model
-from graphpeft.methods.ia3.config import InputFactors
+from graphpeft.methods.ia3 import InputFactors
 
 pytestmark = pytest.mark.filterwarnings("ignore:no gradient goes through")
 

@@ -28,8 +28,8 @@ from transformers import (
 
 import graphpeft
 from graphpeft import trace
-from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.rules.target_options import TargetOptions
+from graphpeft.methods.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.rules.options import TargetOptions
 from graphpeft.targeting.pattern_values import pattern_value
 from graphpeft.targeting.targets import (
     Match,

@@ -22,11 +22,10 @@ from graphpeft.graph.paths import STATE
 from graphpeft.graph.template import Template
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
-from graphpeft.rules.options import Role, options_for
+from graphpeft.rules.options import Role, TargetOptions, options_for
 from graphpeft.rules.plain_values import ATOMS
 from graphpeft.rules.report import Report
 from graphpeft.rules.rule import changes_bias
-from graphpeft.rules.target_options import TargetOptions
 from graphpeft.sites.quantisers import Codes
 from graphpeft.sites.regions import Lifted
 from graphpeft.sites.site import LeafSite, Site

@@ -1,17 +1,18 @@
 """The sizes of inputs at which an exported file is checked: sizes that its program accepts, and sizes that it refuses.
 
-A program refuses sizes that break its conditions (`conditions.py`), which files for other runtimes don't contain.
+A program refuses sizes that break its conditions, which files for other runtimes don't contain.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.export import ExportedProgram
 
-from graphpeft.exporting import conditions
 from graphpeft.exporting.example import Shape
 from graphpeft.exporting.program import Program
 
@@ -119,7 +120,7 @@ class _Inputs:
     def text(self, condition: Any) -> str:
         """Returns the Python of a condition."""
         names = {symbol: self.name(places[0]) for symbol, places in self.places.items() if places}
-        return conditions.as_text(condition, names)
+        return as_text(condition, names)
 
 
 def _of_conditions(inputs: _Inputs, are_given: bool) -> tuple[list[Break], list[str]]:
@@ -129,7 +130,7 @@ def _of_conditions(inputs: _Inputs, are_given: bool) -> tuple[list[Break], list[
         (condition, symbol): values
         for condition in known
         for symbol in sorted(condition.free_symbols, key=str)
-        if (values := conditions.breaking(condition, symbol, inputs.sizes))
+        if (values := breaking(condition, symbol, inputs.sizes))
     }
     found: list[Break] = []
     too_large: dict[tuple[Any, int], str] = {}
@@ -137,13 +138,13 @@ def _of_conditions(inputs: _Inputs, are_given: bool) -> tuple[list[Break], list[
         example = inputs.sizes[symbol]
         size = min(values, key=lambda one: abs(one - example))
         is_far = size > _FAR * example
-        if is_far and size > conditions.LARGE:
+        if is_far and size > LARGE:
             too_large.setdefault((symbol, size), inputs.text(condition))
             continue
         others = _of_batches(inputs.symbolic) & inputs.sizes.keys() - condition.free_symbols if is_far else ()
         tried = inputs.with_({**{one: min(inputs.sizes[one], 2) for one in others}, symbol: size})
         # PyTorch doesn't infer from limits that a remainder is another one
-        is_limit = condition.free_symbols == {symbol} and not conditions.has_remainder(condition)
+        is_limit = condition.free_symbols == {symbol} and not has_remainder(condition)
         # a limit must exclude what breaks any condition on this size alone
         alone = [each for (other, own), each in broken.items() if other.free_symbols == {own} == {symbol}]
         mend = _mend(inputs, symbol, set().union(*alone)) if is_limit else ""
@@ -153,9 +154,9 @@ def _of_conditions(inputs: _Inputs, are_given: bool) -> tuple[list[Break], list[
 
 def _conditions(inputs: _Inputs, are_given: bool) -> dict[Any, bool]:
     """Returns the conditions on known sizes alone, each with whether the model's own code decides by it."""
-    found = conditions.guards(inputs.exported)
+    found = guards(inputs.exported)
     for symbol in () if are_given else inputs.sizes:
-        for limit in conditions.limits(inputs.exported, symbol):
+        for limit in limits(inputs.exported, symbol):
             found.setdefault(limit, True)
     return {
         one: is_own for one, is_own in found.items() if one.free_symbols and one.free_symbols <= inputs.sizes.keys()
@@ -284,3 +285,109 @@ def _evaluated(values: Mapping[Any, int], symbolic: tuple[Any, ...], shape: Shap
         int(size.node.expr.subs(values)) if (symbols := _symbols_of((size,))) and symbols <= values.keys() else number
         for size, number in zip(symbolic, shape, strict=True)
     )
+
+
+LARGE = 2_048
+"""Sizes and numbers above this are large."""
+
+_NEAR = 8
+"""Sizes at most this far from the example's, or as far as a number in a condition, are looked at one by one."""
+
+_DOUBLINGS = 24
+"""How often a size is doubled, or halved, to find one that breaks a condition."""
+
+_HIGHEST_DEGREE = 4
+"""The highest degree of polynomials in one size whose roots are computed."""
+
+
+def guards(program: ExportedProgram) -> dict[Any, bool]:
+    """Returns the conditions that were met on the way, each with whether the model's own code decides by it."""
+    found: dict[Any, bool] = {}
+    values = (node.meta.get("val") for node in program.graph.nodes)
+    environments = (value.fake_mode.shape_env for value in values if hasattr(value, "fake_mode"))
+    for guard in getattr(next(environments, None), "guards", ()):
+        found[guard.expr] = found.get(guard.expr, False) or _is_of_model(guard.sloc.framework_loc)
+    return found
+
+
+def _is_of_model(frame: Any) -> bool:
+    return not getattr(frame, "filename", "").startswith(os.path.join(os.path.dirname(torch.__file__), ""))
+
+
+def limits(program: ExportedProgram, symbol: Any) -> list[Any]:
+    """Returns the limits of a size as conditions."""
+    import sympy  # here, since importing it takes longer than importing this library
+
+    limit = program.range_constraints.get(symbol)
+    if limit is None:
+        return []
+    most = [sympy.Le(symbol, limit.upper)] if limit.upper.is_Integer else []
+    # PyTorch takes a dynamic size for 2 or more, which needn't be the model's condition
+    return most + ([sympy.Ge(symbol, limit.lower)] if limit.lower > 2 else [])
+
+
+def breaking(condition: Any, symbol: Any, sizes: Mapping[Any, int]) -> set[int]:
+    """Returns some values of one size at which a condition doesn't hold, with the one nearest to the example's."""
+    import sympy
+
+    alone = condition.subs({other: size for other, size in sizes.items() if other != symbol})
+    size = sizes[symbol]
+
+    def breaks_it(one: int) -> bool:
+        try:
+            return alone.subs(symbol, one) == sympy.false
+        except (ZeroDivisionError, AssertionError):  # a divisor in the condition is 0 or negative at this size
+            return False
+
+    wanted = {*sizes.values(), *_around(size, condition), *_roots(alone, symbol)}
+    broken = {one for one in wanted if one >= 1 and breaks_it(one)}
+    if not broken or breaks_it(size):
+        return set()
+    inside, outside = size, min(broken, key=lambda one: abs(one - size))
+    while abs(outside - inside) > 1:
+        middle = (inside + outside) // 2
+        inside, outside = (inside, middle) if breaks_it(middle) else (middle, outside)
+    return {*broken, outside}
+
+
+def _around(size: int, condition: Any) -> Iterator[int]:
+    """Yields sizes near a size, one by one, and further ones at growing distances."""
+    import sympy
+
+    numbers = (abs(int(number)) for number in condition.atoms(sympy.Integer))
+    # a remainder repeats itself after its divisor
+    reach = max([_NEAR, *(number for number in numbers if number <= LARGE)])
+    yield from range(max(1, size - reach), size + reach + 1)
+    for doublings in range(_DOUBLINGS):
+        yield size << doublings
+        yield max(1, size >> doublings)
+
+
+def _roots(condition: Any, symbol: Any) -> Iterator[int]:
+    """Yields whole numbers beside the roots of a relation between polynomials."""
+    import sympy
+
+    if not hasattr(condition, "rel_op"):
+        return
+    try:
+        polynomial: Any = sympy.Poly(condition.lhs - condition.rhs, symbol)
+    except sympy.PolynomialError:
+        return
+    for root in polynomial.nroots() if polynomial.degree() <= _HIGHEST_DEGREE else ():
+        if root.is_real:
+            yield from (round(root) + more for more in (-1, 0, 1))
+
+
+def has_remainder(condition: Any) -> bool:
+    """Returns whether a condition contains a remainder, such as ``s27 % 2 == 0``."""
+    import sympy
+
+    return any(type(function).__name__.endswith("Mod") for function in condition.atoms(sympy.Function))
+
+
+def as_text(condition: Any, names: Mapping[Any, str]) -> str:
+    """Returns a condition in Python."""
+    import sympy
+
+    named = condition.subs({symbol: sympy.Symbol(name) for symbol, name in names.items()}, simultaneous=True)
+    return f"{named.lhs} {named.rel_op} {named.rhs}" if hasattr(named, "rel_op") else str(named)

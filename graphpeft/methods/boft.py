@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from graphpeft.graph import ops
 from graphpeft.graph.memory_layout import laid_out_as
 from graphpeft.methods import rotations
-from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.methods.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.delta_rule import DeltaRule, WeightRule
 from graphpeft.rules.options import Editable, InitWeights, Probability, Size, SizeOrZero, TrainedBiases
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec, unchanged

@@ -20,15 +20,14 @@ from torch import Tensor, nn
 from graphpeft._torch import is_transformed
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.scaled_sum import is_captured
-from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.methods.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.matrices import matrices_of
 from graphpeft.rules.delta_rule import ProductRule
-from graphpeft.rules.options import Editable, Size, TrainedBiases
+from graphpeft.rules.options import Editable, Size, TargetOptions, TrainedBiases
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.products import Factor, Product
 from graphpeft.rules.registry import register
-from graphpeft.rules.target_options import TargetOptions
 from graphpeft.targeting import pattern_values, targets
 from graphpeft.targeting.target_config import TargetedConfig
 

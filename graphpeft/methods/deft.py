@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from graphpeft.graph import ops
 from graphpeft.graph.computed_weights import read_weight
 from graphpeft.graph.recorded import recorded
-from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.methods.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.matrices import as_matrices, matrices_of
 from graphpeft.rules.delta_rule import DeltaRule, ProductRule
 from graphpeft.rules.options import Editable, InputDropout, Number, Size, TrainedBiases, Turned

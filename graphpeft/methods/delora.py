@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.graph.computed_weights import read_weight
-from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.methods.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import draw
 from graphpeft.methods.matrices import as_matrices, matrices_of
 from graphpeft.rules.delta_rule import ProductRule

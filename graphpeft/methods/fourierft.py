@@ -16,15 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.graph.recorded import recorded
-from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.methods.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.matrices import Matrices, matrices_of
 from graphpeft.methods.placed import placed
 from graphpeft.rules.delta_rule import DeltaRule
-from graphpeft.rules.options import InitWeights, Number, Seed, Size, TrainedBiases, Turned
+from graphpeft.rules.options import InitWeights, Number, Seed, Size, TargetOptions, TrainedBiases, Turned
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
-from graphpeft.rules.target_options import TargetOptions
 from graphpeft.targeting import pattern_values, targets
 from graphpeft.targeting.target_config import TargetedConfig
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from graphpeft.graph import ops
 from graphpeft.graph.scaled_sum import add_scaled
-from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.methods.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Index, InitWeights, InputDropout, Number, Size, TrainedBiases, Turned
 from graphpeft.rules.parameter_spec import ParameterSpec

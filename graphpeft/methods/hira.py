@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from graphpeft.graph import ops
 from graphpeft.graph.recorded import recorded
-from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.methods.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Editable, InputDropout, Size, Turned
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec, RankAxis, unchanged

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from graphpeft.graph import ops
 from graphpeft.graph.recorded import recorded
-from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.methods.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.rotations import features_of_row
 from graphpeft.rules.delta_rule import DeltaRule, WeightRule
 from graphpeft.rules.options import Editable, Size, TrainedBiases

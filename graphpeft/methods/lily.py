@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from graphpeft.graph import ops
 from graphpeft.graph.paths import modules_by_path
-from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.methods.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.options import InitWeights, Number, Size
 from graphpeft.rules.parameter_spec import ParameterSpec

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from graphpeft.graph import ops
 from graphpeft.graph.changed_products import apart_in_training
 from graphpeft.graph.recorded import identity_in_evaluation, recorded
-from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.methods.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.delta_rule import DeltaRule
 from graphpeft.rules.options import Editable, Number, Probability, Size
 from graphpeft.targeting import targets

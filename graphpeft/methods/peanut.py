@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.graph.recorded import recorded
-from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.methods.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import draw
 from graphpeft.methods.matrices import matrices_of
 from graphpeft.rules.delta_rule import ProductRule

@@ -23,7 +23,7 @@ from graphpeft.graph import ops
 from graphpeft.graph.changed_products import products_by_row
 from graphpeft.graph.recorded import as_node, recorded
 from graphpeft.graph.scaled_sum import is_captured
-from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.methods.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.options import InitWeights, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType

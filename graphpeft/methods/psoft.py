@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.graph.recorded import recorded
+from graphpeft.methods.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.factored import Factored, sizes_of
-from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.matrices import svd_by_seed
 from graphpeft.methods.skew import cayley, neumann, skew
 from graphpeft.rules.options import Editable, InitWeights, InputDropout, Seed, Size, Within

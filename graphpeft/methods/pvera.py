@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from graphpeft._torch import is_in_backward, without_compiler
 from graphpeft.graph import ops
 from graphpeft.graph.recorded import identity_in_evaluation, recorded
+from graphpeft.methods.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.factored import Factored, ProjectedConfig, sizes_of
-from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.options import Editable, InitWeights, InputDropout, Number, Seed, Size, TrainedBiases
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from graphpeft.graph import ops
 from graphpeft.graph.recorded import recorded
-from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.methods.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.delta_rule import WeightRule
 from graphpeft.rules.options import InitWeights, Size
 from graphpeft.rules.parameter_spec import ParameterSpec

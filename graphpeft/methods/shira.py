@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.adapters.plan import AdaptError
-from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.methods.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.matrices import Matrices, matrices_of
 from graphpeft.methods.placed import Placed
 from graphpeft.rules.options import Editable, InitWeights, Seed, Size, Turned

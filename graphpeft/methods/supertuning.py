@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.graph.computed_weights import read_weight
-from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.methods.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lycoris import draw
 from graphpeft.methods.matrices import matrices_of
 from graphpeft.methods.placed import Placed

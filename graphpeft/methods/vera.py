@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from graphpeft.methods.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.factored import Factored, ProjectedConfig, sizes_of
-from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.options import Editable, InitWeights, InputDropout, Number, Size, TrainedBiases
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType

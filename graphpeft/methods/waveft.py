@@ -20,8 +20,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from graphpeft.methods.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.fourierft import places_drawn, too_many
-from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.matrices import Matrices, matrices_of
 from graphpeft.methods.wavelets import band, filters_of, synthesised
 from graphpeft.rules.delta_rule import DeltaRule

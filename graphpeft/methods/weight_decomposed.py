@@ -23,12 +23,11 @@ from graphpeft.graph.computed_weights import read_weight
 from graphpeft.rules.arguments import asked_by
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.delta_rule import DeltaRule
-from graphpeft.rules.options import Editable
+from graphpeft.rules.options import Editable, TargetOptions
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
 from graphpeft.rules.peft_names import TaskType
 from graphpeft.rules.registry import register
 from graphpeft.rules.report import Report
-from graphpeft.rules.target_options import TargetOptions
 from graphpeft.rules.trained import Biases
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.targeting.target_config import TargetedConfig

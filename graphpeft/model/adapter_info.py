@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+import html
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
@@ -11,13 +13,13 @@ from graphpeft.adapters.adapting import known_adapter, modules_of
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapters
 from graphpeft.adapters.tensors import count_of_numbers
-from graphpeft.graph.holders import has_tensor, tensor_at
+from graphpeft.graph.holders import Holder, all_parameters, has_tensor, tensor_at
 from graphpeft.graph.sharding import is_asked_by
-from graphpeft.model.configs import Configs
+from graphpeft.graph.traced_model import stands_for
 from graphpeft.model.peft_functions import PLACE, ConfigsForPeft
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.report import Report
-from graphpeft.showing.notebook import modules_html
+from graphpeft.wording import number_of
 
 
 class AdapterInfo(nn.Module):
@@ -135,3 +137,69 @@ class AdapterInfo(nn.Module):
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / total
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")  # noqa: T201
+
+
+def modules_html(model: nn.Module, title: str) -> str:
+    """Returns the modules of a model as HTML, open where adapters are."""
+    return f'<div style="font-family: monospace; line-height: 1.5">{_tree(model, title)}</div>'
+
+
+def _tree(module: nn.Module, name: str) -> str:
+    adapters = {name: child for name, child in module.named_children() if isinstance(child, Holder)}
+    inside = {name: child for name, child in module.named_children() if name not in adapters}
+    numbers = sum(parameter.numel() for part in module.modules() for _, parameter in _own(part))
+    line = f"<b>{html.escape(name)}</b> {html.escape(stands_for(module).__name__)} · {number_of(numbers, 'parameter')}"
+    told = "".join(f"<div>↳ {html.escape(f'{name}: {holder!r}')}</div>" for name, holder in adapters.items())
+    if not inside and not told:
+        return f"<div>{line}</div>"
+    is_open = " open" if any(isinstance(part, Holder) for part in module.modules()) else ""
+    parts = "".join(_tree(child, name) for name, child in inside.items())
+    content = f'<div style="margin-left: 1.5em">{told}{parts}</div>'
+    return f"<details{is_open}><summary>{line}</summary>{content}</details>"
+
+
+def _own(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [] if isinstance(module, Holder) else list(all_parameters(module))
+
+
+class Configs(Mapping[str, PeftConfig]):
+    """The configs of a model's adapters by name, in the order in which these were added.
+
+    It shows adapters that come and go. Options can be set on a config; adapters are added by `add_adapter`.
+    """
+
+    def __init__(self, adapters: Adapters) -> None:
+        self._adapters = adapters
+
+    def __getitem__(self, name: str) -> PeftConfig:
+        return self._adapters.by_name[name].config
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapters.by_name)
+
+    def __len__(self) -> int:
+        return len(self._adapters.by_name)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def __setitem__(self, name: str, config: Any) -> NoReturn:
+        raise TypeError(
+            f"a config in peft_config is of an adapter with tensors: model.add_adapter({name!r}, config) adds one, and "
+            f"single options are set as in model.peft_config[{name!r}].inference_mode = True"
+        )
+
+    def __delitem__(self, name: str) -> NoReturn:
+        raise TypeError(f"a config goes with its adapter: call model.delete_adapter({name!r})")
+
+    def update(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises TypeError, as adding a config does; PEFT's own functions update the configs of what they adapt."""
+        raise TypeError(
+            "the model is adapted by graphpeft, and a config in peft_config is of an adapter with tensors: for another "
+            "adapter, call graphpeft.get_peft_model(model, config, name) or model.add_adapter(name, config), and not "
+            "PEFT's get_peft_model; or take the adapters off first with unload() or merge_and_unload()"
+        )
+
+    def pop(self, name: str, *_: Any) -> NoReturn:
+        """Raises TypeError, as deleting a config does."""
+        self.__delitem__(name)

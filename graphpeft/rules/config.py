@@ -18,11 +18,10 @@ from graphpeft.rules.config_in_calls import ConfigInCalls
 from graphpeft.rules.config_json import OWN as OWN
 from graphpeft.rules.config_json import ConfigJson
 from graphpeft.rules.config_training import ConfigTraining
-from graphpeft.rules.options import Editable, Role, check_options, options_for
+from graphpeft.rules.options import Editable, Role, TargetOptions, check_options, options_for
 from graphpeft.rules.peft_names import HEADS, PEFT_VERSION, TaskType
 from graphpeft.rules.plain_values import ATOMS, default_of, fields_of, plain
 from graphpeft.rules.registry import names_method
-from graphpeft.rules.target_options import TargetOptions
 from graphpeft.wording import shown
 
 if TYPE_CHECKING:

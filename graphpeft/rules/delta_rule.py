@@ -33,8 +33,7 @@ from graphpeft.rules.options import Role
 from graphpeft.rules.parameter_spec import Dropout
 from graphpeft.rules.products import Product
 from graphpeft.rules.rule import Mergeable, OperationRule, RunsByRow
-from graphpeft.sites.site import LeafSite, Site
-from graphpeft.sites.weight_layout import WeightLayout
+from graphpeft.sites.site import LeafSite, Site, WeightLayout
 
 
 @dataclass(frozen=True)

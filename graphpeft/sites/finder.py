@@ -6,6 +6,7 @@ model's code runs as it is, on the changed weight that the attribute gives, see 
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -14,6 +15,9 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
+from graphpeft._torch import FORWARD_HOOKS_OF_ALL
+from graphpeft.code.contents import PLAIN
+from graphpeft.code.reach import opened
 from graphpeft.code.source import read_anew
 from graphpeft.graph import in_place, ops
 from graphpeft.graph.computed_weights import computed_from, read_weight
@@ -22,14 +26,13 @@ from graphpeft.graph.forward_classes import holds_own_tensor
 from graphpeft.graph.guards import fixed_arguments
 from graphpeft.graph.holders import has_holders
 from graphpeft.graph.inputs import ExampleInputs
-from graphpeft.graph.kept_forwards import set_forward
+from graphpeft.graph.kept_forwards import KNOWN, OF_HOOKS, set_forward
 from graphpeft.graph.layers import is_given
 from graphpeft.graph.ops import convolution
 from graphpeft.graph.own_forward import own_code
 from graphpeft.graph.paths import join, within
 from graphpeft.graph.traced_model import plain_attribute, stands_for
 from graphpeft.sites.answers import likeness
-from graphpeft.sites.held_parameters import HeldParameters
 from graphpeft.sites.layer_kinds import kind_of_layer
 from graphpeft.sites.quantised import described, is_quantised
 from graphpeft.sites.regions import Lifted, Regions
@@ -295,3 +298,57 @@ def _of_one(forward: Callable[..., Any]) -> Callable[[Any], Any]:
 
 def _same(graph: fx.Graph, other: fx.Graph) -> bool:
     return equivalent(graph, other, {}) and checks_all_of(graph, other, lambda _: False)
+
+
+_HOOKS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and "hooks" in name)
+
+_NOT_HELD = (frozenset(vars(nn.Module())) - {*_HOOKS}) | OF_HOOKS | {KNOWN}
+"""Attributes of every module beside its hooks, such as parameters and submodules."""
+
+_PLAIN_TYPES = PLAIN - {nn.Parameter}
+"""Types whose values hold no parameter."""
+
+_REGISTERED = 2
+"""The references to a parameter that its module alone has, when they are counted: the module's, and the count's."""
+
+
+class HeldParameters:
+    """The parameters that the modules of one model hold in attributes, containers, closures and hooks."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._modules = modules
+        self._places: dict[int, str] | None = None
+
+    def place_of(self, owner: nn.Module, name: str) -> str | None:
+        """Returns where a module holds a parameter of `owner`, for a person; None if none does."""
+        # the search takes its time, and there is nothing to find for nearly all weights
+        if sys.getrefcount(owner._parameters.get(name)) <= _REGISTERED:
+            return None
+        if self._places is None:
+            self._places = dict(self._found())
+        return self._places.get(id(owner._parameters.get(name)))
+
+    def _found(self) -> Iterator[tuple[int, str]]:
+        for path, module in self._modules.items():
+            if isinstance(module, nn.RNNBase):
+                continue  # what it holds is read as its attributes are, see `adapters/reads.py`
+            for name, value in vars(module).items():
+                if name not in _NOT_HELD and type(value) not in _PLAIN_TYPES:
+                    for parameter in _parameters_in(value):
+                        yield id(parameter), f"self.{name} of {path or 'the model'}"
+        for hooks in FORWARD_HOOKS_OF_ALL:
+            for parameter in _parameters_in(dict(hooks)):
+                yield id(parameter), "a hook of all modules"
+
+
+def _parameters_in(start: Any) -> Iterator[nn.Parameter]:
+    """Yields the parameters that a value leads to otherwise than by a module."""
+    waiting, seen = [start], dict[int, Any]()
+    while waiting:
+        value = waiting.pop()
+        kind = type(value)  # isinstance would read __class__, which a user's object may compute
+        if issubclass(kind, nn.Parameter):
+            yield value
+        elif id(value) not in seen and not issubclass(kind, torch.Tensor | type | nn.Module):
+            seen[id(value)] = value
+            waiting += [part for part in opened(value)[1] if type(part) not in _PLAIN_TYPES]

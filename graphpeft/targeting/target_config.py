@@ -14,10 +14,9 @@ from graphpeft.graph.errors import TraceError
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.rules.config import PeftConfig
-from graphpeft.rules.options import Editable, Role
+from graphpeft.rules.options import Editable, Role, TargetOptions
 from graphpeft.rules.peft_names import TaskType
 from graphpeft.rules.report import Refusal, Report
-from graphpeft.rules.target_options import TargetOptions
 from graphpeft.sites.calls import boundary_site
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.layer_kinds import layers_in

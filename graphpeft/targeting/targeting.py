@@ -20,8 +20,8 @@ from graphpeft.graph.traced_model import stands_for
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.progress import over
 from graphpeft.rules.config import PeftConfig
+from graphpeft.rules.options import TargetOptions
 from graphpeft.rules.report import Refusal, Report
-from graphpeft.rules.target_options import TargetOptions
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.gradient_flow import hands_gradients_on, trains
 from graphpeft.sites.layer_kinds import declares_features, kind_of_layer

@@ -28,7 +28,7 @@ from torch import nn
 
 from graphpeft.graph.paths import modules_by_path, names_wrapper, paths_inside_wrappers
 from graphpeft.graph.traced_model import TracedModel, stands_for
-from graphpeft.rules.target_options import TargetOptions
+from graphpeft.rules.options import TargetOptions
 from graphpeft.sites.layer_kinds import is_linear
 from graphpeft.targeting.patterns import Pattern
 

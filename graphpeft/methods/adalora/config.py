@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from graphpeft.methods.adalora import allocation, option_checks, ranks_left
-from graphpeft.methods.adalora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.adalora.rule import AdaLora, form_of
+from graphpeft.methods.default_targets import ADALORA_TARGETS
 from graphpeft.methods.lora.config import LoraConfig
 from graphpeft.methods.lora.nested import drop_unused
 from graphpeft.rules.combination import Combination
@@ -96,7 +96,7 @@ class AdaLoraConfig(LoraConfig):
     changed_by_training: ClassVar[frozenset[str]] = frozenset({"rank_pattern"})
     parameters_changed_by_steps: ClassVar[frozenset[str] | None] = frozenset({"lora_E"})
     patterns: ClassVar[Mapping[str, str]] = {}
-    default_targets: ClassVar[targets.Defaults] = DEFAULT_TARGET_MODULES
+    default_targets: ClassVar[targets.Defaults] = ADALORA_TARGETS
 
     # a wider type than LoRA's, since PEFT takes its own name of the option here, too
     bias: Literal["none", "all", "lora_only", "adalora_only"] = "none"  # type: ignore[assignment]

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from graphpeft.methods.adamss import allocation
 from graphpeft.methods.adamss.groups import Group, decomposed, groups_of, is_installed
 from graphpeft.methods.adamss.rule import Adamss, has_bias
+from graphpeft.methods.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.factored import sizes_of
-from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.rules.options import Editable, Number, Probability, Seed, Size, Within
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from graphpeft.methods.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.factored import Factored, FactoredConfig, sizes_of
 from graphpeft.methods.frod.mixing import Mixed, sorted_places
 from graphpeft.methods.frod.projections import (
@@ -30,7 +31,6 @@ from graphpeft.methods.frod.projections import (
     is_spanned,
     numbers_of,
 )
-from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.options import Editable, InitWeights, InputDropout, NotNegative, Probability, Seed, TrainedBiases
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec, unchanged

@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from graphpeft.methods.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lora import choice, combination, combined_config, in_files, option_checks
-from graphpeft.methods.lora.default_targets import DEFAULT_TARGET_MODULES
 from graphpeft.methods.lora.init.initialisation import initialisation_of, traits_of
 from graphpeft.methods.lora.nested import give_classes, warn_of_unused
 from graphpeft.methods.lora.parts import with_parts

@@ -23,8 +23,7 @@ from graphpeft.methods.lora.rule import LoraBranchWithBias
 from graphpeft.rules.parameter_spec import ParameterSpec, RankAxis
 from graphpeft.rules.products import Product
 from graphpeft.rules.rule import Combines
-from graphpeft.sites.site import Site
-from graphpeft.sites.weight_layout import WeightLayout
+from graphpeft.sites.site import Site, WeightLayout
 
 
 @dataclass(frozen=True, kw_only=True)

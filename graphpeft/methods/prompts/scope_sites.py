@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from graphpeft.graph.errors import TraceError
 from graphpeft.methods.prompts.scope_masks import CAUSAL
+from graphpeft.rules.options import TargetOptions
 from graphpeft.rules.report import Refusal, Report
-from graphpeft.rules.target_options import TargetOptions
 from graphpeft.sites.calls import boundary
 from graphpeft.sites.finder import SiteFinder
 from graphpeft.sites.site import CallSite

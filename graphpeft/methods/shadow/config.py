@@ -24,12 +24,11 @@ from graphpeft.methods.shadow.mirror import SIZES, stack_of
 from graphpeft.methods.shadow.rule import INPUT, Shadow, States
 from graphpeft.methods.shadow.small_model import SmallModel, small_model_for
 from graphpeft.rules.config import PeftConfig
-from graphpeft.rules.options import Editable, Index, InitWeights, Layers, Number, Probability, Size
+from graphpeft.rules.options import Editable, Index, InitWeights, Layers, Number, Probability, Size, TargetOptions
 from graphpeft.rules.peft_names import PeftType, TaskType
 from graphpeft.rules.present_call import PresentCall
 from graphpeft.rules.registry import register
 from graphpeft.rules.report import Refusal, Report
-from graphpeft.rules.target_options import TargetOptions
 from graphpeft.rules.trained import SiteParameters
 from graphpeft.sites.calls import boundary_site
 from graphpeft.sites.finder import SiteFinder

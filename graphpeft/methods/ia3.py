@@ -19,79 +19,103 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.graph import ops
-from graphpeft.methods.ia3.rule import InputFactors, OutputFactors
+from graphpeft.methods.default_targets import IA3_INPUTS, IA3_OUTPUTS
+from graphpeft.methods.matrices import matrices_of
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.combination import Combination, Part
+from graphpeft.rules.delta_rule import WeightRule
 from graphpeft.rules.options import InitWeights, Turned
+from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
-from graphpeft.rules.rule import Rule
+from graphpeft.rules.rule import InputRule, OperationRule, Rule
 from graphpeft.sites.site import LeafSite
 from graphpeft.targeting import targets
 from graphpeft.targeting.patterns import Pattern
 from graphpeft.targeting.target_config import TargetedConfig
 
-FEED_FORWARD: dict[str, tuple[str, ...]] = {
-    "t5": ("wo",),
-    "mt5": (),
-    "gpt2": ("mlp.c_proj",),
-    "bloom": ("mlp.dense_4h_to_h",),
-    "roberta": ("output.dense",),
-    "opt": ("fc2",),
-    "gptj": ("fc_out",),
-    "gpt_neox": ("dense_4h_to_h",),
-    "gpt_neo": ("c_proj",),
-    "bart": ("fc2",),
-    "gpt_bigcode": ("mlp.c_proj",),
-    "llama": ("down_proj",),
-    "llama4": ("down_proj",),
-    "mistral": ("down_proj",),
-    "mixtral": ("w2",),
-    "bert": ("output.dense",),
-    "deberta-v2": ("output.dense",),
-    "deberta": ("output.dense",),
-    "RefinedWeb": ("dense_4h_to_h",),
-    "RefinedWebModel": ("dense_4h_to_h",),
-    "falcon": ("dense_4h_to_h",),
-    "phi": ("fc2",),
-    "gemma": ("down_proj",),
-    "gemma2": ("down_proj",),
-    "gemma3_text": ("down_proj",),
-    "qwen2": ("down_proj",),
-    "qwen3": ("down_proj",),
-}
-"""The targets whose inputs are scaled."""
 
-OTHERS: dict[str, tuple[str, ...]] = {
-    "t5": ("k", "v"),
-    "mt5": ("k", "v", "wi_1"),
-    "gpt2": ("c_attn",),
-    "bloom": ("query_key_value",),
-    "roberta": ("key", "value"),
-    "opt": ("q_proj", "k_proj"),
-    "gptj": ("q_proj", "v_proj"),
-    "gpt_neox": ("query_key_value",),
-    "gpt_neo": ("q_proj", "v_proj"),
-    "bart": ("q_proj", "v_proj"),
-    "gpt_bigcode": ("c_attn",),
-    "llama": ("k_proj", "v_proj"),
-    "llama4": ("q_proj", "v_proj"),
-    "mistral": ("k_proj", "v_proj"),
-    "mixtral": ("k_proj", "v_proj"),
-    "bert": ("key", "value"),
-    "deberta-v2": ("key_proj", "value_proj"),
-    "deberta": ("in_proj",),
-    "RefinedWeb": ("query_key_value",),
-    "RefinedWebModel": ("query_key_value",),
-    "falcon": ("query_key_value",),
-    "phi": ("q_proj", "v_proj"),
-    "gemma": ("q_proj", "v_proj"),
-    "gemma2": ("q_proj", "v_proj"),
-    "gemma3_text": ("q_proj", "v_proj"),
-    "qwen2": ("q_proj", "v_proj"),
-    "qwen3": ("q_proj", "v_proj"),
-}
-"""The targets whose outputs are scaled."""
+@dataclass(frozen=True)
+class Factors(WeightRule):
+    """The factors of one layer.
+
+    Attributes:
+        positions: The number of dimensions of a convolution's kernel; 0 for a matrix.
+        groups: The number of groups of a convolution's features.
+    """
+
+    positions: int = 0
+    groups: int = 1
+
+    adapts: ClassVar[tuple[type, ...]] = (ops.Linear, ops.Convolution, ops.Weight)
+
+    def check(self, site: Any, config: Any) -> str | None:
+        """Refuses weights that are neither matrices, stacks of these, nor those of convolutions."""
+        if isinstance(site, LeafSite):
+            return None
+        reason = super().check(site, config)
+        if reason is None and site.layout is not ops.Convolution and len(site.shape) not in (2, 3):
+            reason = f"its {site.attribute} of shape {tuple(site.shape)} is no matrix, whose features have factors"
+        return reason
+
+    def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
+        """Draws the factors, and sets them to 1 where the config asks for it, as PEFT does."""
+        parameters["ia3_l"].normal_()
+        if config.init_ia3_weights:
+            parameters["ia3_l"].fill_(1)
+
+    def _beside(self, ia3_l: Any) -> Any:
+        """Returns factors in a shape that broadcasts over features, which a convolution has in front of positions."""
+        return ia3_l[0] if self.positions else ia3_l.flatten()
+
+    def unmergeable(self, site: Any) -> str | None:
+        """Refuses calls of layers, as PEFT does: quantised weights can't be scaled in place."""
+        return "the factors of a quantised layer aren't merged, as in PEFT" if isinstance(site, LeafSite) else None
+
+
+@dataclass(frozen=True)
+class InputFactors(Factors, InputRule):
+    """Factors for what goes into a layer."""
+
+    def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
+        """Returns the factors, (1, in), of each matrix in a stack, or with a 1 for each dimension of a kernel."""
+        stack, _, columns = matrices_of(site)
+        shape = (1, site.in_features, *(1,) * self.positions) if self.positions else (*stack, 1, columns)
+        return {"ia3_l": ParameterSpec(shape, key="ia3_l")}
+
+    def enter(self, x: Any, ia3_l: Any) -> Any:
+        """Returns l ⊙ x."""
+        return (x * self._beside(ia3_l)).to(x.dtype)
+
+    def delta(self, weight: Any, ia3_l: Any) -> Any:
+        """Returns W diag(l) − W; a group's kernels have the factors of its own features."""
+        if self.groups == 1:
+            return weight * (ia3_l - 1)
+        grouped = weight.unflatten(0, (self.groups, -1))
+        return (grouped * (ia3_l - 1).unflatten(1, (self.groups, -1)).transpose(0, 1)).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class OutputFactors(Factors, OperationRule):
+    """Factors for what comes out of a layer, with its bias."""
+
+    def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
+        """Returns the factors: (out, 1), of each matrix in a stack; (1, out, 1, …) of a convolution."""
+        stack, rows, _ = matrices_of(site)
+        shape = (1, site.out_features, *(1,) * self.positions) if self.positions else (*stack, rows, 1)
+        return {"ia3_l": ParameterSpec(shape, key="ia3_l")}
+
+    def rewrite(self, y: Any, ia3_l: Any) -> Any:
+        """Returns l ⊙ y."""
+        return (y * self._beside(ia3_l)).to(y.dtype)
+
+    def delta(self, weight: Any, ia3_l: Any) -> Any:
+        """Returns diag(l) W − W."""
+        return weight * ((ia3_l.transpose(0, 1) if self.positions else ia3_l) - 1)
+
+    def bias_delta(self, bias: Any, ia3_l: Any) -> Any:
+        """Returns l ⊙ b − b."""
+        return bias * (ia3_l.flatten() - 1)
 
 
 @register
@@ -127,7 +151,7 @@ class IA3Config(TargetedConfig):
     lacks: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern"})
     adapts_leaves: ClassVar[bool] = True
     default_targets: ClassVar[targets.Defaults] = {
-        name: (*others, *FEED_FORWARD[name]) for name, others in OTHERS.items()
+        name: (*others, *IA3_INPUTS[name]) for name, others in IA3_OUTPUTS.items()
     }
 
     feedforward_modules: list[str] | set[str] | str | None = None
@@ -147,7 +171,7 @@ class IA3Config(TargetedConfig):
         config: Any = super().resolved(model)
         if config.feedforward_modules is None:
             try:
-                named = set(targets.default_target_modules(model, FEED_FORWARD))
+                named = set(targets.default_target_modules(model, IA3_INPUTS))
             except ValueError as error:
                 raise ValueError(
                     "feedforward_modules is None, and no default is known for the model; name those targets whose "

@@ -62,11 +62,9 @@ from graphpeft.rules.registry import PEFT_TYPE_TO_CONFIG_MAPPING, register
 from graphpeft.rules.report import Report
 from graphpeft.rules.rule import (
     BoundaryRule,
-    Combines,
     InputRule,
     Mergeable,
     OperationRule,
-    ReplacesWeight,
     Rule,
     RunsByRow,
 )
@@ -95,7 +93,6 @@ __all__ = [
     "BoundaryRule",
     "CallSite",
     "CheckpointError",
-    "Combines",
     "DeltaRule",
     "Diagonal",
     "ExportError",
@@ -129,7 +126,6 @@ __all__ = [
     "Product",
     "ProductRule",
     "RankAxis",
-    "ReplacesWeight",
     "Report",
     "Rule",
     "RunsByRow",

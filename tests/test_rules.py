@@ -443,9 +443,7 @@ def test_a_slip_in_the_function_for_rows_is_refused_when_a_model_is_adapted_too(
         explain(build(), config_with(Misspelt(), monkeypatch))
 
 
-@pytest.mark.parametrize(
-    ("name", "base"), [("delta", "Mergeable"), ("replaces", "ReplacesWeight"), ("by_row", "RunsByRow")]
-)
+@pytest.mark.parametrize(("name", "base"), [("delta", "Mergeable"), ("by_row", "RunsByRow")])
 def test_a_function_that_nobody_would_call_is_refused_with_its_base(name, base, monkeypatch):
     rule = dataclass(frozen=True)(type("Wrong", (Scale,), {name: lambda self, **_: None}))
     with pytest.raises(AdaptError, match=f"Wrong has {name} and isn't {base}; let it inherit from that"):

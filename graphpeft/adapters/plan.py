@@ -31,7 +31,7 @@ from graphpeft.rules.options import Role
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.plain_values import fields_of
 from graphpeft.rules.report import Refusal, Report
-from graphpeft.rules.rule import Mergeable, ReplacesWeight, changes_bias
+from graphpeft.rules.rule import Mergeable, changes_bias
 from graphpeft.rules.weight_reader import WeightReader
 from graphpeft.sites.answers import Answers, without_paths
 from graphpeft.sites.finder import NOTHING_KNOWN, Known, SiteFinder
@@ -345,7 +345,7 @@ def _refuse_unknown_arguments(rule: Any, site: Any, own: tuple[str, ...], config
 
 
 def _replaced(rule: Any, site: Any, config: PeftConfig, adapter: str) -> Mapping[str, str]:
-    if not isinstance(rule, ReplacesWeight) or not rule.replaces(site, config):
+    if not rule.replaces(site, config):
         return {}
     return {site.attribute: overrides.override_name(site.attribute, adapter)}
 

@@ -11,11 +11,9 @@ from graphpeft.rules.delta_rule import WeightRule
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.rule import (
     BoundaryRule,
-    Combines,
     InputRule,
     Mergeable,
     OperationRule,
-    ReplacesWeight,
     Rule,
     RunsByRow,
 )
@@ -77,9 +75,7 @@ _BASES: dict[str, tuple[type, ...]] = {
     "leave": (BoundaryRule,),
     "delta": (Mergeable,),
     "bias_delta": (Mergeable,),
-    "replaces": (ReplacesWeight,),
     "by_row": (RunsByRow,),
-    "as_product": (Combines,),
 }
 """The base classes without which a rule's function would never be called, by function."""
 

@@ -1,9 +1,8 @@
 """The base classes of rules. A rule defines how a method adapts one kind of site.
 
 A rule is an `OperationRule`, an `InputRule` or a `BoundaryRule`; a rule only for weights as such is just a `Mergeable`.
-Further bases declare further abilities: `Mergeable`, `ReplacesWeight`, `RunsByRow`, `Combines`. A rule whose change is
-written in PEFT's layout of weights is a `WeightRule`; a rule that is just such a change is a `DeltaRule`, see
-`rules/delta_rule.py`.
+Further bases declare further abilities: `Mergeable`, `RunsByRow`. A rule whose change is written in PEFT's layout of
+weights is a `WeightRule`; a rule that is just such a change is a `DeltaRule`, see `rules/delta_rule.py`.
 
 The functions that compute ask for values by the names of their arguments: the names in the function's docstring, and
 the rule's parameters and constants. An argument that a rule doesn't declare for every config needs a default, as in
@@ -135,10 +134,21 @@ class Rule(ABC):
             module: The module that owns the site's weight and the parameters.
 
         Returns:
-            If the rule `ReplacesWeight` at this site: the tensor that the module reads in place of the weight, by the
+            If the rule `replaces` the site's weight: the tensor that the module reads in place of the weight, by the
             weight's name. Otherwise None.
         """
         ...
+
+    def replaces(self, site: Any, config: Any) -> bool:
+        """Returns whether the module reads another weight while the adapter acts, which `initialise` returns.
+
+        That weight is frozen and isn't saved: ``initialise`` computes it, also when a file is loaded.
+
+        Args:
+            site: The site, where the rule is a change of the weight.
+            config: The config.
+        """
+        return False
 
     # no abstract one: most rules need nothing
     def complete(  # noqa: B027
@@ -306,30 +316,6 @@ def changes_bias(rule: Any) -> bool:
     return isinstance(rule, Mergeable) and rule.changes_bias
 
 
-class ReplacesWeight(ABC):
-    """A rule that may override the module's own weight while the adapter is active.
-
-    The override is frozen and isn't saved: ``initialise`` computes it, also when a file is loaded.
-
-    Examples:
-        >>> class Rounding(ReplacesWeight):
-        ...     def replaces(self, site, config):
-        ...         return config.init_lora_weights == "loftq"
-        >>> Rounding().replaces(None, LoraConfig())
-        False
-    """
-
-    @abstractmethod
-    def replaces(self, site: Any, config: Any) -> bool:
-        """Returns whether the rule overrides the weight of a site; not called for an unmergeable site.
-
-        Args:
-            site: The site.
-            config: The config.
-        """
-        ...
-
-
 class RunsByRow(ABC):
     """A rule that can give each row of a batch its own adapter in one graph.
 
@@ -369,29 +355,6 @@ class RunsByRow(ABC):
 
         Its arguments can be ``x``, ``y``, ``operation`` and ``training``, as in ``rewrite``. The parameters are stacked
         in a first dimension of rows; a constant is a number, or a tensor with one number for each row.
-        """
-        ...
-
-
-class Combines(ABC):
-    """A rule whose change is a product of two factors, so that several changes can be combined into one.
-
-    The specs of both say by their `rank` where the factors' rank is.
-
-    Examples:
-        >>> class Product(Combines):
-        ...     def as_product(self, delta):
-        ...         return delta.flatten(1)
-        >>> Product().as_product(torch.ones(2, 3, 3)).shape
-        torch.Size([2, 9])
-    """
-
-    @abstractmethod
-    def as_product(self, delta: Any) -> Any:
-        """Returns a change of the weight in the shape of the factors' product, a matrix or a stack of these.
-
-        Args:
-            delta: The change, in the weight's stored layout.
         """
         ...
 

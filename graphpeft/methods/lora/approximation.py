@@ -20,9 +20,9 @@ from graphpeft.adapters.plan import Plan
 from graphpeft.adapters.state import Adapter, Modules
 from graphpeft.methods.lora.combination import as_factors, padded
 from graphpeft.methods.lora.config import LoraConfig
+from graphpeft.methods.lora.rule import Combines
 from graphpeft.progress import over
 from graphpeft.rules.adapted_site import AdaptedSite
-from graphpeft.rules.rule import Combines
 from graphpeft.targeting import pattern_values
 
 

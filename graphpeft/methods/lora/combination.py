@@ -26,10 +26,10 @@ from graphpeft.methods.lora.combined_config import SUMS, kind_of
 from graphpeft.methods.lora.convolution import LoraConvolution
 from graphpeft.methods.lora.dora import Dora
 from graphpeft.methods.lora.merge_aware import Rounded, RoundedLeaf
+from graphpeft.methods.lora.rule import Combines
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.combination import Combination, Part
 from graphpeft.rules.parameter_spec import RankAxis
-from graphpeft.rules.rule import Combines
 
 
 def combine(target: AdaptedSite, parts: Sequence[Part], how: Combination, count: int) -> dict[str, Tensor]:

@@ -19,10 +19,9 @@ from typing import Any
 
 from graphpeft.methods.lora.factors import rank_of
 from graphpeft.methods.lora.init import initialisation
-from graphpeft.methods.lora.rule import LoraBranchWithBias
+from graphpeft.methods.lora.rule import Combines, LoraBranchWithBias
 from graphpeft.rules.parameter_spec import ParameterSpec, RankAxis
 from graphpeft.rules.products import Product
-from graphpeft.rules.rule import Combines
 from graphpeft.sites.site import Site, WeightLayout
 
 

@@ -30,7 +30,7 @@ from graphpeft.methods.lora.kernels import LoraKernels
 from graphpeft.methods.lora.matrix import LoraExperts, LoraMatrix
 from graphpeft.methods.lora.rule import LoraBranch, dropout_refusal
 from graphpeft.rules.parameter_spec import ParameterSpec
-from graphpeft.rules.rule import Mergeable, OperationRule, ReplacesWeight
+from graphpeft.rules.rule import Mergeable, OperationRule
 from graphpeft.sites.site import Site
 
 Lora = LoraMatrix | LoraConvolution | LoraWithinGroups | LoraExperts | LoraKernels
@@ -38,7 +38,7 @@ Lora = LoraMatrix | LoraConvolution | LoraWithinGroups | LoraExperts | LoraKerne
 
 
 @dataclass(frozen=True)
-class Dora(OperationRule, Mergeable, ReplacesWeight):
+class Dora(OperationRule, Mergeable):
     """The change of a weight in direction and in length.
 
     Attributes:

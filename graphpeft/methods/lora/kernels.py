@@ -15,9 +15,8 @@ from typing import Any
 from graphpeft.methods.lora.factors import rank_of
 from graphpeft.methods.lora.init import initialisation
 from graphpeft.methods.lora.matrix import matrix_factors
-from graphpeft.methods.lora.rule import LoraRule, variant_refusal
+from graphpeft.methods.lora.rule import Combines, LoraRule, variant_refusal
 from graphpeft.rules.parameter_spec import ParameterSpec
-from graphpeft.rules.rule import Combines
 from graphpeft.sites.site import Site
 
 

@@ -24,12 +24,11 @@ from graphpeft.methods.lora.init.initialisation import traits_of
 from graphpeft.methods.lora.rule import LoraOfMatrices, bias_refusal, variant_refusal
 from graphpeft.rules.parameter_spec import ParameterSpec, RankAxis
 from graphpeft.rules.products import Product
-from graphpeft.rules.rule import ReplacesWeight
 from graphpeft.sites.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraMatrix(LoraOfMatrices, ReplacesWeight):
+class LoraMatrix(LoraOfMatrices):
     """The change of a matrix."""
 
     def check(self, site: Site, config: Any) -> str | None:

@@ -6,6 +6,7 @@ y' = y + s · branch(dropout(x))      of those at an operation, which don't comp
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -21,7 +22,7 @@ from graphpeft.methods.lora.factors import draw, rank_of, scaling_of
 from graphpeft.methods.lora.init.initialisation import RANDOM
 from graphpeft.rules.parameter_spec import Dropout, ParameterSpec
 from graphpeft.rules.products import Product
-from graphpeft.rules.rule import Combines, Mergeable, OperationRule
+from graphpeft.rules.rule import Mergeable, OperationRule
 from graphpeft.sites.site import Site
 
 
@@ -68,6 +69,14 @@ class LoraRule(Mergeable):
     def delta(self, lora_A: Any, lora_B: Any, lora_scaling: Any) -> Any:
         """Returns s B A, as the weight is stored."""
         return self.stored(self.factored(lora_A, lora_B).dense() * lora_scaling)
+
+
+class Combines(ABC):
+    """A rule whose change is the matrix B A, so that several changes can be combined into one."""
+
+    @abstractmethod
+    def as_product(self, delta: Any) -> Any:
+        """Returns a change of the stored weight in the shape of B A: a matrix, or a stack of these."""
 
 
 @dataclass(frozen=True, kw_only=True)

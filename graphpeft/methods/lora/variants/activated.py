@@ -24,12 +24,12 @@ from graphpeft.graph.scaled_sum import add_scaled, is_captured
 from graphpeft.methods.lora.linear import LoraLeaf, LoraLinear
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.parameter_spec import ParameterSpec
-from graphpeft.rules.rule import OperationRule, ReplacesWeight
+from graphpeft.rules.rule import OperationRule
 from graphpeft.wording import number_of
 
 
 @dataclass(frozen=True)
-class Activated(OperationRule, ReplacesWeight):
+class Activated(OperationRule):
     """The branch beside a linear layer, or beside the call of a quantised one, at some positions of each row.
 
     Attributes:
@@ -58,7 +58,7 @@ class Activated(OperationRule, ReplacesWeight):
 
     def replaces(self, site: Any, config: Any) -> bool:
         """Returns whether the initialisation replaces the weight."""
-        return isinstance(self.lora, ReplacesWeight) and self.lora.replaces(site, config)
+        return self.lora.replaces(site, config)
 
     def initialise(
         self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from graphpeft.methods.lora.linear import LoraLinear
 from graphpeft.rules.parameter_spec import ParameterSpec
-from graphpeft.rules.rule import Mergeable, OperationRule, ReplacesWeight
+from graphpeft.rules.rule import Mergeable, OperationRule
 from graphpeft.sites.site import Site
 
 
 @dataclass(frozen=True)
-class AroundLora(OperationRule, Mergeable, ReplacesWeight):
+class AroundLora(OperationRule, Mergeable):
     """A variant of a linear layer's branch.
 
     Attributes:

@@ -363,6 +363,15 @@ def of_images(y: Tensor, factors: Tensor) -> Tensor:
     return y * factors[:, None, None] if y.ndim == 4 else y * factors
 
 
+@fault("3", "on an embedding: ")
+class HalvesTheRowsOfTables(Product):
+    adapts: ClassVar[tuple[type, ...]] = (ops.Linear, ops.Embedding)
+
+    def rewrite(self, x: Any, y: Any, operation: Any, training: Any, change: Any) -> Any:  # type: ignore[override]
+        half = change / 2 if isinstance(operation, ops.Embedding) else change
+        return super().rewrite(x, y, operation, training, half)
+
+
 @fault("3", "on a weight that is stored as (in, out): ")
 class KnowsOneLayout(OperationRule, Mergeable):
     parameters, initialise, rewrite = Product.parameters, Product.initialise, Branch.rewrite

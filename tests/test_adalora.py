@@ -361,7 +361,7 @@ def test_what_has_no_effect_in_peft_has_none_and_is_told(options: dict[str, Any]
 
 
 def test_layers_of_lora_that_it_is_not_for_are_refused():
-    with pytest.raises(AdaptError, match="isn't for the weight of a Embedding"):
+    with pytest.raises(AdaptError, match="isn't for weights of the kind Embedding"):
         get_peft_model(nn.Sequential(nn.Embedding(5, 4)), AdaLoraConfig(target_modules=["0"], total_step=4))
 
 

@@ -64,5 +64,5 @@ def test_sizes_that_k_does_not_divide_are_refused():
     for layer, reason in ((nn.Linear(7, 8), "its 7 inputs"), (nn.Linear(8, 7), "its 7 outputs")):
         with pytest.raises(AdaptError, match=f"gralora_k=2 doesn't divide {reason}"):
             get_peft_model(nn.Sequential(layer), GraloraConfig(r=4, target_modules=["0"]))
-    with pytest.raises(AdaptError, match="GRALORA isn't for the weight of a Convolution"):
+    with pytest.raises(AdaptError, match="GRALORA isn't for weights of the kind Convolution"):
         get_peft_model(nn.Sequential(nn.Conv1d(4, 4, 3)), GraloraConfig(r=4, target_modules=["0"]))

@@ -404,7 +404,7 @@ def test_a_call_that_is_interrupted_at_many_lines_has_done_all_or_nothing_each_t
         assert_whole_at_line(call, number, chance.choice(ERRORS))
 
 
-@pytest.mark.parametrize("file", ["graph/per_call.py", "graph/recomputing.py"])
+@pytest.mark.parametrize("file", ["graph/call_values.py", "graph/recomputing.py"])
 def test_no_call_has_the_rows_of_one_that_was_interrupted(file: str) -> None:
     call = next(call for call in CALLS if call.name == "mix")
     numbers = {line: number for number, line in enumerate(expected(call)[2], 1) if line[0] == file}

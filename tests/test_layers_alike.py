@@ -19,7 +19,7 @@ from graphpeft import DeltaRule, LoraConfig, ParameterSpec, TargetedConfig, ops
 from graphpeft.adapters.plan import make_plan
 from graphpeft.peft_errors import PeftError
 from graphpeft.rules.adapted_site import AdaptedSite
-from graphpeft.sites.answers import Answers
+from graphpeft.sites.asked_once import Answers
 from graphpeft.sites.finder import SiteFinder
 
 pytestmark = [

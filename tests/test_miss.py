@@ -33,6 +33,12 @@ def test_a_small_block_is_repeated_along_the_outputs():
     torch.testing.assert_close(change, block.repeat(2, 2))
 
 
+def test_bat_drops_nothing_where_a_file_says_dropout() -> None:
+    model = adapted(r=2, init_weights="bat", miss_dropout=0.5, inference_mode=True).train()
+    x = torch.ones(2, 6)
+    assert torch.equal(model(x), model(x))
+
+
 def test_bat_multiplies_what_an_adapter_before_has_made():
     model = adapted(r=2, init_weights="bat")
     model.add_adapter("lora", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))

@@ -1,6 +1,7 @@
 """Blocks with layers inside share a recording of a call if all that it depends on is equal, and else have their own.
 
-Each pair below is of one class. A fact that `tracing/lift.py` forgets gives the second block the graph of the first. No
+Each pair below is of one class. A fact that `tracing/module_graphs.py` forgets gives the second block the graph of the
+first. No
 later call has a recording of an earlier one, whatever code reads by then.
 """
 

@@ -24,7 +24,7 @@ from torch import fx, nn
 from graphpeft import AdaptError, GuardError, LoraConfig, TraceError, get_peft_model, trace
 from graphpeft.code.reach import Reach
 from graphpeft.testing import laws
-from graphpeft.tracing.lift import Recordings
+from graphpeft.tracing.module_graphs import Recordings
 
 
 def proxies_in(value: Any) -> bool:

@@ -380,8 +380,9 @@ def images() -> nn.Module:
 def test_the_table_says_which_single_layers_are_checked_and_why_others_are_not():
     found = verify(layers(), ReflectionsConfig(target_modules=["0"]), X, progress=False, quiet=True)
     forms = "a linear layer without a bias, on inputs of 3 dimensions; a weight that is stored as (in, out)"
-    assert f"laws 1 to 3 also on: {forms}; a linear layer in bfloat16\nnot on a convolution: " in str(found)
+    assert f"laws 1 to 3 also on: {forms}; a linear layer in bfloat16\nnot on an embedding: " in str(found)
     assert "\nnot on a convolution of one dimension: " in str(found)
+    assert "\nnot on an embedding: " in str(found)
     found = verify(
         images(), LoraConfig(r=2, target_modules=["0"]), (torch.randn(2, 3, 9, 9),), progress=False, quiet=True
     )

@@ -14,8 +14,8 @@ from graphpeft.adapters.present_rows import ROWS
 from graphpeft.adapters.state import Adapter, Adapters, adapters_of
 from graphpeft.graph import call_inputs
 from graphpeft.graph.call_inputs import CALL_INPUTS, PROMPT
+from graphpeft.graph.call_values import PerCall
 from graphpeft.graph.holders import value_at
-from graphpeft.graph.per_call import PerCall
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.present_call import PresentCall
 

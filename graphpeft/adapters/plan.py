@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,14 +26,14 @@ from graphpeft.peft_errors import PeftError
 from graphpeft.rules.adapted_site import AdaptedSite, names_in_holder
 from graphpeft.rules.arguments import unknown_argument
 from graphpeft.rules.config import PeftConfig
-from graphpeft.rules.contradictions import contradiction, lacking_base, unfit_bases
+from graphpeft.rules.mistakes import contradiction, lacking_base, unfit_bases
 from graphpeft.rules.options import Role
 from graphpeft.rules.parameter_spec import ParameterSpec
-from graphpeft.rules.plain_values import fields_of
+from graphpeft.rules.plain_values import ATOMS, fields_of
 from graphpeft.rules.report import Refusal, Report
 from graphpeft.rules.rule import Mergeable, changes_bias
 from graphpeft.rules.weight_reader import WeightReader
-from graphpeft.sites.answers import Answers, without_paths
+from graphpeft.sites.asked_once import Answers, without_paths
 from graphpeft.sites.finder import NOTHING_KNOWN, Known, SiteFinder
 from graphpeft.sites.site import CallSite, LeafSite, Site
 from graphpeft.targeting import embedding_layers, targets
@@ -225,7 +225,9 @@ def _refuse_too_many_names(config: PeftConfig, modules: Mapping[str, nn.Module])
     """Raises ValueError if an option has more names than a model of this size can give a meaning."""
     for option in fields_of(type(config)):
         entries = getattr(config, option.name)
-        if not isinstance(entries, list | set | tuple | dict) or len(entries) <= _NAMES_BESIDE:
+        if entries is None or type(entries) in ATOMS or not isinstance(entries, Collection):
+            continue
+        if isinstance(entries, str) or len(entries) <= _NAMES_BESIDE:
             continue
         most = _NAMES_BESIDE + 4 * sum(1 + len(module._parameters) for module in modules.values())
         if len(entries) > most and isinstance(next(iter(entries)), str):

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from graphpeft.graph.per_call import PerCall
+from graphpeft.graph.call_values import PerCall
 
 
 class RowParameters(Protocol):

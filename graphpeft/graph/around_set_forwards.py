@@ -15,8 +15,8 @@ from typing import Any
 from torch import nn
 
 from graphpeft.graph import in_place
+from graphpeft.graph.call_values import PerCall
 from graphpeft.graph.kept_forwards import run_set_forward
-from graphpeft.graph.per_call import PerCall
 
 _AROUND: PerCall[nn.Module] = PerCall(
     "model that runs around a forward that was set on it", "call the model outside of tasks"

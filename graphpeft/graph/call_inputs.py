@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from graphpeft.graph.per_call import PerCall
+from graphpeft.graph.call_values import PerCall
 from graphpeft.graph.recomputing import is_reentrant, taken_along
 
 CALL_INPUTS: PerCall[Mapping[str, Any]] = PerCall("arguments", "pass them to the compiled model itself")

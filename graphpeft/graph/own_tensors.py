@@ -19,9 +19,9 @@ from torch import nn
 from torch.autograd.function import FunctionCtx
 
 from graphpeft._torch import CODE_OF_CALLS, CODE_OF_FUNCTIONAL_CALLS, CONTEXT_OF, CheckpointFunction, symbolic_tracing
+from graphpeft.graph.call_values import PerCall
 from graphpeft.graph.errors import GuardError
 from graphpeft.graph.paths import STATE
-from graphpeft.graph.per_call import PerCall
 from graphpeft.peft_errors import PeftWarning
 
 STAND_INS = "_graphpeft_stand_ins"

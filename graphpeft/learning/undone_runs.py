@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from graphpeft._torch import post_accumulate_hooks, pytree, storage_key, uncompiled, version, written_arguments
 from graphpeft.dry_runs import trial
-from graphpeft.graph.facts import writes_by_method
+from graphpeft.graph.dependencies import writes_by_method
 from graphpeft.tracing.random_numbers import random_python_states, random_python_states_kept
 from graphpeft.transaction import remember, undone_by
 

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from graphpeft._torch import base_of, pytree
 from graphpeft.graph.changed_weight import ChangedWeight, layer_of
-from graphpeft.graph.facts import writes_by_method
+from graphpeft.graph.dependencies import writes_by_method
 from graphpeft.graph.guards import is_machinery
 from graphpeft.graph.running_nodes import GENERATED, running_node
 from graphpeft.graph.tags import TAG

@@ -157,6 +157,10 @@ class MissBat(DeltaRule):
             return "init_weights='bat' changes the weight, and has no branch for miss_dropout; set it to 0"
         return None
 
+    def dropout_of(self, config: Any) -> float:
+        """Returns 0, as nothing is dropped where an adapter with the option is used for inference, in PEFT either."""
+        return 0.0
+
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns the blocks."""
         stack, rows, _ = matrices_of(site)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from graphpeft.graph import ops
-from graphpeft.graph.facts import reads_metadata_only
+from graphpeft.graph.dependencies import reads_metadata_only
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.graph.tags import TAG

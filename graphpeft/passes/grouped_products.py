@@ -12,7 +12,7 @@ import operator
 
 from torch import fx, nn
 
-from graphpeft.graph.facts import separates
+from graphpeft.graph.dependencies import separates
 from graphpeft.passes.outcome import Outcome
 from graphpeft.passes.products import products
 from graphpeft.passes.reading import FirstProduct, cast_from, first_products, put_in_place_of

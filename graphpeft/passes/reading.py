@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from graphpeft.graph import ops
-from graphpeft.graph.facts import reads_metadata_only
+from graphpeft.graph.dependencies import reads_metadata_only
 from graphpeft.graph.ops.reading import arguments_of
 from graphpeft.graph.tags import TAG
 from graphpeft.passes.products import cast_again, product

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from graphpeft.graph.facts import reads_metadata_only, separates
+from graphpeft.graph.dependencies import reads_metadata_only, separates
 from graphpeft.graph.tags import TAG
 from graphpeft.passes.outcome import Outcome
 from graphpeft.passes.products import product, products

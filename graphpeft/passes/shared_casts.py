@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from graphpeft.graph.facts import separates
+from graphpeft.graph.dependencies import separates
 from graphpeft.graph.tags import TAG
 from graphpeft.passes.outcome import Outcome
 from graphpeft.passes.products import cast_again

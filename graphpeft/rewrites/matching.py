@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from graphpeft.graph.facts import is_random, reads_metadata_only, separates
+from graphpeft.graph.dependencies import is_random, reads_metadata_only, separates
 from graphpeft.graph.ops.linear import transpose_of
 from graphpeft.graph.tags import TAG
 from graphpeft.graph.template import VALUE

@@ -12,8 +12,8 @@ from graphpeft.code.attribute_paths import ANY
 from graphpeft.code.source import read_anew, uses_in_forward
 from graphpeft.graph import in_place
 from graphpeft.graph.copied_graphs import copy_graph
+from graphpeft.graph.dependencies import line_of
 from graphpeft.graph.errors import TraceError
-from graphpeft.graph.facts import line_of
 from graphpeft.graph.forward_classes import class_of_forward
 from graphpeft.graph.holders import has_holders
 from graphpeft.graph.inputs import ExampleInputs

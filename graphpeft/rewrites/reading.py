@@ -14,8 +14,8 @@ import torch
 from torch import fx, nn
 
 from graphpeft.graph import guards
+from graphpeft.graph.dependencies import reads_metadata_only
 from graphpeft.graph.errors import TraceError
-from graphpeft.graph.facts import reads_metadata_only
 from graphpeft.graph.kept_forwards import has_forward, set_forward
 from graphpeft.graph.ops.linear import product_of
 from graphpeft.graph.paths import join

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from graphpeft._torch import pytree, schemas_of
-from graphpeft.graph.facts import separates, value_inputs
+from graphpeft.graph.dependencies import separates, value_inputs
 from graphpeft.graph.settings import CHECKS, is_number
 from graphpeft.graph.template import VALUE
 from graphpeft.rewrites.matching import Occurrence

@@ -87,7 +87,7 @@ class WeightRule(Mergeable):
         if isinstance(site, LeafSite):
             return None if self.adapts_calls else f"{config.method} changes weights, and it is {site.kind}"
         if site.layout not in self.adapts:
-            return f"{config.method} isn't for the weight of a {site.layout.__name__}"
+            return f"{config.method} isn't for weights of the kind {site.layout.__name__}"
         if site.shortens:
             return f"its max_norm shortens the rows that it reads, which {config.method} doesn't know"
         if self.needs_matrix and len(site.shape) < 2:

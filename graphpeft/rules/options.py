@@ -13,6 +13,7 @@ import functools
 import inspect
 import itertools
 import math
+import sys
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -146,7 +147,7 @@ def sizes_of(options: Any) -> dict[str, int]:
     """Returns the options annotated as `Size` that have a value, by name."""
     hints = _type_hints(type(options))
     names = [field.name for field in fields_of(type(options))]
-    sized = [name for name in names if any(_is_size(hint) for hint in (hints[name], *typing.get_args(hints[name])))]
+    sized = [name for name in names if _is_size(hints[name])]
     values = {name: getattr(options, name) for name in sized}
     return {name: value for name, value in values.items() if isinstance(value, int)}
 
@@ -162,7 +163,7 @@ def _options_by_role(cls: type) -> Mapping[Role, Sequence[str]]:
     found: dict[Role, list[str]] = {role: [] for role in Role}
     for hints in _dataclasses(cls):
         for name, hint in hints.items():
-            for role in getattr(hint, "__metadata__", ()):
+            for role in _metadata(hint):
                 if isinstance(role, Role):
                     found[role].append(name)
     return found
@@ -172,8 +173,13 @@ def _is_size(hint: Any) -> bool:
     return typing.get_args(Size)[1] in _metadata(hint)
 
 
-def _metadata(hint: Any) -> tuple[Any, ...]:
-    return getattr(hint, "__metadata__", ())
+def _metadata(hint: Any) -> Sequence[Any]:
+    """Returns the metadata of a type and of its parts, of which a value has one."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return [*parts[1:], *_metadata(parts[0])]
+    is_union = origin in (typing.Union, types.UnionType)
+    return [each for part in parts for each in _metadata(part)] if is_union else []
 
 
 @functools.cache
@@ -187,14 +193,13 @@ def _dataclasses(cls: type) -> list[dict[str, Any]]:
 
 
 @functools.cache  # evaluating a class's annotations, which are strings, is slow
-def _annotations(cls: type) -> dict[str, Any]:
-    return inspect.get_annotations(cls, eval_str=True)
-
-
-@functools.cache
-def _split(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    """Returns a type's origin and its arguments."""
-    return typing.get_origin(hint), typing.get_args(hint)
+def _annotations(cls: Any) -> dict[str, Any]:
+    """Returns the types of the options that a class itself declares."""
+    options = {field.name for field in fields_of(cls)}
+    own = {name: hint for name, hint in inspect.get_annotations(cls).items() if name in options}
+    # as for a class, names of the module come before its attributes
+    module = getattr(sys.modules.get(cls.__module__), "__dict__", {})
+    return typing.get_type_hints(types.SimpleNamespace(__annotations__=own), dict(vars(cls)), module, True)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -205,7 +210,7 @@ def _fits(value: Any, hint: Any) -> bool:
     """
     if hint is Any or type(value) is hint:
         return True
-    origin, parts = _split(hint)
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return _fits(value, parts[0])
     if origin is Literal:
@@ -230,7 +235,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _problem(value: Any, hint: Any) -> tuple[str, str, Any] | None:
     """Returns the first number out of bounds in a value of the annotated type."""
-    origin, parts = _split(hint)
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         for bounds in parts[1:]:
             if isinstance(bounds, Within):
@@ -255,7 +260,7 @@ def _problem(value: Any, hint: Any) -> tuple[str, str, Any] | None:
 
 def _spelled(hint: Any) -> str:
     """Returns a type as text, as a config's class writes it, without bounds."""
-    origin, parts = _split(hint)
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return _spelled(parts[0])
     if origin in (typing.Union, types.UnionType):

@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from graphpeft.graph.calls import calls_of
-from graphpeft.graph.facts import line_of
+from graphpeft.graph.dependencies import line_of
 from graphpeft.graph.settings import CHECKS
 from graphpeft.graph.slots import without_slot
 from graphpeft.graph.tags import REWRITE, TAG, Tag

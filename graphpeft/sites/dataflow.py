@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch.fx as fx
 
-from graphpeft.graph.facts import writes
+from graphpeft.graph.dependencies import writes
 
 if TYPE_CHECKING:
     import networkx as nx

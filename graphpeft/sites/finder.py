@@ -32,14 +32,14 @@ from graphpeft.graph.ops import convolution
 from graphpeft.graph.own_forward import own_code
 from graphpeft.graph.paths import join, within
 from graphpeft.graph.traced_model import plain_attribute, stands_for
-from graphpeft.sites.answers import likeness
+from graphpeft.sites.asked_once import likeness
 from graphpeft.sites.layer_kinds import kind_of_layer
 from graphpeft.sites.quantised import described, is_quantised
 from graphpeft.sites.regions import Lifted, Regions
 from graphpeft.sites.site import NoSiteError, Site
 from graphpeft.sites.weight_uses import WeightUses, number_in
 from graphpeft.tracing.graph_equality import checks_all_of, equivalent
-from graphpeft.tracing.lift import lift_forward
+from graphpeft.tracing.module_graphs import lift_forward
 
 
 class Known(NamedTuple):

@@ -16,8 +16,8 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch.fx.node import map_arg
 
+from graphpeft.graph.dependencies import above
 from graphpeft.graph.errors import TraceError
-from graphpeft.graph.facts import above
 from graphpeft.graph.template import VALUE
 from graphpeft.sites.regions import Regions
 from graphpeft.sites.site import Runs, Site

@@ -18,7 +18,7 @@ from graphpeft.graph.paths import join, modules_by_path, within
 from graphpeft.graph.template import Template, runs_graph, template_of
 from graphpeft.sites import example_runs
 from graphpeft.sites.weight_uses import WeightUses, weight_uses
-from graphpeft.tracing.lift import Recordings
+from graphpeft.tracing.module_graphs import Recordings
 
 
 class Lifted(NamedTuple):

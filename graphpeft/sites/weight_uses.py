@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from graphpeft.graph import ops
-from graphpeft.graph.facts import reads_metadata_only
+from graphpeft.graph.dependencies import reads_metadata_only
 from graphpeft.graph.tags import TAG
 from graphpeft.graph.template import Template
 from graphpeft.sites import dataflow

@@ -2,8 +2,8 @@
 
 A rule that is right on a user's model may be wrong elsewhere: without a bias, on inputs of more dimensions, for a
 weight that is stored as (in, out), in half precision, on inputs that aren't contiguous, for convolutions of one or two
-dimensions. So laws are also checked on such layers, one at a time, each at the place of a layer that the config adapts,
-and with its sizes.
+dimensions, for embeddings. So laws are also checked on such layers, one at a time, each at the place of a layer that
+the config adapts, and with its sizes.
 """
 
 from __future__ import annotations
@@ -80,6 +80,12 @@ class Form(NamedTuple):
     has_reference: bool = True
     of: type | None = None
 
+    def drawn(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+        """Draws an input: numbers, or indices of the first rows of an embedding."""
+        if self.of is ops.Embedding:
+            return torch.randint(0, 2, shape, generator=generator)
+        return torch.randn(shape, generator=generator).to(self.dtype)
+
 
 class StoredInOut(nn.Module):
     """A linear layer that stores its weight as (in, out), as `transformers.pytorch_utils.Conv1D` does."""
@@ -117,6 +123,7 @@ def _forms_of_linear(site: Site) -> tuple[Form, ...]:
         # without a reference: PEFT exchanges some methods' factors for a weight that is no layer's
         Form("a weight that is stored as (in, out)", lambda: StoredInOut(i, o), shapes, has_reference=False),
         Form("a linear layer in bfloat16", lambda: nn.Linear(i, o), shapes, torch.bfloat16),
+        Form("an embedding", lambda: nn.Embedding(i, o), ((2, 3), (3, 5)), has_reference=False, of=ops.Embedding),
         *_convolutions(i, o),
     )
 
@@ -211,9 +218,9 @@ def _subject(form: Form, path: str, config: PeftConfig) -> Subject:
 
     generator = torch.Generator().manual_seed(0)
     shape, another = form.shapes
-    inputs = torch.randn(shape, generator=generator).to(form.dtype)
+    inputs = form.drawn(shape, generator)
     # stored in the other order, so that no view of it flattens dimensions
-    other = torch.randn(another[::-1], generator=generator).to(form.dtype).permute(*reversed(range(len(another))))
+    other = form.drawn(another[::-1], generator).permute(*reversed(range(len(another))))
     return Subject(form.what, build, config, (inputs,), ((other,),), form.has_reference, TOLERANCE)
 
 

@@ -20,8 +20,8 @@ from graphpeft.code.attribute_paths import ANY
 from graphpeft.code.contents import LONGEST, SETTINGS, attributes_read, entries, is_compared_whole, name_of
 from graphpeft.code.source import cached_by_class, functions_in_forward, names_in, uses_in_forward
 from graphpeft.graph import guards
+from graphpeft.graph.dependencies import IN_PLACE, above, is_random, writes
 from graphpeft.graph.drawing_functions import draws
-from graphpeft.graph.facts import IN_PLACE, above, is_random, writes
 from graphpeft.graph.forward_classes import class_of_forward
 from graphpeft.graph.settings import Reads, Setting
 from graphpeft.graph.template import VALUE

@@ -14,8 +14,8 @@ from graphpeft._torch import CustomOpDef, written_arguments
 from graphpeft.code.identity_checks import may_be_compared
 from graphpeft.graph import guards
 from graphpeft.graph.calls import Call
+from graphpeft.graph.dependencies import storages, writes
 from graphpeft.graph.errors import NeedsInputsError
-from graphpeft.graph.facts import storages, writes
 from graphpeft.graph.template import VALUE
 from graphpeft.tracing.gradients import Applied
 from graphpeft.tracing.scripted import Scripted

@@ -22,9 +22,9 @@ from torch.fx.node import map_arg
 
 from graphpeft._torch import GROUPED_MM, DisableTorchFunction, DisableTorchFunctionSubclass, fake_tensor, pytree
 from graphpeft.graph import guards
+from graphpeft.graph.dependencies import above_with_writes, varies, writes
 from graphpeft.graph.drawing_functions import draws
 from graphpeft.graph.errors import TraceError
-from graphpeft.graph.facts import above_with_writes, varies, writes
 from graphpeft.graph.holders import has_own_modules
 from graphpeft.graph.template import SIMPLE, VALUE
 from graphpeft.tracing.gradients import Applied

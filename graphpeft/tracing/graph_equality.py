@@ -9,7 +9,7 @@ import torch.fx as fx
 from torch.fx.node import map_arg
 
 from graphpeft.graph import guards
-from graphpeft.graph.facts import writes
+from graphpeft.graph.dependencies import writes
 
 
 def equivalent(graph: fx.Graph, other: fx.Graph, equal_nodes: Mapping[fx.Node, fx.Node]) -> bool:

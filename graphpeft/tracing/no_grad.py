@@ -14,8 +14,8 @@ import torch.fx as fx
 
 from graphpeft._torch import DisableTorchFunction, pytree, version
 from graphpeft.graph import guards
+from graphpeft.graph.dependencies import writes
 from graphpeft.graph.errors import TraceError
-from graphpeft.graph.facts import writes
 from graphpeft.graph.template import VALUE
 from graphpeft.tracing.gradients import detached
 from graphpeft.tracing.recorder import Recorder

@@ -35,9 +35,9 @@ from graphpeft._torch import (
 from graphpeft.code.reach import Reach, is_of_a_library
 from graphpeft.graph import guards, masks
 from graphpeft.graph.contexts import enter_autocast, leave_autocast
+from graphpeft.graph.dependencies import writes_by_method
 from graphpeft.graph.drawing_functions import draws
 from graphpeft.graph.errors import TraceError
-from graphpeft.graph.facts import writes_by_method
 from graphpeft.graph.recomputing import checkpoints_bound_by
 from graphpeft.graph.template import VALUE
 from graphpeft.tracing.caches import uncached

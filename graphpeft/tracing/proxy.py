@@ -18,8 +18,8 @@ import torch.fx as fx
 from graphpeft.code.identity_checks import tests_identity
 from graphpeft.code.source import is_logging_call
 from graphpeft.graph import guards
+from graphpeft.graph.dependencies import IN_PLACE, InPlace
 from graphpeft.graph.errors import TraceError
-from graphpeft.graph.facts import IN_PLACE, InPlace
 from graphpeft.graph.template import VALUE
 from graphpeft.tracing.recorder import Recorder
 

@@ -25,8 +25,8 @@ from graphpeft._torch import pytree
 from graphpeft.code import contents
 from graphpeft.code.namespaces import Attribute
 from graphpeft.graph import guards
+from graphpeft.graph.dependencies import above, above_with_writes, is_trained, varies
 from graphpeft.graph.errors import OUT_OF_MEMORY, TraceError
-from graphpeft.graph.facts import above, above_with_writes, is_trained, varies
 from graphpeft.graph.template import VALUE
 from graphpeft.tracing.graph_equality import equivalent
 from graphpeft.tracing.recorder import Recorder

@@ -21,8 +21,8 @@ from graphpeft.code.reach import is_of_a_library
 from graphpeft.code.source import functions_in_forward, read_anew
 from graphpeft.graph import in_place
 from graphpeft.graph.calls import calls_of
+from graphpeft.graph.dependencies import value_inputs
 from graphpeft.graph.errors import TraceError
-from graphpeft.graph.facts import value_inputs
 from graphpeft.graph.holders import has_own_modules
 from graphpeft.graph.inputs import ExampleInputs, split_inputs
 from graphpeft.graph.own_tensors import read_own_of_kept

@@ -25,9 +25,9 @@ from graphpeft.code.namespaces import Attribute, Namespace
 from graphpeft.graph import guards
 from graphpeft.graph.calls import CALLS, Call
 from graphpeft.graph.contexts import leave_autocast, leave_gradients
+from graphpeft.graph.dependencies import above, writes
 from graphpeft.graph.drawing_functions import draws
 from graphpeft.graph.errors import OUT_OF_MEMORY, NeedsInputsError, TraceError
-from graphpeft.graph.facts import above, writes
 from graphpeft.graph.template import LINE, SIMPLE, VALUE
 from graphpeft.tracing import no_grad
 from graphpeft.tracing.arguments import Arguments, ExampleCall, with_identities

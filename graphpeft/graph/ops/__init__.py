@@ -7,7 +7,7 @@ import operator
 import torch.fx as fx
 from torch import nn
 
-from graphpeft.graph.facts import reads_metadata_only
+from graphpeft.graph.dependencies import reads_metadata_only
 from graphpeft.graph.ops import convolution, embedding, linear
 from graphpeft.graph.ops.convolution import Convolution
 from graphpeft.graph.ops.embedding import Embedding

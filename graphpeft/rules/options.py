@@ -177,9 +177,9 @@ def _metadata(hint: Any) -> Sequence[Any]:
     """Returns the metadata of a type and of its parts, of which a value has one."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return [*parts[1:], *_metadata(parts[0])]
+        return parts[1:] if isinstance(parts[0], type) else [*parts[1:], *_metadata(parts[0])]
     is_union = origin in (typing.Union, types.UnionType)
-    return [each for part in parts for each in _metadata(part)] if is_union else []
+    return [each for part in parts if not isinstance(part, type) for each in _metadata(part)] if is_union else []
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from graphpeft.graph import ops
 from graphpeft.graph.memory_layout import laid_out_as
 from graphpeft.methods import rotations
 from graphpeft.methods.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.methods.matrices import matrices_of
 from graphpeft.rules.delta_rule import DeltaRule, WeightRule
 from graphpeft.rules.options import Editable, InitWeights, Probability, Size, SizeOrZero, TrainedBiases
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec, unchanged
@@ -43,14 +44,12 @@ class Butterfly(WeightRule):
         count: The number of blocks of a factor.
         size: The number of features of a block.
         factors: The number of factors of R.
-        positions: The sizes of a convolution's kernel; () for matrices.
         drops: The share of the blocks of a factor that dropout replaces by the identity, in training.
     """
 
     count: int
     size: int
     factors: int
-    positions: tuple[int, ...] = ()
     drops: float = 0.0
 
     adapts: ClassVar[tuple[type, ...]] = (ops.Linear, ops.Convolution, ops.Weight)
@@ -66,7 +65,7 @@ class Butterfly(WeightRule):
             return f"its outputs are scaled without its bias, which isn't known: it is {site.kind}"
         if self.drops and site.op is ops.Weight and not config.inference_mode:
             return f"boft_dropout acts at an operation in training, and no one operation uses its {site.attribute}"
-        features = rotations.features_of_row(site)
+        features = matrices_of(site).columns
         if self.count * self.size != features:
             return f"its {features} features don't fall into blocks by boft_block_size or boft_block_num"
         if self.factors > 1 and (self.size % 2 or self.count % 2 ** (self.factors - 1)):
@@ -79,15 +78,14 @@ class Butterfly(WeightRule):
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns a square matrix for each block of each factor, and the scales."""
-        stack = () if self.positions or isinstance(site, LeafSite) else site.matrix_shape[:-2]
+        stack, rows, _ = matrices_of(site)
         blocks = (self.count, self.size, self.size)
         of_one, whole = (*stack, 1, *blocks), (*stack, self.factors, *blocks)
         # PEFT without its CUDA kernel makes one factor, whatever the config says
         form = (
             FileForm(whole, unchanged, functools.partial(_filled, self.factors), (of_one,)) if whole != of_one else None
         )
-        rows = site.out_features if isinstance(site, LeafSite) else site.matrix_shape[0 if self.positions else -2]
-        scales = (1, rows) if self.positions else (*stack, rows, 1)
+        scales = (1, rows) if self.layout.kernel else (*stack, rows, 1)
         return {"boft_R": ParameterSpec(whole, "boft_R", form=form), "boft_s": ParameterSpec(scales, "boft_s")}
 
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
@@ -105,10 +103,9 @@ class Butterfly(WeightRule):
 
     def changed(self, weight: Any, boft_R: Any, boft_s: Any, training: Any) -> Any:
         """Returns diag(s) W Rᵀ, in PEFT's layout as `weight` is, with dropout in training."""
-        matrix = weight.flatten(1) if self.positions else weight
+        matrix = weight.flatten(1) if self.layout.kernel else weight
         made = rotations.butterfly(matrix, boft_R, True, self.drops, training)
-        made = made * (boft_s.transpose(0, 1) if self.positions else boft_s)
-        return made.unflatten(1, (-1, *self.positions)) if self.positions else made
+        return self.shaped(made * (boft_s.transpose(0, 1) if self.layout.kernel else boft_s))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +198,7 @@ class BOFTConfig(TargetedConfig):
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
         """Returns the rule for a linear layer's inputs and outputs, or for a weight."""
-        features = rotations.features_of_row(site)
+        features = matrices_of(site).columns
         options: dict[str, Any] = {
             "count": self.boft_block_num or features // self.boft_block_size,
             "size": self.boft_block_size or features // self.boft_block_num,
@@ -211,4 +208,4 @@ class BOFTConfig(TargetedConfig):
         # what an operation adds and the rule can't read would be scaled with the outputs
         if isinstance(site, LeafSite) or (site.op is ops.Linear and not site.both_ways and site.bias_conflict is None):
             return InputButterfly(**options)
-        return WeightButterfly(**options, positions=site.matrix_shape[2:] if site.layout is ops.Convolution else ())
+        return WeightButterfly(**options)

@@ -37,15 +37,11 @@ class Glora(DeltaRule):
     """The changes of one weight and of the bias beside it.
 
     Attributes:
-        shape: The shape of ΔW.
-        positions: The number of dimensions of a convolution's kernel; 0 for matrices.
         weight_kind: How A and B are made.
         coupling_kind: How C is made.
         bias_kind: How D and E are made.
     """
 
-    shape: tuple[int, ...]
-    positions: int
     weight_kind: Kind
     coupling_kind: Kind
     bias_kind: Kind
@@ -106,8 +102,9 @@ class Glora(DeltaRule):
     def _beside_weight(self, made: Any) -> Any:
         """Returns A or B in a shape that broadcasts over the weight, which may have the dimensions of a kernel."""
         if self.weight_kind == "lora":
-            return made.reshape(self.shape)
-        return made[(..., *(None,) * self.positions)] if self.positions and self.weight_kind == "vector" else made
+            return self.shaped(made)
+        kernel = self.layout.kernel
+        return made[(..., *(None,) * len(kernel))] if kernel and self.weight_kind == "vector" else made
 
     @property
     def changes_bias(self) -> bool:
@@ -186,10 +183,4 @@ class GloraConfig(TargetedConfig):
     def rule_for(self, site: Any, dtype: torch.dtype) -> Glora:
         """Returns the rule for a weight, with or without a bias beside it."""
         of_bias = (self.config_C, self.config_D_E) if getattr(site, "bias", None) is not None else ("none", "none")
-        return Glora(
-            shape=site.matrix_shape,
-            positions=len(site.kernel),
-            weight_kind=self.config_A_B,
-            coupling_kind=of_bias[0],
-            bias_kind=of_bias[1],
-        )
+        return Glora(weight_kind=self.config_A_B, coupling_kind=of_bias[0], bias_kind=of_bias[1])

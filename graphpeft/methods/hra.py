@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from graphpeft.graph import ops
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.default_targets import DEFAULT_TARGET_MODULES
-from graphpeft.methods.rotations import features_of_row
+from graphpeft.methods.matrices import matrices_of
 from graphpeft.rules.delta_rule import DeltaRule, WeightRule
 from graphpeft.rules.options import Editable, Size, TrainedBiases
 from graphpeft.rules.parameter_spec import ParameterSpec
@@ -38,11 +38,9 @@ class Reflections(WeightRule):
 
     Attributes:
         are_orthonormal: Whether the vectors are made orthonormal.
-        positions: The sizes of a convolution's kernel, whose positions count as features; () for matrices.
     """
 
     are_orthonormal: bool
-    positions: tuple[int, ...] = ()
 
     adapts: ClassVar[tuple[type, ...]] = (ops.Linear, ops.Convolution, ops.Weight)
     needs_matrix: ClassVar[bool] = True
@@ -59,9 +57,9 @@ class Reflections(WeightRule):
         return reason
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
-        """Returns U."""
-        stack = () if self.positions or isinstance(site, LeafSite) else site.matrix_shape[:-2]
-        return {"hra_u": ParameterSpec((*stack, features_of_row(site), config.r), key="hra_u")}
+        """Returns U; the positions of a kernel count as features."""
+        stack, _, features = matrices_of(site)
+        return {"hra_u": ParameterSpec((*stack, features, config.r), key="hra_u")}
 
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
         """Draws pairs of equal vectors, whose reflections undo each other, or draws all."""
@@ -74,9 +72,8 @@ class Reflections(WeightRule):
 
     def delta(self, weight: Any, hra_u: Any) -> Any:
         """Returns W H₁ … Hᵣ − W."""
-        matrix = weight.flatten(1) if self.positions else weight
-        change = reflected(matrix, hra_u, self.are_orthonormal, False) - matrix
-        return change.unflatten(1, (-1, *self.positions)) if self.positions else change
+        matrix = weight.flatten(1) if self.layout.kernel else weight
+        return self.shaped(reflected(matrix, hra_u, self.are_orthonormal, False) - matrix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,5 +188,4 @@ class HRAConfig(TargetedConfig):
         """Returns the rule for a linear layer's inputs, or for a weight."""
         if isinstance(site, LeafSite) or (site.op is ops.Linear and not site.both_ways):
             return InputReflections(are_orthonormal=self.apply_GS)
-        positions = site.matrix_shape[2:] if site.layout is ops.Convolution else ()
-        return WeightReflections(are_orthonormal=self.apply_GS, positions=positions)
+        return WeightReflections(are_orthonormal=self.apply_GS)

@@ -40,11 +40,9 @@ class Factors(WeightRule):
     """The factors of one layer.
 
     Attributes:
-        positions: The number of dimensions of a convolution's kernel; 0 for a matrix.
         groups: The number of groups of a convolution's features.
     """
 
-    positions: int = 0
     groups: int = 1
 
     adapts: ClassVar[tuple[type, ...]] = (ops.Linear, ops.Convolution, ops.Weight)
@@ -66,7 +64,7 @@ class Factors(WeightRule):
 
     def _beside(self, ia3_l: Any) -> Any:
         """Returns factors in a shape that broadcasts over features, which a convolution has in front of positions."""
-        return ia3_l[0] if self.positions else ia3_l.flatten()
+        return ia3_l[0] if self.layout.kernel else ia3_l.flatten()
 
     def unmergeable(self, site: Any) -> str | None:
         """Refuses calls of layers, as PEFT does: quantised weights can't be scaled in place."""
@@ -80,7 +78,8 @@ class InputFactors(Factors, InputRule):
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns the factors, (1, in), of each matrix in a stack, or with a 1 for each dimension of a kernel."""
         stack, _, columns = matrices_of(site)
-        shape = (1, site.in_features, *(1,) * self.positions) if self.positions else (*stack, 1, columns)
+        behind = (1,) * len(self.layout.kernel)
+        shape = (1, site.in_features, *behind) if behind else (*stack, 1, columns)
         return {"ia3_l": ParameterSpec(shape, key="ia3_l")}
 
     def enter(self, x: Any, ia3_l: Any) -> Any:
@@ -102,7 +101,8 @@ class OutputFactors(Factors, OperationRule):
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns the factors: (out, 1), of each matrix in a stack; (1, out, 1, …) of a convolution."""
         stack, rows, _ = matrices_of(site)
-        shape = (1, site.out_features, *(1,) * self.positions) if self.positions else (*stack, rows, 1)
+        behind = (1,) * len(self.layout.kernel)
+        shape = (1, rows, *behind) if behind else (*stack, rows, 1)
         return {"ia3_l": ParameterSpec(shape, key="ia3_l")}
 
     def rewrite(self, y: Any, ia3_l: Any) -> Any:
@@ -111,7 +111,7 @@ class OutputFactors(Factors, OperationRule):
 
     def delta(self, weight: Any, ia3_l: Any) -> Any:
         """Returns diag(l) W − W."""
-        return weight * ((ia3_l.transpose(0, 1) if self.positions else ia3_l) - 1)
+        return weight * ((ia3_l.transpose(0, 1) if self.layout.kernel else ia3_l) - 1)
 
     def bias_delta(self, bias: Any, ia3_l: Any) -> Any:
         """Returns l ⊙ b − b."""
@@ -189,9 +189,7 @@ class IA3Config(TargetedConfig):
     def rule_for(self, site: Any, dtype: torch.dtype) -> Rule:
         """Returns the rule for a layer's inputs or for its outputs."""
         rule = InputFactors if self._is_feed_forward(site.name) else OutputFactors
-        if not isinstance(site, LeafSite) and site.layout is ops.Convolution:
-            return rule(positions=len(site.matrix_shape) - 2, groups=site.groups)
-        return rule()
+        return rule(groups=1 if isinstance(site, LeafSite) else site.groups)
 
     def _is_feed_forward(self, name: str) -> bool:
         named = self.feedforward_modules or ()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from graphpeft.graph import ops
 from graphpeft.graph.recorded import recorded
 from graphpeft.methods.default_targets import DEFAULT_TARGET_MODULES
+from graphpeft.methods.matrices import matrices_of
 from graphpeft.rules.delta_rule import WeightRule
 from graphpeft.rules.options import InitWeights, Size
 from graphpeft.rules.parameter_spec import ParameterSpec
@@ -42,12 +43,10 @@ class PairRotations(WeightRule, OperationRule):
     Attributes:
         variant: Which elements of R have angles and scales of their own.
         group: The number of features of a group.
-        positions: The number of dimensions of a convolution's kernel; 0 for a matrix.
     """
 
     variant: Variant
     group: int
-    positions: int = 0
 
     adapts: ClassVar[tuple[type, ...]] = (ops.Linear, ops.Convolution, ops.Weight)
     needs_matrix: ClassVar[bool] = True
@@ -56,15 +55,15 @@ class PairRotations(WeightRule, OperationRule):
     def check(self, site: Any, config: Any) -> str | None:
         """Refuses features that don't fall into groups."""
         reason = super().check(site, config)
-        features = None if reason else _features(site)
+        features = None if reason else matrices_of(site).rows
         if features is not None and features % self.group:
             return f"its {features} output features don't fall into groups of group_size={self.group}"
         return reason
 
     def parameters(self, site: Any, config: Any) -> Mapping[str, ParameterSpec]:
         """Returns the angles and the scales."""
-        stack = () if isinstance(site, LeafSite) or self.positions else site.matrix_shape[:-2]
-        shape = (*stack, _features(site) * {"road_1": 1, "road_2": 2, "road_4": 4}[self.variant] // 2)
+        stack, features, _ = matrices_of(site)
+        shape = (*stack, features * {"road_1": 1, "road_2": 2, "road_4": 4}[self.variant] // 2)
         return {name: ParameterSpec(shape, key=name) for name in ("road_theta", "road_alpha")}
 
     def initialise(self, parameters: Mapping[str, Tensor], site: Any, config: Any, module: nn.Module) -> None:
@@ -78,11 +77,11 @@ class PairRotations(WeightRule, OperationRule):
 
     def rewrite(self, y: Any, road_theta: Any, road_alpha: Any) -> Any:
         """Returns R y."""
-        return self._turned(y.to(road_theta.dtype), road_theta, road_alpha, self.positions).to(y.dtype)
+        return self._turned(y.to(road_theta.dtype), road_theta, road_alpha, len(self.layout.kernel)).to(y.dtype)
 
     def delta(self, weight: Any, road_theta: Any, road_alpha: Any) -> Any:
         """Returns R W − W."""
-        return self._turned(weight, road_theta, road_alpha, self.positions + 1) - weight
+        return self._turned(weight, road_theta, road_alpha, len(self.layout.kernel) + 1) - weight
 
     def bias_delta(self, bias: Any, road_theta: Any, road_alpha: Any) -> Any:
         """Returns R b − b."""
@@ -90,7 +89,7 @@ class PairRotations(WeightRule, OperationRule):
 
     def unmergeable(self, site: Any) -> str | None:
         """Refuses quantised layers with a bias, which is no part of their codes, and rotations across groups."""
-        if isinstance(site, Site) and site.groups > 1 and _features(site) // site.groups % self.group:
+        if isinstance(site, Site) and site.groups > 1 and matrices_of(site).rows // site.groups % self.group:
             return (
                 f"a group of group_size={self.group} features has some of two groups of the convolution, whose kernels "
                 "see other channels"
@@ -132,13 +131,6 @@ def turned(y: Tensor, theta: Tensor, alpha: Tensor, variant: Variant, group: int
     first, second = y.unflatten(-1 - behind, (-1, 2, group // 2)).unbind(-2 - behind)
     exchanged = torch.stack((-second, first), -2 - behind).flatten(-3 - behind, -1 - behind)
     return y * own + exchanged * other
-
-
-def _features(site: Any) -> int:
-    """Returns the number of a site's output features: of rows of its weight."""
-    if isinstance(site, LeafSite):
-        return site.out_features
-    return site.matrix_shape[0 if site.layout is ops.Convolution else -2]
 
 
 @register
@@ -183,7 +175,4 @@ class RoadConfig(TargetedConfig):
 
     def rule_for(self, site: Any, dtype: torch.dtype) -> PairRotations:
         """Returns the rule for a layer."""
-        positions = 0
-        if not isinstance(site, LeafSite) and site.layout is ops.Convolution:
-            positions = len(site.shape) - 2
-        return PairRotations(variant=self.variant, group=self.group_size, positions=positions)
+        return PairRotations(variant=self.variant, group=self.group_size)

@@ -6,7 +6,6 @@ Finetuning Made Scalable", arXiv 2506.19847.
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import torch
@@ -171,10 +170,3 @@ def _with_identities_in_one(blocks: Tensor, share: float) -> Tensor:
     is_replaced = is_chosen[:, None] & (torch.randperm(count) < int(share * count))
     one = torch.eye(size, dtype=blocks.dtype, device=blocks.device)
     return torch.where(is_replaced[..., None, None].to(blocks.device), one, blocks)
-
-
-def features_of_row(site: Any) -> int:
-    """Returns the number of features that are rotated: of a row of the weight, at all positions of a kernel."""
-    if isinstance(site, LeafSite):
-        return site.in_features
-    return prod(site.matrix_shape[1:] if site.layout is ops.Convolution else site.matrix_shape[-1:])

@@ -71,6 +71,13 @@ def test_rooms_know_the_rooms_below_that_the_table_says():
     assert all(names.index(below) < names.index(room) for room, all_below in ROOMS.items() for below in all_below)
 
 
+def test_the_way_of_the_data_names_files_and_rooms_that_there_are():
+    pages = [*(PACKAGE.parent / "docs").glob("data-way.svg"), PACKAGE.parent / "docs" / "architecture.md"]
+    named = {name for page in pages for name in re.findall(r"[>`](\w+/(?:\w+/)*(?:\w+\.py)?)[<`,]", page.read_text())}
+    assert {"rules/rewrite.py", "tracing/"} <= named
+    assert [name for name in sorted(named) if not (PACKAGE / name).exists()] == []
+
+
 def test_no_imports_go_in_a_circle():
     assert circles(SOURCES) == []
 

@@ -51,10 +51,10 @@ class Optional(TargetedConfig):
 class Nested:
     """Has names of types inside of annotations, and attributes with the names of types."""
 
-    sizes: list["Size"]  # noqa: UP037
+    sizes: list["Size"]  # noqa: UP037  # a forward reference inside, on purpose
     own: Number = 1.0
 
-    def Number(self) -> None:  # noqa: N802
+    def Number(self) -> None:  # noqa: N802  # the name of a type, on purpose
         """Hides no type of the module."""
 
 

@@ -324,7 +324,7 @@ def reason_and_line(
     cuts = watch.cuts_of(tensor)
     if not cuts:
         return "what it computes is no part of the loss", line
-    # the last one: others, such as that of a value which is only compared, leave a way on to it
+    # the last line: an earlier one, such as a comparison of the value, leaves a way on to it
     cut = ([cut for cut in cuts if cut.is_number] or cuts)[-1]
     if cut.within == CheckpointFunction.__name__:
         return "a reentrant checkpoint gives none if its inputs need none; see enable_input_require_grads", cut.line
@@ -377,11 +377,11 @@ def _mention(cls: type, name: str) -> str | None:
 
 
 def _definitions(cls: type, name: str) -> Iterator[Callable[..., object]]:
-    """Yields the function that a class has by a name, and those of its bases that it calls by `super`."""
+    """Yields a class's function of a name, and its bases' functions that `super` calls there."""
     for base in cls.__mro__:
         found: Any = vars(base).get(name)
         function = found.fget if isinstance(found, property) else found
-        # of a decorated one, the file would be that of its decorator
+        # a decorated function would have its decorator's file
         method = inspect.unwrap(function) if callable(function) else None
         if inspect.isfunction(method):
             yield method

@@ -48,7 +48,7 @@ class Factors(WeightRule):
     adapts: ClassVar[tuple[type, ...]] = (ops.Linear, ops.Convolution, ops.Weight)
 
     def check(self, site: Any, config: Any) -> str | None:
-        """Refuses weights that are neither matrices, stacks of these, nor those of convolutions."""
+        """Refuses weights that are neither matrices, nor stacks of matrices, nor kernels of convolutions."""
         if isinstance(site, LeafSite):
             return None
         reason = super().check(site, config)

@@ -86,7 +86,7 @@ class InputRotation(Rotation, InputRule):
     """The rotation of what goes into a layer.
 
     Attributes:
-        positions: The number of dimensions behind the features: those of a convolution's kernel.
+        positions: The number of dimensions of a convolution's kernel, which stand behind the features.
         groups: The number of groups of a convolution's features.
     """
 

@@ -107,13 +107,13 @@ InputDropout = Annotated[float, Within("a probability, 0 ≤ p ≤ 1", 0, 1), Ro
 InputDropoutBelow1 = Annotated[
     float, Within("a probability of dropping an element, 0 ≤ p < 1", 0, _BELOW_1), Role.DROPOUT
 ]
-"""The same, which leaves something."""
+"""The same, below 1."""
 
 Turned = Annotated[bool, Role.TURNED]
 """Whether weights are stored as (in, out), which files tell PEFT."""
 
 TrainedBiases = Annotated[_Value, Role.BIASES]
-"""The biases to train: ``"none"``, ``"all"``, or another value for those of the adapted layers."""
+"""The biases to train: ``"none"``, ``"all"``, or the adapted layers' biases by another value."""
 
 Tying = Annotated[bool, Role.TYING]
 """Whether weights that are one stay one."""
@@ -161,7 +161,7 @@ def options_for(cls: type, *roles: Role) -> tuple[str, ...]:
 def _options_by_role(cls: type) -> Mapping[Role, Sequence[str]]:
     """Returns the options of each role; an option that a subclass declares again keeps its role."""
     found: dict[Role, list[str]] = {role: [] for role in Role}
-    for hints in _dataclasses(cls):
+    for hints in _annotations_along(cls):
         for name, hint in hints.items():
             for role in _metadata(hint):
                 if isinstance(role, Role):
@@ -174,7 +174,7 @@ def _is_size(hint: Any) -> bool:
 
 
 def _metadata(hint: Any) -> Sequence[Any]:
-    """Returns the metadata of a type and of its parts, of which a value has one."""
+    """Returns the metadata of a type, or of all types in a union."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return parts[1:] if isinstance(parts[0], type) else [*parts[1:], *_metadata(parts[0])]
@@ -184,11 +184,11 @@ def _metadata(hint: Any) -> Sequence[Any]:
 
 @functools.cache
 def _type_hints(cls: type) -> dict[str, Any]:
-    return {name: hint for hints in reversed(_dataclasses(cls)) for name, hint in hints.items()}
+    return {name: hint for hints in reversed(_annotations_along(cls)) for name, hint in hints.items()}
 
 
-def _dataclasses(cls: type) -> list[dict[str, Any]]:
-    """Returns the annotations of a dataclass and of those above it."""
+def _annotations_along(cls: type) -> list[dict[str, Any]]:
+    """Returns the annotations of a dataclass and of each dataclass above it."""
     return [_annotations(each) for each in cls.__mro__ if dataclasses.is_dataclass(each)]
 
 

@@ -17,7 +17,7 @@ from graphpeft.adapters.reads import layer_of, layers_apart
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.graph import in_place, overrides, slots
 from graphpeft.graph.holders import HolderGroup
-from graphpeft.graph.kept_forwards import foreign_forward
+from graphpeft.graph.hosts.patched_forwards import newly_patched_forward
 from graphpeft.graph.paths import join
 from graphpeft.graph.template import Template, graph_forward, refuse_other_options
 from graphpeft.transaction import set_attribute
@@ -58,12 +58,13 @@ def let_act(modules: Modules, adapters: Adapters, wanted: list[str]) -> None:
     set_attribute(adapters, "read", wanted)
 
 
-def refuse_foreign_forward(module: nn.Module, path: str) -> None:
+def refuse_newly_patched(module: nn.Module, path: str) -> None:
     """Raises AdaptError if somebody has set a forward on the module itself, which would go on as before.
 
-    An adapted model's own forward asks in each call which adapters act, so the set one may call it.
+    An adapted model's own forward asks in each call which adapters act, so the patched one may call it.
     """
-    if foreign_forward(module) is not None and not any(each.kind == "methods" for each in in_place.layers_of(module)):
+    asks_in_each_call = any(each.kind == "methods" for each in in_place.layers_of(module))
+    if newly_patched_forward(module) is not None and not asks_in_each_call:
         raise AdaptError(
             f"a forward was set on {path or 'the model'} itself since it was adapted, as Accelerator.prepare does with "
             "mixed precision, and would go on as before: take it off, as "
@@ -84,9 +85,9 @@ def _graph_layers(
     known: dict[Any, Mapping[str, in_place.Layer | None]] = {}
     for region, template in templates.items():
         module = modules[region]
-        # a graph around the whole model runs around what was set on that, see model/set_forwards.py
+        # a graph around the whole model runs around what was set on that, see model/patched_forwards.py
         if region or template is None or not template.calls_own_forward:
-            refuse_foreign_forward(module, region)
+            refuse_newly_patched(module, region)
         plain = template
         if template is not None and adapters.passes is not None:
             template = adapters.passes(template, module)

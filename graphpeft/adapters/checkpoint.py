@@ -24,8 +24,8 @@ from graphpeft.files.foreign_files import CheckpointError, note_in_pickle
 from graphpeft.files.hub import CONFIG_NAME, PICKLED_WEIGHTS_NAME, WEIGHTS_NAME
 from graphpeft.graph import overrides
 from graphpeft.graph.holders import tensor_at
+from graphpeft.graph.hosts.sharding import whole
 from graphpeft.graph.paths import join, modules_by_path
-from graphpeft.graph.sharding import whole
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.graph.values import value_of
 from graphpeft.peft_errors import PeftWarning

@@ -15,7 +15,7 @@ from torch import nn
 
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.graph.holders import Holder
-from graphpeft.graph.offloading import disk_index
+from graphpeft.graph.hosts.accelerate import disk_index
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.wording import joined
 

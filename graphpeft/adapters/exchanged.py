@@ -20,9 +20,9 @@ from graphpeft.adapters.state import Adapter, Adapters, Modules, told_rows
 from graphpeft.graph import in_place, overrides
 from graphpeft.graph.computed_weights import computed_from
 from graphpeft.graph.holders import adapters_at, has_place, has_tensor, place_of, tensor_at
+from graphpeft.graph.hosts.sharding import lacking_values
 from graphpeft.graph.ops import Embedding
 from graphpeft.graph.paths import STATE, join, modules_by_path
-from graphpeft.graph.sharding import lacking_values
 from graphpeft.graph.template import names_in_slots
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.wording import joined

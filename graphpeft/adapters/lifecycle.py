@@ -25,7 +25,6 @@ from graphpeft.adapters.tensors import new_tensors, overwrite
 from graphpeft.adapters.trainable import thaw
 from graphpeft.graph import in_place, overrides, slots
 from graphpeft.graph.autocast import in_own_precision
-from graphpeft.graph.forward_classes import holds_own_tensor
 from graphpeft.graph.hidden_holders import hide_holders, stop_hiding
 from graphpeft.graph.holders import (
     HOLDERS,
@@ -38,12 +37,13 @@ from graphpeft.graph.holders import (
     take_off,
     tensor_at,
 )
-from graphpeft.graph.kept_forwards import forget, know
+from graphpeft.graph.hosts.patched_code import holds_own_tensor
+from graphpeft.graph.hosts.patched_forwards import forget, know
+from graphpeft.graph.hosts.sharding import is_managed
+from graphpeft.graph.hosts.tensor_parallel import refusal
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import STATE, join, modules_by_path
-from graphpeft.graph.sharding import is_managed
 from graphpeft.graph.template import GraphForward, names_in_slots, template_of
-from graphpeft.graph.tensor_parallel_forwards import refusal
 from graphpeft.graph.values import replace, written
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.parameter_spec import Dropout
@@ -122,7 +122,7 @@ def add(modules: Modules, adapters: Adapters, name: str, plan: Plan, values: Ten
             delete_item(adapters.found, place)
     set_items(adapters.found, plan.found)
     for region in lifted:
-        if region:  # that of the model itself asks in each call which adapters act, see `set_forwards.py`
+        if region:  # that of the model itself asks in each call which adapters act, see `patched_forwards.py`
             know(modules[region])
     set_item(adapters.by_name, name, adapter)
     adapters.note_call_inputs(modules[""])

@@ -23,9 +23,9 @@ from graphpeft.adapters.state import Adapters, Modules
 from graphpeft.adapters.tensors import fingerprint, is_same
 from graphpeft.graph import in_place
 from graphpeft.graph.autocast import in_own_precision
+from graphpeft.graph.hosts.sharding import is_sharded, whole
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join, modules_by_path
-from graphpeft.graph.sharding import is_sharded, whole
 from graphpeft.graph.values import loaded, value_of
 from graphpeft.rules.rule import changes_bias
 from graphpeft.transaction import delete_item, set_attribute, set_item

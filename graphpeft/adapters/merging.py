@@ -37,9 +37,9 @@ from graphpeft.dry_runs import alone
 from graphpeft.graph import overrides
 from graphpeft.graph.autocast import in_own_precision
 from graphpeft.graph.holders import tensor_at
+from graphpeft.graph.hosts.sharding import reshard, whole
 from graphpeft.graph.overrides import own_parameter
 from graphpeft.graph.paths import join
-from graphpeft.graph.sharding import reshard, whole
 from graphpeft.graph.template import refuse_other_options, template_of
 from graphpeft.graph.values import loaded, written
 from graphpeft.rules.adapted_site import AdaptedSite

@@ -21,7 +21,7 @@ from torch import nn
 
 from graphpeft._torch import pytree, without_compiler
 from graphpeft.adapters import adapter_names
-from graphpeft.adapters.acting import refuse_foreign_forward
+from graphpeft.adapters.acting import refuse_newly_patched
 from graphpeft.adapters.adapter_names import BASE
 from graphpeft.adapters.at_once import ITSELF, at_once, itself, regions_of_weights
 from graphpeft.adapters.exchanged import refuse_missing
@@ -33,7 +33,7 @@ from graphpeft.adapters.reads import let_ask
 from graphpeft.adapters.rows import RowAdapters, Rows, Runner, place_of
 from graphpeft.adapters.state import Adapter, Adapters, Modules
 from graphpeft.graph import in_place
-from graphpeft.graph.around_set_forwards import own_forward
+from graphpeft.graph.hosts.around_patched import own_forward
 from graphpeft.graph.recomputing import taken_along
 from graphpeft.graph.template import OWN_FORWARD, SET_FORWARD, Template, graph_forward, template_of, wear_template
 from graphpeft.rules.adapted_site import AdaptedSite
@@ -318,7 +318,7 @@ def _read_elsewhere(finder: SiteFinder, path: str) -> str | None:
 def _let_ask(modules: Modules, adapters: Adapters, region: str) -> None:
     """Lets a region ask for the rows of the present call."""
     if region not in adapters.mixable:
-        refuse_foreign_forward(modules[region], region)
+        refuse_newly_patched(modules[region], region)
     adapters.mixable.add(region)
     in_place.put_on(modules[region], _LAYER)
 

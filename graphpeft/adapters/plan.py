@@ -17,10 +17,10 @@ from torch import nn
 from graphpeft.graph import ops, overrides
 from graphpeft.graph.autocast import HALVES, in_own_precision
 from graphpeft.graph.holders import name_at
+from graphpeft.graph.hosts.accelerate import is_loaded_with_others, is_offloaded
+from graphpeft.graph.hosts.sharding import is_partitioned
 from graphpeft.graph.inputs import ExampleInputs
-from graphpeft.graph.offloading import is_loaded_with_others, is_offloaded
 from graphpeft.graph.paths import join
-from graphpeft.graph.sharding import is_partitioned
 from graphpeft.graph.template import Template
 from graphpeft.peft_errors import PeftError
 from graphpeft.rules.adapted_site import AdaptedSite, names_in_holder

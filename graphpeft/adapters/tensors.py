@@ -14,8 +14,8 @@ from graphpeft.adapters.state import Adapter, Modules, Tensors
 from graphpeft.files.foreign_files import CheckpointError
 from graphpeft.graph import overrides
 from graphpeft.graph.holders import place_of, tensor_at
+from graphpeft.graph.hosts.sharding import distributed_as, equal_in_all, have_shards, is_tensor_parallel, reshard
 from graphpeft.graph.overrides import own_parameter
-from graphpeft.graph.sharding import distributed_as, equal_in_all, have_shards, is_tensor_parallel, reshard
 from graphpeft.graph.values import loaded, value_of, written
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig

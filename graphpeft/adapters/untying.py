@@ -13,7 +13,7 @@ from torch import nn
 from graphpeft.adapters.state import Adapters, Modules
 from graphpeft.graph import overrides
 from graphpeft.graph.holders import has_tensor, tensor_at
-from graphpeft.graph.sharding import is_managed
+from graphpeft.graph.hosts.sharding import is_managed
 from graphpeft.graph.traced_model import module_told
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.transaction import set_attribute, set_item

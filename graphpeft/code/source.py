@@ -44,7 +44,7 @@ class Uses(NamedTuple):
 def cached_by_class(function: Callable[[type], _Result]) -> Callable[[type], _Result]:
     """Caches the results of a function of a class, until the class goes or `read_anew` is called.
 
-    A class may be made for one module, whose forward was set, and lead to the whole model.
+    A class may be made for one module with a patched forward, and lead to the whole model.
     """
     known: weakref.WeakKeyDictionary[type, _Result] = weakref.WeakKeyDictionary()
     _KNOWN.append(known)

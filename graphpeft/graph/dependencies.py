@@ -19,7 +19,7 @@ from graphpeft.code.attribute_paths import METADATA_ATTRIBUTES
 from graphpeft.graph.contexts import enter_autocast, enter_gradients, leave_autocast, leave_gradients
 from graphpeft.graph.drawing_functions import draws
 from graphpeft.graph.holders import Holder
-from graphpeft.graph.masks import METADATA_ARGUMENTS, attention_mask
+from graphpeft.graph.hosts.transformers_masks import METADATA_ARGUMENTS, attention_mask
 from graphpeft.graph.template import LINE, VALUE
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from graphpeft._torch import can_take_data
-from graphpeft.graph.sharding import distributed_as, is_sharded
+from graphpeft.graph.hosts.sharding import distributed_as, is_sharded
 from graphpeft.transaction import delete_item, set_item
 
 

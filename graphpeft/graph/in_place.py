@@ -25,11 +25,17 @@ from graphpeft import transaction
 from graphpeft._torch import without_compiler
 from graphpeft.graph.forward_arguments import leading_to_class
 from graphpeft.graph.holders import adapters_at, distribute_adapters, tree_of, without_holders
-from graphpeft.graph.kept_forwards import follow, has_forward, keep_own_forward, own_forwards, step_aside, step_back
+from graphpeft.graph.hosts.patched_forwards import (
+    follow,
+    has_forward,
+    keep_own_forward,
+    kept_forwards,
+    step_aside,
+    step_back,
+)
+from graphpeft.graph.hosts.sharding import is_asked_by, over_shards, under_shards
 from graphpeft.graph.own_tensors import own_tensor
 from graphpeft.graph.paths import STATE
-from graphpeft.graph.sharded_classes import over_shards, under_shards
-from graphpeft.graph.sharding import is_asked_by
 from graphpeft.peft_classes import ending_in
 
 KINDS = ("peft", "methods", "reads", "rows", "graph", "slots", "padded", "merged", "hiding", "tensors")
@@ -40,7 +46,7 @@ _READ = ("merged", "tensors")
 """The kinds of layers of modules whose own tensors are kept elsewhere, or aren't what is read."""
 
 _OF_GRAPHS = ("rows", "graph")
-"""The kinds whose forwards stand for a forward that was set on a module itself."""
+"""The kinds whose forwards stand for a patched one."""
 
 _AROUND_FORWARDS = ("methods", "rows")
 """The kinds whose forwards hand all arguments on to that of a layer further in."""
@@ -171,7 +177,7 @@ class Dressed:
         elif _WHOLE not in memo and any(adapters_at(cast(nn.Module, self))):
             COPIED_ALONE.add(copied)
         copied.__setstate__(copy.deepcopy(_state_for_copy(self), memo))
-        keep_own_forward(copied, own_forwards(cast(nn.Module, self)))
+        keep_own_forward(copied, kept_forwards(cast(nn.Module, self)))
         if is_whole:
             # parts may have been copied before
             COPIED_ALONE.difference_update(tree_of(copied))
@@ -386,13 +392,13 @@ def _exchange_class(module: nn.Module, cls: type) -> None:
 
 
 def _exchange_under_forward(module: nn.Module, cls: type) -> None:
-    """Exchanges the class under a forward that is set on the module itself."""
+    """Exchanges the class under a patched forward."""
     layers: tuple[Layer, ...] = getattr(cls, "_graphpeft_layers", ())
     runs_graph = any(layer.kind in _OF_GRAPHS for layer in layers)
     follow(module, bool(layers))
     if runs_graph:
         step_aside(module)
-    kept = own_forwards(module)
+    kept = kept_forwards(module)
     _give_class(module, cls)
     keep_own_forward(module, kept)
     if not runs_graph:

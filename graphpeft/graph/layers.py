@@ -1,6 +1,6 @@
 """Hand-written graphs of PyTorch's linear layers, convolutions and embeddings, and of Transformers' Conv1D.
 
-A layer on which a forward was set has that as its one operation, see `ops/set_forwards.py`.
+A layer with a patched forward has that as its one operation, see `ops/patched.py`.
 
 Each graph calls one function of PyTorch. It reads the options from the module in each run, as the layer's own code
 does, so one graph serves all layers of a class. Where that code branches on an option, each branch has a graph, and the
@@ -25,8 +25,8 @@ from graphpeft._torch import PADDING_OF_CONVOLUTION, computes_in_own_way
 from graphpeft.graph import guards, in_place
 from graphpeft.graph.computed_weights import computed_from
 from graphpeft.graph.errors import TraceError
-from graphpeft.graph.kept_forwards import name_of, set_forward
-from graphpeft.graph.ops.set_forwards import first_given, is_known_function, others_given, set_operation
+from graphpeft.graph.hosts.patched_forwards import name_of, patched_forward
+from graphpeft.graph.ops.patched import first_given, is_known_function, others_given, patched_operation
 from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
 from graphpeft.graph.template import ABSENT, FIXED, SET_FORWARD, Template
 
@@ -38,7 +38,7 @@ def given(module: nn.Module) -> Template | None:
         return None
     refuse_what_a_graph_cannot_replace(module)
     template = graph_of(module)
-    if template is not None and set_forward(module) is not None:
+    if template is not None and patched_forward(module) is not None:
         template = as_set_on(module, template)
     # an option can be fixed only where it is an attribute of the module itself, not of its class
     return template if template is not None and template.fixed.keys() <= vars(module).keys() else None
@@ -186,19 +186,19 @@ def _conv1d_graph() -> Template:
 
 
 def as_set_on(module: nn.Module, template: Template) -> Template:
-    """Returns the template of a layer on which a forward was set."""
+    """Returns the template of a layer with a patched forward."""
     if any(node.target is F.pad for graph in template.graphs for node in graph.nodes):
         raise TraceError(
-            f"its forward was set on the instance ({name_of(set_forward(module))}), and its padding_mode isn't "
+            f"its forward was set on the instance ({name_of(patched_forward(module))}), and its padding_mode isn't "
             "'zeros', so an adapter of its convolution is given something else than that forward"
         )
     return _as_set(template, _first_argument(module))
 
 
 def _first_argument(module: nn.Module) -> str:
-    """Returns the name of the first argument of the forward that was set on a module."""
+    """Returns the name of the first argument of a module's patched forward."""
     try:
-        parameters = list(inspect.signature(cast(Any, set_forward(module))).parameters.values())
+        parameters = list(inspect.signature(cast(Any, patched_forward(module))).parameters.values())
     except ValueError:  # a function in C
         parameters = []
     if parameters and parameters[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
@@ -221,7 +221,7 @@ def _as_set(template: Template, name: str) -> Template:
         own_forward = graph.create_node("get_attr", SET_FORWARD, name="own_forward")
     with graph.inserting_before(operation.next):
         x = graph.call_function(first_given, (*given, name))
-        result = set_operation(graph, own_forward, operation, x, graph.call_function(others_given, (*given, name)))
+        result = patched_operation(graph, own_forward, operation, x, graph.call_function(others_given, (*given, name)))
     result.meta |= {FIXED: template.fixed, ABSENT: tuple(template.absent)}
     graph.output_node().args = (result,)
     for node in reversed(of_class):

@@ -19,8 +19,8 @@ from torch import nn
 from graphpeft._torch import without_compiler
 from graphpeft.graph import in_place
 from graphpeft.graph.holders import name_at, place_of, tensor_at, value_at
+from graphpeft.graph.hosts.sharding import in_all, is_asked_by, is_managed
 from graphpeft.graph.own_tensors import STAND_INS, look_around
-from graphpeft.graph.sharding import in_all, is_asked_by, is_managed
 
 Names = tuple[str, ...]
 

@@ -12,15 +12,15 @@ from torch import nn
 
 from graphpeft.graph import in_place
 from graphpeft.graph.errors import TraceError
-from graphpeft.graph.kept_forwards import name_of, set_forward
+from graphpeft.graph.hosts.patched_forwards import name_of, patched_forward
 from graphpeft.graph.template import OWN_FORWARD, SIMPLE, Template
 
 
 def call_through(module: nn.Module) -> Template:
     """Returns the template of a graph that only calls `module`'s own forward, with the same arguments."""
-    if set_forward(module) is not None and not _takes_the_same(module):
+    if patched_forward(module) is not None and not _takes_the_same(module):
         raise TraceError(
-            f"its forward was set on the instance ({name_of(set_forward(module))}) and takes other arguments than "
+            f"its forward was set on the instance ({name_of(patched_forward(module))}) and takes other arguments than "
             "that of its class; give it the same"
         )
     return _calling(in_place.original_class(module).forward)
@@ -34,10 +34,10 @@ def own_code() -> Template:
 
 
 def _takes_the_same(module: nn.Module) -> bool:
-    """Returns whether a forward that was set on a module takes the arguments of that of its class, by their names."""
+    """Returns whether a module's patched forward takes the arguments of its class's forward, by their names."""
     of_class = list(inspect.signature(in_place.original_class(module).forward).parameters)[1:]
     try:
-        own = inspect.signature(cast(Any, set_forward(module))).parameters.values()
+        own = inspect.signature(cast(Any, patched_forward(module))).parameters.values()
     except ValueError:  # a function in C
         return False
     takes_any = any(each.kind is each.VAR_KEYWORD for each in own)

@@ -10,8 +10,8 @@ from torch import fx, nn
 from graphpeft.code.source import calls_forward, functions_called, names_in
 from graphpeft.graph import in_place
 from graphpeft.graph.errors import TraceError
-from graphpeft.graph.kept_forwards import name_of, set_forward
-from graphpeft.graph.tensor_parallel_forwards import refusal
+from graphpeft.graph.hosts.patched_forwards import name_of, patched_forward
+from graphpeft.graph.hosts.tensor_parallel import refusal
 
 _INTERFACE = frozenset(name for name in dir(fx.GraphModule) if not name.startswith("_")) - frozenset(dir(nn.Module()))
 """The public attributes that ``fx.GraphModule`` adds to a module."""
@@ -19,7 +19,7 @@ _INTERFACE = frozenset(name for name in dir(fx.GraphModule) if not name.startswi
 
 def refuse_what_a_graph_cannot_replace(module: nn.Module) -> None:
     """Raises TraceError if a graph can't replace the forward of `module`."""
-    foreign = set_forward(module)
+    foreign = patched_forward(module)
     if foreign is not None and _asks_for_class_forward(foreign):
         raise TraceError(
             f"its forward was set on the instance ({name_of(foreign)}) and looks for that of the module's class in "

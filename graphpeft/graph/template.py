@@ -19,11 +19,11 @@ from torch import nn
 
 from graphpeft._torch import compiler_asks, lines_of_nodes
 from graphpeft.graph import guards, in_place, slots
-from graphpeft.graph.around_set_forwards import own_forward
 from graphpeft.graph.compiling import compiled
 from graphpeft.graph.contexts import closing_regions
 from graphpeft.graph.copied_graphs import as_named, by_name, copy_graph
-from graphpeft.graph.no_wrappers import NoWrapper
+from graphpeft.graph.hosts.around_patched import own_forward
+from graphpeft.graph.hosts.peft import NoWrapper
 from graphpeft.graph.own_tensors import as_own
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.graph.tags import TAG
@@ -47,7 +47,7 @@ OWN_FORWARD = "_graphpeft_own_forward"
 """The module attribute by which a graph calls the forward of the module's own class."""
 
 SET_FORWARD = "_graphpeft_run_set_forward"
-"""The module attribute by which a graph calls a forward that was set on the module, as one operation among others."""
+"""The module attribute by which a graph calls the module's patched forward, as one operation among others."""
 
 _MOST_NODES = 20_000
 """The most nodes, in all graphs together, of the recently used templates that are kept."""
@@ -150,7 +150,7 @@ class Template:
 
     @functools.cached_property
     def calls_set_forward(self) -> bool:
-        """Whether the graph has a forward that was set on a layer as its operation."""
+        """Whether the graph has a layer's patched forward as its operation."""
         return any(node.target == SET_FORWARD for graph in self.graphs for node in graph.nodes)
 
     def index(self, module: nn.Module) -> int:

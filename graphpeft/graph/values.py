@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphpeft.graph import offloading, sharding
 from graphpeft.graph.holders import place_of, tensor_at
+from graphpeft.graph.hosts import accelerate, sharding
 from graphpeft.transaction import set_item
 
 
@@ -28,14 +28,14 @@ _THERE = contextlib.nullcontext()
 
 @contextlib.contextmanager
 def _loaded(module: nn.Module, owners: Iterable[nn.Module]) -> Iterator[None]:
-    with offloading.loaded(module), sharding.gathered(owners):
+    with accelerate.loaded(module), sharding.gathered(owners):
         yield
 
 
 @contextlib.contextmanager
 def written(module: nn.Module) -> Iterator[None]:
     """Does as `loaded` for a module or a holder alone, and keeps what is written into its tensors."""
-    with offloading.written(module), sharding.gathered([module], is_written=True):
+    with accelerate.written(module), sharding.gathered([module], is_written=True):
         yield
 
 
@@ -43,7 +43,7 @@ def value_of(module: nn.Module, name: str) -> torch.Tensor:
     """Returns the values of a tensor of a module, or of an adapter there; detached."""
     tensor = tensor_at(module, name)
     if tensor.is_meta and "." not in name:
-        with offloading.loaded(module):
+        with accelerate.loaded(module):
             return tensor_at(module, name).detach()
     return sharding.whole(tensor.detach())
 
@@ -51,8 +51,8 @@ def value_of(module: nn.Module, name: str) -> torch.Tensor:
 def replace(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
     """Puts a tensor in the place of a module's own, or its values where the own one is offloaded or sharded."""
     held: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
-    if offloading.is_offloaded(module):
-        offloading.store(module, {name: tensor})
+    if accelerate.is_offloaded(module):
+        accelerate.store(module, {name: tensor})
     elif sharding.is_sharded(held[name]):
         with torch.no_grad(), written(module):
             held[name].copy_(sharding.whole(tensor))

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from graphpeft._torch import is_transformed
+from graphpeft.graph.hosts.sharding import in_all
 from graphpeft.graph.scaled_sum import add_scaled, is_captured
-from graphpeft.graph.sharding import in_all
 
 
 def skew(triangles: Tensor, size: int) -> Tensor:

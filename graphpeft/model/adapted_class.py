@@ -14,8 +14,8 @@ from torch import fx
 from graphpeft.adapters import mixing
 from graphpeft.adapters.given_inputs import given_in_forward
 from graphpeft.graph import call_inputs, in_place
-from graphpeft.graph.around_set_forwards import is_around
 from graphpeft.graph.errors import TraceError
+from graphpeft.graph.hosts.around_patched import is_around
 from graphpeft.model.offered_methods import Offered
 from graphpeft.model.other_names import OtherNames
 from graphpeft.peft_classes import model_class, set_class
@@ -53,7 +53,7 @@ def _methods_layer(
 def _forward(model: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
     """Runs the forward of an adapted model, also where somebody calls that itself, with arguments for adapters."""
     if is_around(model) or not hasattr(model, "_peft_adapters"):
-        # called by a forward that was set on the model: around the graph, or for longer than it was adapted
+        # called by the model's patched forward: around the graph, or for longer than it was adapted
         return in_place.original_class(model).forward(model, *args, **kwargs)
     forward, state = mixing.forward_of(model), model._peft_adapters
     read = state.call_inputs

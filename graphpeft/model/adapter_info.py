@@ -14,7 +14,7 @@ from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapters
 from graphpeft.adapters.tensors import count_of_numbers
 from graphpeft.graph.holders import Holder, all_parameters, has_tensor, tensor_at
-from graphpeft.graph.sharding import is_asked_by
+from graphpeft.graph.hosts.sharding import is_asked_by
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.model.peft_functions import PLACE, ConfigsForPeft
 from graphpeft.rules.config import PeftConfig

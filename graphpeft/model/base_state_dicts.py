@@ -13,7 +13,7 @@ from graphpeft.adapters import merging
 from graphpeft.adapters.adapting import known_adapters, modules_of
 from graphpeft.adapters.plan import AdaptError
 from graphpeft.graph.holders import tensor_at
-from graphpeft.graph.offloading import is_offloaded
+from graphpeft.graph.hosts.accelerate import is_offloaded
 from graphpeft.graph.paths import unwrapped
 from graphpeft.sites.quantised import backend_of
 from graphpeft.wording import joined

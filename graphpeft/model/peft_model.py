@@ -25,8 +25,8 @@ from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import adapters_of
 from graphpeft.adapters.trainable import set_trainable_now
 from graphpeft.graph import call_inputs, in_place
+from graphpeft.graph.hosts.sharding import is_asked_by
 from graphpeft.graph.inputs import ExampleInputs
-from graphpeft.graph.sharding import is_asked_by
 from graphpeft.model.adapted_class import layers_with
 from graphpeft.model.diffusers_methods import DiffusersMethods, is_of_diffusers
 from graphpeft.model.earlier_optimizers import watch
@@ -35,9 +35,9 @@ from graphpeft.model.given_model import check_model
 from graphpeft.model.merging_methods import MergingMethods
 from graphpeft.model.offered_methods import offered_names
 from graphpeft.model.other_names import OtherNames, free_names
+from graphpeft.model.patched_forwards import with_patched_forward
 from graphpeft.model.reference_copies import copy_left_out
 from graphpeft.model.saving_methods import SavingMethods
-from graphpeft.model.set_forwards import with_set_forward
 from graphpeft.model.status import StatusMethods
 from graphpeft.model.switching_methods import SwitchingMethods
 from graphpeft.model.training_methods import TrainingMethods
@@ -222,13 +222,13 @@ class PeftModel(SwitchingMethods, MergingMethods, SavingMethods, StatusMethods, 
             # a compiler or a caller has kept this method, and the adapters were taken off since
             names = {} if adapter_names is None else {"adapter_names": adapter_names}
             return self(*args, **kwargs, **names)
-        read, call = self._peft_adapters.call_inputs, with_set_forward(self, super().__call__)
+        read, call = self._peft_adapters.call_inputs, with_patched_forward(self, super().__call__)
         state = self._peft_adapters
         if not torch.compiler.is_compiling():
             refuse_lost(self, state)
         elif not torch.compiler.is_dynamo_compiling():
             # imported where it is needed, since most programs export nothing
-            from graphpeft.graph.exported_layers import with_exported_layers
+            from graphpeft.graph.hosts.pt2e import with_exported_layers
 
             call = with_exported_layers(call)
         if adapter_names is not None:

@@ -18,7 +18,7 @@ from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter
 from graphpeft.adapters.trainable import trained_besides
 from graphpeft.files.atomic_files import Staging, is_on_another_disk
-from graphpeft.graph.sharding import is_sharded
+from graphpeft.graph.hosts.sharding import is_sharded
 from graphpeft.model.adapter_info import AdapterInfo
 from graphpeft.model.model_card import CARD_NAME, model_card
 from graphpeft.model.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict

@@ -13,8 +13,8 @@ from graphpeft.adapters import checkpoint, file_names, merged_weights, saved_ada
 from graphpeft.adapters.adapting import known_adapter, modules_of
 from graphpeft.adapters.exchanged import refuse_missing
 from graphpeft.adapters.loading import set_values
+from graphpeft.graph.hosts.sharding import gathered_by_fsdp
 from graphpeft.graph.paths import unwrapped
-from graphpeft.graph.sharding import gathered_by_fsdp
 
 
 def get_peft_model_state_dict(

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from graphpeft._torch import has_hooks_of_all
 from graphpeft.graph import ops
 from graphpeft.graph.autocast import HALVES
-from graphpeft.graph.ops.set_forwards import as_set
+from graphpeft.graph.ops.patched import as_patched
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.scaled_sum import add_scaled
 from graphpeft.graph.tags import TAG
@@ -68,7 +68,7 @@ def _summands(total: fx.Node) -> tuple[Any, Any, Any]:
 
 def _is_fresh(y: fx.Node, root: nn.Module) -> bool:
     """Returns whether `y` is a new tensor that the gradient of its operation doesn't need."""
-    if y.target is as_set:
+    if y.target is as_patched:
         return False  # the code of somebody else may keep it
     return y.target in (add_product_, add_product_unless_kept_) or isinstance(ops.read_op(y, root), ops.Linear)
 

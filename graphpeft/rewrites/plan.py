@@ -14,8 +14,8 @@ from graphpeft.graph import in_place
 from graphpeft.graph.copied_graphs import copy_graph
 from graphpeft.graph.dependencies import line_of
 from graphpeft.graph.errors import TraceError
-from graphpeft.graph.forward_classes import class_of_forward
 from graphpeft.graph.holders import has_holders
+from graphpeft.graph.hosts.patched_code import class_of_forward
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.graph.paths import STATE, join, modules_by_path, within
 from graphpeft.graph.template import Before, Graphs, Template, template_of

@@ -16,7 +16,7 @@ from torch import fx, nn
 from graphpeft.graph import guards
 from graphpeft.graph.dependencies import reads_metadata_only
 from graphpeft.graph.errors import TraceError
-from graphpeft.graph.kept_forwards import has_forward, set_forward
+from graphpeft.graph.hosts.patched_forwards import has_forward, patched_forward
 from graphpeft.graph.ops.linear import product_of
 from graphpeft.graph.paths import join
 from graphpeft.graph.settings import CHECKS, is_number
@@ -176,8 +176,8 @@ class Reader:
         if any(getattr(layer, name) for name in _HOOKS):
             self.reasons[node] = f"{path} has hooks, which an operation in its place wouldn't run"
             return None
-        if set_forward(layer) is not None or has_forward(layer):
-            self.reasons[node] = f"{path} has a forward that was set on it, which an operation wouldn't run"
+        if patched_forward(layer) is not None or has_forward(layer):
+            self.reasons[node] = f"{path} has a patched forward, which an operation wouldn't run"
             return None
         if isinstance(layer, _BATCH_NORMS):
             return self._of_batch_norm(node, path, layer)

@@ -21,7 +21,7 @@ from graphpeft.graph.calls import CALLS, calls_of
 from graphpeft.graph.changed_products import is_apart
 from graphpeft.graph.ops import Computation, Operation, Weight
 from graphpeft.graph.ops.boundaries import Boundary, Leaf
-from graphpeft.graph.ops.set_forwards import as_set
+from graphpeft.graph.ops.patched import as_patched
 from graphpeft.graph.own_tensors import let_read_own
 from graphpeft.graph.recorded import as_node
 from graphpeft.graph.tags import TAG, Tag, changes_at, own_input, read_before, top
@@ -198,8 +198,8 @@ def _own_weight(graph: fx.Graph, op: Computation, rule: Any) -> fx.Node | None:
     """Returns the operand of an operation to which a rule's change is to be added, or None."""
     if not isinstance(rule, DeltaRule) or "apart" not in asked_by(rule.rewrite).names:
         return None
-    # a layer's call has no such operand, and a forward that was set on a layer reads its input alone
-    if not op.node.op.startswith("call_") or op.node.op == "call_module" or op.node.target is as_set:
+    # a layer's call has no such operand, and a layer's patched forward reads its input alone
+    if not op.node.op.startswith("call_") or op.node.op == "call_module" or op.node.target is as_patched:
         return None
     operands = [node for node in op.node.all_input_nodes if _reads(node, op.weight)]
     if len(operands) != 1 or op.x in operands or not rule.adds_to_weight(op):

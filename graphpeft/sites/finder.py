@@ -22,11 +22,11 @@ from graphpeft.code.source import read_anew
 from graphpeft.graph import in_place, ops
 from graphpeft.graph.computed_weights import computed_from, read_weight
 from graphpeft.graph.errors import TraceError
-from graphpeft.graph.forward_classes import holds_own_tensor
 from graphpeft.graph.guards import fixed_arguments
 from graphpeft.graph.holders import has_holders
+from graphpeft.graph.hosts.patched_code import holds_own_tensor
+from graphpeft.graph.hosts.patched_forwards import KNOWN, OF_HOOKS, patched_forward
 from graphpeft.graph.inputs import ExampleInputs
-from graphpeft.graph.kept_forwards import KNOWN, OF_HOOKS, set_forward
 from graphpeft.graph.layers import is_given
 from graphpeft.graph.ops import convolution
 from graphpeft.graph.own_forward import own_code
@@ -142,7 +142,7 @@ class SiteFinder:
             raise NoSiteError(f"no operation that a rule adapts uses its {attribute}")
         if holds_own_tensor(self.modules[owner]):
             raise NoSiteError(
-                f"{reason}; and its forward that was set on the instance has a tensor of it in hand, which no change "
+                f"{reason}; and its patched forward has a tensor of it in hand, which no change "
                 "reaches; let it read the tensor from the module in each call"
             )
         self.templates[owner] = self.regions.present(owner) or own_code()
@@ -207,7 +207,7 @@ class SiteFinder:
             is_called=uses.is_called,
             fixed=self._fixed_arguments(region),
             computed=computed_from(module, attribute),
-            set_forward=computes_otherwise(module) if self.templates[region].calls_set_forward else None,
+            patched_forward=computes_otherwise(module) if self.templates[region].calls_set_forward else None,
         )
 
     def _fixed_arguments(self, region: str) -> tuple[str, ...]:
@@ -271,8 +271,8 @@ def _is_parameter(module: nn.Module, path: str) -> bool:
 
 
 def computes_otherwise(module: nn.Module) -> str | None:
-    """Returns why a change of the weight may not be what an adapter adds beside a set forward; None if it is."""
-    forward = set_forward(module)
+    """Returns why a change of the weight may not be what an adapter adds beside a patched forward; None if it is."""
+    forward = patched_forward(module)
     if forward is None:
         return None
     # torch.compile hides what it compiles

@@ -14,7 +14,7 @@ from torch import nn
 
 from graphpeft.graph import in_place, ops
 from graphpeft.graph.errors import OUT_OF_MEMORY
-from graphpeft.graph.offloading import unhooked
+from graphpeft.graph.hosts.accelerate import unhooked
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.sites.layer_kinds import declared_features, declares_features
 from graphpeft.sites.quantised import way_of_computing

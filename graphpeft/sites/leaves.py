@@ -12,7 +12,7 @@ import torch
 
 from graphpeft.graph.autocast import default_precision
 from graphpeft.graph.errors import TraceError
-from graphpeft.graph.kept_forwards import set_forward
+from graphpeft.graph.hosts.patched_forwards import patched_forward
 from graphpeft.graph.traced_model import stands_for
 from graphpeft.sites import example_runs, quantisers
 from graphpeft.sites.calls import Crossing, boundary
@@ -39,7 +39,7 @@ def leaf_site(regions: Regions, path: str) -> LeafSite:
     features = declared_features(module) if declares_features(module) else _features(regions, path, crossing)
     beside, dtype, quantised = _tensor_beside(regions, path)
     # a flat graph into which the forward was inlined may have read the weight's codes once
-    is_recoded = quantisers.is_known(module) and regions.is_called(path) and set_forward(module) is None
+    is_recoded = quantisers.is_known(module) and regions.is_called(path) and patched_forward(module) is None
     return LeafSite(
         region=crossing.region,
         nodes=crossing.nodes,

@@ -11,8 +11,8 @@ from torch import fx, nn
 
 from graphpeft.graph import in_place
 from graphpeft.graph.errors import NeedsInputsError, TraceError
+from graphpeft.graph.hosts.patched_forwards import name_of, newly_patched_forward
 from graphpeft.graph.inputs import ExampleInputs
-from graphpeft.graph.kept_forwards import foreign_forward, name_of
 from graphpeft.graph.layers import given
 from graphpeft.graph.paths import join, modules_by_path, within
 from graphpeft.graph.template import Template, runs_graph, template_of
@@ -118,7 +118,7 @@ class Regions:
                 raise TraceError(
                     "torch.compile has set its forward; adapt model._orig_mod, and compile that afterwards"
                 )
-            name = name_of(foreign_forward(model))
+            name = name_of(newly_patched_forward(model))
             raise TraceError(
                 f"its forward was set on the instance ({name}), which may be what others call with arguments of their "
                 "own; put that forward into a class, or into a module around this one"
@@ -157,8 +157,8 @@ class Regions:
         return found.get(attribute if owner == region else join(within(owner, region), attribute))
 
     def is_set_on_model(self, path: str) -> bool:
-        """Returns whether `path` is that of the model, on which a forward was set; see `model/set_forwards.py`."""
-        return not path and foreign_forward(self.modules[""]) is not None
+        """Returns whether `path` is that of the model, whose forward is patched; see `model/patched_forwards.py`."""
+        return not path and newly_patched_forward(self.modules[""]) is not None
 
     def is_called(self, path: str) -> bool:
         """Returns whether a module has a forward, which a container such as ``nn.ModuleList`` lacks."""

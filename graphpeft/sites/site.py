@@ -99,7 +99,7 @@ class Site(NamedTuple):
         tied_to: The path of the embedding whose table is the weight, if all sites with that table, the embedding's
             own included, share one adapter's tensors.
         computed: How the weight is computed from other tensors; None if it is a parameter.
-        set_forward: Why a forward that was set on the layer isn't known to compute what its class does; or None.
+        patched_forward: Why the layer's patched forward isn't known to compute what its class does; or None.
         own_code: Why no graph has the operations, so that the model's code computes with the changed weight; or None.
         fixed: The arguments of the region's forward that can have one value alone, each as ``name=value``.
         is_called: Whether operations are calls of the weight's module in a flat graph.
@@ -133,7 +133,7 @@ class Site(NamedTuple):
     tied_to: str | None = None
     own_code: str | None = None
     computed: Computed | None = None
-    set_forward: str | None = None
+    patched_forward: str | None = None
     fixed: tuple[str, ...] = ()
     is_called: bool = False
 
@@ -151,10 +151,10 @@ class Site(NamedTuple):
                 f"its {self.attribute} is computed by {self.computed.by} from other tensors, and no parameter; remove "
                 "that from the layer first, and adapt it then"
             )
-        if self.set_forward is not None:
+        if self.patched_forward is not None:
             return (
-                f"a forward was set on {self.owner} itself {self.set_forward}; what that makes of another weight isn't "
-                "what the adapter adds to its output"
+                f"a forward was set on {self.owner} itself {self.patched_forward}; what that makes of another weight "
+                "isn't what the adapter adds to its output"
             )
         return None if self.call is None else _of_one_call(self.call)
 

@@ -21,7 +21,7 @@ from graphpeft.code.identity_checks import (
 )
 from graphpeft.graph import guards
 from graphpeft.graph.errors import TraceError
-from graphpeft.graph.forward_classes import class_of_forward
+from graphpeft.graph.hosts.patched_code import class_of_forward
 from graphpeft.graph.template import SIMPLE
 from graphpeft.tracing.recorder import Recorder
 

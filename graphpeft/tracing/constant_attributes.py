@@ -22,7 +22,7 @@ from graphpeft.code.source import cached_by_class, functions_in_forward, names_i
 from graphpeft.graph import guards
 from graphpeft.graph.dependencies import IN_PLACE, above, is_random, writes
 from graphpeft.graph.drawing_functions import draws
-from graphpeft.graph.forward_classes import class_of_forward
+from graphpeft.graph.hosts.patched_code import class_of_forward
 from graphpeft.graph.settings import Reads, Setting
 from graphpeft.graph.template import VALUE
 from graphpeft.tracing.attributes import ABSENT, is_plain

@@ -31,11 +31,11 @@ from graphpeft.graph import in_place
 from graphpeft.graph.computed_weights import read_as_attributes
 from graphpeft.graph.copied_graphs import copy_graph
 from graphpeft.graph.errors import NeedsInputsError, TraceError
-from graphpeft.graph.forward_classes import class_of_forward
 from graphpeft.graph.holders import own_modules
+from graphpeft.graph.hosts.accelerate import unhooked
+from graphpeft.graph.hosts.patched_code import class_of_forward
+from graphpeft.graph.hosts.patched_forwards import patched_forward
 from graphpeft.graph.inputs import ExampleInputs, split_inputs
-from graphpeft.graph.kept_forwards import set_forward
-from graphpeft.graph.offloading import unhooked
 from graphpeft.graph.own_tensors import recording_reads
 from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.graph.replaceable import refuse_what_a_graph_cannot_replace
@@ -85,7 +85,7 @@ class Recordings:
         if isinstance(module, fx.GraphModule):
             return Template((copy_graph(module.graph),), shared=False)
         refuse_what_a_graph_cannot_replace(module)
-        is_set = set_forward(module) is not None
+        is_set = patched_forward(module) is not None
         known = self._by_forward.setdefault((in_place.original_class(module), type(module).forward), [])
         found = None
         if example_inputs is None and not is_set:
@@ -216,7 +216,7 @@ def _observe_at(module: nn.Module, path: str) -> Any:
 
 
 def _observe_tree(module: nn.Module) -> Any:
-    """Returns a module's submodules, which stay calls: their classes, tensors' names, and set forwards."""
+    """Returns a module's submodules, which stay calls: their classes, tensors' names, and patched forwards."""
     found: list[Any] = []
     first, waiting = dict[nn.Module, str](), [("", module)]
     while waiting:

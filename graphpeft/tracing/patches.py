@@ -33,11 +33,12 @@ from graphpeft._torch import (
     pytree,
 )
 from graphpeft.code.reach import Reach, is_of_a_library
-from graphpeft.graph import guards, masks
+from graphpeft.graph import guards
 from graphpeft.graph.contexts import enter_autocast, leave_autocast
 from graphpeft.graph.dependencies import writes_by_method
 from graphpeft.graph.drawing_functions import draws
 from graphpeft.graph.errors import TraceError
+from graphpeft.graph.hosts import transformers_masks
 from graphpeft.graph.recomputing import checkpoints_bound_by
 from graphpeft.graph.template import VALUE
 from graphpeft.tracing.caches import uncached
@@ -90,8 +91,8 @@ def recording(tracer: Recorder, root: nn.Module) -> Iterator[Recording]:
         reach = Reach(root)
         in_users_code = Exchanges(stack)
         exchange_named(root, in_users_code, functools.partial(_in_users_code, tracer))
-        for module, name in masks.mask_functions_seen_by(root):
-            recorded = _recorded(tracer, getattr(module, name), masks.attention_mask, name)
+        for module, name in transformers_masks.mask_functions_seen_by(root):
+            recorded = _recorded(tracer, getattr(module, name), transformers_masks.attention_mask, name)
             in_users_code.attribute(module, name, recorded)
         # after the patches of the user's code, which aren't side effects of the forward
         before = Snapshot(reach)

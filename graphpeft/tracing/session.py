@@ -14,7 +14,7 @@ from torch import nn
 from graphpeft.code.namespaces import Attribute
 from graphpeft.graph.changed_weight import RefusedWeight
 from graphpeft.graph.errors import TraceError
-from graphpeft.graph.forward_classes import class_of_forward
+from graphpeft.graph.hosts.patched_code import class_of_forward
 from graphpeft.graph.paths import join
 from graphpeft.tracing.iterators import draws_error
 from graphpeft.tracing.snapshot import Snapshot

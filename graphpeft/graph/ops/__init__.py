@@ -12,7 +12,7 @@ from graphpeft.graph.ops import convolution, embedding, linear
 from graphpeft.graph.ops.convolution import Convolution
 from graphpeft.graph.ops.embedding import Embedding
 from graphpeft.graph.ops.linear import Linear, transpose_of
-from graphpeft.graph.ops.set_forwards import function_of
+from graphpeft.graph.ops.patched import function_of
 from graphpeft.graph.ops.weight import Weight
 from graphpeft.graph.own_tensors import base_tensor
 from graphpeft.graph.tags import TAG

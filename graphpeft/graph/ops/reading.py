@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx.node import map_aggregate
 
 from graphpeft.graph import in_place
-from graphpeft.graph.kept_forwards import set_forward
+from graphpeft.graph.hosts.patched_forwards import patched_forward
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.settings import is_number
 from graphpeft.graph.tags import read_before
@@ -61,7 +61,7 @@ def plain_layer(node: fx.Node, root: nn.Module, *classes: type[nn.Module]) -> nn
         return None
     forward = in_place.original_class(module).forward
     # a subclass, an instance's own forward or an edited graph may compute something else than the class
-    if all(forward is not cls.forward for cls in classes) or set_forward(module) is not None:
+    if all(forward is not cls.forward for cls in classes) or patched_forward(module) is not None:
         return None
     template = template_of(module)
     return module if template is None or template.shared else None

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from graphpeft.graph import sharding
+from graphpeft.graph.hosts import sharding
 from graphpeft.graph.recorded import recorded
 from graphpeft.graph.traced_model import module_told
 from graphpeft.methods.cpt.prepended import PrependedContext

@@ -1,4 +1,4 @@
-"""Forwards that were set on modules before they are adapted: adapters act beside and in them, and they come back."""
+"""Forwards that are patched before modules are adapted: adapters act beside and in them, and they come back."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def filled(model: Any, seed: int = 1) -> Any:
     return model
 
 
-def set_forwards(model: nn.Module) -> dict[str, Any]:
+def patched_forwards(model: nn.Module) -> dict[str, Any]:
     return {path: vars(module).get("forward") for path, module in model.named_modules()}
 
 
@@ -187,12 +187,12 @@ def test_it_is_adapted_as_by_peft(change: SetForward, name: str) -> None:
 @pytest.mark.parametrize("change", [*OTHER, *SAME])
 def test_unloaded_it_is_there_as_it_was(change: SetForward) -> None:
     model = net(change)
-    before, expected = set_forwards(model), model(X)
+    before, expected = patched_forwards(model), model(X)
     peft_model = filled(get_peft_model(model, LoraConfig(**OPTIONS)))
     peft_model.add_adapter("second", LoraConfig(**OPTIONS))
     peft_model.set_adapter("second")
     assert peft_model.unload() is model
-    after = set_forwards(model)
+    after = patched_forwards(model)
     assert all(after[path] is before[path] for path in before)
     assert not any("graphpeft" in name for module in model.modules() for name in vars(module))
     assert torch.equal(model(X), expected)

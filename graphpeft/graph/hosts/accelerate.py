@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from graphpeft.graph import in_place
-from graphpeft.graph.kept_forwards import OF_HOOKS
+from graphpeft.graph.hosts.patched_forwards import OF_HOOKS
 from graphpeft.transaction import at_end_of, set_attribute
 
 

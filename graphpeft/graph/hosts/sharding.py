@@ -5,12 +5,18 @@ writes values otherwise. All processes have to do that, and in the same order, s
 
 A tensor that comes after ``fully_shard`` can't be trained, since its gradient isn't summed. Under tensor parallelism,
 an adapter's tensors are sharded along the dimensions that they share with the weight.
+
+``fully_shard`` and ``replicate`` also set a module's class, to ``class FSDPLinear(FSDPModule, Linear)``, which doesn't
+change what the module computes. It is the module's outermost class, and adapters change the class under it. During an
+export, code that reads a submodule gets an object of ``class Linear(AttrProxy, Linear)``, which has the very attributes
+of the submodule.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +24,6 @@ import torch
 from torch import nn
 
 from graphpeft._torch import elements_in_flat_shard, sharded_parameter_behind, storage_key, version, without_compiler
-from graphpeft.graph.sharded_classes import under_shards
 from graphpeft.transaction import at_end_of, remember
 
 
@@ -229,3 +234,43 @@ def in_all(constant: torch.Tensor, tensor: Any) -> torch.Tensor:
 def is_tensor_parallel(module: nn.Module, tensor: Any) -> bool:
     """Returns whether a tensor of `module` is a part of a whole in each call, too."""
     return is_sharded(tensor) and not is_managed(module)
+
+
+_MODULES = ("torch.distributed.fsdp", "torch.distributed._composable")
+"""The Python modules of the classes that PyTorch puts in front."""
+
+
+def under_shards(cls: type) -> type:
+    """Returns the class from which one was derived to distribute or export a module; the class itself if it wasn't."""
+    # nearly all classes have one base
+    while len(cls.__bases__) == 2 and (_distributes(cls) or _exports(cls)):
+        cls = cls.__bases__[1]
+    return cls
+
+
+def over_shards(cls: type, under: type) -> type:
+    """Returns the class that is to `under` what `cls` is to the class under it; equal arguments give the same class."""
+    if not _distributes(cls):
+        return under
+    front, inner = cls.__bases__[0], over_shards(cls.__bases__[1], under)
+    if inner is cls.__bases__[1]:
+        return cls
+    made = _MADE.get((front, inner))
+    if made is None:
+        own: dict[str, Any] = {"__deepcopy__": vars(cls)["__deepcopy__"], "__module__": cls.__module__}
+        made = _MADE[front, inner] = type(cls.__name__, (front, inner), own)
+    return made
+
+
+_MADE: weakref.WeakValueDictionary[tuple[type, type], type] = weakref.WeakValueDictionary()
+"""The classes in use that were made here."""
+
+
+def _distributes(cls: type) -> bool:
+    bases = cls.__bases__
+    return len(bases) == 2 and bases[0].__module__.startswith(_MODULES) and "__deepcopy__" in vars(cls)
+
+
+def _exports(cls: type) -> bool:
+    bases = cls.__bases__
+    return len(bases) == 2 and bases[0].__module__ == "torch.fx.experimental.proxy_tensor"

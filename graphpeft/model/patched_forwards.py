@@ -1,7 +1,7 @@
-"""Calls of an adapted model on which other code has set a forward, as trl sets one that computes losses in parts.
+"""Calls of an adapted model whose forward other code has patched, as trl does to compute losses in parts.
 
 Adapters of layers act in it, whether it calls the layers or reads their weights. A graph around the whole forward runs
-around the set one.
+around the patched one.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from graphpeft.graph.around_set_forwards import around
-from graphpeft.graph.kept_forwards import foreign_forward
+from graphpeft.graph.hosts.around_patched import around
+from graphpeft.graph.hosts.patched_forwards import newly_patched_forward
 from graphpeft.graph.template import graph_forward, worn_template
 
 
-def with_set_forward(model: Any, call: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `call`, by which a model is called, such that adapters act in a forward that was set on the model."""
-    return call if foreign_forward(model) is None else _Called(model, call)
+def with_patched_forward(model: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `call`, by which a model is called, such that adapters act in the model's patched forward."""
+    return call if newly_patched_forward(model) is None else _Called(model, call)
 
 
 class _Called:

@@ -3,10 +3,11 @@
 accelerate puts a function of its own there, ``module.forward``, which moves tensors and calls ``module._old_forward``:
 the forward of the class as it was then. When hooks are removed, that remains as ``module.forward``. A forward of the
 class that is kept so follows each exchange of the class, so a graph runs under the hook. The functions of Transformers'
-tensor parallelism are exchanged for others around the present forward (`tensor_parallel_forwards.py`).
+tensor parallelism are exchanged for others around the present forward (`tensor_parallel.py`).
 
-Any other one is foreign, as where a user has set ``module.forward = new_forward``. If it was there when the module was
-adapted, it is known: while the module has a graph, it steps aside for that, which was made of it, and then it returns.
+Any other one is patched: a user or a library has set ``module.forward = new_forward``. If it was there when the module
+was adapted, it is known: while the module has a graph, it steps aside for that, which was made of it, and then it
+returns.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import Any
 
 from torch import nn
 
+from graphpeft.graph.hosts.tensor_parallel import around_present, hook_of, is_followed, stood_for
 from graphpeft.graph.own_tensors import on_own
 from graphpeft.graph.recomputing import taken_along
-from graphpeft.graph.tensor_parallel_forwards import around_present, hook_of, is_followed, stood_for
 from graphpeft.transaction import delete_item, set_item
 
 _NAMES = ("forward", "_old_forward")
@@ -28,8 +29,8 @@ _NAMES = ("forward", "_old_forward")
 OF_HOOKS = frozenset({*_NAMES, "_hf_hook"})
 """These attributes, and the one with accelerate's hook, which reads no weight for another module."""
 
-KNOWN = "_graphpeft_set_forward"
-"""The attribute of a module with the foreign forward that was there when the module was adapted."""
+KNOWN = "_graphpeft_patched_forward"
+"""The attribute of a module with the patched forward that was there when the module was adapted."""
 
 
 def has_forward(module: nn.Module) -> bool:
@@ -38,7 +39,7 @@ def has_forward(module: nn.Module) -> bool:
     return "forward" in held or "_old_forward" in held
 
 
-def own_forwards(module: nn.Module) -> tuple[str, ...]:
+def kept_forwards(module: nn.Module) -> tuple[str, ...]:
     """Returns the names of the attributes in which `module` itself has the forward of its class."""
     held = vars(module)
     return tuple([name for name in _NAMES if name in held and _is_own(module, held[name])])
@@ -50,16 +51,16 @@ def keep_own_forward(module: nn.Module, names: tuple[str, ...]) -> None:
         vars(module)[name] = types.MethodType(type(module).forward, module)
 
 
-def foreign_forward(module: nn.Module) -> Any | None:
+def newly_patched_forward(module: nn.Module) -> Any | None:
     """Returns the forward that `module` itself has if that may not run what the class has, and isn't known; or None."""
-    place = _place_of_foreign(module)
+    place = _place_of_patched(module)
     found = None if place is None else vars(module)[place]
     return None if found is vars(module).get(KNOWN) else found
 
 
-def set_forward(module: nn.Module) -> Any | None:
-    """Returns the foreign forward of `module`, a known one even while that has stepped aside; else None."""
-    return foreign_forward(module) or _known(module)
+def patched_forward(module: nn.Module) -> Any | None:
+    """Returns the patched forward of `module`, a known one even while that has stepped aside; else None."""
+    return newly_patched_forward(module) or _known(module)
 
 
 def _known(module: nn.Module) -> Any | None:
@@ -75,8 +76,8 @@ def name_of(forward: Any) -> str:
 
 
 def know(module: nn.Module) -> None:
-    """Lets the foreign forward of `module`, if it has one, step aside from now on where the module has a graph."""
-    found = foreign_forward(module)
+    """Lets the patched forward of `module`, if it has one, step aside from now on where the module has a graph."""
+    found = newly_patched_forward(module)
     if found is not None:
         set_item(vars(module), KNOWN, found)
 
@@ -101,32 +102,32 @@ def _is_around_own(module: nn.Module, forward: Any) -> bool:
 
 
 def step_aside(module: nn.Module) -> None:
-    """Puts the forward of the class in the place of a known foreign forward."""
-    place = _place_of_foreign(module)
+    """Puts the forward of the class in the place of a known patched forward."""
+    place = _place_of_patched(module)
     if place is not None and vars(module)[place] is vars(module).get(KNOWN):
         keep_own_forward(module, (place,))
 
 
 def step_back(module: nn.Module) -> None:
-    """Puts a known foreign forward back into its place."""
-    own = own_forwards(module)
+    """Puts a known patched forward back into its place."""
+    own = kept_forwards(module)
     if own and KNOWN in vars(module):
         # of the two names, accelerate's comes and goes
         vars(module)[own[0]] = vars(module)[KNOWN]
 
 
-def run_set_forward(module: nn.Module) -> functools.partial[Any] | None:
-    """Returns a function that calls the known foreign forward of `module`, or None without one."""
+def run_patched_forward(module: nn.Module) -> functools.partial[Any] | None:
+    """Returns a function that calls the known patched forward of `module`, or None without one."""
     return None if _known(module) is None else functools.partial(_run, module)
 
 
 def _run(module: Any, *args: Any, **kwargs: Any) -> Any:
     # the graph around it has the change of the weight
     with taken_along(functools.partial(on_own, module)):
-        return module._graphpeft_set_forward(*args, **kwargs)
+        return module._graphpeft_patched_forward(*args, **kwargs)
 
 
-def _place_of_foreign(module: nn.Module) -> str | None:
+def _place_of_patched(module: nn.Module) -> str | None:
     held = vars(module)
     forward = held.get("forward")
     if forward is None or _is_own(module, forward):

@@ -1,10 +1,10 @@
-"""Forwards that were set on layers themselves, each as the operation that the layer's class computes.
+"""Patched forwards of layers, each as the operation that the layer's class computes.
 
 A user has set ``layer.forward = new_forward``, and PEFT adds its branch to what that returns, whatever it computes. So
 its call is one node with the arguments of the operation that the class computes, for rules that ask for these. Only the
 input is used:
 
-    as_set(x, weight, bias, own_forward=new_forward, …)  =  new_forward(x, …)
+    as_patched(x, weight, bias, own_forward=new_forward, …)  =  new_forward(x, …)
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ _FUNCTIONS: dict[str, Any] = {
 }
 
 
-def as_set(*operands: Any, own_forward: Callable[..., Any], more: More, instead_of: str, **_: Any) -> Any:
-    """Returns what a set forward makes of the input of an operation."""
+def as_patched(*operands: Any, own_forward: Callable[..., Any], more: More, instead_of: str, **_: Any) -> Any:
+    """Returns what a patched forward makes of the input of an operation."""
     args, given = more
     return own_forward(operands[_place_of_input(instead_of)], *args, **given)
 
 
-def set_operation(graph: fx.Graph, own_forward: fx.Node, operation: fx.Node, x: fx.Node, more: fx.Node) -> fx.Node:
-    """Adds the call of a set forward to a graph, in the place of an operation, with the arguments of that."""
+def patched_operation(graph: fx.Graph, own_forward: fx.Node, operation: fx.Node, x: fx.Node, more: fx.Node) -> fx.Node:
+    """Adds the call of a patched forward to a graph, in the place of an operation, with the arguments of that."""
     name = operation.target.__name__  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
     operands = list(operation.args)
     operands[_place_of_input(name)] = x
     options = {**operation.kwargs, "own_forward": own_forward, "more": more, "instead_of": name}
-    return graph.call_function(as_set, tuple(operands), options)
+    return graph.call_function(as_patched, tuple(operands), options)
 
 
 def _place_of_input(name: str) -> int:
@@ -55,12 +55,12 @@ def _place_of_input(name: str) -> int:
 
 
 def function_of(node: fx.Node) -> Any:
-    """Returns the function whose arguments a call has: of the class's operation where a set forward stands for it."""
-    return _FUNCTIONS[str(node.kwargs["instead_of"])] if node.target is as_set else node.target
+    """Returns the function whose arguments a call has: of the class's operation where it is a patched forward."""
+    return _FUNCTIONS[str(node.kwargs["instead_of"])] if node.target is as_patched else node.target
 
 
 def is_known_function(target: Any) -> bool:
-    """Returns whether a set forward can stand for a call of a function."""
+    """Returns whether a patched forward can stand for a call of a function."""
     return _FUNCTIONS.get(getattr(target, "__name__", "")) is target
 
 

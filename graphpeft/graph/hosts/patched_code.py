@@ -1,4 +1,4 @@
-"""The code that a call of a module runs: that of its class, or of a forward that was set on the module itself."""
+"""The code that a call of a module runs: that of its class, or its patched forward's."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import nn
 
 from graphpeft.code.source import functions_called, values_around
 from graphpeft.graph import in_place
-from graphpeft.graph.kept_forwards import set_forward
+from graphpeft.graph.hosts.patched_forwards import patched_forward
 
 
 def class_of_forward(module: nn.Module) -> type:
     """Returns a class for readers of code, whose forward is what a call of `module` runs."""
     cls = in_place.original_class(module)
-    forward = set_forward(module)
+    forward = patched_forward(module)
     if forward is None:
         return cls
     # torch.compile hides what it compiles
@@ -29,8 +29,8 @@ def class_of_forward(module: nn.Module) -> type:
 
 
 def holds_own_tensor(module: nn.Module) -> bool:
-    """Returns whether a forward that was set on a module has a tensor of it in hand, whatever is read in its place."""
-    forward = set_forward(module)
+    """Returns whether a module's patched forward has a tensor of it in hand, whatever is read in its place."""
+    forward = patched_forward(module)
     if forward is None:
         return False
     own = {

@@ -23,7 +23,7 @@ from graphpeft import (
     hotswap_adapter,
     trace,
 )
-from graphpeft.adapters.saved_adapter import load
+from graphpeft.stacks.peft_files import load
 from graphpeft.testing import assert_copies_stay_adapted, laws
 
 SMALL: dict[str, Any] = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -24,8 +24,8 @@ from writers import Writers, adapted, base, found_in, writers
 
 import graphpeft
 from graphpeft import AdaptError, CheckpointError, ExportError, LoraConfig, PeftConfig, PeftModel, hotswap_adapter
-from graphpeft.adapters import saved_adapter
 from graphpeft.files import atomic_files
+from graphpeft.stacks import peft_files
 from graphpeft.testing import laws
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="needs os.fork")
@@ -137,14 +137,14 @@ def test_an_adapter_that_is_saved_again_whenever_its_config_was_read_is_found_wh
     a, b = adapted("a"), adapted("b")
     a.save_pretrained(tmp_path)
     saves = itertools.chain([b, a] * 10)
-    read_safetensors = saved_adapter.read_safetensors
+    read_safetensors = peft_files.read_safetensors
 
     def save_and_read(path: str) -> Any:
         for model in itertools.islice(saves, 1):
             model.save_pretrained(tmp_path)
         return read_safetensors(path)
 
-    monkeypatch.setattr(saved_adapter, "read_safetensors", save_and_read)
+    monkeypatch.setattr(peft_files, "read_safetensors", save_and_read)
     assert found_in(tmp_path) == "a"
 
 
@@ -152,15 +152,15 @@ def test_files_that_are_replaced_without_end_are_refused(tmp_path: Path, monkeyp
     model = adapted("a")
     model.save_pretrained(tmp_path)
     monkeypatch.setattr(atomic_files, "_READS", 3)
-    read_safetensors = saved_adapter.read_safetensors
+    read_safetensors = peft_files.read_safetensors
 
     def save_and_read(path: str) -> Any:
         model.save_pretrained(tmp_path)
         return read_safetensors(path)
 
-    monkeypatch.setattr(saved_adapter, "read_safetensors", save_and_read)
+    monkeypatch.setattr(peft_files, "read_safetensors", save_and_read)
     with pytest.raises(CheckpointError, match=r"adapter_config\.json.* can't be read: replaced again and again"):
-        saved_adapter.read(tmp_path)
+        peft_files.read(tmp_path)
 
 
 # errors
@@ -347,7 +347,7 @@ def test_peft_writes_our_config_again_and_it_still_belongs_to_the_tensors(tmp_pa
     config = LoraConfig(r=2, target_modules=["0", "2"], modules_to_save=["2"], exclude_modules=["2"], **patterns)
     laws.perturbed(graphpeft.get_peft_model(base(), config)).save_pretrained(tmp_path)
     peft.PeftConfig.from_pretrained(str(tmp_path)).save_pretrained(str(tmp_path))
-    assert saved_adapter.read(tmp_path)
+    assert peft_files.read(tmp_path)
 
 
 def test_tensors_have_pytorchs_format_and_the_digest_of_their_config(tmp_path: Path) -> None:
@@ -449,7 +449,7 @@ def test_what_is_converted_takes_the_place_of_what_was_there_whole_or_not_at_all
     assert found_in(tmp_path) == "b"
     graphpeft.save_as_lora(tmp_path, lora_of_a_product(1.0), rank=1)
     with safe_open(tmp_path / WEIGHTS, "pt") as opened:
-        assert opened.metadata()[saved_adapter.DIGEST] == PeftConfig.from_pretrained(tmp_path).digest()
+        assert opened.metadata()[peft_files.DIGEST] == PeftConfig.from_pretrained(tmp_path).digest()
 
 
 def test_a_writer_waits_until_another_has_moved_all_of_its_files(

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from graphpeft.adapters.base_names import base_name
 from graphpeft.adapters.file_names import copies, keys, keys_of_layers, meanings, names_of_second_paths
 from graphpeft.adapters.plan import AdaptError
-from graphpeft.adapters.saved_adapter import DIGEST, OPERATIONS, load
 from graphpeft.adapters.state import Adapter, Modules, Tensors
 from graphpeft.adapters.tensors import is_same
-from graphpeft.files.foreign_files import CheckpointError, note_in_pickle
-from graphpeft.files.hub import CONFIG_NAME, PICKLED_WEIGHTS_NAME, WEIGHTS_NAME
+from graphpeft.files.foreign_files import CheckpointError
 from graphpeft.graph import overrides
 from graphpeft.graph.holders import tensor_at
 from graphpeft.graph.hosts.sharding import whole
@@ -33,6 +28,7 @@ from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.options import Role
 from graphpeft.rules.parameter_spec import FileForm, ParameterSpec
+from graphpeft.stacks.peft_files import load, write
 from graphpeft.targeting import embedding_layers
 from graphpeft.wording import joined, shortened
 
@@ -338,29 +334,6 @@ def save(
             )
         config, tensors = config.converted(tensors, _first_values(tensors, first_values))
     write(staged, config, tensors, safe_serialization, _operations(adapter))
-
-
-def write(
-    staged: Path,
-    config: PeftConfig,
-    tensors: Mapping[str, torch.Tensor],
-    safe_serialization: bool,
-    operations: Mapping[str, str] = MappingProxyType({}),
-) -> None:
-    """Writes a config with the tensors that belong to it."""
-    staged.mkdir(parents=True, exist_ok=True)
-    # safetensors refuses tensors that share memory
-    tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    (staged / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
-    digest = PeftConfig.from_pretrained(staged).digest()  # of what a reader has, to whom a set may be a list
-    metadata = {DIGEST: digest}
-    if operations:
-        metadata[OPERATIONS] = json.dumps(dict(operations))
-    if safe_serialization:
-        save_file(tensors, staged / WEIGHTS_NAME, metadata={"format": "pt", **metadata})
-    else:
-        torch.save(tensors, staged / PICKLED_WEIGHTS_NAME)
-        note_in_pickle(staged / PICKLED_WEIGHTS_NAME, metadata)
 
 
 def _operations(adapter: Adapter) -> dict[str, str]:

@@ -20,9 +20,7 @@ from graphpeft.adapters.state import Adapter, Modules
 from graphpeft.graph import overrides
 from graphpeft.graph.paths import all_paths, join
 from graphpeft.sites.site import CallSite, LeafSite, Site
-from graphpeft.targeting.patterns import Pattern
-
-PREFIX = "base_model.model."
+from graphpeft.stacks.adapter_files import PREFIX
 
 ONCE = "base_model."
 """The begin of the names of tensors that a file has once for the whole adapter."""
@@ -137,18 +135,6 @@ def _file_path(path: str, wrapped: Mapping[str, list[str]], infixes: Mapping[str
             # PEFT leaves the adapter's name in the names of what is inside, and reads it only under the same name
             parts += [infixes[".".join(here)], *([] if len(here) == path.count(".") + 1 else ["default"])]
     return ".".join(parts)
-
-
-def renamed(values: Mapping[str, torch.Tensor], key_mapping: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """Returns a file's tensors by other names, as PEFT's `key_mapping` says."""
-    patterns = {Pattern(pattern, pattern, "key_mapping"): new for pattern, new in key_mapping.items()}
-
-    def mapped(key: str) -> str:
-        own = key.removeprefix(PREFIX)
-        found = next((pattern for pattern in patterns if pattern.search(own)), None)
-        return key if found is None or own == key else PREFIX + found.sub(patterns[found], own)
-
-    return {mapped(key): tensor for key, tensor in values.items()}
 
 
 def with_prefix(values: Mapping[str, torch.Tensor], prefix: str) -> Mapping[str, torch.Tensor]:

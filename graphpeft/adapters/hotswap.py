@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphpeft.adapters import checkpoint, file_names, lifecycle, saved_adapter
+from graphpeft.adapters import checkpoint, file_names, lifecycle
 from graphpeft.adapters.adapting import Where, known_adapter, known_adapters, planned, refuse, refuse_conflict
 from graphpeft.adapters.base_names import other_base, warn_of_other_base
 from graphpeft.adapters.exchanged import refuse_missing
@@ -37,6 +37,7 @@ from graphpeft.graph.paths import join, unwrapped
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.given_config import ConfigLike, as_config
+from graphpeft.stacks import peft_files
 from graphpeft.transaction import remember, set_attribute, transaction
 from graphpeft.wording import joined
 
@@ -77,7 +78,7 @@ def hotswap_adapter(
     """
     model = unwrapped(model)
     _swappable(model, adapter_name)
-    saved = saved_adapter.read(model_name_or_path, **options)
+    saved = peft_files.read(model_name_or_path, **options).for_model(model)
     of_base = other_base(model, saved.config)
     plan = _planned(model, adapter_name, saved.config, saved.tensors, example_inputs)
     values = _fitted(model, adapter_name, plan, saved.tensors, of_base)

@@ -6,12 +6,13 @@ import copy
 import os
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from graphpeft.adapters import checkpoint, file_names, merged_weights, saved_adapter
+from graphpeft.adapters import checkpoint, merged_weights
 from graphpeft.adapters.adapting import (
     Methods,
     carry_out,
@@ -26,7 +27,6 @@ from graphpeft.adapters.exchanged import refuse_missing
 from graphpeft.adapters.hotswap import is_the_same
 from graphpeft.adapters.merging import with_originals
 from graphpeft.adapters.plan import AdaptError
-from graphpeft.adapters.saved_adapter import SavedAdapter
 from graphpeft.adapters.state import Adapter, Tensors, adapters_of
 from graphpeft.adapters.tensors import complete, is_completed, overwrite
 from graphpeft.files.foreign_files import CheckpointError
@@ -34,6 +34,8 @@ from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.given_config import ConfigLike, as_config
+from graphpeft.stacks import peft_files
+from graphpeft.stacks.peft_files import SavedAdapter
 from graphpeft.transaction import set_attribute, set_items, transaction
 from graphpeft.wording import joined, shown
 
@@ -74,11 +76,9 @@ def load(
 ) -> None:
     """Gives a model a saved adapter; arguments as for `add_new` and `PeftModel.from_pretrained`."""
     _refuse_arguments(model_id, ephemeral_gpu_offload)
-    saved = _read(model_id, config, use_safetensors, hub_options)
+    saved = _read(model, model_id, config, use_safetensors, hub_options).for_model(model, key_mapping)
     loaded, values = copy.copy(saved.config), saved.tensors
     loaded.inference_mode = not is_trainable
-    if key_mapping:
-        values = file_names.renamed(values, key_mapping)
     loaded = loaded.fitted_to(values)
     with transaction(model):
         replication = replicate_layers(model, loaded)
@@ -129,16 +129,24 @@ def _refuse_arguments(model_id: object, ephemeral_gpu_offload: bool) -> None:
 
 
 def _read(
+    model: nn.Module,
     model_id: str | os.PathLike[str],
     config: ConfigLike | None,
     use_safetensors: bool | None,
     hub_options: Mapping[str, Any],
 ) -> SavedAdapter:
     hub_options = {name: value for name, value in hub_options.items() if name not in _OF_BASE}
+    if config is None and not peft_files.is_there(model_id, hub_options):
+        from graphpeft.stacks.known import recognised  # which no file of PEFT's needs
+
+        stack = recognised(Path(model_id))
+        if stack is not None and stack.read is not None:
+            files = stack.read(Path(model_id), model)
+            return SavedAdapter(PeftConfig.from_dict(files.config), dict(files.tensors))
     if config is None:
-        return saved_adapter.read(model_id, use_safetensors=use_safetensors, **hub_options)
-    values, given = saved_adapter.load(model_id, use_safetensors=use_safetensors, **hub_options), as_config(config)
-    values = saved_adapter.with_those_beside(given, values, model_id, use_safetensors, hub_options)
+        return peft_files.read(model_id, use_safetensors=use_safetensors, **hub_options)
+    values, given = peft_files.load(model_id, use_safetensors=use_safetensors, **hub_options), as_config(config)
+    values = peft_files.with_those_beside(given, values, model_id, use_safetensors, hub_options)
     return SavedAdapter(given, values)
 
 
@@ -182,7 +190,7 @@ def load_again(
 ) -> None:
     """Gives an adapter of a model the values of a saved one, in place, so an optimizer goes on with its tensors."""
     _refuse_arguments(model_id, ephemeral_gpu_offload)
-    saved = _read(model_id, config, use_safetensors, hub_options)
+    saved = _read(model, model_id, config, use_safetensors, hub_options).for_model(model, key_mapping)
     saved.refuse_two_saves(model_id)
     adapter = known_adapter(model, adapter_name)
     own = checkpoint.file_config(model, adapter)
@@ -196,10 +204,9 @@ def load_again(
             f"the model has an adapter {adapter_name!r} with other options than those of {shown(model_id)}; load that "
             "under another name, or let hotswap_adapter exchange the one for the other"
         )
-    values = saved.tensors if not key_mapping else file_names.renamed(saved.tensors, key_mapping)
     with transaction(model):
         set_items(vars(adapter.config), saved.config.changes)
-        set_values(model, adapter_name, values, ignore_mismatched_sizes)
+        set_values(model, adapter_name, saved.tensors, ignore_mismatched_sizes)
 
 
 def without_mismatched(

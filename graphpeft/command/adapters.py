@@ -14,7 +14,6 @@ import click
 import torch
 from safetensors.torch import save_model
 
-from graphpeft.adapters.saved_adapter import SavedAdapter, read
 from graphpeft.command.completing import FOLDER, PLACE
 from graphpeft.command.printing import as_json, tell
 from graphpeft.command.sources import Given, base_from, on_its_base
@@ -26,6 +25,7 @@ from graphpeft.methods.lora.conversion import save_converted
 from graphpeft.model.peft_model import PeftModel
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.short_options import short_options
+from graphpeft.stacks.peft_files import SavedAdapter, read
 from graphpeft.wording import shortened
 
 _TENSORS = "base_model.model."

@@ -20,9 +20,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graphpeft.adapters import checkpoint, saved_adapter
 from graphpeft.files.atomic_files import Staging
 from graphpeft.files.foreign_files import CheckpointError
+from graphpeft.files.hub import WEIGHTS_NAME
 from graphpeft.methods.prompts.encoders import EMBEDDINGS_KEY, ENCODER_PREFIX, Encoder
 from graphpeft.methods.prompts.prefix_config import PrefixConfig
 from graphpeft.peft_errors import PeftWarning
@@ -30,6 +30,7 @@ from graphpeft.rules.options import SizeOrZero
 from graphpeft.rules.parameter_spec import ParameterSpec
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.registry import register
+from graphpeft.stacks import peft_files
 from graphpeft.wording import joined
 
 _FROZEN, _TRAINED = f"{ENCODER_PREFIX}frozen_embedding", f"{ENCODER_PREFIX}trainable_embedding"
@@ -178,7 +179,7 @@ def compose_cartridge_adapters(
     """
     if len(adapter_paths) < 2:
         raise ValueError("there is nothing to compose; give the folders of two cartridges or more")
-    found = [saved_adapter.read(path) for path in adapter_paths]
+    found = [peft_files.read(path) for path in adapter_paths]
     for path, saved in zip(adapter_paths, found, strict=True):
         _refuse_other(path, saved)
     config: Any = copy.copy(found[0].config)
@@ -197,14 +198,14 @@ def compose_cartridge_adapters(
     tokens = torch.cat([saved.tensors[EMBEDDINGS_KEY] for saved in found])
     config.num_virtual_tokens = len(tokens)
     config.check()
-    if not safe_serialization and Path(output_path, checkpoint.WEIGHTS_NAME).exists():
-        raise ValueError(f"{output_path} has {checkpoint.WEIGHTS_NAME}, which readers prefer to a pickle; remove it")
+    if not safe_serialization and Path(output_path, WEIGHTS_NAME).exists():
+        raise ValueError(f"{output_path} has {WEIGHTS_NAME}, which readers prefer to a pickle; remove it")
     with Staging(Path(output_path)) as staging:
-        checkpoint.write(staging.folder, config, {EMBEDDINGS_KEY: tokens}, safe_serialization)
+        peft_files.write(staging.folder, config, {EMBEDDINGS_KEY: tokens}, safe_serialization)
         staging.put()
 
 
-def _refuse_other(path: str | os.PathLike[str], saved: saved_adapter.SavedAdapter) -> None:
+def _refuse_other(path: str | os.PathLike[str], saved: peft_files.SavedAdapter) -> None:
     """Raises an error unless a saved adapter is a cartridge, and nothing else."""
     saved.refuse_two_saves(path)
     config: Any = saved.config

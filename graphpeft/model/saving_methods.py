@@ -18,6 +18,7 @@ from graphpeft.adapters.plan import AdaptError
 from graphpeft.adapters.state import Adapter
 from graphpeft.adapters.trainable import trained_besides
 from graphpeft.files.atomic_files import Staging, is_on_another_disk
+from graphpeft.files.hub import WEIGHTS_NAME
 from graphpeft.graph.hosts.sharding import is_sharded
 from graphpeft.model.adapter_info import AdapterInfo
 from graphpeft.model.model_card import CARD_NAME, model_card
@@ -102,7 +103,7 @@ class SavingMethods(AdapterInfo):
         def folder_of(name: str) -> Path:
             return Path(save_directory) if name == "default" else Path(save_directory, name)
 
-        older = [folder_of(name) / checkpoint.WEIGHTS_NAME for name in names]
+        older = [folder_of(name) / WEIGHTS_NAME for name in names]
         older = [] if safe_serialization else [file for file in older if file.exists()]
         if older:
             raise ValueError(
@@ -148,7 +149,7 @@ class SavingMethods(AdapterInfo):
     def _save_for_trainer(self, name: str, folder: Path, to: Path, state_dict: Mapping[str, Any] | None) -> None:
         adapter = known_adapter(self, name)
         if not adapter.config.training_state():
-            trainer.give_trainers_name(folder / checkpoint.WEIGHTS_NAME, to)
+            trainer.give_trainers_name(folder / WEIGHTS_NAME, to)
             return
         originals = merged_weights.Originals(self, self._peft_adapters)
         at_first = trainer.as_at_first(adapter)

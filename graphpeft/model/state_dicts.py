@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from graphpeft._torch import IncompatibleKeys
-from graphpeft.adapters import checkpoint, file_names, merged_weights, saved_adapter
+from graphpeft.adapters import checkpoint, file_names, merged_weights
 from graphpeft.adapters.adapting import known_adapter, modules_of
 from graphpeft.adapters.exchanged import refuse_missing
 from graphpeft.adapters.loading import set_values
 from graphpeft.graph.hosts.sharding import gathered_by_fsdp
 from graphpeft.graph.paths import unwrapped
+from graphpeft.stacks import peft_files
+from graphpeft.stacks.adapter_files import renamed
 
 
 def get_peft_model_state_dict(
@@ -130,7 +132,7 @@ def load_peft_weights(
         >>> sorted(load_peft_weights("adapter"))
         ['base_model.model.0.lora_A.weight', 'base_model.model.0.lora_B.weight']
     """
-    values = saved_adapter.load(model_id, **hub_options)
+    values = peft_files.load(model_id, **hub_options)
     if key_mapping:
-        values = file_names.renamed(values, key_mapping)
+        values = renamed(values, key_mapping)
     return {name: tensor.to(device or "cpu") for name, tensor in values.items()}

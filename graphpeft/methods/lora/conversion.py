@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from graphpeft.adapters import changes, checkpoint
+from graphpeft.adapters import changes
 from graphpeft.adapters.adapter_names import name_like
 from graphpeft.adapters.adapting import known_adapter, known_adapters, modules_of
 from graphpeft.adapters.merging import with_originals
@@ -28,6 +28,7 @@ from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.rule import changes_bias
+from graphpeft.stacks import peft_files
 from graphpeft.targeting import targets
 from graphpeft.wording import joined
 
@@ -136,7 +137,7 @@ def save_converted(path: str | os.PathLike[str], converted: tuple[LoraConfig, Ma
     """Writes what `convert_to_lora` returned to the folder `path`, whole or not at all."""
     config, tensors = converted
     with Staging(Path(path)) as staging:
-        checkpoint.write(staging.folder, config, tensors, safe_serialization=True)
+        peft_files.write(staging.folder, config, tensors, safe_serialization=True)
         staging.put()
 
 

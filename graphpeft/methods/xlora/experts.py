@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from graphpeft.adapters import checkpoint, merged_weights, saved_adapter
+from graphpeft.adapters import checkpoint, merged_weights
 from graphpeft.adapters.adapting import modules_of, planned, refuse
 from graphpeft.adapters.plan import AdaptError, Plan
 from graphpeft.adapters.state import Adapter, adapters_of
@@ -17,6 +17,7 @@ from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.methods.lora.config import LoraConfig
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.peft_names import PeftType
+from graphpeft.stacks import peft_files
 from graphpeft.wording import shown
 
 
@@ -85,7 +86,7 @@ class Experts:
 def read_expert(model: nn.Module, path: str, name: str, example_inputs: ExampleInputs | None) -> Expert:
     """Returns the LoRA adapter in a folder, or in a repository on the Hub, read for a model that stays as it is."""
     try:
-        saved = saved_adapter.read(path)
+        saved = peft_files.read(path).for_model(model)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"expert {name!r} of adapters: {error}; give the config with the paths of the experts, as "

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphpeft.adapters.file_names import ONCE, PREFIX
+from graphpeft.adapters.file_names import ONCE
 from graphpeft.methods.xlora.classifier import KEY, numbers
 from graphpeft.methods.xlora.experts import Experts
+from graphpeft.stacks.adapter_files import PREFIX
 
 _EXPERTS = "base_model.lora_model.model."
 """The begin of the names of experts' tensors in a model of PEFT's, which reads files by these."""

@@ -1,21 +1,33 @@
-"""The contents of an adapter's files: its config and its tensors, read at one time."""
+"""PEFT's files of an adapter, its config and its tensors: read at one time, and written."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 from graphpeft.files.atomic_files import read_together, waiting
-from graphpeft.files.foreign_files import CheckpointError, noted_in_pickle, read_pickle, read_safetensors, unreadable
-from graphpeft.files.hub import CONFIG_NAME, PICKLED_WEIGHTS_NAME, adapter_file, weights_file
+from graphpeft.files.foreign_files import (
+    CheckpointError,
+    note_in_pickle,
+    noted_in_pickle,
+    read_pickle,
+    read_safetensors,
+    unreadable,
+)
+from graphpeft.files.hub import CONFIG_NAME, PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file, weights_file
+from graphpeft.graph.paths import modules_by_path
 from graphpeft.rules.config import PeftConfig
+from graphpeft.stacks.adapter_files import AdapterFiles, renamed
 
 DIGEST = "graphpeft_config"
 """Under which a file of tensors has the digest of its config; PEFT ignores it, and its own files have none."""
@@ -39,6 +51,20 @@ class SavedAdapter(NamedTuple):
     is_of_one_save: bool = True
     operations: Mapping[str, str] = MappingProxyType({})
 
+    def for_model(self, model: nn.Module, key_mapping: Mapping[str, str] | None = None) -> SavedAdapter:
+        """Returns the same by the names of a model: by a mapping of names, and by Transformers' conversions."""
+        saved = self._replace(tensors=renamed(self.tensors, key_mapping)) if key_mapping else self
+        loaded: Any = sys.modules.get("transformers.modeling_utils")
+        if loaded is None or not isinstance(model, loaded.PreTrainedModel):
+            return saved
+        from graphpeft.stacks import transformers4  # which no other model needs
+
+        files = AdapterFiles(saved.config.to_dict(), saved.tensors)
+        converted = transformers4.as_in_model(files, model, modules_by_path(model))
+        if converted is files:
+            return saved
+        return saved._replace(config=PeftConfig.from_dict(converted.config), tensors=dict(converted.tensors))
+
     def refuse_two_saves(self, path_or_repo: str | os.PathLike[str]) -> None:
         """Raises CheckpointError if the tensors were saved with another config.
 
@@ -51,6 +77,12 @@ class SavedAdapter(NamedTuple):
                 "again; or give the config that you want, as "
                 f"from_pretrained(…, config=PeftConfig.from_pretrained({str(path_or_repo)!r}))"
             )
+
+
+def is_there(path_or_repo: str | os.PathLike[str], hub_options: Mapping[str, Any]) -> bool:
+    """Returns whether PEFT's files lie in a folder; or whether it is none, but a repository on the Hub."""
+    folder = Path(path_or_repo, hub_options.get("subfolder") or "")
+    return not folder.exists() or any((folder / name).is_file() for name in (WEIGHTS_NAME, PICKLED_WEIGHTS_NAME))
 
 
 def read(
@@ -123,3 +155,26 @@ def _read(path: str) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
         return read_pickle(path), noted_in_pickle(path)
     saved = read_safetensors(path)
     return saved.tensors, saved.metadata
+
+
+def write(
+    staged: Path,
+    config: PeftConfig,
+    tensors: Mapping[str, torch.Tensor],
+    safe_serialization: bool,
+    operations: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Writes a config with the tensors that belong to it."""
+    staged.mkdir(parents=True, exist_ok=True)
+    # safetensors refuses tensors that share memory
+    tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    (staged / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
+    digest = PeftConfig.from_pretrained(staged).digest()  # of what a reader has, to whom a set may be a list
+    metadata = {DIGEST: digest}
+    if operations:
+        metadata[OPERATIONS] = json.dumps(dict(operations))
+    if safe_serialization:
+        save_file(tensors, staged / WEIGHTS_NAME, metadata={"format": "pt", **metadata})
+    else:
+        torch.save(tensors, staged / PICKLED_WEIGHTS_NAME)
+        note_in_pickle(staged / PICKLED_WEIGHTS_NAME, metadata)

@@ -1,0 +1,1 @@
+"""Adapters' files of other libraries: recognised, read as PEFT's files, and written."""

@@ -1,0 +1,235 @@
+"""An adapter as data: the contents of PEFT's files, from which and to which all other forms are converted."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from graphpeft.targeting.pattern_values import exact_patterns, pattern_value
+from graphpeft.targeting.patterns import Pattern
+from graphpeft.targeting.targets import TargetOptions, exactly, match_parameter, own_parameter_entry
+
+PREFIX = "base_model.model."
+"""The begin of the names of tensors at modules in PEFT's files."""
+
+_WRAPPER = ".base_layer"
+
+
+class AdapterFiles(NamedTuple):
+    """The contents of PEFT's two files.
+
+    Attributes:
+        config: The keys of ``adapter_config.json``.
+        tensors: The tensors by their names in ``adapter_model.safetensors``.
+    """
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+class LowRank(NamedTuple):
+    """The change of a weight by LoRA, ΔW = s · B A; of each matrix of a stack where the factors are stacks.
+
+    Attributes:
+        A: The factor that meets the input, of shape (…, rank, in).
+        B: The factor that makes the output, of shape (…, out, rank).
+        scale: The number s.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """The rank of each matrix."""
+        return self.A.shape[-2]
+
+
+class Lora(NamedTuple):
+    """LoRA's changes in an adapter's files.
+
+    Attributes:
+        layers: The changes of layers' weights, by the layers' paths.
+        parameters: The changes of other parameters, by their paths.
+        embeddings: The changes of tables, by the paths of the embeddings: of a table's transpose.
+        magnitudes: The magnitudes of DoRA, by the paths of layers.
+        others: The other tensors, by their names in the file.
+    """
+
+    layers: dict[str, LowRank]
+    parameters: dict[str, LowRank]
+    embeddings: dict[str, LowRank]
+    magnitudes: dict[str, Tensor]
+    others: dict[str, Tensor]
+
+
+_FACTOR = re.compile(
+    rf"{re.escape(PREFIX)}(?P<path>.+)\.(lora_(?P<of_layer>[AB])\.weight|lora_embedding_(?P<of_table>[AB])|"
+    r"(?P<magnitude>lora_magnitude_vector)(\.weight)?)"
+)
+
+
+def read_lora(files: AdapterFiles, modules: Mapping[str, nn.Module]) -> Lora:
+    """Returns LoRA's changes in files.
+
+    Args:
+        files: The files.
+        modules: The modules of the model by path; what a file names and isn't there is taken for a layer.
+    """
+    factors: dict[tuple[str, bool], dict[str, tuple[str, Tensor]]] = {}
+    lora = Lora({}, {}, {}, {}, {})
+    for key, tensor in files.tensors.items():
+        match = _FACTOR.fullmatch(key)
+        if match is None:
+            lora.others[key] = tensor
+        elif match["magnitude"]:
+            lora.magnitudes[match["path"].replace(_WRAPPER, "")] = tensor
+        else:
+            of_kind = factors.setdefault((match["path"], match["of_layer"] is None), {})
+            of_kind[match["of_layer"] or match["of_table"]] = key, tensor
+    options = TargetOptions(target_parameters=files.config.get("target_parameters"))
+    for (path, is_table), own in factors.items():
+        if own.keys() != {"A", "B"}:
+            lora.others.update(own.values())
+            continue
+        (_, A), (_, B) = own["A"], own["B"]
+        owner = path.replace(_WRAPPER, "")
+        targets = _target_parameters(owner, modules, options)
+        if is_table or not targets:
+            changes = lora.embeddings if is_table else lora.layers
+            changes[owner] = LowRank(A, B, scale_at(files.config, owner))
+        else:
+            parameter = targets[len(targets) - 1 - _wrappers(path)]
+            name, stack = f"{owner}.{parameter}", modules[owner].get_parameter(parameter).shape[:-2]
+            lora.parameters[name] = _stacked(LowRank(A, B, scale_at(files.config, name)), *stack)
+    return lora
+
+
+def _wrappers(path: str) -> int:
+    """Returns how often PEFT has wrapped a module inside of which a path leads."""
+    return (len(path) - len(re.sub(rf"({re.escape(_WRAPPER)})+$", "", path))) // len(_WRAPPER)
+
+
+def _target_parameters(owner: str, modules: Mapping[str, nn.Module], options: TargetOptions) -> list[str]:
+    """Returns the parameters of a module that are targets, in the order in which PEFT wraps the module for them."""
+    if not options.target_parameters or owner not in modules:
+        return []
+    return [own for own in modules[owner]._parameters if match_parameter(options, f"{owner}.{own}")]
+
+
+def scale_at(config: Mapping[str, Any], path: str) -> float:
+    """Returns LoRA's scale at a module: α / r, or α / √r where the config says so."""
+    rank = pattern_value(config.get("rank_pattern") or {}, path, config["r"])
+    alpha = pattern_value(config.get("alpha_pattern") or {}, path, config["lora_alpha"])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def written_lora(
+    config: Mapping[str, Any], lora: Lora, modules: Mapping[str, nn.Module], names: Collection[str]
+) -> AdapterFiles:
+    """Returns files of LoRA's changes, whose config names their targets, ranks and scales anew.
+
+    Args:
+        config: The config, of which all else remains.
+        lora: The changes.
+        modules: The modules by path, where there are changes of parameters.
+        names: The names among which targets are told apart: of all modules, and parameters.
+    """
+    tensors = dict(lora.others)
+    for path, change in lora.layers.items():
+        tensors |= {f"{PREFIX}{path}.lora_A.weight": change.A, f"{PREFIX}{path}.lora_B.weight": change.B}
+    for path, change in lora.embeddings.items():
+        tensors |= {f"{PREFIX}{path}.lora_embedding_A": change.A, f"{PREFIX}{path}.lora_embedding_B": change.B}
+    for name, change in lora.parameters.items():
+        path, flat = _wrapped(name, lora.parameters, modules), _flat(change)
+        tensors |= {f"{PREFIX}{path}.lora_A.weight": flat.A, f"{PREFIX}{path}.lora_B.weight": flat.B}
+    tensors |= {f"{PREFIX}{path}.lora_magnitude_vector": own for path, own in lora.magnitudes.items()}
+    entries, modules_changed = _entries(lora.parameters, names), lora.layers | lora.embeddings
+    changes = modules_changed | lora.parameters
+    root = bool(config.get("use_rslora"))
+    alphas = {name: _alpha(change, root) for name, change in changes.items()}
+    return AdapterFiles(
+        {
+            **config,
+            "target_modules": _target_modules(modules_changed, names),
+            "target_parameters": [own_parameter_entry(each) if each in changes else each for each in entries] or None,
+            "rank_pattern": _patterns({name: change.rank for name, change in changes.items()}, config["r"]),
+            "alpha_pattern": _patterns(alphas, config["lora_alpha"]),
+            "exclude_modules": None,
+            "layers_to_transform": None,
+            "layers_pattern": None,
+        },
+        tensors,
+    )
+
+
+def _alpha(change: LowRank, root: bool) -> float:
+    alpha = change.scale * (math.sqrt(change.rank) if root else change.rank)
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _entries(wanted: Collection[str], names: Iterable[str]) -> list[str]:
+    """Returns the last parts of targets' names if these tell them from others; else their names."""
+    ends = {_last(name) for name in wanted}
+    if all(name in wanted for name in names if _last(name) in ends):
+        return sorted(ends)
+    return sorted(wanted)
+
+
+def _target_modules(wanted: Collection[str], names: Collection[str]) -> list[str] | str:
+    entries = _entries(wanted, names)
+    found = exactly(entries, names) if entries == sorted(wanted) else entries
+    return found if isinstance(found, str) else sorted(found)
+
+
+def _patterns(values: Mapping[str, float], default: float) -> dict[str, float]:
+    """Returns patterns for values that aren't the default: by the last part of names, where these decide."""
+    by_end: dict[str, set[float]] = {}
+    for name, value in values.items():
+        by_end.setdefault(_last(name), set()).add(value)
+    if all(len(of_end) == 1 for of_end in by_end.values()):
+        return {re.escape(end): next(iter(of_end)) for end, of_end in by_end.items() if of_end != {default}}
+    return exact_patterns(values, default)
+
+
+def _wrapped(name: str, targets: Collection[str], modules: Mapping[str, nn.Module]) -> str:
+    """Returns a parameter's path in files: PEFT wraps its module once for each target among its parameters."""
+    owner, _, own = name.rpartition(".")
+    wrapped = [each for each in modules[owner]._parameters if f"{owner}.{each}" in targets]
+    return owner + _WRAPPER * (len(wrapped) - 1 - wrapped.index(own))
+
+
+def _flat(change: LowRank) -> LowRank:
+    """Returns the factors of a stack as files have them: A of shape (experts · r, in), and B (out, r · experts)."""
+    if change.A.dim() == 2:
+        return change
+    B = change.B.permute(1, 2, 0).flatten(1)
+    return LowRank(change.A.flatten(0, 1), B.contiguous(), change.scale)
+
+
+def _stacked(change: LowRank, *stack: int) -> LowRank:
+    if not stack:
+        return change
+    B = change.B.unflatten(1, (-1, *stack)).permute(2, 0, 1)
+    return LowRank(change.A.unflatten(0, (*stack, -1)), B.contiguous(), change.scale)
+
+
+def renamed(values: Mapping[str, Tensor], key_mapping: Mapping[str, str]) -> dict[str, Tensor]:
+    """Returns a file's tensors by other names, as PEFT's `key_mapping` says."""
+    patterns = {Pattern(pattern, pattern, "key_mapping"): new for pattern, new in key_mapping.items()}
+
+    def mapped(key: str) -> str:
+        own = key.removeprefix(PREFIX)
+        found = next((pattern for pattern in patterns if pattern.search(own)), None)
+        return key if found is None or own == key else PREFIX + found.sub(patterns[found], own)
+
+    return {mapped(key): tensor for key, tensor in values.items()}

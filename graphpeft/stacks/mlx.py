@@ -1,0 +1,159 @@
+"""mlx-lm's files: ``adapters.safetensors`` with factors the other way round, and an ``adapter_config.json`` of its own.
+
+    y + scale · (x a) b        a = Aᵀ of shape (in, rank), b = Bᵀ of shape (rank, out)
+
+One rank and one scale are all layers'. So lower ranks get zeros, which change nothing, and other scales go into b.
+Experts' matrices are stacks: a of ``switch_mlp.gate_proj`` has the shape (experts, rank, in), b (experts, out, rank).
+
+Source: mlx-lm 0.32, ``tuner/utils.py``, ``tuner/lora.py`` and ``tuner/dora.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from graphpeft.files.foreign_files import CheckpointError, read_json, read_safetensors
+from graphpeft.files.hub import CONFIG_NAME
+from graphpeft.graph.paths import modules_by_path
+from graphpeft.stacks import checkpoints, transformers4
+from graphpeft.stacks.adapter_files import AdapterFiles, Lora, LowRank, read_lora, written_lora
+from graphpeft.wording import joined
+
+FILE = "adapters.safetensors"
+
+_EXPERT = re.compile(r"(?P<before>.+)\.experts\.(?P<number>\d+)\.(?P<own>\w+)")
+_STACK = re.compile(r"(?P<before>.+)\.switch_mlp\.(?P<own>\w+)")
+_OF_MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+"""The names that mlx-lm has for the matrices of experts of Mixtral's kind."""
+
+
+def is_there(folder: Path) -> bool:
+    """Returns whether a folder has files of mlx-lm."""
+    return (folder / FILE).is_file() and (folder / CONFIG_NAME).is_file()
+
+
+def write(files: AdapterFiles, model: Any, folder: Path) -> None:
+    """Writes LoRA or DoRA into a folder.
+
+    Args:
+        files: PEFT's files.
+        model: The model; None for a file that names no experts.
+        folder: The folder.
+
+    Raises:
+        CheckpointError: If mlx-lm has no place for the adapter.
+    """
+    lora = _lora(files, model)
+    changes = lora.layers | lora.embeddings
+    rank, scale = max(each.rank for each in changes.values()), next(iter(changes.values())).scale
+    tensors = {f"{path}.m": magnitude for path, magnitude in lora.magnitudes.items()}
+    for path, each in changes.items():
+        B = each.B if each.scale == scale else each.B * (each.scale / scale)
+        tensors[f"{path}.lora_a"] = F.pad(each.A, (0, 0, 0, rank - each.rank)).T
+        tensors[f"{path}.lora_b"] = F.pad(B, (0, rank - each.rank)).T
+    tensors = _stacked(tensors, checkpoints.names_of_experts(model) if model is not None else ())
+    layers = sorted({key.rpartition(".")[0] for key in tensors})
+    parameters = {"rank": rank, "scale": scale, "dropout": files.config.get("lora_dropout", 0.0), "keys": layers}
+    config = {"fine_tune_type": "dora" if lora.magnitudes else "lora", "num_layers": 0, "lora_parameters": parameters}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / FILE, metadata={"format": "mlx"})
+
+
+def _lora(files: AdapterFiles, model: Any) -> Lora:
+    """Returns the changes by the names of a checkpoint, with all of which mlx-lm has a place for each."""
+    kind = files.config.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(f"mlx-lm reads LoRA and DoRA, and this is an adapter of {kind}; save_as_lora writes LoRA")
+    modules = modules_by_path(model) if model is not None else {}
+    lora = read_lora(files, modules)
+    if lora.parameters and checkpoints.is_converted(model):
+        lora = read_lora(transformers4.as_in_checkpoint(files, model, modules), modules)
+    if lora.magnitudes and lora.magnitudes.keys() != lora.layers.keys() | lora.embeddings.keys():
+        raise CheckpointError("mlx-lm has DoRA at all layers of an adapter or at none; merge it, or save_as_lora")
+    if lora.others or lora.parameters:
+        raise CheckpointError(
+            f"mlx-lm has no place for {joined([*lora.others, *lora.parameters])}: it reads LoRA and DoRA of layers "
+            "alone; leave these out, or merge the adapter"
+        )
+    return lora
+
+
+def _stacked(tensors: Mapping[str, Tensor], experts: Iterable[str]) -> dict[str, Tensor]:
+    """Returns tensors of experts as stacks, with zeros for experts without changes."""
+    counts: dict[str, int] = {}
+    for name in (*experts, *(key.rpartition(".")[0] for key in tensors)):
+        if match := _EXPERT.fullmatch(name):
+            counts[match["before"]] = max(counts.get(match["before"], 0), int(match["number"]) + 1)
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        path, _, which = key.rpartition(".")
+        match = _EXPERT.fullmatch(path)
+        if match is None:
+            found[key] = tensor
+            continue
+        name = f"{match['before']}.switch_mlp.{_OF_MIXTRAL.get(match['own'], match['own'])}.{which}"
+        if name not in found:
+            found[name] = tensor.new_zeros(counts[match["before"]], *reversed(tensor.shape))
+        found[name][int(match["number"])] = tensor.T
+    return found
+
+
+def read(folder: Path, model: Any) -> AdapterFiles:
+    """Reads a folder of mlx-lm as PEFT's files.
+
+    Args:
+        folder: The folder.
+        model: The model that gets the adapter.
+
+    Raises:
+        CheckpointError: If the files are damaged, or of full weights.
+    """
+    config, tensors = read_json(folder / CONFIG_NAME), read_safetensors(folder / FILE).tensors
+    given = config.get("lora_parameters")
+    kind = config.get("fine_tune_type", "lora")
+    if kind not in ("lora", "dora") or not isinstance(given, dict) or "scale" not in given:
+        raise CheckpointError(f"{folder} has no LoRA or DoRA of mlx-lm, but fine_tune_type={kind!r}")
+    scale, by_path = given["scale"], _by_path(tensors, checkpoints.names_of_experts(model), folder)
+    lora = Lora({}, {}, {}, {}, {})
+    for path, own in by_path.items():
+        is_table = len(own["lora_a"]) == getattr(modules_by_path(model).get(path), "num_embeddings", -1)
+        changes = lora.embeddings if is_table else lora.layers
+        changes[path] = LowRank(own["lora_a"].T.contiguous(), own["lora_b"].T.contiguous(), scale)
+        if "m" in own:
+            lora.magnitudes[path] = own["m"]
+    rank = next(iter((lora.layers | lora.embeddings).values())).rank
+    plain = {"peft_type": "LORA", "r": rank, "lora_alpha": scale * rank, "lora_dropout": given.get("dropout", 0.0)}
+    names = [*modules_by_path(model), *lora.layers]
+    return written_lora({**plain, "use_dora": kind == "dora"}, lora, {}, names)
+
+
+def _by_path(tensors: Mapping[str, Tensor], experts: Iterable[str], folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Returns the tensors of each layer by their names in it, with a layer for each matrix of a stack."""
+    found: dict[str, dict[str, Tensor]] = {}
+    known = set(experts)
+    for key, tensor in tensors.items():
+        path, _, which = key.rpartition(".")
+        match = _STACK.fullmatch(path)
+        if which not in ("lora_a", "lora_b", "m"):
+            raise CheckpointError(f"{folder / FILE} has {key}, which is no tensor of LoRA or DoRA")
+        if match is None:
+            found.setdefault(path, {})[which] = tensor
+            continue
+        of_mixtral = {name: own for own, name in _OF_MIXTRAL.items()}.get(match["own"], match["own"])
+        for number, matrix in enumerate(tensor):
+            names = [f"{match['before']}.experts.{number}.{own}" for own in (match["own"], of_mixtral)]
+            name = next((each for each in names if each in known), names[0])
+            found.setdefault(name, {})[which] = matrix.T
+    lacking = [path for path, own in found.items() if not {"lora_a", "lora_b"} <= own.keys()]
+    if lacking or not found:
+        raise CheckpointError(f"{folder / FILE} lacks a factor of {joined(lacking) or 'every layer'}; copy it anew")
+    return found

@@ -30,7 +30,7 @@ from graphpeft.model.adapt import explain, get_peft_model
 from graphpeft.model.base_state_dicts import get_base_model_state_dict, set_base_model_state_dict
 from graphpeft.model.injecting import inject_adapter_in_model
 from graphpeft.model.kbit_training import cast_mixed_precision_params, prepare_model_for_kbit_training
-from graphpeft.model.other_stacks import save_adapter
+from graphpeft.model.other_stacks import check_serving, save_adapter
 from graphpeft.model.peft_model import PeftMixedModel, PeftModel
 from graphpeft.model.state_dicts import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from graphpeft.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
@@ -146,6 +146,7 @@ __all__ = [
     "cast_mixed_precision_params",
     "check_if_peft_model",
     "check_learning",
+    "check_serving",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
     "create_riemannian_optimizer",

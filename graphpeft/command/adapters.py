@@ -14,6 +14,7 @@ import click
 import torch
 from safetensors.torch import save_model
 
+from graphpeft.adapters.loading import read_for
 from graphpeft.command.completing import FOLDER, PLACE
 from graphpeft.command.printing import as_json, tell
 from graphpeft.command.sources import Given, base_from, on_its_base
@@ -22,14 +23,15 @@ from graphpeft.files.foreign_files import CheckpointError
 from graphpeft.files.hub import WEIGHTS_NAME
 from graphpeft.methods import conversion_deviation, convert_to_lora
 from graphpeft.methods.lora.conversion import save_converted
+from graphpeft.model.other_stacks import save_adapter
 from graphpeft.model.peft_model import PeftModel
+from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.short_options import short_options
+from graphpeft.stacks.adapter_files import PREFIX, AdapterFiles
+from graphpeft.stacks.known import STACKS
 from graphpeft.stacks.peft_files import SavedAdapter, read
 from graphpeft.wording import shortened
-
-_TENSORS = "base_model.model."
-"""With this the names of tensors in a file begin."""
 
 
 class _Rank(click.ParamType):
@@ -102,9 +104,9 @@ def _for_peft(saved: SavedAdapter) -> str:
         return f"no: it has no method {saved.config.method}"
     for entry in getattr(saved.config.target_options, "target_parameters", None) or ():
         path, _, name = entry.rpartition(".")
-        if not path and f"{_TENSORS}lora_A.weight" in saved.tensors:
+        if not path and f"{PREFIX}lora_A.weight" in saved.tensors:
             return f"no: it has no adapters for parameters of the model itself, such as {name}"
-        factor = saved.tensors.get(f"{_TENSORS}{path}.lora_A.weight")
+        factor = saved.tensors.get(f"{PREFIX}{path}.lora_A.weight")
         if factor is not None and factor.ndim > 2:
             return f"no: it has no adapters for the kernels of convolutions without a layer, such as {entry}"
     if layer := _in_groups(saved):
@@ -117,8 +119,8 @@ def _in_groups(saved: SavedAdapter) -> str:
     if saved.config.method != PeftType.LORA.value:
         return ""
     for name, first in saved.tensors.items():
-        layer, found, _ = name.removeprefix(_TENSORS).rpartition(".lora_A.weight")
-        second = saved.tensors.get(f"{_TENSORS}{layer}.lora_B.weight")
+        layer, found, _ = name.removeprefix(PREFIX).rpartition(".lora_A.weight")
+        second = saved.tensors.get(f"{PREFIX}{layer}.lora_B.weight")
         # PEFT's B is of rank / groups, and nothing in the file tells a layer of one channel from one in groups
         if found and second is not None and first.ndim > 2 and first.shape[1] == 1 < first.shape[0] == second.shape[1]:
             return layer
@@ -196,25 +198,53 @@ def _refuse_the_other_kind(path: str, is_file: bool) -> None:
 @click.argument("adapter", metavar="ADAPTER", type=FOLDER)
 @click.argument("path", metavar="FOLDER", type=PLACE)
 @click.option(
-    "--rank", type=_Rank(), default="0.99", show_default=True, help="The rank, or the share of squares to keep."
+    "--rank", type=_Rank(), help="The rank of plain LoRA, or the share of squares to keep: 0.99 if not given."
+)
+@click.option(
+    "--to", "stack", type=click.Choice(list(STACKS)), help="The library in whose files it is written as it is."
 )
 @base_option
 @as_json
-def convert(adapter: str, path: str, rank: float, base: str | None, as_json: bool) -> None:
-    """Writes any ADAPTER as plain LoRA, which all servers read, to FOLDER; tells how far outputs move by it.
+def convert(adapter: str, path: str, rank: float | None, stack: str | None, base: str | None, as_json: bool) -> None:
+    """Writes any ADAPTER as plain LoRA, or in another library's files, to FOLDER; tells how far outputs move by it.
 
     \b
       graphpeft convert loha-adapter lora-adapter --rank 16
+      graphpeft convert lora-adapter mlx-adapter --to mlx
     """
     _refuse_the_other_kind(path, is_file=False)
     if Path(path).exists() and Path(adapter).exists() and Path(path).samefile(adapter):
         raise click.UsageError(f"{path} is the adapter itself, which would be lost; choose another folder")
+    if stack is not None:
+        if rank is not None:
+            raise click.UsageError("--rank is of plain LoRA, and --to writes an adapter as it is; give one of the two")
+        tell(_in_other_files(adapter, path, stack, base), as_json)
+        return
     model, example_inputs = _adapted(adapter, base)
-    converted = convert_to_lora(model, rank, progressbar=not as_json)
+    converted = convert_to_lora(model, 0.99 if rank is None else rank, progressbar=not as_json)
     save_converted(path, converted)
     facts = _info(path)
     told = {"adapter": adapter, "lora": path, "options": facts["options"], "parameters": facts["parameters"]}
     tell({**told, "deviation": _deviation(model, converted, example_inputs)}, as_json)
+
+
+def _in_other_files(adapter: str, path: str, stack: str, base: str | None) -> dict[str, Any]:
+    """Writes an adapter in the files of a stack, and returns the facts about them."""
+    told = {"adapter": adapter, "written": path, "for": STACKS[stack].title}
+    try:
+        named = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    except (ValueError, OSError):  # another stack's, whose names alone tell nothing
+        named = base
+    if named:
+        model, example_inputs = _adapted(adapter, base)
+        save_adapter(model, path, stack=stack)
+        saved = read_for(model, Path(path))
+        return {**told, "deviation": _deviation(model, (saved.config, saved.tensors), example_inputs)}
+    saved = read(adapter)
+    with Staging(Path(path)) as staging:
+        STACKS[stack].write(AdapterFiles(saved.config.to_dict(), saved.tensors), None, staging.folder)
+        staging.put()
+    return {**told, "deviation": "not known: the config names no base model; name it by --base"}
 
 
 def _deviation(model: Any, converted: Any, example_inputs: Any) -> str | float:

@@ -1,9 +1,10 @@
-"""Adapters in the files of other libraries."""
+"""Adapters in the files of other libraries, and what servers make of them."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -14,6 +15,9 @@ from graphpeft.adapters.exchanged import refuse_missing
 from graphpeft.files.atomic_files import Staging
 from graphpeft.graph.paths import unwrapped
 from graphpeft.stacks.adapter_files import AdapterFiles
+
+if TYPE_CHECKING:
+    from graphpeft.stacks.serving import ServingReport
 
 
 def save_adapter(
@@ -27,7 +31,8 @@ def save_adapter(
         model: An adapted model.
         folder: The folder; it is made if it doesn't exist.
         stack: The library: ``"peft"``; ``"transformers4"``, PEFT's files by the names of the model's checkpoint, which
-            has an entry for each expert's matrix; or ``"mlx"``, the files of mlx-lm.
+            has an entry for each expert's matrix; ``"plain"``, PEFT's files of LoRA with one rank and one scale for
+            all layers, for readers that ignore patterns; or ``"mlx"``, the files of mlx-lm.
         adapter_name: The name of the adapter.
 
     Raises:
@@ -55,3 +60,27 @@ def save_adapter(
     with Staging(Path(folder)) as staging:
         to.write(files, model, staging.folder)
         staging.put()
+
+
+def check_serving(adapter: str | os.PathLike[str], server: str) -> ServingReport:
+    """Tells what a server makes of a saved adapter, before the server is started.
+
+    Args:
+        adapter: The folder of the adapter, or its repository on the Hub.
+        server: ``"vllm"``, ``"sglang"`` or ``"llama.cpp"``.
+
+    Returns:
+        The rules that the adapter breaks, each with a way out; ``print`` shows them.
+
+    Raises:
+        CheckpointError: If the files can't be read, or the server isn't known.
+
+    Examples:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(use_dora=True, target_modules=["0"]))
+        >>> model.save_pretrained("adapter")
+        >>> check_serving("adapter", "vllm").is_served
+        False
+    """
+    from graphpeft.stacks.serving import report_on  # few programs ask
+
+    return report_on(adapter, server)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from graphpeft.files.foreign_files import CheckpointError
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.rules.config import PeftConfig
-from graphpeft.stacks import mlx, peft_files, transformers4
+from graphpeft.stacks import mlx, peft_files, plain_lora, transformers4
 from graphpeft.stacks.adapter_files import AdapterFiles
 from graphpeft.wording import joined
 
@@ -40,9 +40,14 @@ def _write_transformers4(files: AdapterFiles, model: Any, folder: Path) -> None:
     _write_peft(transformers4.as_in_checkpoint(files, model, modules_by_path(model)), model, folder)
 
 
+def _write_plain(files: AdapterFiles, model: Any, folder: Path) -> None:
+    _write_peft(plain_lora.as_plain(files, model), model, folder)
+
+
 STACKS: Mapping[str, Stack] = {
     "peft": Stack("PEFT", _write_peft, has_tables=True),
     "transformers4": Stack("PEFT with Transformers 4", _write_transformers4, has_tables=True),
+    "plain": Stack("PEFT, with one rank and one scale for all layers", _write_plain),
     "mlx": Stack("mlx-lm", mlx.write, mlx.is_there, mlx.read),
 }
 

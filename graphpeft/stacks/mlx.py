@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from graphpeft.files.hub import CONFIG_NAME
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.stacks import checkpoints, transformers4
 from graphpeft.stacks.adapter_files import AdapterFiles, Lora, LowRank, read_lora, written_lora
+from graphpeft.stacks.plain_lora import of_one_rank
 from graphpeft.wording import joined
 
 FILE = "adapters.safetensors"
@@ -51,17 +51,20 @@ def write(files: AdapterFiles, model: Any, folder: Path) -> None:
     Raises:
         CheckpointError: If mlx-lm has no place for the adapter.
     """
-    lora = _lora(files, model)
+    lora = of_one_rank(_lora(files, model))
     changes = lora.layers | lora.embeddings
-    rank, scale = max(each.rank for each in changes.values()), next(iter(changes.values())).scale
     tensors = {f"{path}.m": magnitude for path, magnitude in lora.magnitudes.items()}
     for path, each in changes.items():
-        B = each.B if each.scale == scale else each.B * (each.scale / scale)
-        tensors[f"{path}.lora_a"] = F.pad(each.A, (0, 0, 0, rank - each.rank)).T
-        tensors[f"{path}.lora_b"] = F.pad(B, (0, rank - each.rank)).T
+        tensors |= {f"{path}.lora_a": each.A.T, f"{path}.lora_b": each.B.T}
     tensors = _stacked(tensors, checkpoints.names_of_experts(model) if model is not None else ())
     layers = sorted({key.rpartition(".")[0] for key in tensors})
-    parameters = {"rank": rank, "scale": scale, "dropout": files.config.get("lora_dropout", 0.0), "keys": layers}
+    first = next(iter(changes.values()))
+    parameters = {
+        "rank": first.rank,
+        "scale": first.scale,
+        "dropout": files.config.get("lora_dropout", 0.0),
+        "keys": layers,
+    }
     config = {"fine_tune_type": "dora" if lora.magnitudes else "lora", "num_layers": 0, "lora_parameters": parameters}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")

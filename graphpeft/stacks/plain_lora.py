@@ -1,0 +1,51 @@
+"""PEFT's files of LoRA with one rank and one scale for all layers, for readers that ignore patterns and √r."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+
+from graphpeft.files.foreign_files import CheckpointError
+from graphpeft.graph.paths import modules_by_path
+from graphpeft.stacks.adapter_files import AdapterFiles, Lora, LowRank, read_lora, written_lora
+
+
+def of_one_rank(lora: Lora) -> Lora:
+    """Returns the same changes with factors of the highest rank, and of one scale.
+
+    Lower ranks get zeros, which change nothing, and other scales go into B.
+    """
+    changes = [*lora.layers.values(), *lora.parameters.values(), *lora.embeddings.values()]
+    if not changes:
+        raise CheckpointError("the adapter has no factors of LoRA; save it as it is")
+    rank, scale = max(each.rank for each in changes), changes[0].scale
+
+    def same(change: LowRank) -> LowRank:
+        B = change.B if change.scale == scale else change.B * (change.scale / scale)
+        more = rank - change.rank
+        return LowRank(F.pad(change.A, (0, 0, 0, more)), F.pad(B, (0, more)), scale)
+
+    kinds = {"layers": lora.layers, "parameters": lora.parameters, "embeddings": lora.embeddings}
+    return lora._replace(**{kind: {path: same(each) for path, each in own.items()} for kind, own in kinds.items()})
+
+
+def as_plain(files: AdapterFiles, model: Any) -> AdapterFiles:
+    """Returns files whose config has neither patterns nor √r nor an expression for targets.
+
+    Raises:
+        CheckpointError: If the adapter is no LoRA.
+    """
+    if files.config.get("peft_type") != "LORA":
+        raise CheckpointError(
+            f"such readers know LoRA alone, and this is an adapter of {files.config.get('peft_type')}; convert it to "
+            "LoRA, as save_as_lora and graphpeft convert do"
+        )
+    modules = modules_by_path(model) if model is not None else {}
+    lora = of_one_rank(read_lora(files, modules))
+    first = next(iter([*lora.layers.values(), *lora.parameters.values(), *lora.embeddings.values()]))
+    config = {**files.config, "use_rslora": False, "r": first.rank, "lora_alpha": first.scale * first.rank}
+    written = written_lora(config, lora, modules, [*modules, *lora.layers, *lora.embeddings])
+    targets = written.config["target_modules"]
+    named = targets if isinstance(targets, list) else sorted({*lora.layers, *lora.embeddings})
+    return AdapterFiles({**written.config, "target_modules": named}, written.tensors)

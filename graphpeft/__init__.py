@@ -43,7 +43,7 @@ from graphpeft.model.task_models import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
-from graphpeft.model.trainer_callback import update_and_allocate_callback
+from graphpeft.model.trainers import update_and_allocate_callback
 from graphpeft.model.training_methods import penalty_of
 from graphpeft.model.tuners import PEFT_TYPE_TO_TUNER_MAPPING
 from graphpeft.optimizers import (

@@ -401,6 +401,27 @@ def test_convert_writes_plain_lora(here: Path, capsys: pytest.CaptureFixture[str
     assert graphpeft.LoraConfig.from_pretrained("lora").r == 3
 
 
+def test_convert_writes_other_files_and_reads_them(here: Path, capsys: pytest.CaptureFixture[str]):
+    saved(here / "adapter", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False, use_rslora=True))
+    assert main(["convert", "adapter", "mlx", "--to", "mlx", "--base", "models_of_mine:base", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["deviation"] < 1e-6
+    assert {file.name for file in (here / "mlx").iterdir()} == {"adapter_config.json", "adapters.safetensors"}
+    assert main(["info", "mlx", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sglang_serves_it"] == "yes"
+    assert main(["convert", "mlx", "peft", "--to", "peft", "--base", "models_of_mine:base", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["deviation"] < 1e-6
+    assert graphpeft.LoraConfig.from_pretrained("peft").r == 2
+    assert main(["info", "adapter", "--json"]) == 0
+    assert "ignores use_rslora" in json.loads(capsys.readouterr().out)["sglang_serves_it"]
+
+
+def test_convert_without_a_base_converts_by_names_and_shapes(here: Path, capsys: pytest.CaptureFixture[str]):
+    saved(here / "adapter", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    assert main(["convert", "adapter", "mlx", "--to", "mlx", "--json"]) == 0
+    assert "names no base model" in json.loads(capsys.readouterr().out)["deviation"]
+    assert (here / "mlx" / "adapters.safetensors").is_file()
+
+
 # export
 
 
@@ -560,6 +581,8 @@ def test_a_config_beside_an_adapted_model_is_told(here: Path, capsys: pytest.Cap
         (["convert", "adapter", "lora", "--rank", "2.7"], 2, "2.7 is neither a whole number, the rank, nor a share"),
         (["convert", "adapter", "lora", "--rank", "inf"], 2, "inf is neither a whole number, the rank, nor a share"),
         (["convert", "adapter", "lora", "--rank", "0"], 2, "0 is no rank: the least is 1"),
+        (["convert", "adapter", "lora", "--rank", "2", "--to", "mlx"], 2, "--rank is of plain LoRA"),
+        (["convert", "adapter", "lora", "--to", "mlz"], 2, "'mlz' is not one of 'peft', 'transformers4'"),
     ],
 )
 def test_an_error_is_one_line_and_a_code(

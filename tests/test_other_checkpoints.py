@@ -182,7 +182,7 @@ def test_paths_of_another_version_are_found() -> None:
     def vision() -> Any:
         torch.manual_seed(0)
         text = transformers.LlamaConfig(**{key: value for key, value in SIZES.items() if "moe" not in key})
-        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+        sizes: dict[str, Any] = {key: SIZES[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
         seen = transformers.CLIPVisionConfig(**sizes, image_size=32, patch_size=8)
         return transformers.LlavaForConditionalGeneration(
             transformers.LlavaConfig(vision_config=seen, text_config=text)

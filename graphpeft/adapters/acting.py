@@ -63,13 +63,13 @@ def refuse_newly_patched(module: nn.Module, path: str) -> None:
 
     An adapted model's own forward asks in each call which adapters act, so the patched one may call it.
     """
-    asks_in_each_call = any(each.kind == "methods" for each in in_place.layers_of(module))
-    if newly_patched_forward(module) is not None and not asks_in_each_call:
-        raise AdaptError(
-            f"a forward was set on {path or 'the model'} itself since it was adapted, as Accelerator.prepare does with "
-            "mixed precision, and would go on as before: take it off, as "
-            "accelerator.unwrap_model(model, keep_fp32_wrapper=False) does, change the adapters, and set it again"
-        )
+    if newly_patched_forward(module) is None or any(each.kind == "methods" for each in in_place.layers_of(module)):
+        return
+    raise AdaptError(
+        f"a forward was set on {path or 'the model'} itself since it was adapted, as Accelerator.prepare does with "
+        "mixed precision, and would go on as before: take it off, as "
+        "accelerator.unwrap_model(model, keep_fp32_wrapper=False) does, change the adapters, and set it again"
+    )
 
 
 def _graph_layers(

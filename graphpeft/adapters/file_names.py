@@ -20,7 +20,7 @@ from graphpeft.adapters.state import Adapter, Modules
 from graphpeft.graph import overrides
 from graphpeft.graph.paths import all_paths, join
 from graphpeft.sites.site import CallSite, LeafSite, Site
-from graphpeft.stacks.adapter_files import PREFIX
+from graphpeft.stacks.peft_files import PREFIX
 
 ONCE = "base_model."
 """The begin of the names of tensors that a file has once for the whole adapter."""

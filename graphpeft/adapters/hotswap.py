@@ -37,7 +37,7 @@ from graphpeft.graph.paths import join, unwrapped
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.given_config import ConfigLike, as_config
-from graphpeft.stacks import peft_files
+from graphpeft.stacks.reading import read_for
 from graphpeft.transaction import remember, set_attribute, transaction
 from graphpeft.wording import joined
 
@@ -78,7 +78,7 @@ def hotswap_adapter(
     """
     model = unwrapped(model)
     _swappable(model, adapter_name)
-    saved = peft_files.read(model_name_or_path, **options).for_model(model)
+    saved = read_for(model, model_name_or_path, hub_options=options)
     of_base = other_base(model, saved.config)
     plan = _planned(model, adapter_name, saved.config, saved.tensors, example_inputs)
     values = _fitted(model, adapter_name, plan, saved.tensors, of_base)

@@ -6,8 +6,6 @@ import copy
 import os
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,9 +32,8 @@ from graphpeft.files.foreign_files import CheckpointError
 from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.config import PeftConfig
-from graphpeft.rules.given_config import ConfigLike, as_config
-from graphpeft.stacks import peft_files
-from graphpeft.stacks.peft_files import SavedAdapter
+from graphpeft.rules.given_config import ConfigLike
+from graphpeft.stacks.reading import read_for
 from graphpeft.transaction import set_attribute, set_items, transaction
 from graphpeft.wording import joined, shown
 
@@ -77,7 +74,8 @@ def load(
 ) -> None:
     """Gives a model a saved adapter; arguments as for `add_new` and `PeftModel.from_pretrained`."""
     _refuse_arguments(model_id, ephemeral_gpu_offload)
-    saved = read_for(model, model_id, config, use_safetensors, hub_options, key_mapping)
+    own_options = {name: value for name, value in hub_options.items() if name not in _OF_BASE}
+    saved = read_for(model, model_id, config, use_safetensors, own_options, key_mapping)
     loaded, values = copy.copy(saved.config), saved.tensors
     loaded.inference_mode = not is_trainable
     loaded = loaded.fitted_to(values)
@@ -129,42 +127,6 @@ def _refuse_arguments(model_id: object, ephemeral_gpu_offload: bool) -> None:
         )
 
 
-def read_for(
-    model: nn.Module,
-    model_id: str | os.PathLike[str],
-    config: ConfigLike | None = None,
-    use_safetensors: bool | None = None,
-    hub_options: Mapping[str, Any] = MappingProxyType({}),
-    key_mapping: Mapping[str, str] | None = None,
-) -> SavedAdapter:
-    """Returns a saved adapter, in the files of any stack, by the names of a model."""
-    hub_options = {name: value for name, value in hub_options.items() if name not in _OF_BASE}
-    if config is None:
-        saved = _of_other_stack(model, model_id, hub_options) or peft_files.read(
-            model_id, use_safetensors=use_safetensors, **hub_options
-        )
-    else:
-        values, given = peft_files.load(model_id, use_safetensors=use_safetensors, **hub_options), as_config(config)
-        values = peft_files.with_those_beside(given, values, model_id, use_safetensors, hub_options)
-        saved = SavedAdapter(given, values)
-    return saved.for_model(model, key_mapping)
-
-
-def _of_other_stack(
-    model: nn.Module, model_id: str | os.PathLike[str], hub_options: Mapping[str, Any]
-) -> SavedAdapter | None:
-    if peft_files.is_there(model_id, hub_options):
-        return None
-    from graphpeft.stacks.known import recognised  # which no file of PEFT's needs
-
-    path = Path(model_id, hub_options.get("subfolder") or "")
-    stack = recognised(path)
-    if stack is None or stack.read is None:
-        return None
-    files = stack.read(path, model)
-    return SavedAdapter(PeftConfig.from_dict(files.config), dict(files.tensors))
-
-
 def has_adapter(model: nn.Module, adapter_name: str) -> bool:
     """Returns whether a model has an adapter of a name."""
     state = adapters_of(model)
@@ -205,7 +167,8 @@ def load_again(
 ) -> None:
     """Gives an adapter of a model the values of a saved one, in place, so an optimizer goes on with its tensors."""
     _refuse_arguments(model_id, ephemeral_gpu_offload)
-    saved = read_for(model, model_id, config, use_safetensors, hub_options, key_mapping)
+    own_options = {name: value for name, value in hub_options.items() if name not in _OF_BASE}
+    saved = read_for(model, model_id, config, use_safetensors, own_options, key_mapping)
     saved.refuse_two_saves(model_id)
     adapter = known_adapter(model, adapter_name)
     own = checkpoint.file_config(model, adapter)

@@ -14,7 +14,6 @@ import click
 import torch
 from safetensors.torch import save_model
 
-from graphpeft.adapters.loading import read_for
 from graphpeft.command.completing import FOLDER, PLACE
 from graphpeft.command.printing import as_json, tell
 from graphpeft.command.sources import Given, base_from, on_its_base
@@ -25,12 +24,13 @@ from graphpeft.methods import conversion_deviation, convert_to_lora
 from graphpeft.methods.lora.conversion import save_converted
 from graphpeft.model.other_stacks import save_adapter
 from graphpeft.model.peft_model import PeftModel
-from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.short_options import short_options
-from graphpeft.stacks.adapter_files import PREFIX, AdapterFiles
+from graphpeft.stacks.adapter_files import AdapterFiles
 from graphpeft.stacks.known import STACKS
-from graphpeft.stacks.peft_files import SavedAdapter, read
+from graphpeft.stacks.peft_files import PREFIX, SavedAdapter
+from graphpeft.stacks.reading import read_for
+from graphpeft.stacks.serving import SERVERS, report_on
 from graphpeft.wording import shortened
 
 
@@ -73,7 +73,7 @@ def info(adapter: str | None, as_json: bool) -> None:
 
 def _info(adapter: str) -> dict[str, Any]:
     try:
-        saved = read(adapter)
+        saved = read_for(None, adapter)
         saved.refuse_two_saves(adapter)
         _refuse_half_pairs(saved.tensors, adapter)
     except (ValueError, OSError) as error:
@@ -94,8 +94,15 @@ def _info(adapter: str) -> dict[str, Any]:
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
         "peft_reads_it": _for_peft(saved),
+        **{f"{server}_serves_it": _for_server(saved, server) for server in SERVERS},
         "digest": config.digest(),
     }
+
+
+def _for_server(saved: SavedAdapter, server: str) -> str:
+    """Returns whether a server computes what an adapter does, and why not."""
+    report = report_on(saved, server)
+    return "yes" if report.is_served else f"no: {'; '.join(each.rule for each in report.broken)}"
 
 
 def _for_peft(saved: SavedAdapter) -> str:
@@ -231,16 +238,12 @@ def convert(adapter: str, path: str, rank: float | None, stack: str | None, base
 def _in_other_files(adapter: str, path: str, stack: str, base: str | None) -> dict[str, Any]:
     """Writes an adapter in the files of a stack, and returns the facts about them."""
     told = {"adapter": adapter, "written": path, "for": STACKS[stack].title}
-    try:
-        named = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    except (ValueError, OSError):  # another stack's, whose names alone tell nothing
-        named = base
-    if named:
+    saved = read_for(None, adapter)
+    if base or saved.config.base_model_name_or_path:
         model, example_inputs = _adapted(adapter, base)
         save_adapter(model, path, stack=stack)
-        saved = read_for(model, Path(path))
-        return {**told, "deviation": _deviation(model, (saved.config, saved.tensors), example_inputs)}
-    saved = read(adapter)
+        again = read_for(model, Path(path))
+        return {**told, "deviation": _deviation(model, (again.config, again.tensors), example_inputs)}
     with Staging(Path(path)) as staging:
         STACKS[stack].write(AdapterFiles(saved.config.to_dict(), saved.tensors), None, staging.folder)
         staging.put()
@@ -260,7 +263,7 @@ def _deviation(model: Any, converted: Any, example_inputs: Any) -> str | float:
 def _adapted(adapter: str, base: str | None) -> Given:
     """Returns the base with an adapter, and inputs of it."""
     try:
-        read(adapter)  # a broken file is reported before the base is loaded
+        read_for(None, adapter)  # a broken file is reported before the base is loaded
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     if base is None:

@@ -26,7 +26,9 @@ from graphpeft.peft_errors import PeftWarning
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.given_config import ConfigLike, as_config
 from graphpeft.rules.report import Report
-from graphpeft.sites.copied_codes import compute_on_copied_codes
+from graphpeft.sites.quantised import is_quantised
+from graphpeft.sites.quantisers import codes_of, is_known
+from graphpeft.transaction import undone_by
 from graphpeft.wording import shortened
 
 
@@ -89,7 +91,7 @@ def _learning(
         return "the model has no values"
     with torch.inference_mode(False), trial(model), torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", PeftWarning)  # each was given once
-        compute_on_copied_codes(model)
+        _compute_on_copied_codes(model)
         add_new(model, config, adapter_name, example_inputs, True, where, activates=True, methods=give_methods)
         try:
             return check_learning(model, example_inputs)
@@ -170,3 +172,31 @@ def _with_revision(config: PeftConfig, revision: str) -> PeftConfig:
     changed = copy.copy(config)
     changed.revision = revision
     return changed
+
+
+def _compute_on_copied_codes(model: nn.Module) -> None:
+    """Gives quantised layers copies of their tensors, and of values beside these, until the transaction is undone.
+
+    A library's first call may pack a weight anew.
+    """
+    for module in model.modules():
+        if any(tensor is not None and is_quantised(tensor) for tensor in module._parameters.values()):
+            _copy_content(module)
+
+
+def _copy_content(module: nn.Module) -> None:
+    content: dict[str, Any] = vars(module)
+    # before the weight is another one
+    beside = codes_of(module).beside if is_known(module) else {}
+    undone_by(_refill, content, dict(content))
+    for kind in ("_parameters", "_buffers"):
+        content[kind] = {name: copy.deepcopy(tensor) for name, tensor in content[kind].items()}
+    weight = content["_parameters"].get("weight")
+    for name, value in beside.items():
+        # where the weight has it, too, it is one and the same
+        content[name] = getattr(weight, name, None) or copy.copy(value)
+
+
+def _refill(content: dict[str, Any], kept: dict[str, Any]) -> None:
+    content.clear()
+    content.update(kept)

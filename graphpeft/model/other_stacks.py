@@ -1,4 +1,4 @@
-"""Adapters in the files of other libraries, and what servers make of them."""
+"""Adapters in the files of other libraries, and on servers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from graphpeft.adapters.empty_tensors import refuse_empty
 from graphpeft.adapters.exchanged import refuse_missing
 from graphpeft.files.atomic_files import Staging
 from graphpeft.graph.paths import unwrapped
-from graphpeft.stacks.adapter_files import AdapterFiles
+from graphpeft.stacks.peft_files import read
 
 if TYPE_CHECKING:
     from graphpeft.stacks.serving import ServingReport
@@ -47,7 +47,8 @@ def save_adapter(
         >>> sorted(file.name for file in Path("mlx").iterdir())
         ['adapter_config.json', 'adapters.safetensors']
     """
-    from graphpeft.stacks.known import stack_named  # few adapters are written elsewhere
+    from graphpeft.stacks.adapter_files import AdapterFiles  # few adapters are written for other libraries
+    from graphpeft.stacks.known import stack_named
 
     to, model = stack_named(stack), unwrapped(model)
     adapter, modules = known_adapter(model, adapter_name), modules_of(model)
@@ -63,7 +64,7 @@ def save_adapter(
 
 
 def check_serving(adapter: str | os.PathLike[str], server: str) -> ServingReport:
-    """Tells what a server makes of a saved adapter, before the server is started.
+    """Tells whether a server computes what a saved adapter does, before it is started.
 
     Args:
         adapter: The folder of the adapter, or its repository on the Hub.
@@ -83,4 +84,4 @@ def check_serving(adapter: str | os.PathLike[str], server: str) -> ServingReport
     """
     from graphpeft.stacks.serving import report_on  # few programs ask
 
-    return report_on(adapter, server)
+    return report_on(read(adapter), server)

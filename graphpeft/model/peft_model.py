@@ -36,10 +36,10 @@ from graphpeft.model.merging_methods import MergingMethods
 from graphpeft.model.offered_methods import offered_names
 from graphpeft.model.other_names import OtherNames, free_names
 from graphpeft.model.patched_forwards import with_patched_forward
-from graphpeft.model.reference_copies import copy_left_out
 from graphpeft.model.saving_methods import SavingMethods
 from graphpeft.model.status import StatusMethods
 from graphpeft.model.switching_methods import SwitchingMethods
+from graphpeft.model.trainers import copy_left_out
 from graphpeft.model.training_methods import TrainingMethods
 from graphpeft.model.vocabulary_methods import VocabularyMethods
 from graphpeft.rules.combination import Combination

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from graphpeft.adapters import checkpoint, file_names, merged_weights, merging, trainer
+from graphpeft.adapters import checkpoint, file_names, merged_weights, merging
 from graphpeft.adapters.adapting import known_adapter, modules_of
 from graphpeft.adapters.empty_tensors import refuse_empty
 from graphpeft.adapters.exchanged import refuse_missing
@@ -20,6 +20,7 @@ from graphpeft.adapters.trainable import trained_besides
 from graphpeft.files.atomic_files import Staging, is_on_another_disk
 from graphpeft.files.hub import WEIGHTS_NAME
 from graphpeft.graph.hosts.sharding import is_sharded
+from graphpeft.model import trainers
 from graphpeft.model.adapter_info import AdapterInfo
 from graphpeft.model.model_card import CARD_NAME, model_card
 from graphpeft.model.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
@@ -131,14 +132,14 @@ class SavingMethods(AdapterInfo):
                     first,
                     safe_serialization,
                 )
-                is_checkpoint = safe_serialization and trainer.is_trainer_checkpoint(Path(save_directory))
+                is_checkpoint = safe_serialization and trainers.is_trainer_checkpoint(Path(save_directory))
                 if name in self.active_adapters[:1] and is_checkpoint:
                     self._save_for_trainer(name, folder, staging.folder, state_dict)
             if names:
                 self._stage_card(staging, Path(save_directory), list(selected.values()))
             for each in (*apart.values(), staging):
                 each.put()
-        if len(self.active_adapters) > 1 and trainer.is_trainer_checkpoint(Path(save_directory)):
+        if len(self.active_adapters) > 1 and trainers.is_trainer_checkpoint(Path(save_directory)):
             warnings.warn(
                 f"a Trainer resumes the first active adapter alone, {self.active_adapters[0]!r}; load the others from "
                 "the checkpoint with load_adapter",
@@ -149,12 +150,12 @@ class SavingMethods(AdapterInfo):
     def _save_for_trainer(self, name: str, folder: Path, to: Path, state_dict: Mapping[str, Any] | None) -> None:
         adapter = known_adapter(self, name)
         if not adapter.config.training_state():
-            trainer.give_trainers_name(folder / WEIGHTS_NAME, to)
+            trainers.give_trainers_name(folder / WEIGHTS_NAME, to)
             return
         originals = merged_weights.Originals(self, self._peft_adapters)
-        at_first = trainer.as_at_first(adapter)
+        at_first = trainers.as_at_first(adapter)
         tensors = checkpoint.state_dict_of(modules_of(self), at_first, name, originals, state_dict)
-        trainer.write(adapter.config, tensors, to)
+        trainers.write(adapter.config, tensors, to)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         r"""Writes the model card of all adapters, `README.md`, or completes the one that is there.
@@ -221,7 +222,7 @@ class SavingMethods(AdapterInfo):
             adapter = known_adapter(self, name)
             # names in files are never those of the model's own state dict
             if not file_names.keys(adapter, name, modules_of(self)).keys().isdisjoint(state_dict):
-                tensors, state = trainer.without_state(state_dict)
+                tensors, state = trainers.without_state(state_dict)
                 return self._load_adapter(adapter, name, tensors, state)
         merging.refuse_lost(modules_of(self), self._peft_adapters, state_dict)
         return super().load_state_dict(state_dict, strict, assign)

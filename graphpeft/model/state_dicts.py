@@ -16,7 +16,7 @@ from graphpeft.adapters.loading import set_values
 from graphpeft.graph.hosts.sharding import gathered_by_fsdp
 from graphpeft.graph.paths import unwrapped
 from graphpeft.stacks import peft_files
-from graphpeft.stacks.adapter_files import renamed
+from graphpeft.stacks.reading import renamed
 
 
 def get_peft_model_state_dict(

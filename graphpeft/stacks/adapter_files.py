@@ -9,12 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from graphpeft.stacks.peft_files import PREFIX
 from graphpeft.targeting.pattern_values import exact_patterns, pattern_value
-from graphpeft.targeting.patterns import Pattern
 from graphpeft.targeting.targets import TargetOptions, exactly, match_parameter, own_parameter_entry
-
-PREFIX = "base_model.model."
-"""The begin of the names of tensors at modules in PEFT's files."""
 
 _WRAPPER = ".base_layer"
 
@@ -221,15 +218,3 @@ def _stacked(change: LowRank, *stack: int) -> LowRank:
         return change
     B = change.B.unflatten(1, (-1, *stack)).permute(2, 0, 1)
     return LowRank(change.A.unflatten(0, (*stack, -1)), B.contiguous(), change.scale)
-
-
-def renamed(values: Mapping[str, Tensor], key_mapping: Mapping[str, str]) -> dict[str, Tensor]:
-    """Returns a file's tensors by other names, as PEFT's `key_mapping` says."""
-    patterns = {Pattern(pattern, pattern, "key_mapping"): new for pattern, new in key_mapping.items()}
-
-    def mapped(key: str) -> str:
-        own = key.removeprefix(PREFIX)
-        found = next((pattern for pattern in patterns if pattern.search(own)), None)
-        return key if found is None or own == key else PREFIX + found.sub(patterns[found], own)
-
-    return {mapped(key): tensor for key, tensor in values.items()}

@@ -40,13 +40,13 @@ def is_there(folder: Path) -> bool:
     return (folder / FILE).is_file() and (folder / CONFIG_NAME).is_file()
 
 
-def write(files: AdapterFiles, model: Any, folder: Path) -> None:
-    """Writes LoRA or DoRA into a folder.
+def write(files: AdapterFiles, model: Any, staged: Path) -> None:
+    """Writes LoRA or DoRA into a staged folder.
 
     Args:
         files: PEFT's files.
-        model: The model; None for a file that names no experts.
-        folder: The folder.
+        model: The model; None for files that name no experts.
+        staged: The folder.
 
     Raises:
         CheckpointError: If mlx-lm has no place for the adapter.
@@ -56,7 +56,7 @@ def write(files: AdapterFiles, model: Any, folder: Path) -> None:
     tensors = {f"{path}.m": magnitude for path, magnitude in lora.magnitudes.items()}
     for path, each in changes.items():
         tensors |= {f"{path}.lora_a": each.A.T, f"{path}.lora_b": each.B.T}
-    tensors = _stacked(tensors, checkpoints.names_of_experts(model) if model is not None else ())
+    tensors = _stacked(tensors, checkpoints.names_of_experts(model))
     layers = sorted({key.rpartition(".")[0] for key in tensors})
     first = next(iter(changes.values()))
     parameters = {
@@ -66,9 +66,9 @@ def write(files: AdapterFiles, model: Any, folder: Path) -> None:
         "keys": layers,
     }
     config = {"fine_tune_type": "dora" if lora.magnitudes else "lora", "num_layers": 0, "lora_parameters": parameters}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / FILE, metadata={"format": "mlx"})
+    staged.mkdir(parents=True, exist_ok=True)
+    (staged / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, staged / FILE, metadata={"format": "mlx"})
 
 
 def _lora(files: AdapterFiles, model: Any) -> Lora:
@@ -115,7 +115,7 @@ def read(folder: Path, model: Any) -> AdapterFiles:
 
     Args:
         folder: The folder.
-        model: The model that gets the adapter.
+        model: The model that gets the adapter; None takes a table of embeddings for a layer.
 
     Raises:
         CheckpointError: If the files are damaged, or of full weights.
@@ -125,17 +125,18 @@ def read(folder: Path, model: Any) -> AdapterFiles:
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora") or not isinstance(given, dict) or "scale" not in given:
         raise CheckpointError(f"{folder} has no LoRA or DoRA of mlx-lm, but fine_tune_type={kind!r}")
+    modules = modules_by_path(model) if model is not None else {}
     scale, by_path = given["scale"], _by_path(tensors, checkpoints.names_of_experts(model), folder)
     lora = Lora({}, {}, {}, {}, {})
     for path, own in by_path.items():
-        is_table = len(own["lora_a"]) == getattr(modules_by_path(model).get(path), "num_embeddings", -1)
+        is_table = len(own["lora_a"]) == getattr(modules.get(path), "num_embeddings", -1)
         changes = lora.embeddings if is_table else lora.layers
         changes[path] = LowRank(own["lora_a"].T.contiguous(), own["lora_b"].T.contiguous(), scale)
         if "m" in own:
             lora.magnitudes[path] = own["m"]
     rank = next(iter((lora.layers | lora.embeddings).values())).rank
     plain = {"peft_type": "LORA", "r": rank, "lora_alpha": scale * rank, "lora_dropout": given.get("dropout", 0.0)}
-    names = [*modules_by_path(model), *lora.layers]
+    names = [*modules, *lora.layers]
     return written_lora({**plain, "use_dora": kind == "dora"}, lora, {}, names)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from graphpeft.files.atomic_files import read_together, waiting
 from graphpeft.files.foreign_files import (
@@ -25,9 +23,10 @@ from graphpeft.files.foreign_files import (
     unreadable,
 )
 from graphpeft.files.hub import CONFIG_NAME, PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, adapter_file, weights_file
-from graphpeft.graph.paths import modules_by_path
 from graphpeft.rules.config import PeftConfig
-from graphpeft.stacks.adapter_files import AdapterFiles, renamed
+
+PREFIX = "base_model.model."
+"""The begin of the names of tensors at modules."""
 
 DIGEST = "graphpeft_config"
 """Under which a file of tensors has the digest of its config; PEFT ignores it, and its own files have none."""
@@ -51,20 +50,6 @@ class SavedAdapter(NamedTuple):
     is_of_one_save: bool = True
     operations: Mapping[str, str] = MappingProxyType({})
 
-    def for_model(self, model: nn.Module, key_mapping: Mapping[str, str] | None = None) -> SavedAdapter:
-        """Returns the same by the names of a model: by a mapping of names, and by Transformers' conversions."""
-        saved = self._replace(tensors=renamed(self.tensors, key_mapping)) if key_mapping else self
-        loaded: Any = sys.modules.get("transformers.modeling_utils")
-        if loaded is None or not isinstance(model, loaded.PreTrainedModel):
-            return saved
-        from graphpeft.stacks import transformers4  # which no other model needs
-
-        files = AdapterFiles(saved.config.to_dict(), saved.tensors)
-        converted = transformers4.as_in_model(files, model, modules_by_path(model))
-        if converted is files:
-            return saved
-        return saved._replace(config=PeftConfig.from_dict(converted.config), tensors=dict(converted.tensors))
-
     def refuse_two_saves(self, path_or_repo: str | os.PathLike[str]) -> None:
         """Raises CheckpointError if the tensors were saved with another config.
 
@@ -77,12 +62,6 @@ class SavedAdapter(NamedTuple):
                 "again; or give the config that you want, as "
                 f"from_pretrained(…, config=PeftConfig.from_pretrained({str(path_or_repo)!r}))"
             )
-
-
-def is_there(path_or_repo: str | os.PathLike[str], hub_options: Mapping[str, Any]) -> bool:
-    """Returns whether PEFT's files lie in a folder; or whether it is none, but a repository on the Hub."""
-    folder = Path(path_or_repo, hub_options.get("subfolder") or "")
-    return not folder.exists() or any((folder / name).is_file() for name in (WEIGHTS_NAME, PICKLED_WEIGHTS_NAME))
 
 
 def read(

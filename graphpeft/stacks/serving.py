@@ -1,4 +1,4 @@
-"""The rules of servers for adapters' files: what they refuse, and what they compute otherwise without a word.
+"""The rules of servers for adapters' files: a server refuses some, and computes something else with others.
 
 A server reads PEFT's files by code of its own, and some of it ignores keys that it doesn't know. Each rule here is a
 line of such code.
@@ -9,15 +9,14 @@ Sources: vLLM 0.32, ``vllm/lora/peft_helper.py`` and ``lora_model.py``; SGLang 0
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from graphpeft.files.foreign_files import CheckpointError
-from graphpeft.stacks import peft_files
 from graphpeft.stacks.adapter_files import AdapterFiles
+from graphpeft.stacks.peft_files import SavedAdapter
 from graphpeft.wording import joined, shortened
 
 Outcome = Literal["refused", "wrong"]
@@ -28,9 +27,9 @@ class Broken(NamedTuple):
     """A rule of a server that an adapter breaks.
 
     Attributes:
-        rule: The rule, with what in the files breaks it.
-        outcome: What becomes of the adapter.
-        way_out: What to do.
+        rule: The rule, with the entries of the files that break it.
+        outcome: Whether the server refuses the adapter, or computes something else.
+        way_out: The remedy, often a line of shell.
     """
 
     rule: str
@@ -40,7 +39,7 @@ class Broken(NamedTuple):
 
 @dataclass(frozen=True)
 class ServingReport:
-    """What a server makes of an adapter's files.
+    """A server's rules for an adapter's files, and the ones that are broken.
 
     Attributes:
         server: The server, with the version whose rules these are.
@@ -78,13 +77,12 @@ _OF_BASE = re.compile(r".*\.(embed_tokens|lm_head)\.base_layer\.weight")
 _CLASSIFIER = re.compile(r".*\.(score|classifier)\.(weight|bias)")
 
 
-def report_on(adapter: str | os.PathLike[str], server: str) -> ServingReport:
-    """Returns what a server makes of a saved adapter; arguments and errors as for `check_serving`."""
-    if server not in _SERVERS:
-        raise CheckpointError(f"the rules of {server!r} aren't known; choose among {joined(list(_SERVERS))}")
-    saved = peft_files.read(adapter)
+def report_on(saved: SavedAdapter, server: str) -> ServingReport:
+    """Returns which rules of a server a saved adapter breaks."""
+    if server not in SERVERS:
+        raise CheckpointError(f"the rules of {server!r} aren't known; choose among {joined(list(SERVERS))}")
     files = AdapterFiles(saved.config.to_dict(), saved.tensors)
-    title, rules, needs = _SERVERS[server]
+    title, rules, needs = SERVERS[server]
     if files.config["peft_type"] != "LORA":
         method = Broken(f"it reads LoRA alone, and this is {files.config['peft_type']}", "refused", _AS_LORA)
         return ServingReport(title, (method,), ())
@@ -175,7 +173,7 @@ def _no_needs(_: AdapterFiles) -> Iterator[str]:
 _Rules = Callable[[AdapterFiles], Iterator[Broken]]
 _Needs = Callable[[AdapterFiles], Iterator[str]]
 
-_SERVERS: dict[str, tuple[str, _Rules, _Needs]] = {
+SERVERS: dict[str, tuple[str, _Rules, _Needs]] = {
     "vllm": ("vLLM 0.32", _vllm, _vllm_needs),
     "sglang": ("SGLang 0.5.23", _sglang, _sglang_needs),
     "llama.cpp": ("llama.cpp of llama-cpp-python 0.3.36", _llama_cpp, _no_needs),

@@ -17,7 +17,7 @@ from graphpeft.graph.inputs import ExampleInputs
 from graphpeft.methods.lora.config import LoraConfig
 from graphpeft.rules.adapted_site import AdaptedSite
 from graphpeft.rules.peft_names import PeftType
-from graphpeft.stacks import peft_files
+from graphpeft.stacks.reading import read_for
 from graphpeft.wording import shown
 
 
@@ -86,7 +86,7 @@ class Experts:
 def read_expert(model: nn.Module, path: str, name: str, example_inputs: ExampleInputs | None) -> Expert:
     """Returns the LoRA adapter in a folder, or in a repository on the Hub, read for a model that stays as it is."""
     try:
-        saved = peft_files.read(path).for_model(model)
+        saved = read_for(model, path)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"expert {name!r} of adapters: {error}; give the config with the paths of the experts, as "

@@ -12,7 +12,7 @@ from torch import Tensor
 from graphpeft.adapters.file_names import ONCE
 from graphpeft.methods.xlora.classifier import KEY, numbers
 from graphpeft.methods.xlora.experts import Experts
-from graphpeft.stacks.adapter_files import PREFIX
+from graphpeft.stacks.peft_files import PREFIX
 
 _EXPERTS = "base_model.lora_model.model."
 """The begin of the names of experts' tensors in a model of PEFT's, which reads files by these."""

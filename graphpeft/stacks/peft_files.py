@@ -43,12 +43,14 @@ class SavedAdapter(NamedTuple):
         tensors: The tensors by their names in the file, on the CPU.
         is_of_one_save: Whether the tensors were saved with this config, as far as the file tells.
         operations: The kinds of the operations that used weights of no layer, by the weights' labels, likewise.
+        of_version: The version of PEFT that the config names where parameters are targets; None if it names none.
     """
 
     config: PeftConfig
     tensors: dict[str, torch.Tensor]
     is_of_one_save: bool = True
     operations: Mapping[str, str] = MappingProxyType({})
+    of_version: str | None = None
 
     def refuse_two_saves(self, path_or_repo: str | os.PathLike[str]) -> None:
         """Raises CheckpointError if the tensors were saved with another config.
@@ -104,13 +106,21 @@ def _read_both(config_file: str, weights: str) -> SavedAdapter:
     tensors, metadata = _read(weights)
     digest, operations = metadata.get(DIGEST), _operations_in(metadata)
     if digest in (None, config.digest()):
-        return SavedAdapter(config, tensors, operations=operations)
+        return SavedAdapter(config, tensors, operations=operations, of_version=_version_in(config_file, config))
     for file in waiting(Path(config_file).parent, CONFIG_NAME):
         with contextlib.suppress(OSError, ValueError):  # it has been put into place now, or isn't complete
             ready = PeftConfig.from_file(file)
             if digest == ready.digest():
                 return SavedAdapter(ready, tensors, operations=operations)
     return SavedAdapter(config, tensors, is_of_one_save=False)
+
+
+def _version_in(config_file: str, config: PeftConfig) -> str | None:
+    """Returns the version of PEFT that a config file names; a config has the present one where it names none."""
+    if not vars(config).get("target_parameters"):
+        return None
+    named = PeftConfig.from_json_file(config_file).get("peft_version")
+    return named if isinstance(named, str) else None
 
 
 def _operations_in(metadata: Mapping[str, str]) -> Mapping[str, str]:

@@ -16,6 +16,7 @@ from graphpeft.files.foreign_files import CheckpointError
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.given_config import ConfigLike, as_config
+from graphpeft.rules.peft_names import PeftType
 from graphpeft.stacks.peft_files import PREFIX, SavedAdapter, load, read, with_those_beside
 from graphpeft.targeting.patterns import Pattern
 
@@ -40,9 +41,11 @@ def read_for(
     else:
         values, given = load(model_id, use_safetensors=use_safetensors, **hub_options), as_config(config)
         values = with_those_beside(given, values, model_id, use_safetensors, hub_options)
-        saved = SavedAdapter(given, values)
+        saved = SavedAdapter(given, values, of_version=given.peft_version)
     if key_mapping:
         saved = saved._replace(tensors=renamed(saved.tensors, key_mapping))
+    if model is not None and vars(saved.config).get("target_parameters"):
+        saved = _with_stacks_as_now(model, saved)
     loaded: Any = sys.modules.get("transformers.modeling_utils")
     if model is None or loaded is None or not isinstance(model, loaded.PreTrainedModel):
         return saved
@@ -57,6 +60,17 @@ def _of_other_stack(model: nn.Module | None, path: Path) -> SavedAdapter | None:
         return None
     files = stack.read(path, model)
     return SavedAdapter(PeftConfig.from_dict(files.config), dict(files.tensors))
+
+
+def _with_stacks_as_now(model: nn.Module, saved: SavedAdapter) -> SavedAdapter:
+    """Returns an adapter with the factors of stacks as PEFT has them now, if an earlier version has saved it."""
+    from graphpeft.stacks.adapter_files import AdapterFiles
+    from graphpeft.stacks.older_peft import as_since_0_19
+
+    if saved.config.method != PeftType.LORA:
+        return saved
+    files = AdapterFiles(saved.config.to_dict(), saved.tensors)
+    return saved._replace(tensors=dict(as_since_0_19(files, saved.of_version, modules_by_path(model)).tensors))
 
 
 def _by_names_of(model: nn.Module, saved: SavedAdapter) -> SavedAdapter:

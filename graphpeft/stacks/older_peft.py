@@ -3,8 +3,9 @@
     before 0.19:  ΔW_e = (B_e A_e)ᵀ      A of shape (experts · r, rows), B of shape (columns, r · experts)
     since 0.19:   ΔW_e = B_e A_e         A of shape (experts · r, columns), B of shape (rows, r · experts)
 
-Where a stack's matrices aren't square, the shapes tell which it is. Else the version in the config does, which files have
-had since 0.18. Weights of a module that says `is_transposed` are of shape (in, out), and have always had the same factors.
+Where a stack's matrices aren't square, the shapes tell which it is. Else the version in the config does, which files
+have had since 0.18. Weights of a module that says `is_transposed` are of shape (in, out), and have always had the same
+factors.
 
 Source: ``ParamWrapper`` in PEFT's ``tuners/lora/layer.py``, versions 0.18.0 and 0.19.0.
 """

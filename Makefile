@@ -20,7 +20,7 @@ INTEGRATIONS := -n 2 --dist worksteal -m "integrations and not long"
 # uv is several times as fast as pip; compiled, since compiling warns of some packages, and warnings are errors
 INSTALL := $(BIN)/uv pip install --python .venv --compile-bytecode
 
-.PHONY: help demo notebooks quick test test-all durations integrations browser newest floors release-checks check format bench bench-quick environment coverage tiers faults costs methods third-party peft-tests pictures docs clean
+.PHONY: help demo notebooks quick test test-all durations integrations browser newest floors release-checks check format bench bench-quick environment coverage tiers faults costs methods third-party peft-tests stacks pictures docs clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 10
@@ -112,6 +112,9 @@ third-party: .venv/.third-party  ## adapt models of many packages with both libr
 peft-tests: .venv/.peft-tests  ## run PEFT's own tests with this library in its place, and write docs/peft_tests.md
 	$(BIN)/python evidence/peft_tests/run.py $(ARGS)
 
+stacks: .venv/.installed .venv-stacks/.installed  ## run other libraries on files that are written for them, and write docs/stacks_tried.md
+	$(BIN)/python evidence/stacks/run.py
+
 pictures: .venv/.browser  ## draw the pictures of docs/ by headless Chromium
 	$(BIN)/python evidence/pictures.py
 	$(BIN)/python benchmarks/picture.py
@@ -147,6 +150,11 @@ environment: .venv/.installed .venv/.integrations .venv/.browser .venv/.docs  ##
 
 .venv/.third-party: .venv/.installed
 	$(INSTALL) -e '.[third-party]'
+	touch $@
+
+.venv-stacks/.installed: .venv/.installed
+	$(BIN)/uv venv --quiet --allow-existing .venv-stacks
+	$(BIN)/uv pip install --python .venv-stacks "mlx-cpu>=0.32" "mlx>=0.32" "mlx-lm>=0.32"
 	touch $@
 
 .venv/.docs: .venv/.installed

@@ -30,7 +30,7 @@ from graphpeft.model.adapt import explain, get_peft_model
 from graphpeft.model.base_state_dicts import get_base_model_state_dict, set_base_model_state_dict
 from graphpeft.model.injecting import inject_adapter_in_model
 from graphpeft.model.kbit_training import cast_mixed_precision_params, prepare_model_for_kbit_training
-from graphpeft.model.other_stacks import check_serving, save_adapter
+from graphpeft.model.other_stacks import AdapterTensors, adapter_tensors, check_serving, save_adapter
 from graphpeft.model.peft_model import PeftMixedModel, PeftModel
 from graphpeft.model.state_dicts import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from graphpeft.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
@@ -84,6 +84,7 @@ __all__ = [
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
     "AdaptError",
+    "AdapterTensors",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -143,6 +144,7 @@ __all__ = [
     "TunerLayerStatus",
     "TunerModelStatus",
     "WeightRule",
+    "adapter_tensors",
     "cast_mixed_precision_params",
     "check_if_peft_model",
     "check_learning",

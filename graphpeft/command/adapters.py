@@ -245,7 +245,8 @@ def _in_other_files(adapter: str, path: str, stack: str, base: str | None) -> di
         again = read_for(model, Path(path))
         return {**told, "deviation": _deviation(model, (again.config, again.tensors), example_inputs)}
     with Staging(Path(path)) as staging:
-        STACKS[stack].write(AdapterFiles(saved.config.to_dict(), saved.tensors), None, staging.folder)
+        to = STACKS[stack]
+        to.write(to.convert(AdapterFiles(saved.config.to_dict(), saved.tensors), None), staging.folder)
         staging.put()
     return {**told, "deviation": "not known: the config names no base model; name it by --base"}
 

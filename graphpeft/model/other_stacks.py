@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from graphpeft.adapters import checkpoint, merged_weights
 from graphpeft.adapters.adapting import known_adapter, known_adapters, modules_of
 from graphpeft.adapters.empty_tensors import refuse_empty
 from graphpeft.adapters.exchanged import refuse_missing
+from graphpeft.adapters.tensors import fingerprint
 from graphpeft.files.atomic_files import Staging
 from graphpeft.graph.paths import unwrapped
 from graphpeft.stacks.peft_files import read
 
 if TYPE_CHECKING:
+    from graphpeft.stacks.adapter_files import AdapterFiles
+    from graphpeft.stacks.known import Stack
     from graphpeft.stacks.serving import ServingReport
 
 
@@ -47,20 +52,85 @@ def save_adapter(
         >>> sorted(file.name for file in Path("mlx").iterdir())
         ['adapter_config.json', 'adapters.safetensors']
     """
-    from graphpeft.stacks.adapter_files import AdapterFiles  # few adapters are written for other libraries
+    from graphpeft.stacks.known import stack_named  # few adapters are written for other libraries
+
+    to = stack_named(stack)
+    files = _files_for(to, unwrapped(model), adapter_name)
+    with Staging(Path(folder)) as staging:
+        to.write(files, staging.folder)
+        staging.put()
+
+
+class AdapterTensors(NamedTuple):
+    """An adapter in memory, for a program that serves it.
+
+    Attributes:
+        config: The config, in the form of the library that reads it.
+        tensors: The tensors by its names, detached, on their devices.
+        checksum: A number of 64 bits in hexadecimal, another one if a bit or a name is another.
+
+    Examples:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+        >>> config, tensors, checksum = adapter_tensors(model)
+        >>> config["r"], len(tensors), len(checksum)
+        (2, 2, 16)
+    """
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    checksum: str
+
+
+def adapter_tensors(model: nn.Module, *, stack: str = "peft", adapter_name: str = "default") -> AdapterTensors:
+    """Returns an adapter as another library has it, without a file: for a server whose adapter follows a training.
+
+    Tensors of the model itself are returned where nothing has to be converted, so copy them before the next step.
+
+    Args:
+        model: An adapted model.
+        stack: The library: ``"peft"``, which vLLM and SGLang read within the rules of `check_serving`,
+            ``"transformers4"``, ``"plain"`` or ``"mlx"``, see `save_adapter`.
+        adapter_name: The name of the adapter.
+
+    Returns:
+        The config, the tensors and a checksum, by which two processes tell that they have the same.
+
+    Raises:
+        AdaptError: If the model has no such adapter, or it has no values yet.
+        CheckpointError: If the library isn't known, or has no place for the adapter.
+
+    Examples:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+        >>> sorted(adapter_tensors(model).tensors)
+        ['base_model.model.0.lora_A.weight', 'base_model.model.0.lora_B.weight']
+        >>> adapter_tensors(model).checksum == adapter_tensors(model).checksum
+        True
+    """
     from graphpeft.stacks.known import stack_named
 
-    to, model = stack_named(stack), unwrapped(model)
-    adapter, modules = known_adapter(model, adapter_name), modules_of(model)
-    refuse_missing(modules, adapter, adapter_name)
-    refuse_empty(modules, adapter, adapter_name)
+    config, tensors = _files_for(stack_named(stack), unwrapped(model), adapter_name)
+    detached = {key: tensor.detach() for key, tensor in tensors.items()}
+    return AdapterTensors(config, detached, _checksum(detached))
+
+
+def _files_for(stack: Stack, model: nn.Module, name: str) -> AdapterFiles:
+    """Returns an adapter of a model in the form of a stack."""
+    from graphpeft.stacks.adapter_files import AdapterFiles
+
+    adapter, modules = known_adapter(model, name), modules_of(model)
+    refuse_missing(modules, adapter, name)
+    refuse_empty(modules, adapter, name)
     originals = merged_weights.Originals(model, known_adapters(model))
-    tables = "auto" if to.has_tables else False
-    tensors = checkpoint.state_dict_of(modules, adapter, adapter_name, originals, None, tables)
-    files = AdapterFiles(checkpoint.file_config(model, adapter).to_dict(), tensors)
-    with Staging(Path(folder)) as staging:
-        to.write(files, model, staging.folder)
-        staging.put()
+    tables = "auto" if stack.has_tables else False
+    tensors = checkpoint.state_dict_of(modules, adapter, name, originals, None, tables)
+    return stack.convert(AdapterFiles(checkpoint.file_config(model, adapter).to_dict(), tensors), model)
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)} {fingerprint(tensor)}".encode())
+    return digest.hexdigest()
 
 
 def check_serving(adapter: str | os.PathLike[str], server: str) -> ServingReport:

@@ -40,13 +40,12 @@ def is_there(folder: Path) -> bool:
     return (folder / FILE).is_file() and (folder / CONFIG_NAME).is_file()
 
 
-def write(files: AdapterFiles, model: Any, staged: Path) -> None:
-    """Writes LoRA or DoRA into a staged folder.
+def converted(files: AdapterFiles, model: Any) -> AdapterFiles:
+    """Returns LoRA or DoRA as mlx-lm has it: its config, and its tensors by their names.
 
     Args:
         files: PEFT's files.
         model: The model; None for files that name no experts.
-        staged: The folder.
 
     Raises:
         CheckpointError: If mlx-lm has no place for the adapter.
@@ -58,17 +57,19 @@ def write(files: AdapterFiles, model: Any, staged: Path) -> None:
         tensors |= {f"{path}.lora_a": each.A.T, f"{path}.lora_b": each.B.T}
     tensors = _stacked(tensors, checkpoints.names_of_experts(model))
     layers = sorted({key.rpartition(".")[0] for key in tensors})
-    first = next(iter(changes.values()))
-    parameters = {
-        "rank": first.rank,
-        "scale": first.scale,
-        "dropout": files.config.get("lora_dropout", 0.0),
-        "keys": layers,
-    }
-    config = {"fine_tune_type": "dora" if lora.magnitudes else "lora", "num_layers": 0, "lora_parameters": parameters}
+    first, dropout = next(iter(changes.values())), files.config.get("lora_dropout", 0.0)
+    parameters = {"rank": first.rank, "scale": first.scale, "dropout": dropout, "keys": layers}
+    kind = "dora" if lora.magnitudes else "lora"
+    config = {"fine_tune_type": kind, "num_layers": 0, "lora_parameters": parameters}
+    return AdapterFiles(config, {key: tensor.contiguous() for key, tensor in tensors.items()})
+
+
+def write(files: AdapterFiles, staged: Path) -> None:
+    """Writes a config and tensors of mlx-lm."""
     staged.mkdir(parents=True, exist_ok=True)
-    (staged / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, staged / FILE, metadata={"format": "mlx"})
+    (staged / CONFIG_NAME).write_text(json.dumps(dict(files.config), indent=2), encoding="utf-8")
+    tensors = {key: tensor.detach().to("cpu", copy=True) for key, tensor in files.tensors.items()}
+    save_file(tensors, staged / FILE, metadata={"format": "mlx"})
 
 
 def _lora(files: AdapterFiles, model: Any) -> Lora:
@@ -79,7 +80,7 @@ def _lora(files: AdapterFiles, model: Any) -> Lora:
     modules = modules_by_path(model) if model is not None else {}
     lora = read_lora(files, modules)
     if lora.parameters and checkpoints.is_converted(model):
-        lora = read_lora(transformers4.as_in_checkpoint(files, model, modules), modules)
+        lora = read_lora(transformers4.as_in_checkpoint(files, model), modules)
     if lora.magnitudes and lora.magnitudes.keys() != lora.layers.keys() | lora.embeddings.keys():
         raise CheckpointError("mlx-lm has DoRA at all layers of an adapter or at none; merge it, or save_as_lora")
     if lora.others or lora.parameters:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.files.foreign_files import CheckpointError
+from graphpeft.graph.paths import modules_by_path
 from graphpeft.stacks.adapter_files import AdapterFiles, Lora, LowRank, read_lora, written_lora
 from graphpeft.stacks.checkpoints import Place, is_converted, places, present_names
 from graphpeft.wording import joined
@@ -62,13 +63,12 @@ def as_in_model(files: AdapterFiles, model: Any, modules: Mapping[str, nn.Module
     return written_lora(files.config, made, modules, _names(modules))
 
 
-def as_in_checkpoint(files: AdapterFiles, model: Any, modules: Mapping[str, nn.Module]) -> AdapterFiles:
+def as_in_checkpoint(files: AdapterFiles, model: Any) -> AdapterFiles:
     """Returns files by the names of the model's checkpoint, with an entry for each matrix that has one there.
 
     Args:
         files: The files, by the names of the model.
         model: The model.
-        modules: Its modules by path.
 
     Raises:
         CheckpointError: If the adapter isn't LoRA of a Transformers model, or is of a kind that can't be converted.
@@ -78,6 +78,7 @@ def as_in_checkpoint(files: AdapterFiles, model: Any, modules: Mapping[str, nn.M
             f"a {type(model).__name__} with an adapter of {files.config.get('peft_type')} has no other names in its "
             "checkpoint by Transformers' conversions; save it as it is"
         )
+    modules = modules_by_path(model)
     lora = read_lora(files, modules)
     _refuse_other_kinds(lora, "names of the checkpoint are wanted")
     found = places(model, modules)

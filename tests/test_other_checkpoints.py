@@ -178,6 +178,20 @@ def test_what_is_trained_on_the_joined_weights_is_written_so_too() -> None:
     torch.testing.assert_close(again(IDS).logits, adapted(IDS).logits, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_mlx_has_stacks_of_experts_with_zeros_where_none_is_adapted(kind: str) -> None:
+    checkpoint = checkpoint_of(base(kind))
+    names = [name for name in checkpoint if is_of_expert(name) and ".experts.1." not in name]
+    write("adapter", checkpoint, names, rank=lambda _: 4)
+    adapted = PeftModel.from_pretrained(base(kind), "adapter")
+    save_adapter(adapted, "mlx", stack="mlx")
+    stacks = load_file("mlx/adapters.safetensors")
+    assert {key.split(".")[-2] for key in stacks} == {"gate_proj", "up_proj", "down_proj"}
+    assert all(tensor.shape[0] == 4 and not tensor[1].any() for tensor in stacks.values())
+    again = PeftModel.from_pretrained(base(kind), "mlx")
+    torch.testing.assert_close(again(IDS).logits, adapted(IDS).logits, atol=1e-6, rtol=1e-5)
+
+
 def test_paths_of_another_version_are_found() -> None:
     def vision() -> Any:
         torch.manual_seed(0)

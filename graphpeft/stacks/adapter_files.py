@@ -166,7 +166,8 @@ def written_lora(
 
 
 def _alpha(change: LowRank, root: bool) -> float:
-    alpha = change.scale * (math.sqrt(change.rank) if root else change.rank)
+    # so that dividing and multiplying by a root gives back the number that a user has written
+    alpha = round(change.scale * (math.sqrt(change.rank) if root else change.rank), 12)
     return int(alpha) if alpha == int(alpha) else alpha
 
 

@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import revert_weight_conversion
 
-from graphpeft import CheckpointError, LoraConfig, PeftModel, get_peft_model, save_adapter
+from graphpeft import AdaptError, CheckpointError, LoraConfig, PeftModel, get_peft_model, save_adapter
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -216,7 +216,7 @@ def test_a_name_that_no_checkpoint_has_is_refused() -> None:
     model = base("qwen3_moe")
     checkpoint = {"model.layers.0.mlp.experts.0.middle_proj.weight": torch.zeros(8, 8)}
     write("adapter", checkpoint, checkpoint, rank=lambda _: 4)
-    with pytest.raises(CheckpointError, match=r"experts\.0\.middle_proj, which is no module"):
+    with pytest.raises(AdaptError, match="middle_proj"):
         PeftModel.from_pretrained(model, "adapter")
     assert not hasattr(model, "peft_config")
 

@@ -156,7 +156,7 @@ def written_lora(
             "target_modules": _target_modules(modules_changed, names),
             "target_parameters": [own_parameter_entry(each) if each in changes else each for each in entries] or None,
             "rank_pattern": _patterns({name: change.rank for name, change in changes.items()}, config["r"]),
-            "alpha_pattern": _patterns(alphas, config["lora_alpha"]),
+            "alpha_pattern": _patterns(alphas, round(config["lora_alpha"], 12)),
             "exclude_modules": None,
             "layers_to_transform": None,
             "layers_pattern": None,
@@ -215,7 +215,9 @@ def _flat(change: LowRank) -> LowRank:
 
 
 def _stacked(change: LowRank, *stack: int) -> LowRank:
-    if not stack:
+    """Returns factors of a stack of matrices apart; other factors, as of a kernel's three dimensions, as they are."""
+    ranks = change.A.shape[0], change.B.shape[-1]
+    if len(stack) != 1 or change.A.dim() != 2 or any(rank % stack[0] for rank in ranks):
         return change
     B = change.B.unflatten(1, (-1, *stack)).permute(2, 0, 1)
     return LowRank(change.A.unflatten(0, (*stack, -1)), B.contiguous(), change.scale)

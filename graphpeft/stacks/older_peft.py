@@ -47,7 +47,7 @@ def as_since_0_19(files: AdapterFiles, version: str | None, modules: Mapping[str
 def _is_older(name: str, change: LowRank, version: str | None, modules: Mapping[str, nn.Module]) -> bool:
     owner, _, own = name.rpartition(".")
     shape = modules[owner].get_parameter(own).shape
-    if len(shape) != 3 or getattr(modules[owner], "is_transposed", False):
+    if len(shape) != 3 or change.A.dim() != 3 or getattr(modules[owner], "is_transposed", False):
         return False
     sides = change.B.shape[-2], change.A.shape[-1]
     fits, fitted = sides == shape[-2:], sides[::-1] == shape[-2:]

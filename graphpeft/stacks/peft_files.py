@@ -106,7 +106,8 @@ def _read_both(config_file: str, weights: str) -> SavedAdapter:
     tensors, metadata = _read(weights)
     digest, operations = metadata.get(DIGEST), _operations_in(metadata)
     if digest in (None, config.digest()):
-        return SavedAdapter(config, tensors, operations=operations, of_version=_version_in(config_file, config))
+        of_version = _version_in(config_file) if vars(config).get("target_parameters") else None
+        return SavedAdapter(config, tensors, operations=operations, of_version=of_version)
     for file in waiting(Path(config_file).parent, CONFIG_NAME):
         with contextlib.suppress(OSError, ValueError):  # it has been put into place now, or isn't complete
             ready = PeftConfig.from_file(file)
@@ -115,10 +116,8 @@ def _read_both(config_file: str, weights: str) -> SavedAdapter:
     return SavedAdapter(config, tensors, is_of_one_save=False)
 
 
-def _version_in(config_file: str, config: PeftConfig) -> str | None:
+def _version_in(config_file: str) -> str | None:
     """Returns the version of PEFT that a config file names; a config has the present one where it names none."""
-    if not vars(config).get("target_parameters"):
-        return None
     named = PeftConfig.from_json_file(config_file).get("peft_version")
     return named if isinstance(named, str) else None
 

@@ -16,7 +16,7 @@ from graphpeft.files.foreign_files import CheckpointError
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.rules.config import PeftConfig
 from graphpeft.rules.given_config import ConfigLike, as_config
-from graphpeft.rules.peft_names import PeftType
+from graphpeft.rules.peft_names import PEFT_VERSION, PeftType
 from graphpeft.stacks.peft_files import PREFIX, SavedAdapter, load, read, with_those_beside
 from graphpeft.targeting.patterns import Pattern
 
@@ -44,7 +44,8 @@ def read_for(
         saved = SavedAdapter(given, values, of_version=given.peft_version)
     if key_mapping:
         saved = saved._replace(tensors=renamed(saved.tensors, key_mapping))
-    if model is not None and vars(saved.config).get("target_parameters"):
+    # most files are by this version
+    if model is not None and vars(saved.config).get("target_parameters") and saved.of_version != PEFT_VERSION:
         saved = _with_stacks_as_now(model, saved)
     loaded: Any = sys.modules.get("transformers.modeling_utils")
     if model is None or loaded is None or not isinstance(model, loaded.PreTrainedModel):

@@ -34,15 +34,13 @@ def as_in_model(files: AdapterFiles, model: Any, modules: Mapping[str, nn.Module
         modules: Its modules by path.
 
     Raises:
-        CheckpointError: If the names are another checkpoint's, and the model has no place for a tensor, or the adapter
-            is of a kind that can't be converted.
+        CheckpointError: If the names are another checkpoint's, and the adapter is of a kind that can't be converted.
     """
     if files.config.get("peft_type") != "LORA":
         return files
     lora = read_lora(files, modules)
     if all(path in modules for path in lora.layers) or not is_converted(model):
         return files
-    _refuse_other_kinds(lora, "a file's names are another checkpoint's")
     layers: dict[str, LowRank] = {}
     parts: dict[str, list[Part]] = {}
     found = places(model, modules)
@@ -54,10 +52,8 @@ def as_in_model(files: AdapterFiles, model: Any, modules: Mapping[str, nn.Module
         elif renamed in modules:
             layers[renamed] = change
         else:
-            raise CheckpointError(
-                f"the adapter's file has {path}, which is no module of this {type(model).__name__}, and by "
-                "Transformers' conversions no part of a parameter; load it on the model that it was trained on"
-            )
+            return files  # of another model, or of one whose layers are replicated
+    _refuse_other_kinds(lora, "a file's names are another checkpoint's")
     parameters = {name: _joined(of_parameter) for name, of_parameter in parts.items()}
     made = lora._replace(layers=layers, parameters=lora.parameters | parameters)
     return written_lora(files.config, made, modules, _names(modules))

@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import mlx.core as mx  # pyright: ignore[reportMissingImports] - in an environment of its own, as the next two
-from mlx_lm.tuner.utils import load_adapters  # pyright: ignore[reportMissingImports]
-from mlx_lm.utils import load_model  # pyright: ignore[reportMissingImports]
+import mlx.core as mx
+from mlx_lm.tuner.utils import load_adapters
+from mlx_lm.utils import load_model
 
 
 def logits(folder: str, adapter: str | None, ids: mx.array) -> mx.array:

@@ -62,7 +62,7 @@ def page(of_mlx: list[with_mlx.Row], of_experts: list[experts.Row]) -> str:
         "",
         "## Experts by the names of checkpoints",
         "",
-        f"transformers {version('transformers')}: adapters with factors for each expert's matrix, beside the",
+        f"transformers {version('transformers')}: adapters with factors for each expert's matrix. The other side is the",
         "checkpoint with the changes in its matrices, as Transformers loads it. *Effect*: the difference from the base.",
         '*Written*: `stack="transformers4"` writes the same file.',
         "",

@@ -166,25 +166,26 @@ def check_a_mixture_of_experts() -> None:
     def loaded(**options: Any) -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained("experts", **options).eval()
 
-    def sharded() -> Any:
-        return loaded(distributed_config=DistributedConfig(tp_plan="auto"))
+    def sharded(**sizes: int) -> Any:
+        return loaded(distributed_config=DistributedConfig(tp_plan="auto", **sizes))
 
-    found = []
-    for model in (loaded(), sharded()):
-        torch.manual_seed(1)
-        config_of_attention = LoraConfig(r=3, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
-        found.append(trained(get_peft_model(model, config_of_attention)))
-    close(*found)
-    experts = LoraConfig(r=3, target_parameters=["mlp.experts.gate_up_proj"])
+    experts = LoraConfig(r=3, target_parameters=["mlp.experts.gate_up_proj"], init_lora_weights=False)
+    attention = LoraConfig(r=3, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    for config, models in [(attention, (loaded(), sharded(tp_size=2, ep_size=2))), (experts, (loaded(), sharded()))]:
+        found = []
+        for model in models:
+            torch.manual_seed(1)
+            found.append(trained(get_peft_model(model, config)))
+        close(*found)
     for config, reason in [
-        (experts, "Transformers' tensor parallelism (tp_plan) runs it by MoeExpertsParallel"),
+        (experts, "Transformers' plan (tp_plan or ep_plan) runs it by EpDispatchExpertsParallel"),
         (
             LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["experts"]),
-            "model.layers.0.mlp.experts can't be adapted: Transformers' tensor parallelism (tp_plan) runs it by",
+            "model.layers.0.mlp.experts can't be adapted: Transformers' plan (tp_plan or ep_plan) runs it by",
         ),
         (LNTuningConfig(target_modules=["q_norm"]), "(tp_plan) sums up the gradients of its own parameters alone"),
     ]:
-        model = sharded()
+        model = sharded(tp_size=2, ep_size=2)
         names = set(dict(model.named_parameters()))
         refuses(reason, functools.partial(get_peft_model, model, config))
         assert set(dict(model.named_parameters())) == names

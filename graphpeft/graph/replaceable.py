@@ -28,7 +28,7 @@ def refuse_what_a_graph_cannot_replace(module: nn.Module) -> None:
     parallel = refusal(module)
     if parallel is not None:
         raise TraceError(
-            f"{parallel}; leave it out, or load the model without tp_plan and shard it by PyTorch's parallelize_module"
+            f"{parallel}; leave it out, or load the model without the plan and shard it by PyTorch's parallelize_module"
         )
     call = in_place.original_class(module).__call__
     if call is not nn.Module.__call__ and not calls_forward(call):

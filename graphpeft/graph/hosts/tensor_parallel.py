@@ -1,4 +1,4 @@
-"""Forwards that Transformers' tensor parallelism (``tp_plan``) puts around those of modules.
+"""Forwards that Transformers' tensor parallelism (``tp_plan``, ``ep_plan``) puts around those of modules.
 
 They prepare inputs and outputs, and call the forward of the class that they have kept. Without gradients, they exchange
 a module's own tensors for their local parts, and would leave out an adapter's. So an adapted module has another one
@@ -19,7 +19,7 @@ _STYLES = ("ColwiseParallel", "RowwiseParallel", "EmbeddingParallel", "SequenceP
 
 
 class Hook(NamedTuple):
-    """The parts of a forward of tensor parallelism.
+    """The parts of a forward, or a hook, of tensor parallelism.
 
     Attributes:
         name: The name of the style's class.
@@ -49,16 +49,16 @@ def hook_of(forward: Any) -> Hook | None:
 
 
 def refusal(module: nn.Module) -> str | None:
-    """Returns why no graph can run under the forward of tensor parallelism that a module has, or None."""
+    """Returns why Transformers' plan keeps a module from being adapted, or None."""
     hook = hook_of(_placed(module))
+    # a hook in some versions of Transformers, a forward in others
+    for each in (hook, *map(hook_of, module._forward_pre_hooks.values())):
+        if each is not None and each.name == "ReplicatedWithGradAllReduce":
+            return "Transformers' tensor parallelism (tp_plan) sums up the gradients of its own parameters alone"
     if hook is None:
         return None
-    if hook.name == "ReplicatedWithGradAllReduce":
-        return "Transformers' tensor parallelism (tp_plan) sums up the gradients of its own parameters alone"
     if not is_followed(hook):
-        return (
-            f"Transformers' tensor parallelism (tp_plan) runs it by {hook.name}, whose tensors only its own code knows"
-        )
+        return f"Transformers' plan (tp_plan or ep_plan) runs it by {hook.name}, whose tensors only its own code knows"
     if getattr(module, "_hf_quantized_needs_local_tp", False):
         return "Transformers' tensor parallelism (tp_plan) runs it on local parts of a quantised weight"
     return None

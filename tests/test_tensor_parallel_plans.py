@@ -166,12 +166,12 @@ def check_a_mixture_of_experts() -> None:
     def loaded(**options: Any) -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained("experts", **options).eval()
 
-    def sharded(**sizes: int) -> Any:
-        return loaded(distributed_config=DistributedConfig(tp_plan="auto", **sizes))
+    def sharded(ep_size: int | None = None) -> Any:
+        return loaded(distributed_config=DistributedConfig(tp_plan="auto", tp_size=2, ep_size=ep_size))
 
     experts = LoraConfig(r=3, target_parameters=["mlp.experts.gate_up_proj"], init_lora_weights=False)
     attention = LoraConfig(r=3, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
-    for config, models in [(attention, (loaded(), sharded(tp_size=2, ep_size=2))), (experts, (loaded(), sharded()))]:
+    for config, models in [(attention, (loaded(), sharded(ep_size=2))), (experts, (loaded(), sharded()))]:
         found = []
         for model in models:
             torch.manual_seed(1)
@@ -185,7 +185,7 @@ def check_a_mixture_of_experts() -> None:
         ),
         (LNTuningConfig(target_modules=["q_norm"]), "(tp_plan) sums up the gradients of its own parameters alone"),
     ]:
-        model = sharded(tp_size=2, ep_size=2)
+        model = sharded(ep_size=2)
         names = set(dict(model.named_parameters()))
         refuses(reason, functools.partial(get_peft_model, model, config))
         assert set(dict(model.named_parameters())) == names

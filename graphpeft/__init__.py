@@ -30,6 +30,7 @@ from graphpeft.model.adapt import explain, get_peft_model
 from graphpeft.model.base_state_dicts import get_base_model_state_dict, set_base_model_state_dict
 from graphpeft.model.injecting import inject_adapter_in_model
 from graphpeft.model.kbit_training import cast_mixed_precision_params, prepare_model_for_kbit_training
+from graphpeft.model.merging_files import merge_checkpoint
 from graphpeft.model.other_stacks import AdapterTensors, adapter_tensors, check_serving, save_adapter
 from graphpeft.model.peft_model import PeftMixedModel, PeftModel
 from graphpeft.model.state_dicts import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
@@ -168,6 +169,7 @@ __all__ = [
     "hotswap_adapter_from_state_dict",
     "inject_adapter_in_model",
     "load_peft_weights",
+    "merge_checkpoint",
     "names_in_slots",
     "ops",
     "optimize",

@@ -32,6 +32,16 @@ def counted(what: str, unit: str) -> Iterator[Callable[[], object]]:
 
 
 @contextlib.contextmanager
+def of_bytes(what: str, size: int) -> Iterator[Callable[[int], object]]:
+    """Yields a function that counts bytes of a work of known size."""
+    if not _is_seen():
+        yield _nothing
+        return
+    with tqdm(desc=what, total=size, unit="B", unit_scale=True, **_OPTIONS) as bar:
+        yield bar.update
+
+
+@contextlib.contextmanager
 def steps(count: int) -> Iterator[Callable[[str], object]]:
     """Yields a function that shows the name of the next of `count` steps, each of which may take long by itself."""
     if not _is_seen():

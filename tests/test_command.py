@@ -27,6 +27,7 @@ from graphpeft import LoHaConfig, LoraConfig, TaskType, get_peft_model
 from graphpeft.command import graphpeft as command
 from graphpeft.command import main
 from graphpeft.command.sources import config_from
+from graphpeft.files.checkpoint_files import CheckpointFiles
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{begins}")
@@ -376,16 +377,27 @@ def test_a_merged_model_takes_the_place_of_an_earlier_one_whole(here: Path, monk
         (here / "merged" / name).write_text("{}")
     before = {file.name: file.read_bytes() for file in (here / "merged").iterdir()}
 
-    def fails(model: Any, folder: Path) -> None:
-        (folder / "config.json").write_text("{")
+    def fails(files: CheckpointFiles, *_: object) -> None:
         raise OSError("no space is left")
 
     with monkeypatch.context() as patched:
-        patched.setattr(transformers.PreTrainedModel, "save_pretrained", fails)
+        patched.setattr(CheckpointFiles, "complete", fails)
         assert main(["merge", "adapter", "merged"]) == 1
     assert {file.name: file.read_bytes() for file in (here / "merged").iterdir()} == before
     assert main(["merge", "adapter", "merged"]) == 0
     assert {file.name for file in (here / "merged").iterdir()} == before.keys() - {*stale}
+
+
+def test_what_the_files_cannot_hold_is_merged_in_memory(here: Path, capsys: pytest.CaptureFixture[str]):
+    """Fails if a head that the checkpoint doesn't have is left out, or nobody is told how much memory it takes."""
+    saved_llama(here)
+    model: Any = transformers.LlamaForSequenceClassification.from_pretrained("base")
+    get_peft_model(model, LoraConfig(r=2, task_type=TaskType.SEQ_CLS)).save_pretrained("adapter")
+    assert main(["merge", "adapter", "merged", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["in_memory"].startswith("the whole model: ")
+    assert "has no score.weight" in told["in_memory"]
+    assert "score.weight" in load_file(here / "merged" / "model.safetensors")
 
 
 def test_merge_of_a_model_of_ones_own_asks_for_a_file(here: Path, capsys: pytest.CaptureFixture[str]):

@@ -16,12 +16,13 @@ from safetensors.torch import save_model
 
 from graphpeft.command.completing import FOLDER, PLACE
 from graphpeft.command.printing import as_json, tell
-from graphpeft.command.sources import Given, base_from, on_its_base
+from graphpeft.command.sources import Given, base_from, checkpoint_from, on_its_base
 from graphpeft.files.atomic_files import Staging
 from graphpeft.files.foreign_files import CheckpointError
 from graphpeft.files.hub import WEIGHTS_NAME
 from graphpeft.methods import conversion_deviation, convert_to_lora
 from graphpeft.methods.lora.conversion import save_converted
+from graphpeft.model.merging_files import merge_checkpoint
 from graphpeft.model.other_stacks import save_adapter
 from graphpeft.model.peft_model import PeftModel
 from graphpeft.rules.peft_names import PeftType
@@ -162,6 +163,29 @@ def merge(adapter: str, path: str, base: str | None, as_json: bool) -> None:
     """
     is_file = path.endswith(".safetensors")
     _refuse_the_other_kind(path, is_file)
+    why = _merge_files(adapter, path, base) if not is_file else "a file has tensors in one piece"
+    if why is not None:
+        _merge_in_memory(adapter, path, base, is_file)
+    needed = "one module at a time" if why is None else f"the whole model: {why}"
+    tell({"adapter": adapter, "merged": path, "in_memory": needed}, as_json)
+
+
+def _merge_files(adapter: str, path: str, base: str | None) -> str | None:
+    """Merges an adapter into the files of its base, and returns why that can't be, or None."""
+    _refuse_broken(adapter)
+    place = Path(adapter) if Path(adapter).exists() else adapter
+    try:
+        checkpoint = checkpoint_from(adapter, base)
+        if checkpoint is None:
+            return "the base is no checkpoint of Transformers"
+        written = merge_checkpoint(checkpoint.model, checkpoint.folder, place, path)
+    except ValueError as error:
+        return shortened(str(error))  # which the model in memory raises, too, if it isn't of the files alone
+    _remove_weights(Path(path), except_for=written)
+    return None
+
+
+def _merge_in_memory(adapter: str, path: str, base: str | None, is_file: bool) -> None:
     model: Any = _adapted(adapter, base).model
     merged = model.merge_and_unload()
     if not is_file and not hasattr(merged, "save_pretrained"):
@@ -176,7 +200,6 @@ def merge(adapter: str, path: str, base: str | None, as_json: bool) -> None:
         written = staging.put()
     if not is_file:
         _remove_weights(Path(path), except_for=written)
-    tell({"adapter": adapter, "merged": path}, as_json)
 
 
 def _remove_weights(folder: Path, except_for: Collection[Path]) -> None:
@@ -263,15 +286,20 @@ def _deviation(model: Any, converted: Any, example_inputs: Any) -> str | float:
 
 def _adapted(adapter: str, base: str | None) -> Given:
     """Returns the base with an adapter, and inputs of it."""
-    try:
-        read_for(None, adapter)  # a broken file is reported before the base is loaded
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+    _refuse_broken(adapter)
     if base is None:
         return on_its_base(adapter, "name it by --base")
     given = base_from(base)
     place = Path(adapter) if Path(adapter).exists() else adapter
     return given._replace(model=PeftModel.from_pretrained(given.model, place))
+
+
+def _refuse_broken(adapter: str) -> None:
+    """Raises ClickException if an adapter's files can't be read, before the base is loaded."""
+    try:
+        read_for(None, adapter)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
 
 
 _PACKAGES = (

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import click
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
 
 from graphpeft.auto import class_for
@@ -64,6 +65,40 @@ def base_from(source: str) -> Given:
     """Returns the model that a name means, with the weights for which an adapter was trained, not with first ones."""
     kind, _, name = source.partition(":")
     return _timm(name, pretrained=True) if kind == "timm" and name else model_from(source)
+
+
+class Checkpoint(NamedTuple):
+    """A model on the meta device, and the folder with its files."""
+
+    model: nn.Module
+    folder: Path
+
+
+def checkpoint_from(adapter: str, base: str | None) -> Checkpoint | None:
+    """Returns the checkpoint of Transformers that is the base of an adapter; None if the base is none, or not there."""
+    config = _config_in(adapter)
+    auto_class = None if base else class_for(config).auto_class
+    name = config.base_model_name_or_path if base is None else base.removeprefix("hf:")
+    if not name or not (auto_class or (base or "").startswith("hf:")):
+        return None
+    transformers = _library("transformers")
+    try:
+        folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, ignore_patterns=_OTHER_WEIGHTS))
+        about = transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError):  # also of the Hub
+        return None  # loading the model tells of it
+    with torch.device("meta"):
+        if auto_class is not None:
+            return Checkpoint(getattr(transformers, auto_class).from_config(about), folder)
+        return Checkpoint(_class_of(transformers, about)._from_config(about), folder)
+
+
+_OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*"]
+"""Files of a repository that have its weights in other formats."""
+
+
+def _class_of(transformers: Any, config: Any) -> Any:
+    return getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
 
 
 def on_its_base(source: str, way_out: str) -> Given:
@@ -118,8 +153,7 @@ def _transformers(path: str) -> Given:
         config = transformers.AutoConfig.from_pretrained(path)
     except OSError as error:
         raise click.UsageError(f"hf:{path}: {error}") from error
-    class_name = (config.architectures or ["AutoModel"])[0]
-    return _with_inputs(getattr(transformers, class_name, transformers.AutoModel).from_pretrained(path))
+    return _with_inputs(_class_of(transformers, config).from_pretrained(path))
 
 
 def _with_inputs(model: Any) -> Given:

@@ -1,8 +1,9 @@
 """Writes files that replace older files together or not at all.
 
-New files are written into a staging folder, synced to disk, and moved to their places one by one. An error undoes the
-moves. If the process is killed between two moves, the remaining files stay in the staging folder, where `waiting` finds
-them. A symbolic link is replaced itself; its target doesn't change.
+New files are written into a staging folder, and synced to disk. A new folder is moved to its place whole. Into a folder
+that is there, files are moved one by one, and an error undoes the moves; if the process is killed between two moves,
+the remaining files stay in the staging folder, where `waiting` finds them. A symbolic link is replaced itself; its
+target doesn't change.
 
 An adapter is two files. The metadata of its tensors has a digest of its config (`PeftConfig.digest`), so a reader sees
 whether they belong together.
@@ -69,12 +70,29 @@ class Staging:
             _sync(file)
         names = [file.relative_to(self.folder) for file in files]
         targets = [self._place / name for name in names]
-        self._exchange(files, targets, [self._old / name for name in names])
+        if not self._move_whole():
+            self._exchange(files, targets, [self._old / name for name in names])
         for folder in dict.fromkeys(target.parent for target in targets):
             with contextlib.suppress(OSError):  # some systems can't sync a folder
                 _sync(folder)
         _remove_abandoned(self._own.parent, set(names))
         return targets
+
+    def _move_whole(self) -> bool:
+        """Moves the folder itself to its place if there is nothing yet, so that it is there with all files or not."""
+        made: list[Path] = []
+        try:
+            _make_folder(self._place.parent, made)
+            # an empty folder would be replaced, with its owner and its rights
+            if not os.path.lexists(self._place):
+                os.rename(self.folder, self._place)
+                return True
+        except OSError:
+            _remove_empty(made)  # another process has made the place meanwhile, or files can't be moved there
+        except BaseException:
+            _remove_empty(made)
+            raise
+        return False
 
     def _exchange(self, files: list[Path], targets: list[Path], backups: list[Path]) -> None:
         moves: list[_Move] = []
@@ -93,9 +111,7 @@ class Staging:
         except BaseException:
             for move in reversed(moves):
                 move.undo()
-            for folder in reversed(made):
-                with contextlib.suppress(OSError):  # another process has written files there
-                    folder.rmdir()
+            _remove_empty(made)
             raise
 
 
@@ -181,6 +197,12 @@ def _make_folder(folder: Path, made: list[Path]) -> None:
     for path in reversed(lacking):
         path.mkdir(exist_ok=True)  # another process may have made it meanwhile
         made.append(path)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in reversed(folders):
+        with contextlib.suppress(OSError):  # another process has written files there
+            folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """The class of an adapted model: layers with the methods of `PeftModel`, and with PEFT's own class behind all others.
 
+A config may offer more methods, which the model has while such an adapter is active.
+
 PEFT's class is there as soon as somebody has loaded PEFT, see `peft_classes.py`.
 """
 
@@ -16,10 +18,10 @@ from graphpeft.adapters.given_inputs import given_in_forward
 from graphpeft.graph import call_inputs, in_place
 from graphpeft.graph.errors import TraceError
 from graphpeft.graph.hosts.around_patched import is_around
-from graphpeft.model.offered_methods import Offered
 from graphpeft.model.other_names import OtherNames
 from graphpeft.peft_classes import model_class, set_class
 from graphpeft.rules.peft_names import TaskType
+from graphpeft.rules.registry import registered
 
 
 def layers_with(
@@ -97,3 +99,25 @@ def _peft_layer(task: TaskType | None) -> in_place.Layer:
 @functools.cache
 def _ending_in(task: TaskType | None, theirs: tuple[type, ...]) -> in_place.Layer:
     return in_place.Layer("peft", (), {}, (_peft_layer, (task,)), last=theirs)
+
+
+class Offered:
+    """A method that the config of the first active adapter offers that has it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            return self
+        for active in instance.active_adapters:
+            offered = instance.peft_config[active].offers(self._name)
+            if offered is not None:
+                return offered
+        raise AttributeError(f"{owner.__name__} has no {self._name} with its active adapters", name=self._name)
+
+
+def offered_names(model: Any) -> tuple[str, ...]:
+    """Returns the names of such methods of all configs, but for those of which `model` has something of its own."""
+    names = {name for config_class in registered().values() for name in config_class.offered_names()}
+    return tuple(sorted(name for name in names if not hasattr(model, name)))

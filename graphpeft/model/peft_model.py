@@ -27,13 +27,12 @@ from graphpeft.adapters.trainable import set_trainable_now
 from graphpeft.graph import call_inputs, in_place
 from graphpeft.graph.hosts.sharding import is_asked_by
 from graphpeft.graph.inputs import ExampleInputs
-from graphpeft.model.adapted_class import layers_with
+from graphpeft.model.adapted_class import layers_with, offered_names
 from graphpeft.model.diffusers_methods import DiffusersMethods, is_of_diffusers
 from graphpeft.model.earlier_optimizers import watch
 from graphpeft.model.generating_methods import GeneratingMethods
 from graphpeft.model.given_model import check_model
 from graphpeft.model.merging_methods import MergingMethods
-from graphpeft.model.offered_methods import offered_names
 from graphpeft.model.other_names import OtherNames, free_names
 from graphpeft.model.patched_forwards import with_patched_forward
 from graphpeft.model.saving_methods import SavingMethods

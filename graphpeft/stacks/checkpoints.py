@@ -8,6 +8,7 @@ So nothing here knows a model, or an operation of a conversion.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -113,3 +114,70 @@ def _found(
         of_stack = rows[:, 0] % _OF_PARAMETER
         place = Place(parameter, shape, int(of_stack[0]) // shape[-2], of_stack % shape[-2], columns[0], is_turned)
         yield name.removesuffix(".weight"), place
+
+
+class Conversion:
+    """Transformers' conversions between the tensors in a checkpoint's files and a model's; none for other models.
+
+    Attributes:
+        parts: The names in the files of those tensors that are made into a tensor of the model, by its name there;
+            more than one tensor of the model may be made of them.
+        made: The tensors of the model that are made of those in files, by name.
+    """
+
+    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        self._model: Any = model
+        loaded: Any = sys.modules.get("transformers.modeling_utils")
+        is_of_transformers = loaded is not None and isinstance(model, loaded.PreTrainedModel)
+        conversions = _conversions(model) if is_of_transformers else []
+        self._own = model.state_dict()
+        self._renamings = [each for each in conversions if not hasattr(each, "operations")]
+        self._converters = [each for each in conversions if hasattr(each, "operations")]
+        self._prefix = getattr(model, "base_model_prefix", None) if is_of_transformers else None
+        together: dict[str, list[str]] = {}
+        for name in tensors:
+            together.setdefault(self._named(name)[0] if is_of_transformers else name, []).append(name)
+        if is_of_transformers:
+            # as from_pretrained leaves them for the way back: those that this checkpoint needs
+            self._model._weight_conversions = [each for each in conversions if each.was_used()] or None
+        self.parts: dict[str, list[str]] = {}
+        self.made: dict[str, Tensor] = {}
+        for names in together.values():
+            made = self.in_model({name: tensors[name] for name in names})
+            self.parts |= dict.fromkeys(made.keys() & self._own.keys(), names)
+            self.made |= made
+
+    def in_model(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the model's tensors that are made of those in files, which are all parts of these."""
+        made: dict[str, Any] = {}
+        of_converters: dict[str, Any] = {}
+        for name, tensor in tensors.items():
+            renamed, pattern = self._named(name)
+            if pattern is None:
+                made[renamed] = tensor
+                continue
+            converter = next(each for each in self._converters if pattern in each.source_patterns)
+            of_converters.setdefault(renamed, copy.deepcopy(converter)).add_tensor(renamed, name, pattern, tensor)
+        for renamed, converter in of_converters.items():
+            made |= converter.convert(renamed, model=self._model, config=self._model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def in_files(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the tensors in files of which some of the model's are made, which are all that are made of them."""
+        only = {name: names for name, names in self.parts.items() if name in tensors}
+        if all(len(names) == 1 and self._named(names[0])[1] is None for names in only.values()):
+            return {names[0]: tensors[name] for name, names in only.items()}
+        from transformers.core_model_loading import revert_weight_conversion
+
+        return dict(revert_weight_conversion(self._model, dict(tensors)))
+
+    def _named(self, name: str) -> tuple[str, str | None]:
+        """Returns the name of a tensor in the model, and the pattern of the conversion that makes it."""
+        if self._prefix is None:
+            return name, None
+        from transformers.core_model_loading import rename_source_key
+
+        renamed = rename_source_key(name, self._renamings, self._converters, self._prefix, self._own)
+        if renamed[0] in self._own or name not in self._own:
+            return renamed
+        return rename_source_key(name, [], [], self._prefix, self._own)

@@ -1,4 +1,4 @@
-"""Modules whose tensors accelerate keeps in main memory or on disk, and loads for each call.
+"""Modules whose tensors are kept in main memory or on disk, by accelerate or in a checkpoint's files, between uses.
 
 Between calls, such a module has meta tensors, which have no values. Its hook (``module._hf_hook``) has the values in
 ``weights_map``, a mapping by the tensors' names. Here they are loaded for code that reads or changes them otherwise
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,36 @@ from torch import nn
 from graphpeft.graph import in_place
 from graphpeft.graph.hosts.patched_forwards import OF_HOOKS
 from graphpeft.transaction import at_end_of, set_attribute
+
+
+class InFiles:
+    """Loads a module's tensors from files, as a hook of accelerate's does, and writes those that are changed.
+
+    Attributes:
+        weights_map: The values in the files, by the tensors' names in the module.
+        keep: Writes new values, by the same names.
+    """
+
+    offload = True
+
+    def __init__(
+        self, weights_map: Mapping[str, torch.Tensor], keep: Callable[[Mapping[str, torch.Tensor]], None]
+    ) -> None:
+        self.weights_map, self.keep = weights_map, keep
+
+    def pre_forward(self, module: nn.Module) -> None:
+        """Loads the tensors."""
+        for name, value in self.weights_map.items():
+            if name in module._parameters:
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+            else:
+                module._buffers[name] = value
+
+    def post_forward(self, module: nn.Module, output: None) -> None:
+        """Does nothing: the module's own tensors are put back by `loaded`."""
+
+    def detach_hook(self, module: nn.Module) -> None:
+        """Does nothing: the tensors stay in the files."""
 
 
 def is_offloaded(module: nn.Module) -> bool:
@@ -70,6 +100,9 @@ def written(module: nn.Module) -> Iterator[None]:
 def store(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     """Gives offloaded tensors of `module` other values."""
     hook = _hook_of(module)
+    if isinstance(hook, InFiles):
+        hook.keep(values)
+        return
     before = hook.weights_map
     new = {name: value.detach().cpu() for name, value in values.items()}
     if isinstance(before, ChainMap):

@@ -419,7 +419,10 @@ def test_convert_writes_other_files_and_reads_them(here: Path, capsys: pytest.Ca
     assert json.loads(capsys.readouterr().out)["deviation"] < 1e-6
     assert {file.name for file in (here / "mlx").iterdir()} == {"adapter_config.json", "adapters.safetensors"}
     assert main(["info", "mlx", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["sglang_serves_it"] == "yes"
+    told = json.loads(capsys.readouterr().out)
+    assert {told["peft_reads_it"], told["sglang_serves_it"]} == {
+        "no: the files are of mlx-lm; write others by graphpeft convert mlx FOLDER --to peft"
+    }
     assert main(["convert", "mlx", "peft", "--to", "peft", "--base", "models_of_mine:base", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["deviation"] < 1e-6
     assert graphpeft.LoraConfig.from_pretrained("peft").r == 2

@@ -106,7 +106,7 @@ def test_lora_of_one_rank_and_scale_comes_back_bit_for_bit() -> None:
     ("config", "reason"),
     [
         (LoHaConfig(r=2, target_modules=["q_proj"]), "mlx-lm reads LoRA and DoRA, and this is an adapter of LOHA"),
-        (LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only", lora_bias=True), r"no place for .*lora_B\.bias"),
+        (LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only", lora_bias=True), r"lora_bias=True, with which"),
         (LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]), r"no place for .*lm_head\.weight"),
         (LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2]), "no place for .*token_adapter"),
     ],

@@ -289,7 +289,7 @@ def refuse_other_operations(
             )
 
 
-def _tell_of_edits(adapter: Adapter, name: str, edited: Mapping[str, Any], gives_back: bool) -> None:
+def tell_of_edits(adapter: Adapter, name: str, edited: Mapping[str, Any], gives_back: bool) -> None:
     """Refuses options that were set and don't act; warns where a file no longer says that it has taken weights."""
     for option, (was, now) in adapter.idle(edited).items():
         raise AdaptError(
@@ -323,7 +323,7 @@ def save(
     With `first_values`, a folder of these, it is written as one that has taken no weights.
     """
     if edited := adapter.edited_options:
-        _tell_of_edits(adapter, name, edited, first_values is not None)
+        tell_of_edits(adapter, name, edited, first_values is not None)
     tensors = state_dict_of(modules_by_path(model), adapter, name, originals, state_dict, save_embedding_layers)
     config = file_config(model, adapter)
     if first_values is not None:

@@ -28,7 +28,7 @@ from graphpeft.model.peft_model import PeftModel
 from graphpeft.rules.peft_names import PeftType
 from graphpeft.rules.short_options import short_options
 from graphpeft.stacks.adapter_files import AdapterFiles
-from graphpeft.stacks.known import STACKS
+from graphpeft.stacks.known import STACKS, recognised
 from graphpeft.stacks.peft_files import PREFIX, SavedAdapter
 from graphpeft.stacks.reading import read_for
 from graphpeft.stacks.serving import SERVERS, report_on
@@ -73,12 +73,7 @@ def info(adapter: str | None, as_json: bool) -> None:
 
 
 def _info(adapter: str) -> dict[str, Any]:
-    try:
-        saved = read_for(None, adapter)
-        saved.refuse_two_saves(adapter)
-        _refuse_half_pairs(saved.tensors, adapter)
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+    saved = _read_whole(adapter)
     config, tensors = saved.config, saved.tensors
     options: Any = config.target_options
     targets = options.target_modules or ()
@@ -94,10 +89,30 @@ def _info(adapter: str) -> dict[str, Any]:
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
-        "peft_reads_it": _for_peft(saved),
-        **{f"{server}_serves_it": _for_server(saved, server) for server in SERVERS},
+        **_readers(saved, adapter),
         "digest": config.digest(),
     }
+
+
+def _read_whole(adapter: str) -> SavedAdapter:
+    try:
+        saved = read_for(None, adapter)
+        saved.refuse_two_saves(adapter)
+        _refuse_half_pairs(saved.tensors, adapter)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    return saved
+
+
+def _readers(saved: SavedAdapter, adapter: str) -> dict[str, str]:
+    """Returns who reads an adapter's files, and why others don't."""
+    servers = [f"{server}_serves_it" for server in SERVERS]
+    stack = recognised(Path(adapter))
+    if stack is not None:
+        reason = f"no: the files are of {stack.title}; write others by graphpeft convert {adapter} FOLDER --to peft"
+        return dict.fromkeys(["peft_reads_it", *servers], reason)
+    told = [_for_server(saved, server) for server in SERVERS]
+    return {"peft_reads_it": _for_peft(saved), **dict(zip(servers, told, strict=True))}
 
 
 def _for_server(saved: SavedAdapter, server: str) -> str:
@@ -261,7 +276,7 @@ def convert(adapter: str, path: str, rank: float | None, stack: str | None, base
 def _in_other_files(adapter: str, path: str, stack: str, base: str | None) -> dict[str, Any]:
     """Writes an adapter in the files of a stack, and returns the facts about them."""
     told = {"adapter": adapter, "written": path, "for": STACKS[stack].title}
-    saved = read_for(None, adapter)
+    saved = _read_whole(adapter)
     if base or saved.config.base_model_name_or_path:
         model, example_inputs = _adapted(adapter, base)
         save_adapter(model, path, stack=stack)

@@ -159,10 +159,10 @@ def _dtype(tensors: Any, name: str) -> torch.dtype:
     return (one[:0] if one.get_shape() else tensors.get_tensor(name)).dtype
 
 
-def _begin(source: Path, target: Path) -> None:
+def _begin(source: Path, staged: Path) -> None:
     """Makes a new file with the header of another one, and of its size."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(source, "rb") as old, open(target, "xb") as new:
+    staged.parent.mkdir(parents=True, exist_ok=True)
+    with open(source, "rb") as old, open(staged, "xb") as new:
         size = old.read(8)
         new.write(size + old.read(int.from_bytes(size, "little")))
         new.truncate(source.stat().st_size)

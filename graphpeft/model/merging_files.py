@@ -1,7 +1,7 @@
 """Merges an adapter into the files of a checkpoint, without the model in memory.
 
 The model is on the meta device, and its tensors are in the files, from where a module's own are loaded for as long as
-the adapter's change of them is computed. What isn't changed is copied, byte for byte.
+the adapter's change of them is computed. The rest is copied, byte for byte.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ def merge_checkpoint(
     """Writes a checkpoint's files with an adapter in their weights, without the model in memory.
 
     At any time, memory holds the tensors of one module, and the adapter. The new files have the names, dtypes and
-    shapes of the old ones. What the adapter doesn't change is copied, tensors that the model doesn't know included, and
-    so are the other files of the folder, such as its index, its config and its tokenizer's; but no weights in other
-    formats.
+    shapes of the old ones. Tensors that the adapter doesn't change are copied, also such that the model doesn't know,
+    and so are the other files of the folder, such as the index, the config and the tokenizer's; but no weights in
+    other formats.
 
     Args:
         model: The base model on the meta device. The adapter is loaded into it, and it can't be used any more.
         checkpoint: The folder with the base model's files of safetensors: one file, or an index and its files. A model
             of Transformers may have other names and shapes there, by Transformers' own conversions.
-        adapter: The adapter, as for `PeftModel.from_pretrained`.
+        adapter: The adapter's folder, or its repository on the Hub.
         folder: The new folder. It is made if it doesn't exist, and it isn't the checkpoint's.
 
     Returns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,7 +68,7 @@ class AdapterTensors(NamedTuple):
     Attributes:
         config: The config, in the form of the library that reads it.
         tensors: The tensors by its names, detached, on their devices.
-        checksum: A number of 64 bits in hexadecimal, another one if a bit or a name is another.
+        checksum: A number of 64 bits in hexadecimal, another one if a bit, a name or an option is another.
 
     Examples:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
@@ -110,7 +111,7 @@ def adapter_tensors(model: nn.Module, *, stack: str = "peft", adapter_name: str 
 
     config, tensors = _files_for(stack_named(stack), unwrapped(model), adapter_name)
     detached = {key: tensor.detach() for key, tensor in tensors.items()}
-    return AdapterTensors(config, detached, _checksum(detached))
+    return AdapterTensors(config, detached, _checksum(config, detached))
 
 
 def _files_for(stack: Stack, model: nn.Module, name: str) -> AdapterFiles:
@@ -120,14 +121,16 @@ def _files_for(stack: Stack, model: nn.Module, name: str) -> AdapterFiles:
     adapter, modules = known_adapter(model, name), modules_of(model)
     refuse_missing(modules, adapter, name)
     refuse_empty(modules, adapter, name)
+    if edited := adapter.edited_options:
+        checkpoint.tell_of_edits(adapter, name, edited, gives_back=False)
     originals = merged_weights.Originals(model, known_adapters(model))
     tables = "auto" if stack.has_tables else False
     tensors = checkpoint.state_dict_of(modules, adapter, name, originals, None, tables)
     return stack.convert(AdapterFiles(checkpoint.file_config(model, adapter).to_dict(), tensors), model)
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
+def _checksum(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=8)
     for key, tensor in sorted(tensors.items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)} {fingerprint(tensor)}".encode())
     return digest.hexdigest()

@@ -9,9 +9,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from graphpeft.files.foreign_files import CheckpointError
+from graphpeft.rules.registry import registered
 from graphpeft.stacks.peft_files import PREFIX
 from graphpeft.targeting.pattern_values import exact_patterns, pattern_value
 from graphpeft.targeting.targets import TargetOptions, exactly, match_parameter, own_parameter_entry
+from graphpeft.wording import joined, shortened
 
 _WRAPPER = ".base_layer"
 
@@ -55,7 +58,8 @@ class Lora(NamedTuple):
         parameters: The changes of other parameters, by their paths.
         embeddings: The changes of tables, by the paths of the embeddings: of a table's transpose.
         magnitudes: The magnitudes of DoRA, by the paths of layers.
-        others: The other tensors, by their names in the file.
+        others: The other tensors, by their names in the file; also factors of convolutions, and of layers inside of
+            modules that PEFT wraps as a whole.
     """
 
     layers: dict[str, LowRank]
@@ -85,7 +89,7 @@ def read_lora(files: AdapterFiles, modules: Mapping[str, nn.Module]) -> Lora:
         if match is None:
             lora.others[key] = tensor
         elif match["magnitude"]:
-            lora.magnitudes[match["path"].replace(_WRAPPER, "")] = tensor
+            lora.magnitudes[match["path"]] = tensor
         else:
             of_kind = factors.setdefault((match["path"], match["of_layer"] is None), {})
             of_kind[match["of_layer"] or match["of_table"]] = key, tensor
@@ -95,11 +99,15 @@ def read_lora(files: AdapterFiles, modules: Mapping[str, nn.Module]) -> Lora:
             lora.others.update(own.values())
             continue
         (_, A), (_, B) = own["A"], own["B"]
-        owner = path.replace(_WRAPPER, "")
+        owner = re.sub(rf"({re.escape(_WRAPPER)})+$", "", path)
         targets = _target_parameters(owner, modules, options)
         if is_table or not targets:
+            is_inside = f"{_WRAPPER}." in f"{path}." and path not in modules
+            if is_inside or A.dim() != 2 or B.dim() != 2:
+                lora.others.update(own.values())
+                continue
             changes = lora.embeddings if is_table else lora.layers
-            changes[owner] = LowRank(A, B, scale_at(files.config, owner))
+            changes[path] = LowRank(A, B, scale_at(files.config, path))
         else:
             parameter = targets[len(targets) - 1 - _wrappers(path)]
             name, stack = f"{owner}.{parameter}", modules[owner].get_parameter(parameter).shape[:-2]
@@ -117,6 +125,62 @@ def _target_parameters(owner: str, modules: Mapping[str, nn.Module], options: Ta
     if not options.target_parameters or owner not in modules:
         return []
     return [own for own in modules[owner]._parameters if match_parameter(options, f"{owner}.{own}")]
+
+
+_PLAIN_INIT = frozenset({"gaussian", "eva", "orthogonal", "mica"})
+"""Initialisations that leave the base's weights as they are."""
+
+_OF_PLAIN = frozenset(
+    {
+        *("peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"),
+        *("inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
+        *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("bias", "modules_to_save", "trainable_token_indices", "use_dora", "init_lora_weights", "fan_in_fan_out"),
+        *("ensure_weight_tying", "eva_config", "runtime_config", "save_mutated_as_lora"),
+    }
+)
+"""Options with which LoRA's factors have the meaning s · B A; others of their values are in tensors of their own."""
+
+
+def changed_base(config: Mapping[str, Any]) -> str | None:
+    """Returns the option by which the base's weights were changed when the adapter was made, or None."""
+    init = config.get("init_lora_weights")
+    is_plain = not isinstance(init, str) or init.lower() in _PLAIN_INIT
+    return None if is_plain else f"init_lora_weights={init!r}"
+
+
+def refuse_other_meanings(config: Mapping[str, Any], who: str) -> None:
+    """Raises CheckpointError if factors don't mean s · B A beside the base's own weights, with names told by `who`."""
+    defaults = registered()[config["peft_type"]]().to_dict()
+    idle = (None, False, [], {}, ())
+    other = [
+        f"{name}={shortened(str(value))}"
+        for name, value in config.items()
+        if name not in _OF_PLAIN and value != defaults.get(name) and value not in idle
+    ]
+    if told := changed_base(config):
+        other.append(told)
+    if other:
+        raise CheckpointError(
+            f"{who}, and the adapter has {joined(other)}, with which its factors mean something else; merge it, and "
+            "take the merged model"
+        )
+
+
+def refuse_other_factors(lora: Lora, who: str) -> None:
+    """Raises CheckpointError if an adapter has tensors of LoRA beside factors of layers, parameters and tables."""
+    own = [key.removeprefix(PREFIX) for key in lora.others if ".lora_" in key]
+    if own:
+        raise CheckpointError(
+            f"{who}, and the adapter has {joined(own)}: of a convolution, of a layer in a module that is wrapped as a "
+            "whole, or of a kind of LoRA of its own; merge it, and take the merged model"
+        )
+
+
+def refuse_unknown_names(files: AdapterFiles, model: nn.Module | None) -> None:
+    """Raises CheckpointError if the names of parameters are to be told without the model."""
+    if model is None and files.config.get("target_parameters"):
+        raise CheckpointError("the adapter has target_parameters, whose names the base tells; name it by --base")
 
 
 def scale_at(config: Mapping[str, Any], path: str) -> float:
@@ -178,7 +242,7 @@ def _last(name: str) -> str:
 def _entries(wanted: Collection[str], names: Iterable[str]) -> list[str]:
     """Returns the last parts of targets' names if these tell them from others; else their names."""
     ends = {_last(name) for name in wanted}
-    if all(name in wanted for name in names if _last(name) in ends):
+    if names and all(name in wanted for name in names if _last(name) in ends):
         return sorted(ends)
     return sorted(wanted)
 

@@ -10,6 +10,7 @@ Source: mlx-lm 0.32, ``tuner/utils.py``, ``tuner/lora.py`` and ``tuner/dora.py``
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -19,11 +20,20 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from graphpeft.files.atomic_files import read_together
 from graphpeft.files.foreign_files import CheckpointError, read_json, read_safetensors
 from graphpeft.files.hub import CONFIG_NAME
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.stacks import checkpoints, transformers4
-from graphpeft.stacks.adapter_files import AdapterFiles, Lora, LowRank, read_lora, written_lora
+from graphpeft.stacks.adapter_files import (
+    AdapterFiles,
+    Lora,
+    LowRank,
+    read_lora,
+    refuse_other_meanings,
+    refuse_unknown_names,
+    written_lora,
+)
 from graphpeft.stacks.plain_lora import of_one_rank
 from graphpeft.wording import joined
 
@@ -69,7 +79,15 @@ def write(files: AdapterFiles, staged: Path) -> None:
     staged.mkdir(parents=True, exist_ok=True)
     (staged / CONFIG_NAME).write_text(json.dumps(dict(files.config), indent=2), encoding="utf-8")
     tensors = {key: tensor.detach().to("cpu", copy=True) for key, tensor in files.tensors.items()}
-    save_file(tensors, staged / FILE, metadata={"format": "mlx"})
+    save_file(tensors, staged / FILE, metadata={"format": "mlx", _DIGEST: _digest(files.config)})
+
+
+_DIGEST = "graphpeft_config"
+"""The key in the metadata of tensors by which a reader sees whether the config beside them is theirs."""
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _lora(files: AdapterFiles, model: Any) -> Lora:
@@ -77,8 +95,11 @@ def _lora(files: AdapterFiles, model: Any) -> Lora:
     kind = files.config.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(f"mlx-lm reads LoRA and DoRA, and this is an adapter of {kind}; save_as_lora writes LoRA")
+    refuse_other_meanings(files.config, "mlx-lm's files are wanted")
+    refuse_unknown_names(files, model)
     modules = modules_by_path(model) if model is not None else {}
     lora = read_lora(files, modules)
+    _refuse_tied(lora, model)
     if lora.parameters and checkpoints.is_converted(model):
         lora = read_lora(transformers4.as_in_checkpoint(files, model), modules)
     if lora.magnitudes and lora.magnitudes.keys() != lora.layers.keys() | lora.embeddings.keys():
@@ -89,6 +110,23 @@ def _lora(files: AdapterFiles, model: Any) -> Lora:
             "alone; leave these out, or merge the adapter"
         )
     return lora
+
+
+def _refuse_tied(lora: Lora, model: Any) -> None:
+    """Raises CheckpointError for changes of a table that mlx-lm has for the head, too, and for DoRA of any table."""
+    if lora.magnitudes and lora.embeddings:
+        raise CheckpointError(
+            f"mlx-lm's DoRA of {joined([*lora.embeddings])} has a magnitude for each row, and PEFT's one for each "
+            "column; merge the adapter"
+        )
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        ends = ("embed_tokens", "wte", "lm_head", "embed_out")
+        tied = [*lora.embeddings, *(path for path in lora.layers if path.rpartition(".")[2] in ends)]
+        if tied:
+            raise CheckpointError(
+                f"{joined(tied)} is tied, and mlx-lm has one layer for the table and the head, which it changes both; "
+                "leave it out, or merge the adapter"
+            )
 
 
 def _stacked(tensors: Mapping[str, Tensor], experts: Iterable[str]) -> dict[str, Tensor]:
@@ -121,11 +159,17 @@ def read(folder: Path, model: Any) -> AdapterFiles:
     Raises:
         CheckpointError: If the files are damaged, or of full weights.
     """
-    config, tensors = read_json(folder / CONFIG_NAME), read_safetensors(folder / FILE).tensors
+    config, (tensors, metadata) = _read_both(folder)
     given = config.get("lora_parameters")
     kind = config.get("fine_tune_type", "lora")
-    if kind not in ("lora", "dora") or not isinstance(given, dict) or "scale" not in given:
+    if kind not in ("lora", "dora") or not isinstance(given, dict):
         raise CheckpointError(f"{folder} has no LoRA or DoRA of mlx-lm, but fine_tune_type={kind!r}")
+    if metadata.get(_DIGEST) not in (None, _digest(config)):
+        raise CheckpointError(f"{folder}: {FILE} was saved with another {CONFIG_NAME}; save the adapter again")
+    for name in ("scale", "rank"):
+        value = given.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e6:
+            raise CheckpointError(f"{folder / CONFIG_NAME}: {name}={value!r} is no number that LoRA can have")
     modules = modules_by_path(model) if model is not None else {}
     scale, by_path = given["scale"], _by_path(tensors, checkpoints.names_of_experts(model), folder)
     lora = Lora({}, {}, {}, {}, {})
@@ -135,10 +179,49 @@ def read(folder: Path, model: Any) -> AdapterFiles:
         changes[path] = LowRank(own["lora_a"].T.contiguous(), own["lora_b"].T.contiguous(), scale)
         if "m" in own:
             lora.magnitudes[path] = own["m"]
-    rank = next(iter((lora.layers | lora.embeddings).values())).rank
+    rank = given["rank"]
+    _refuse_other_ranks(lora, rank, folder)
+    _refuse_lacking(given.get("keys"), lora, folder)
     plain = {"peft_type": "LORA", "r": rank, "lora_alpha": scale * rank, "lora_dropout": given.get("dropout", 0.0)}
-    names = [*modules, *lora.layers]
+    names = [*modules, *checkpoints.names_of_experts(model), *lora.layers]
     return written_lora({**plain, "use_dora": kind == "dora"}, lora, {}, names)
+
+
+def _read_both(folder: Path) -> tuple[Any, Any]:
+    """Returns the config and the tensors with their metadata, which lay there at one time."""
+
+    def both() -> tuple[Any, Any]:
+        return read_json(folder / CONFIG_NAME), read_safetensors(folder / FILE)
+
+    config, saved = read_together([folder / CONFIG_NAME, folder / FILE], both)
+    return config, (saved.tensors, saved.metadata)
+
+
+def _refuse_other_ranks(lora: Lora, rank: int, folder: Path) -> None:
+    changes = lora.layers | lora.embeddings
+    other = [
+        path
+        for path, each in changes.items()
+        if each.A.dim() != 2 or each.B.dim() != 2 or not each.A.shape[0] == each.B.shape[1] == rank
+    ]
+    if other:
+        raise CheckpointError(f"{folder / FILE}: factors of {joined(other)} aren't of rank {rank}, as the config says")
+
+
+def _refuse_lacking(keys: Any, lora: Lora, folder: Path) -> None:
+    """Raises CheckpointError if a layer has no factors that the config names by its whole path."""
+    there = {*lora.layers, *lora.embeddings}
+    stacks = {re.sub(r"\.experts\.\d+\.\w+$", "", path) for path in there}
+    lacking = [
+        key
+        for key in (keys if isinstance(keys, list) else ())
+        if isinstance(key, str)
+        and re.search(r"\.\d+\.", key)
+        and key not in there
+        and not ("switch_mlp" in key and key.partition(".switch_mlp")[0] in stacks)
+    ]
+    if lacking:
+        raise CheckpointError(f"{folder / FILE} lacks {joined(lacking)}, which the config names; copy it anew")
 
 
 def _by_path(tensors: Mapping[str, Tensor], experts: Iterable[str], folder: Path) -> dict[str, dict[str, Tensor]]:
@@ -154,6 +237,13 @@ def _by_path(tensors: Mapping[str, Tensor], experts: Iterable[str], folder: Path
             found.setdefault(path, {})[which] = tensor
             continue
         of_mixtral = {name: own for own, name in _OF_MIXTRAL.items()}.get(match["own"], match["own"])
+        stack = [each for each in known if each.startswith(f"{match['before']}.experts.0.")]
+        count = sum(each.startswith(f"{match['before']}.experts.") for each in known) // max(len(stack), 1)
+        if tensor.dim() != 3 or (known and len(tensor) != count):
+            raise CheckpointError(
+                f"{folder / FILE}: {key} has the shape {tuple(tensor.shape)}, and the model {count} experts there; "
+                "load it on the model that it was trained on"
+            )
         for number, matrix in enumerate(tensor):
             names = [f"{match['before']}.experts.{number}.{own}" for own in (match["own"], of_mixtral)]
             name = next((each for each in names if each in known), names[0])

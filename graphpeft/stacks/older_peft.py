@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from graphpeft.files.foreign_files import CheckpointError
-from graphpeft.stacks.adapter_files import AdapterFiles, LowRank, read_lora, written_lora
+from graphpeft.stacks.adapter_files import AdapterFiles, Lora, LowRank, read_lora, written_lora
 
 
 def as_since_0_19(files: AdapterFiles, version: str | None, modules: Mapping[str, nn.Module]) -> AdapterFiles:
@@ -40,8 +40,9 @@ def as_since_0_19(files: AdapterFiles, version: str | None, modules: Mapping[str
         name: LowRank(change.B.mT.contiguous(), change.A.mT.contiguous(), change.scale)
         for name, change in turned.items()
     }
-    written = written_lora(files.config, lora._replace(parameters={**lora.parameters, **other}), modules, ())
-    return AdapterFiles(files.config, written.tensors)
+    names = Lora({}, {**lora.parameters, **other}, {}, {}, {})
+    written = written_lora(files.config, names, modules, ())
+    return AdapterFiles(files.config, {**files.tensors, **written.tensors})
 
 
 def _is_older(name: str, change: LowRank, version: str | None, modules: Mapping[str, nn.Module]) -> bool:

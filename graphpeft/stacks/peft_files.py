@@ -112,7 +112,7 @@ def _read_both(config_file: str, weights: str) -> SavedAdapter:
         with contextlib.suppress(OSError, ValueError):  # it has been put into place now, or isn't complete
             ready = PeftConfig.from_file(file)
             if digest == ready.digest():
-                return SavedAdapter(ready, tensors, operations=operations)
+                return SavedAdapter(ready, tensors, operations=operations, of_version=_version_in(str(file)))
     return SavedAdapter(config, tensors, is_of_one_save=False)
 
 

@@ -41,7 +41,7 @@ def read_for(
     else:
         values, given = load(model_id, use_safetensors=use_safetensors, **hub_options), as_config(config)
         values = with_those_beside(given, values, model_id, use_safetensors, hub_options)
-        saved = SavedAdapter(given, values, of_version=given.peft_version)
+        saved = SavedAdapter(given, values, of_version=_version_beside(model_id, use_safetensors, hub_options))
     if key_mapping:
         saved = saved._replace(tensors=renamed(saved.tensors, key_mapping))
     # most files are by this version
@@ -51,6 +51,16 @@ def read_for(
     if model is None or loaded is None or not isinstance(model, loaded.PreTrainedModel):
         return saved
     return _by_names_of(model, saved)
+
+
+def _version_beside(
+    model_id: str | os.PathLike[str], use_safetensors: bool | None, hub_options: Mapping[str, Any]
+) -> str | None:
+    """Returns the version of PEFT that the config beside a file names, whatever config is given for it."""
+    try:
+        return read(model_id, use_safetensors=use_safetensors, **hub_options).of_version
+    except (OSError, CheckpointError):
+        return None
 
 
 def _of_other_stack(model: nn.Module | None, path: Path) -> SavedAdapter | None:

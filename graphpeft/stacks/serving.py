@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from graphpeft.files.foreign_files import CheckpointError
-from graphpeft.stacks.adapter_files import AdapterFiles
+from graphpeft.stacks.adapter_files import AdapterFiles, changed_base
 from graphpeft.stacks.peft_files import SavedAdapter
 from graphpeft.wording import joined, shortened
 
@@ -69,8 +69,14 @@ _MERGE = "merge it, and serve the model: graphpeft merge ADAPTER FOLDER"
 _PLAIN = "write ranks and scales into the factors: graphpeft convert ADAPTER FOLDER --to plain"
 _OF_ORIGINAL = "save it as LoRA of the base as it was: save_pretrained(…, path_initial_model_for_weight_conversion=…)"
 
-_PLAIN_INIT = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
-"""Initialisations that leave the base's weights as they are."""
+_BY_TRANSFORMERS = "serve it by Transformers, which runs the adapter beside the base"
+_OWN_KINDS = {
+    "alora_invocation_tokens": _BY_TRANSFORMERS,
+    "layer_replication": _MERGE,
+    "use_bdlora": _AS_LORA,
+    "use_qalora": _MERGE,
+}
+"""Options that make another function of the same factors, each with its way out."""
 
 _FACTOR = re.compile(r".*\.(lora_[AB]\.weight|lora_embedding_[AB])")
 _OF_BASE = re.compile(r".*\.(embed_tokens|lm_head)\.base_layer\.weight")
@@ -91,17 +97,19 @@ def report_on(saved: SavedAdapter, server: str) -> ServingReport:
 
 def _vllm(files: AdapterFiles) -> Iterator[Broken]:
     config = files.config
-    yield from _refused_options(config, {"use_dora": _AS_LORA, "lora_bias": _MERGE, "alora_invocation_tokens": _MERGE})
-    yield from _refused_options(config, {"layer_replication": _MERGE, "use_bdlora": _AS_LORA, "use_qalora": _MERGE})
+    yield from _refused_options(config, {"use_dora": _AS_LORA, "lora_bias": _MERGE, **_OWN_KINDS})
     yield from _changed_base(config, "refused")
     heads = [name for name in config.get("modules_to_save") or () if name not in ("classifier", "score")]
     if heads:
         yield Broken(f"modules_to_save has {joined(heads)}; it reads classifier or score alone", "refused", _MERGE)
     yield from _other_tensors(files, (_FACTOR, _OF_BASE, _CLASSIFIER), "refused")
+    if _highest_rank(files) > 512:
+        yield Broken(f"its highest --max-lora-rank is 512, and this has {_highest_rank(files)}", "refused", _AS_LORA)
 
 
 def _sglang(files: AdapterFiles) -> Iterator[Broken]:
     yield from _refused_options(files.config, {"use_dora": _AS_LORA})
+    yield from _ignored_options(files.config)
     yield from _ignored_scales(files.config, "lora_alpha / r", ("use_rslora", "rank_pattern", "alpha_pattern"))
     targets = files.config.get("target_modules")
     if isinstance(targets, str) and targets != "all-linear":
@@ -113,10 +121,16 @@ def _sglang(files: AdapterFiles) -> Iterator[Broken]:
 
 
 def _llama_cpp(files: AdapterFiles) -> Iterator[Broken]:
+    yield from _ignored_options(files.config)
     yield from _ignored_scales(files.config, "lora_alpha / rank", ("use_rslora", "alpha_pattern"))
     yield from _changed_base(files.config, "wrong")
     yield from _whole_stacks(files.config, "refused")
     yield from _other_tensors(files, (_FACTOR, _OF_BASE), "refused")
+
+
+def _ignored_options(config: Mapping[str, Any]) -> Iterator[Broken]:
+    for broken in _refused_options(config, _OWN_KINDS):
+        yield broken._replace(outcome="wrong")
 
 
 def _ignored_scales(config: Mapping[str, Any], scale: str, options: Sequence[str]) -> Iterator[Broken]:
@@ -126,9 +140,8 @@ def _ignored_scales(config: Mapping[str, Any], scale: str, options: Sequence[str
 
 
 def _changed_base(config: Mapping[str, Any], outcome: Outcome) -> Iterator[Broken]:
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower() not in _PLAIN_INIT:
-        yield Broken(f"init_lora_weights={init!r} has changed the base's weights", outcome, _OF_ORIGINAL)
+    if told := changed_base(config):
+        yield Broken(f"{told} has changed the base's weights", outcome, _OF_ORIGINAL)
 
 
 def _whole_stacks(config: Mapping[str, Any], outcome: Outcome) -> Iterator[Broken]:

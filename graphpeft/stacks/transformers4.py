@@ -9,6 +9,7 @@ it knows, and are made likewise for all others. Servers read an entry for each m
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,19 @@ from torch import Tensor, nn
 
 from graphpeft.files.foreign_files import CheckpointError
 from graphpeft.graph.paths import modules_by_path
-from graphpeft.stacks.adapter_files import AdapterFiles, Lora, LowRank, read_lora, written_lora
+from graphpeft.stacks.adapter_files import (
+    AdapterFiles,
+    Lora,
+    LowRank,
+    read_lora,
+    refuse_other_factors,
+    refuse_other_meanings,
+    written_lora,
+)
 from graphpeft.stacks.checkpoints import Place, is_converted, places, present_names
+from graphpeft.stacks.peft_files import PREFIX
+from graphpeft.targeting.pattern_values import pattern_value
+from graphpeft.targeting.targets import TargetOptions, compile_matcher
 from graphpeft.wording import joined
 
 Part = tuple[Place, LowRank]
@@ -53,8 +65,11 @@ def as_in_model(files: AdapterFiles, model: Any, modules: Mapping[str, nn.Module
             layers[renamed] = change
         else:
             return files  # of another model, or of one whose layers are replicated
-    _refuse_other_kinds(lora, "a file's names are another checkpoint's")
-    parameters = {name: _joined(of_parameter) for name, of_parameter in parts.items()}
+    _refuse_other_kinds(files.config, lora, "a file's names are another checkpoint's")
+    _refuse_lacking(files.config, lora, found)
+    if twice := [*lora.parameters.keys() & parts.keys()]:
+        raise CheckpointError(f"the file has {joined(twice)} as a whole and by its matrices; save the adapter again")
+    parameters = {name: _joined(name, of_parameter) for name, of_parameter in parts.items()}
     made = lora._replace(layers=layers, parameters=lora.parameters | parameters)
     return written_lora(files.config, made, modules, _names(modules))
 
@@ -70,31 +85,72 @@ def as_in_checkpoint(files: AdapterFiles, model: Any) -> AdapterFiles:
         CheckpointError: If the adapter isn't LoRA of a Transformers model, or is of a kind that can't be converted.
     """
     if files.config.get("peft_type") != "LORA" or not is_converted(model):
+        if model is None:
+            raise CheckpointError("names of the checkpoint are told by the base; name it by --base")
         raise CheckpointError(
             f"a {type(model).__name__} with an adapter of {files.config.get('peft_type')} has no other names in its "
             "checkpoint by Transformers' conversions; save it as it is"
         )
     modules = modules_by_path(model)
     lora = read_lora(files, modules)
-    _refuse_other_kinds(lora, "names of the checkpoint are wanted")
+    _refuse_other_kinds(files.config, lora, "names of the checkpoint are wanted")
     found = places(model, modules)
     by_parameter: dict[str, dict[str, Place]] = {}
     for name, place in found.items():
         by_parameter.setdefault(place.parameter, {})[name] = place
-    layers: dict[str, LowRank] = {}
+    for key in lora.others:
+        _name_of_layer(key.removeprefix(PREFIX).rpartition(".")[0], by_parameter, is_kept=True)
+    layers = {_name_of_layer(path, by_parameter): change for path, change in lora.layers.items()}
+    tables = {_name_of_layer(path, by_parameter): change for path, change in lora.embeddings.items()}
     kept: dict[str, LowRank] = {}
-    for path, change in lora.layers.items():
-        only = list(by_parameter.get(f"{path}.weight", {path: None}))
-        if len(only) > 1:
-            raise CheckpointError(f"{path} is of several matrices in the checkpoint: {joined(only)}; save it as it is")
-        layers[only[0]] = change
     for name, change in lora.parameters.items():
         parts = by_parameter.get(name, {})
         layers |= _parted(parts, change)
         if not parts:
             kept[name] = change
     names = {*found, *_names(modules)} - lora.parameters.keys()
-    return written_lora(files.config, lora._replace(layers=layers, parameters=kept), modules, names)
+    return written_lora(files.config, lora._replace(layers=layers, parameters=kept, embeddings=tables), modules, names)
+
+
+def _name_of_layer(path: str, by_parameter: Mapping[str, Mapping[str, Place]], is_kept: bool = False) -> str:
+    """Returns the name of a layer in the checkpoint, where its weight is to lie as it does in the model."""
+    found = by_parameter.get(f"{path}.weight", {})
+    if is_kept and not found:
+        return path  # of no matrix, such as a bias
+    if len(found) != 1 or not _is_whole(next(iter(found.values()))) or (is_kept and [*found] != [path]):
+        raise CheckpointError(
+            f"{path} is another matrix, or a part of one, in the checkpoint: {joined([*found]) or 'of no name'}; save "
+            "it as it is"
+        )
+    return next(iter(found))
+
+
+def _is_whole(place: Place) -> bool:
+    """Returns whether a checkpoint's matrix is a parameter of the model as it is."""
+    sides = place.rows.tolist(), place.columns.tolist()
+    return not place.is_turned and sides == tuple([*range(size)] for size in place.shape)
+
+
+_CHOOSING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+"""The options by which a config names layers."""
+
+
+def _refuse_lacking(config: Mapping[str, Any], lora: Lora, found: Mapping[str, Place]) -> None:
+    """Raises CheckpointError if a file lacks a matrix of the checkpoint that its own config names."""
+    options: dict[str, Any] = {name: config.get(name) for name in _CHOOSING}
+    is_named = compile_matcher(TargetOptions(**options))
+    there = {*lora.layers, *lora.embeddings}
+    lacking = [path for path in found if path not in there and is_named(path)]
+    wanted = {path: pattern_value(config.get("rank_pattern") or {}, path, config["r"]) for path in lora.layers}
+    if other := [path for path, change in lora.layers.items() if change.rank != wanted[path]]:
+        raise CheckpointError(
+            f"factors of {joined(other)} have other ranks than the config says; save the adapter again"
+        )
+    if lacking:
+        raise CheckpointError(
+            f"the adapter's file lacks {joined(lacking)}, which its config names; load it on the model that it was "
+            "trained on"
+        )
 
 
 def _names(modules: Mapping[str, nn.Module]) -> list[str]:
@@ -102,26 +158,32 @@ def _names(modules: Mapping[str, nn.Module]) -> list[str]:
     return [*modules, *parameters]
 
 
-def _refuse_other_kinds(lora: Lora, what: str) -> None:
-    own = [
-        *(f"magnitudes of DoRA at {path}" for path in lora.magnitudes),
-        *(key for key in lora.others if ".lora_" in key),
-    ]
-    if own:
+def _refuse_other_kinds(config: Mapping[str, Any], lora: Lora, who: str) -> None:
+    refuse_other_meanings(config, who)
+    refuse_other_factors(lora, who)
+    if lora.magnitudes:
         raise CheckpointError(
-            f"{what}, and the adapter has {joined(own)} beside LoRA's factors, which have no place in matrices that "
-            "are joined or parted; merge it where it was trained, and take the merged model"
+            f"{who}, and the adapter has magnitudes of DoRA at {joined([*lora.magnitudes])}, which have no place in "
+            "matrices that are joined or parted; merge it where it was trained, and take the merged model"
         )
 
 
-def _joined(parts: Sequence[Part]) -> LowRank:
+def _joined(name: str, parts: Sequence[Part]) -> LowRank:
     """Returns the change of a parameter from the changes of its parts."""
     place = parts[0][0]
     stack = place.shape[0] if len(place.shape) == 3 else 1
     columns, rows = place.shape[-2:] if place.is_turned else reversed(place.shape[-2:])
+    for at, change in parts:
+        outputs, inputs = _sides(at)
+        if change.A.shape != (change.rank, len(inputs)) or change.B.shape != (len(outputs), change.rank):
+            raise CheckpointError(
+                f"factors of {name} have the shapes {tuple(change.A.shape)} and {tuple(change.B.shape)}, where the "
+                f"model wants (r, {len(inputs)}) and ({len(outputs)}, r); load it on the model that it was trained on"
+            )
     branches = _branches(parts)
     ranks = [max(change.rank for _, change in branch) for branch in branches]
-    scale, dtype = parts[0][1].scale, parts[0][1].A.dtype
+    scale = next((change.scale for _, change in parts if change.scale), 1.0)
+    dtype = functools.reduce(torch.promote_types, (change.A.dtype for _, change in parts))
     A = torch.zeros(stack, sum(ranks), columns, dtype=dtype)
     B = torch.zeros(stack, rows, sum(ranks), dtype=dtype)
     start = 0
@@ -129,10 +191,9 @@ def _joined(parts: Sequence[Part]) -> LowRank:
         for at, change in branch:
             own = torch.arange(start, start + change.rank)
             outputs, inputs = _sides(at)
-            A[at.expert][own[:, None], inputs] = change.A
-            B[at.expert][outputs[:, None], own] = (
-                change.B if change.scale == scale else change.B * (change.scale / scale)
-            )
+            A[at.expert][own[:, None], inputs] = change.A.to(dtype)
+            scaled = change.B if change.scale == scale else change.B * (change.scale / scale)
+            B[at.expert][outputs[:, None], own] = scaled.to(dtype)
         start += rank
     return LowRank(A, B, scale) if len(place.shape) == 3 else LowRank(A[0], B[0], scale)
 

@@ -169,6 +169,19 @@ def test_it_is_written_with_an_entry_for_each_expert_bit_for_bit(kind: str) -> N
     assert (of_found["r"], of_found["lora_alpha"], of_found["rank_pattern"]) == (4, 8, {})
 
 
+def test_an_expert_without_tokens_has_the_rank_of_the_others() -> None:
+    """Fails if ranks are told expert by expert: an untrained one has zeros in all of its ranks."""
+    checkpoint = checkpoint_of(base("qwen3_moe"))
+    write("adapter", checkpoint, filter(is_of_expert, checkpoint), rank=lambda _: 4)
+    tensors = load_file("adapter/adapter_model.safetensors")
+    idle = {key: torch.zeros_like(tensor) for key, tensor in tensors.items() if ".experts.1." in key and "_B" in key}
+    save_file(tensors | idle, "adapter/adapter_model.safetensors")
+    save_adapter(PeftModel.from_pretrained(base("qwen3_moe"), "adapter"), "again", stack="transformers4")
+    given, found = (load_file(f"{folder}/adapter_model.safetensors") for folder in ("adapter", "again"))
+    assert found.keys() == given.keys()
+    assert all(torch.equal(found[key], given[key]) for key in given)
+
+
 def test_what_is_trained_on_the_joined_weights_is_written_so_too() -> None:
     config = LoraConfig(r=2, target_parameters=["gate_up_proj", "down_proj"], target_modules=["q_proj"])
     adapted = get_peft_model(base("qwen3_moe"), config)

@@ -1,4 +1,4 @@
-"""What servers make of adapters: each rule by an adapter that breaks it. `make serving` asks the servers themselves."""
+"""What servers make of adapters: each rule by an adapter that breaks it."""
 
 from __future__ import annotations
 

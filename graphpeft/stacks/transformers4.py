@@ -10,8 +10,8 @@ it knows, and are made likewise for all others. Servers read an entry for each m
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ from graphpeft.stacks.peft_files import PREFIX
 from graphpeft.targeting.pattern_values import pattern_value
 from graphpeft.targeting.targets import TargetOptions, compile_matcher
 from graphpeft.wording import joined
+
+T = TypeVar("T")
 
 Part = tuple[Place, LowRank]
 """The change of one of a checkpoint's matrices, with the place of the matrix."""
@@ -180,7 +182,7 @@ def _joined(name: str, parts: Sequence[Part]) -> LowRank:
                 f"factors of {name} have the shapes {tuple(change.A.shape)} and {tuple(change.B.shape)}, where the "
                 f"model wants (r, {len(inputs)}) and ({len(outputs)}, r); load it on the model that it was trained on"
             )
-    branches = _branches(parts)
+    branches = _branches(parts, place_of=lambda part: part[0])
     ranks = [max(change.rank for _, change in branch) for branch in branches]
     scale = next((change.scale for _, change in parts if change.scale), 1.0)
     dtype = functools.reduce(torch.promote_types, (change.A.dtype for _, change in parts))
@@ -203,22 +205,32 @@ def _sides(place: Place) -> tuple[Tensor, Tensor]:
     return (place.columns, place.rows) if place.is_turned else (place.rows, place.columns)
 
 
-def _branches(parts: Sequence[Part]) -> list[list[Part]]:
+def _branches(parts: Sequence[T], place_of: Callable[[T], Place]) -> list[list[T]]:
     """Returns parts that lie at the same places of their experts' matrices together, in the order of the places."""
-    found: dict[tuple[int, int], list[Part]] = {}
-    for place, change in parts:
-        found.setdefault((int(place.rows[0]), int(place.columns[0])), []).append((place, change))
+    found: dict[tuple[int, int], list[T]] = {}
+    for part in parts:
+        place = place_of(part)
+        found.setdefault((int(place.rows[0]), int(place.columns[0])), []).append(part)
     return [found[first] for first in sorted(found)]
 
 
 def _parted(parts: Mapping[str, Place], change: LowRank) -> dict[str, LowRank]:
-    """Returns the changes of a parameter's parts, without the ranks that are another part's alone."""
+    """Returns the changes of a parameter's parts, without the ranks that are another part's alone in all experts."""
     found: dict[str, LowRank] = {}
-    for name, place in parts.items():
-        A, B = (each[place.expert] if each.dim() == 3 else each for each in (change.A, change.B))
-        outputs, inputs = _sides(place)
-        own = B[outputs]
-        is_idle = (own == 0).all(0)
-        used = ~is_idle if bool((is_idle & (B != 0).any(0)).any()) and not bool(is_idle.all()) else is_idle | True
-        found[name] = LowRank(A[used][:, inputs].contiguous(), own[:, used].contiguous(), change.scale)
-    return found
+    own_factors = {name: _own_factors(place, change) for name, place in parts.items()}
+    for branch in _branches(list(parts.items()), place_of=lambda part: part[1]):
+        B = torch.stack([own_factors[name].B for name, _ in branch])
+        is_idle = (B == 0).all(0).all(0)
+        is_of_others = is_idle & (change.B != 0).flatten(0, -2).any(0)
+        used = ~is_idle if bool(is_of_others.any()) and not bool(is_idle.all()) else torch.ones_like(is_idle)
+        for name, _ in branch:
+            own = own_factors[name]
+            found[name] = LowRank(own.A[used].contiguous(), own.B[:, used].contiguous(), change.scale)
+    return {name: found[name] for name in parts}
+
+
+def _own_factors(place: Place, change: LowRank) -> LowRank:
+    """Returns the factors of a parameter's part, of all ranks."""
+    A, B = (each[place.expert] if each.dim() == 3 else each for each in (change.A, change.B))
+    outputs, inputs = _sides(place)
+    return LowRank(A[:, inputs], B[outputs], change.scale)

@@ -388,6 +388,21 @@ def test_a_merged_model_takes_the_place_of_an_earlier_one_whole(here: Path, monk
     assert {file.name for file in (here / "merged").iterdir()} == before.keys() - {*stale}
 
 
+def test_a_conversion_that_computes_something_else_is_not_written(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Fails if the deviation is told and not judged."""
+    saved(here / "adapter", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    monkeypatch.setattr("graphpeft.stacks.mlx.of_one_rank", _with_halves)
+    assert main(["convert", "adapter", "mlx", "--to", "mlx", "--base", "models_of_mine:base"]) == 2
+    assert "more than rounding does; nothing is written" in capsys.readouterr().err
+    assert not (here / "mlx").exists()
+
+
+def _with_halves(lora: Any) -> Any:
+    return lora._replace(layers={path: each._replace(B=each.B / 2) for path, each in lora.layers.items()})
+
+
 def test_what_the_files_cannot_hold_is_merged_in_memory(here: Path, capsys: pytest.CaptureFixture[str]):
     """Fails if a head that the checkpoint doesn't have is left out, or nobody is told how much memory it takes."""
     saved_llama(here)

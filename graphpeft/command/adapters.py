@@ -279,14 +279,26 @@ def _in_other_files(adapter: str, path: str, stack: str, base: str | None) -> di
     saved = _read_whole(adapter)
     if base or saved.config.base_model_name_or_path:
         model, example_inputs = _adapted(adapter, base)
-        save_adapter(model, path, stack=stack)
-        again = read_for(model, Path(path))
-        return {**told, "deviation": _deviation(model, (again.config, again.tensors), example_inputs)}
+        with Staging(Path(path)) as staging:
+            save_adapter(model, staging.folder, stack=stack)
+            again = read_for(model, staging.folder)
+            deviation = _deviation(model, (again.config, again.tensors), example_inputs)
+            if not isinstance(deviation, str) and not deviation <= _ROUNDED:
+                raise click.ClickException(
+                    f"read again, the adapter moves outputs by {deviation} of their largest, more than rounding does; "
+                    "nothing is written; graphpeft merge takes the adapter as it is"
+                )
+            staging.put()
+        return {**told, "deviation": deviation}
     with Staging(Path(path)) as staging:
         to = STACKS[stack]
         to.write(to.convert(AdapterFiles(saved.config.to_dict(), saved.tensors), None), staging.folder)
         staging.put()
     return {**told, "deviation": "not known: the config names no base model; name it by --base"}
+
+
+_ROUNDED = 0.01
+"""The largest deviation by which factors in half precision are rounded, relative to the largest output."""
 
 
 def _deviation(model: Any, converted: Any, example_inputs: Any) -> str | float:

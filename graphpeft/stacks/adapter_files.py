@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphpeft.files.foreign_files import CheckpointError
@@ -48,6 +49,14 @@ class LowRank(NamedTuple):
     def rank(self) -> int:
         """The rank of each matrix."""
         return self.A.shape[-2]
+
+    def of(self, rank: int, scale: float) -> LowRank:
+        """Returns the same change with a rank at least as high, by zeros, and with another scale, which goes into B."""
+        B = self.B if self.scale == scale else self.B * (self.scale / scale)
+        if not B.isfinite().all():
+            raise CheckpointError(f"a factor in {B.dtype} can't hold the scale {self.scale / scale:.3g}; use float32")
+        more = rank - self.rank
+        return LowRank(F.pad(self.A, (0, 0, 0, more)), F.pad(B, (0, more)), scale)
 
 
 class Lora(NamedTuple):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from graphpeft.files.foreign_files import CheckpointError
 from graphpeft.graph.paths import join, modules_by_path
+from graphpeft.wording import joined
 
 
 class Place(NamedTuple):
@@ -58,6 +59,24 @@ def present_names(model: Any, names: Iterable[str]) -> dict[str, str]:
 
     renamings = [each for each in _conversions(model) if isinstance(each, WeightRenaming)]
     return {name: rename_source_key(name, renamings, [])[0] for name in names}
+
+
+def past_names(model: Any, names: Sequence[str]) -> dict[str, str]:
+    """Returns the names that a model's tensors have in a checkpoint, as far as their names alone differ.
+
+    Raises:
+        CheckpointError: If a tensor has no name of its own there.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    numbered = {name: torch.tensor([number]) for number, name in enumerate(names)}
+    found: dict[str, str] = {}
+    for past, number in revert_weight_conversion(model, numbered).items():
+        if number.numel() == 1:
+            found[names[int(number)]] = past
+    if lacking := [name for name in names if name not in found]:
+        raise CheckpointError(f"{joined(lacking)} are parts of other tensors in the checkpoint; save them as they are")
+    return found
 
 
 def names_of_experts(model: Any) -> list[str]:

@@ -24,13 +24,11 @@ from graphpeft.files.atomic_files import read_together
 from graphpeft.files.foreign_files import CheckpointError, read_json, read_safetensors
 from graphpeft.files.hub import CONFIG_NAME
 from graphpeft.graph.paths import modules_by_path
-from graphpeft.stacks import checkpoints, transformers4
+from graphpeft.stacks import checkpoints, experts, transformers4
 from graphpeft.stacks.adapter_files import (
     AdapterFiles,
     Lora,
     LowRank,
-    read_lora,
-    refuse_other_meanings,
     refuse_unknown_names,
     written_lora,
 )
@@ -39,7 +37,6 @@ from graphpeft.wording import joined
 
 FILE = "adapters.safetensors"
 
-_EXPERT = re.compile(r"(?P<before>.+)\.experts\.(?P<number>\d+)\.(?P<own>\w+)")
 _STACK = re.compile(r"(?P<before>.+)\.switch_mlp\.(?P<own>\w+)")
 _OF_MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 """The names that mlx-lm has for the matrices of experts of Mixtral's kind."""
@@ -60,13 +57,16 @@ def converted(files: AdapterFiles, model: Any) -> AdapterFiles:
     Raises:
         CheckpointError: If mlx-lm has no place for the adapter.
     """
-    lora = of_one_rank(_lora(files, model))
+    lora = _lora(files, model)
+    stacks = experts.stacked(lora.layers, checkpoints.names_of_experts(model), _stack_of)
+    lora = of_one_rank(lora._replace(layers=stacks))
     changes = lora.layers | lora.embeddings
     tensors = {f"{path}.m": magnitude for path, magnitude in lora.magnitudes.items()}
     for path, each in changes.items():
-        tensors |= {f"{path}.lora_a": each.A.T, f"{path}.lora_b": each.B.T}
-    tensors = _stacked(tensors, checkpoints.names_of_experts(model))
-    layers = sorted({key.rpartition(".")[0] for key in tensors})
+        is_stack = each.A.dim() == 3
+        tensors |= {f"{path}.lora_a": each.A if is_stack else each.A.T}
+        tensors |= {f"{path}.lora_b": each.B if is_stack else each.B.T}
+    layers = sorted(changes)
     first, dropout = next(iter(changes.values())), files.config.get("lora_dropout", 0.0)
     parameters = {"rank": first.rank, "scale": first.scale, "dropout": dropout, "keys": layers}
     kind = "dora" if lora.magnitudes else "lora"
@@ -95,13 +95,9 @@ def _lora(files: AdapterFiles, model: Any) -> Lora:
     kind = files.config.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(f"mlx-lm reads LoRA and DoRA, and this is an adapter of {kind}; save_as_lora writes LoRA")
-    refuse_other_meanings(files.config, "mlx-lm's files are wanted")
     refuse_unknown_names(files, model)
-    modules = modules_by_path(model) if model is not None else {}
-    lora = read_lora(files, modules)
+    lora = transformers4.lora_in_checkpoint(files, model, "mlx-lm's files are wanted")
     _refuse_tied(lora, model)
-    if lora.parameters and checkpoints.is_converted(model):
-        lora = read_lora(transformers4.as_in_checkpoint(files, model), modules)
     if lora.magnitudes and lora.magnitudes.keys() != lora.layers.keys() | lora.embeddings.keys():
         raise CheckpointError("mlx-lm has DoRA at all layers of an adapter or at none; merge it, or save_as_lora")
     if lora.others or lora.parameters:
@@ -129,24 +125,8 @@ def _refuse_tied(lora: Lora, model: Any) -> None:
             )
 
 
-def _stacked(tensors: Mapping[str, Tensor], experts: Iterable[str]) -> dict[str, Tensor]:
-    """Returns tensors of experts as stacks, with zeros for experts without changes."""
-    counts: dict[str, int] = {}
-    for name in (*experts, *(key.rpartition(".")[0] for key in tensors)):
-        if match := _EXPERT.fullmatch(name):
-            counts[match["before"]] = max(counts.get(match["before"], 0), int(match["number"]) + 1)
-    found: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        path, _, which = key.rpartition(".")
-        match = _EXPERT.fullmatch(path)
-        if match is None:
-            found[key] = tensor
-            continue
-        name = f"{match['before']}.switch_mlp.{_OF_MIXTRAL.get(match['own'], match['own'])}.{which}"
-        if name not in found:
-            found[name] = tensor.new_zeros(counts[match["before"]], *reversed(tensor.shape))
-        found[name][int(match["number"])] = tensor.T
-    return found
+def _stack_of(place: experts.OfExpert) -> str:
+    return f"{place.before}.switch_mlp.{_OF_MIXTRAL.get(place.own, place.own)}"
 
 
 def read(folder: Path, model: Any) -> AdapterFiles:
@@ -224,10 +204,10 @@ def _refuse_lacking(keys: Any, lora: Lora, folder: Path) -> None:
         raise CheckpointError(f"{folder / FILE} lacks {joined(lacking)}, which the config names; copy it anew")
 
 
-def _by_path(tensors: Mapping[str, Tensor], experts: Iterable[str], folder: Path) -> dict[str, dict[str, Tensor]]:
+def _by_path(tensors: Mapping[str, Tensor], names: Iterable[str], folder: Path) -> dict[str, dict[str, Tensor]]:
     """Returns the tensors of each layer by their names in it, with a layer for each matrix of a stack."""
     found: dict[str, dict[str, Tensor]] = {}
-    known = set(experts)
+    known = set(names)
     for key, tensor in tensors.items():
         path, _, which = key.rpartition(".")
         match = _STACK.fullmatch(path)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
-
 from graphpeft.files.foreign_files import CheckpointError
 from graphpeft.graph.paths import modules_by_path
 from graphpeft.stacks.adapter_files import (
@@ -30,15 +28,10 @@ def of_one_rank(lora: Lora) -> Lora:
         raise CheckpointError("the adapter has no factors of LoRA; save it as it is")
     rank, scale = max(each.rank for each in changes), next((each.scale for each in changes if each.scale), 1.0)
 
-    def same(change: LowRank) -> LowRank:
-        B = change.B if change.scale == scale else change.B * (change.scale / scale)
-        if not B.isfinite().all():
-            raise CheckpointError(f"a factor in {B.dtype} can't hold the scale {change.scale / scale:.3g}; use float32")
-        more = rank - change.rank
-        return LowRank(F.pad(change.A, (0, 0, 0, more)), F.pad(B, (0, more)), scale)
+    def same(own: dict[str, LowRank]) -> dict[str, LowRank]:
+        return {path: each.of(rank, scale) for path, each in own.items()}
 
-    kinds = {"layers": lora.layers, "parameters": lora.parameters, "embeddings": lora.embeddings}
-    return lora._replace(**{kind: {path: same(each) for path, each in own.items()} for kind, own in kinds.items()})
+    return lora._replace(layers=same(lora.layers), parameters=same(lora.parameters), embeddings=same(lora.embeddings))
 
 
 def as_plain(files: AdapterFiles, model: Any) -> AdapterFiles:

@@ -27,7 +27,7 @@ from graphpeft.stacks.adapter_files import (
     refuse_other_meanings,
     written_lora,
 )
-from graphpeft.stacks.checkpoints import Place, is_converted, places, present_names
+from graphpeft.stacks.checkpoints import Place, is_converted, past_names, places, present_names
 from graphpeft.stacks.peft_files import PREFIX
 from graphpeft.targeting.pattern_values import pattern_value
 from graphpeft.targeting.targets import TargetOptions, compile_matcher
@@ -53,12 +53,13 @@ def as_in_model(files: AdapterFiles, model: Any, modules: Mapping[str, nn.Module
     if files.config.get("peft_type") != "LORA":
         return files
     lora = read_lora(files, modules)
-    if all(path in modules for path in lora.layers) or not is_converted(model):
+    if all(path in modules for path in (*lora.layers, *lora.embeddings)) or not is_converted(model):
         return files
     layers: dict[str, LowRank] = {}
     parts: dict[str, list[Part]] = {}
     found = places(model, modules)
-    names = present_names(model, [f"{path}.weight" for path in lora.layers])
+    weights = [f"{path}.weight" for path in (*lora.layers, *lora.embeddings, *lora.magnitudes)]
+    names = present_names(model, weights)
     for path, change in lora.layers.items():
         renamed = names[f"{path}.weight"].removesuffix(".weight")
         if path in found and found[path].parameter.removesuffix(".weight") not in modules:
@@ -67,12 +68,27 @@ def as_in_model(files: AdapterFiles, model: Any, modules: Mapping[str, nn.Module
             layers[renamed] = change
         else:
             return files  # of another model, or of one whose layers are replicated
-    _refuse_other_kinds(files.config, lora, "a file's names are another checkpoint's")
+    who = "a file's names are another checkpoint's"
+    refuse_other_meanings(files.config, who)
+    refuse_other_factors(lora, who)
     _refuse_lacking(files.config, lora, found)
+    magnitudes = {names[f"{path}.weight"].removesuffix(".weight"): own for path, own in lora.magnitudes.items()}
+    if parted := [path for path in magnitudes if path not in layers]:
+        raise CheckpointError(
+            f"{who}, and the adapter has magnitudes of DoRA at {joined(parted)}, which have no place in "
+            "matrices that are joined or parted; merge it where it was trained, and take the merged model"
+        )
     if twice := [*lora.parameters.keys() & parts.keys()]:
         raise CheckpointError(f"the file has {joined(twice)} as a whole and by its matrices; save the adapter again")
     parameters = {name: _joined(name, of_parameter) for name, of_parameter in parts.items()}
-    made = lora._replace(layers=layers, parameters=lora.parameters | parameters)
+    others = present_names(model, [key.removeprefix(PREFIX) for key in lora.others])
+    made = Lora(
+        layers,
+        lora.parameters | parameters,
+        {names[f"{path}.weight"].removesuffix(".weight"): own for path, own in lora.embeddings.items()},
+        magnitudes,
+        {PREFIX + others[key.removeprefix(PREFIX)]: tensor for key, tensor in lora.others.items()},
+    )
     return written_lora(files.config, made, modules, _names(modules))
 
 
@@ -94,32 +110,51 @@ def as_in_checkpoint(files: AdapterFiles, model: Any) -> AdapterFiles:
             "checkpoint by Transformers' conversions; save it as it is"
         )
     modules = modules_by_path(model)
+    lora = lora_in_checkpoint(files, model, "names of the checkpoint are wanted")
+    names = {*places(model, modules), *_names(modules)} - read_lora(files, modules).parameters.keys()
+    return written_lora(files.config, lora, modules, names)
+
+
+def lora_in_checkpoint(files: AdapterFiles, model: Any, who: str) -> Lora:
+    """Returns LoRA's changes by the names of the model's checkpoint, with one for each matrix that has a name there.
+
+    Args:
+        files: The files, by the names of the model.
+        model: The model; None, and one that isn't Transformers', has no other names.
+        who: Words for an error, which tell who needs these names.
+
+    Raises:
+        CheckpointError: If the adapter is of a kind that can't be converted.
+    """
+    refuse_other_meanings(files.config, who)
+    modules = modules_by_path(model) if model is not None else {}
     lora = read_lora(files, modules)
-    _refuse_other_kinds(files.config, lora, "names of the checkpoint are wanted")
+    if not is_converted(model):
+        return lora
+    refuse_other_factors(lora, who)
     found = places(model, modules)
     by_parameter: dict[str, dict[str, Place]] = {}
     for name, place in found.items():
         by_parameter.setdefault(place.parameter, {})[name] = place
-    for key in lora.others:
-        _name_of_layer(key.removeprefix(PREFIX).rpartition(".")[0], by_parameter, is_kept=True)
-    layers = {_name_of_layer(path, by_parameter): change for path, change in lora.layers.items()}
-    tables = {_name_of_layer(path, by_parameter): change for path, change in lora.embeddings.items()}
-    kept: dict[str, LowRank] = {}
+
+    def renamed(own: Mapping[str, T]) -> dict[str, T]:
+        return {_name_of_layer(path, by_parameter): each for path, each in own.items()}
+
+    layers, kept = renamed(lora.layers), dict[str, LowRank]()
     for name, change in lora.parameters.items():
         parts = by_parameter.get(name, {})
         layers |= _parted(parts, change)
         if not parts:
             kept[name] = change
-    names = {*found, *_names(modules)} - lora.parameters.keys()
-    return written_lora(files.config, lora._replace(layers=layers, parameters=kept, embeddings=tables), modules, names)
+    names = past_names(model, [key.removeprefix(PREFIX) for key in lora.others])
+    others = {PREFIX + names[key.removeprefix(PREFIX)]: tensor for key, tensor in lora.others.items()}
+    return Lora(layers, kept, renamed(lora.embeddings), renamed(lora.magnitudes), others)
 
 
-def _name_of_layer(path: str, by_parameter: Mapping[str, Mapping[str, Place]], is_kept: bool = False) -> str:
+def _name_of_layer(path: str, by_parameter: Mapping[str, Mapping[str, Place]]) -> str:
     """Returns the name of a layer in the checkpoint, where its weight is to lie as it does in the model."""
     found = by_parameter.get(f"{path}.weight", {})
-    if is_kept and not found:
-        return path  # of no matrix, such as a bias
-    if len(found) != 1 or not _is_whole(next(iter(found.values()))) or (is_kept and [*found] != [path]):
+    if len(found) != 1 or not _is_whole(next(iter(found.values()))):
         raise CheckpointError(
             f"{path} is another matrix, or a part of one, in the checkpoint: {joined([*found]) or 'of no name'}; save "
             "it as it is"
@@ -160,16 +195,6 @@ def _names(modules: Mapping[str, nn.Module]) -> list[str]:
     return [*modules, *parameters]
 
 
-def _refuse_other_kinds(config: Mapping[str, Any], lora: Lora, who: str) -> None:
-    refuse_other_meanings(config, who)
-    refuse_other_factors(lora, who)
-    if lora.magnitudes:
-        raise CheckpointError(
-            f"{who}, and the adapter has magnitudes of DoRA at {joined([*lora.magnitudes])}, which have no place in "
-            "matrices that are joined or parted; merge it where it was trained, and take the merged model"
-        )
-
-
 def _joined(name: str, parts: Sequence[Part]) -> LowRank:
     """Returns the change of a parameter from the changes of its parts."""
     place = parts[0][0]
@@ -194,8 +219,7 @@ def _joined(name: str, parts: Sequence[Part]) -> LowRank:
             own = torch.arange(start, start + change.rank)
             outputs, inputs = _sides(at)
             A[at.expert][own[:, None], inputs] = change.A.to(dtype)
-            scaled = change.B if change.scale == scale else change.B * (change.scale / scale)
-            B[at.expert][outputs[:, None], own] = scaled.to(dtype)
+            B[at.expert][outputs[:, None], own] = change.of(change.rank, scale).B.to(dtype)
         start += rank
     return LowRank(A, B, scale) if len(place.shape) == 3 else LowRank(A[0], B[0], scale)
 

@@ -208,25 +208,49 @@ def test_mlx_has_stacks_of_experts_with_zeros_where_none_is_adapted(kind: str) -
     torch.testing.assert_close(again(IDS).logits, adapted(IDS).logits, atol=1e-6, rtol=1e-5)
 
 
-def test_paths_of_another_version_are_found() -> None:
-    def vision() -> Any:
-        torch.manual_seed(0)
-        text = transformers.LlamaConfig(**{key: value for key, value in SIZES.items() if "moe" not in key})
-        sizes: dict[str, Any] = {key: SIZES[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
-        seen = transformers.CLIPVisionConfig(**sizes, image_size=32, patch_size=8)
-        return transformers.LlavaForConditionalGeneration(
-            transformers.LlavaConfig(vision_config=seen, text_config=text)
-        ).eval()
+def of_llava() -> Any:
+    torch.manual_seed(0)
+    text = transformers.LlamaConfig(**{key: value for key, value in SIZES.items() if "moe" not in key})
+    sizes: dict[str, Any] = {key: SIZES[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    seen = transformers.CLIPVisionConfig(**sizes, image_size=32, patch_size=8)
+    return transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(vision_config=seen, text_config=text, tie_word_embeddings=False)
+    ).eval()
 
-    model = vision()
+
+def test_paths_of_another_version_are_found() -> None:
+    model = of_llava()
     name = "language_model.model.layers.1.self_attn.q_proj.weight"
     own = "model.language_model.layers.1.self_attn.q_proj"
     weight = {name: model.get_parameter(f"{own}.weight")}
     changes = write("adapter", weight, [name], rank=lambda _: 4, target_modules=[name.removesuffix(".weight")])
-    adapted = PeftModel.from_pretrained(vision(), "adapter")
+    adapted = PeftModel.from_pretrained(of_llava(), "adapter")
     assert adapted.targeted_module_names == [own]
     merged_weight = adapted.merge_and_unload().get_parameter(f"{own}.weight")
     torch.testing.assert_close(merged_weight, model.get_parameter(f"{own}.weight") + changes[name])
+
+
+@pytest.mark.parametrize(
+    ("stack", "options"),
+    [
+        ("transformers4", {"target_modules": ["q_proj"], "use_dora": True, "modules_to_save": ["lm_head"]}),
+        ("transformers4", {"target_modules": ["q_proj", "embed_tokens"]}),
+        ("mlx", {"target_modules": ["q_proj"], "use_dora": True}),
+        ("mlx", {"target_modules": ["q_proj", "embed_tokens"]}),
+    ],
+)
+def test_every_tensor_gets_the_name_of_the_checkpoint_and_back(stack: str, options: dict[str, Any]) -> None:
+    adapted = get_peft_model(of_llava(), LoraConfig(**options, exclude_modules=".*vision.*"))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) / 10)
+    save_adapter(adapted, "adapter", stack=stack)
+    (file,) = Path("adapter").glob("*.safetensors")
+    names = [name.removeprefix("base_model.model.") for name in load_file(file)]
+    assert all(name.startswith(("language_model.model.", "language_model.lm_head.")) for name in names)
+    again = PeftModel.from_pretrained(of_llava(), "adapter")
+    torch.testing.assert_close(again(IDS).logits, adapted(IDS).logits, atol=1e-6, rtol=1e-5)
 
 
 def test_a_name_that_no_checkpoint_has_is_refused() -> None:

@@ -55,6 +55,8 @@ def _conversions(model: Any) -> list[Any]:
 
 def present_names(model: Any, names: Iterable[str]) -> dict[str, str]:
     """Returns the names that tensors of a checkpoint have in a model, as far as their names alone differ."""
+    if not is_converted(model):
+        return {name: name for name in names}
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     renamings = [each for each in _conversions(model) if isinstance(each, WeightRenaming)]
@@ -67,6 +69,8 @@ def past_names(model: Any, names: Sequence[str]) -> dict[str, str]:
     Raises:
         CheckpointError: If a tensor has no name of its own there.
     """
+    if not is_converted(model):
+        return {name: name for name in names}
     from transformers.core_model_loading import revert_weight_conversion
 
     numbered = {name: torch.tensor([number]) for number, name in enumerate(names)}

@@ -153,8 +153,10 @@ def read(folder: Path, model: Any) -> AdapterFiles:
     modules = modules_by_path(model) if model is not None else {}
     scale, by_path = given["scale"], _by_path(tensors, checkpoints.names_of_experts(model), folder)
     lora = Lora({}, {}, {}, {}, {})
+    present = checkpoints.present_names(model, [f"{path}.weight" for path in by_path])
     for path, own in by_path.items():
-        is_table = len(own["lora_a"]) == getattr(modules.get(path), "num_embeddings", -1)
+        layer = modules.get(present[f"{path}.weight"].removesuffix(".weight"))
+        is_table = len(own["lora_a"]) == getattr(layer, "num_embeddings", -1)
         changes = lora.embeddings if is_table else lora.layers
         changes[path] = LowRank(own["lora_a"].T.contiguous(), own["lora_b"].T.contiguous(), scale)
         if "m" in own:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import platform
 import re
-from collections.abc import Collection, Iterable
+import tempfile
+from collections.abc import Collection, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ base_option = click.option(
 
 
 @click.command()
-@click.argument("adapter", metavar="[ADAPTER]", required=False, type=FOLDER)
+@click.argument("adapter", metavar="[ADAPTER]", required=False, type=PLACE)
 @as_json
 def info(adapter: str | None, as_json: bool) -> None:
     """Tells what a saved ADAPTER is, a folder or a repository on the Hub; without one, which versions are installed.
@@ -240,7 +241,7 @@ def _refuse_the_other_kind(path: str, is_file: bool) -> None:
 
 
 @click.command()
-@click.argument("adapter", metavar="ADAPTER", type=FOLDER)
+@click.argument("adapter", metavar="ADAPTER", type=PLACE)
 @click.argument("path", metavar="FOLDER", type=PLACE)
 @click.option(
     "--rank", type=_Rank(), help="The rank of plain LoRA, or the share of squares to keep: 0.99 if not given."
@@ -249,13 +250,29 @@ def _refuse_the_other_kind(path: str, is_file: bool) -> None:
     "--to", "stack", type=click.Choice(list(STACKS)), help="The library in whose files it is written as it is."
 )
 @base_option
+@click.option(
+    "--served-base",
+    metavar="FILE",
+    type=PLACE,
+    help="The base's GGUF file, by whose names and order an adapter for llama.cpp is written or read.",
+)
 @as_json
-def convert(adapter: str, path: str, rank: float | None, stack: str | None, base: str | None, as_json: bool) -> None:
+def convert(
+    adapter: str,
+    path: str,
+    rank: float | None,
+    stack: str | None,
+    base: str | None,
+    served_base: str | None,
+    as_json: bool,
+) -> None:
     """Writes any ADAPTER as plain LoRA, or in another library's files, to FOLDER; tells how far outputs move by it.
 
     \b
       graphpeft convert loha-adapter lora-adapter --rank 16
       graphpeft convert lora-adapter mlx-adapter --to mlx
+      graphpeft convert lora-adapter for-llama-cpp --to gguf --served-base model.gguf
+      graphpeft convert adapter.gguf lora-adapter --to peft --base hf:model --served-base model.gguf
     """
     _refuse_the_other_kind(path, is_file=False)
     if Path(path).exists() and Path(adapter).exists() and Path(path).samefile(adapter):
@@ -263,8 +280,11 @@ def convert(adapter: str, path: str, rank: float | None, stack: str | None, base
     if stack is not None:
         if rank is not None:
             raise click.UsageError("--rank is of plain LoRA, and --to writes an adapter as it is; give one of the two")
-        tell(_in_other_files(adapter, path, stack, base), as_json)
+        with _as_peft(adapter, base, served_base) as readable:
+            tell({"adapter": adapter, **_in_other_files(readable, path, stack, base, served_base)}, as_json)
         return
+    if served_base is not None:
+        raise click.UsageError("--served-base is of an adapter for llama.cpp; add --to gguf, or leave it out")
     model, example_inputs = _adapted(adapter, base)
     converted = convert_to_lora(model, 0.99 if rank is None else rank, progressbar=not as_json)
     save_converted(path, converted)
@@ -273,15 +293,33 @@ def convert(adapter: str, path: str, rank: float | None, stack: str | None, base
     tell({**told, "deviation": _deviation(model, converted, example_inputs)}, as_json)
 
 
-def _in_other_files(adapter: str, path: str, stack: str, base: str | None) -> dict[str, Any]:
+@contextlib.contextmanager
+def _as_peft(adapter: str, base: str | None, served_base: str | None) -> Iterator[str]:
+    """Gives a folder of an adapter in PEFT's files, which are written for it if its own need the base to be read."""
+    stack = recognised(Path(adapter))
+    if stack is None or not stack.has_own_base:
+        yield adapter
+        return
+    if base is None or served_base is None:
+        raise click.UsageError(
+            f"{adapter} is of {stack.title}, whose names the base tells: give --base and --served-base"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        saved = read_for(base_from(base).model, adapter, served_base=served_base)
+        STACKS["peft"].write(AdapterFiles(saved.config.to_dict(), saved.tensors), Path(folder))
+        yield folder
+
+
+def _in_other_files(adapter: str, path: str, stack: str, base: str | None, served_base: str | None) -> dict[str, Any]:
     """Writes an adapter in the files of a stack, and returns the facts about them."""
-    told = {"adapter": adapter, "written": path, "for": STACKS[stack].title}
+    told = {"written": path, "for": STACKS[stack].title}
+    served_base = served_base if STACKS[stack].has_own_base else None
     saved = _read_whole(adapter)
     if base or saved.config.base_model_name_or_path:
         model, example_inputs = _adapted(adapter, base)
         with Staging(Path(path)) as staging:
-            save_adapter(model, staging.folder, stack=stack)
-            again = read_for(model, staging.folder)
+            save_adapter(model, staging.folder, stack=stack, served_base=served_base)
+            again = read_for(model, staging.folder, served_base=served_base)
             deviation = _deviation(model, (again.config, again.tensors), example_inputs)
             if not isinstance(deviation, str) and not deviation <= _ROUNDED:
                 raise click.ClickException(
@@ -291,7 +329,7 @@ def _in_other_files(adapter: str, path: str, stack: str, base: str | None) -> di
             staging.put()
         return {**told, "deviation": deviation}
     with Staging(Path(path)) as staging:
-        to = STACKS[stack]
+        to = STACKS[stack].beside(served_base)
         to.write(to.convert(AdapterFiles(saved.config.to_dict(), saved.tensors), None), staging.folder)
         staging.put()
     return {**told, "deviation": "not known: the config names no base model; name it by --base"}

@@ -27,19 +27,27 @@ if TYPE_CHECKING:
 
 
 def save_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], *, stack: str = "peft", adapter_name: str = "default"
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    stack: str = "peft",
+    adapter_name: str = "default",
+    served_base: str | os.PathLike[str] | None = None,
 ) -> None:
     """Writes an adapter in the files of another library, all or none.
 
-    `load_adapter` and `PeftModel.from_pretrained` read them again.
+    `load_adapter` and `PeftModel.from_pretrained` read them again; ``graphpeft convert`` reads llama.cpp's.
 
     Args:
         model: An adapted model.
         folder: The folder; it is made if it doesn't exist.
         stack: The library: ``"peft"``; ``"transformers4"``, PEFT's files by the names of the model's checkpoint, which
             has an entry for each expert's matrix; ``"plain"``, PEFT's files of LoRA with one rank and one scale for
-            all layers, for readers that ignore patterns; or ``"mlx"``, the files of mlx-lm.
+            all layers, for readers that ignore patterns; ``"mlx"``, the files of mlx-lm; or ``"gguf"``, a file of
+            llama.cpp.
         adapter_name: The name of the adapter.
+        served_base: For ``"gguf"``, the GGUF file of the base, or one of its parts. It tells the names of the tensors
+            and the order of their rows, and is compared with the model's weights.
 
     Raises:
         AdaptError: If the model has no such adapter, or it has no values yet.
@@ -55,7 +63,7 @@ def save_adapter(
     """
     from graphpeft.stacks.known import stack_named  # few adapters are written for other libraries
 
-    to = stack_named(stack)
+    to = stack_named(stack, served_base)
     files = _files_for(to, unwrapped(model), adapter_name)
     with Staging(Path(folder)) as staging:
         to.write(files, staging.folder)
@@ -82,7 +90,13 @@ class AdapterTensors(NamedTuple):
     checksum: str
 
 
-def adapter_tensors(model: nn.Module, *, stack: str = "peft", adapter_name: str = "default") -> AdapterTensors:
+def adapter_tensors(
+    model: nn.Module,
+    *,
+    stack: str = "peft",
+    adapter_name: str = "default",
+    served_base: str | os.PathLike[str] | None = None,
+) -> AdapterTensors:
     """Returns an adapter as another library has it, without a file: for a server whose adapter follows a training.
 
     Tensors of the model itself are returned where nothing has to be converted, so copy them before the next step.
@@ -90,8 +104,9 @@ def adapter_tensors(model: nn.Module, *, stack: str = "peft", adapter_name: str 
     Args:
         model: An adapted model.
         stack: The library: ``"peft"``, which vLLM and SGLang read within the rules of `check_serving`,
-            ``"transformers4"``, ``"plain"`` or ``"mlx"``, see `save_adapter`.
+            ``"transformers4"``, ``"plain"``, ``"mlx"`` or ``"gguf"``, see `save_adapter`.
         adapter_name: The name of the adapter.
+        served_base: For ``"gguf"``, the GGUF file of the base.
 
     Returns:
         The config, the tensors and a checksum, by which two processes tell that they have the same.
@@ -109,7 +124,7 @@ def adapter_tensors(model: nn.Module, *, stack: str = "peft", adapter_name: str 
     """
     from graphpeft.stacks.known import stack_named
 
-    config, tensors = _files_for(stack_named(stack), unwrapped(model), adapter_name)
+    config, tensors = _files_for(stack_named(stack, served_base), unwrapped(model), adapter_name)
     detached = {key: tensor.detach() for key, tensor in tensors.items()}
     return AdapterTensors(config, detached, _checksum(config, detached))
 

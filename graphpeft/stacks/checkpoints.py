@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from graphpeft.files.foreign_files import CheckpointError
+from graphpeft.graph.own_tensors import own_tensor
 from graphpeft.graph.paths import join, modules_by_path
 from graphpeft.wording import joined
 
@@ -107,6 +108,34 @@ def places(model: Any, modules: Mapping[str, nn.Module]) -> dict[str, Place]:
             f"{type(model).__name__}: {error}; load it where it was trained, and save the merged model"
         ) from error
     return dict(_found(list(shapes.items()), rows, columns))
+
+
+class Matrices:
+    """The matrices of a model by the names of its checkpoint.
+
+    Attributes:
+        names: Their names, without ``.weight``.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._modules = modules_by_path(model)
+        self._places = places(model, self._modules) if is_converted(model) else {}
+        weights = {path: inner._parameters.get("weight") for path, inner in self._modules.items()}
+        own = [path for path, weight in weights.items() if weight is not None and weight.dim() == 2]
+        self.names = [*self._places] or own
+
+    def of(self, name: str) -> list[Tensor]:
+        """Returns a matrix, (out, in), and the transpose where the layer's class doesn't tell which of both this is."""
+        place = self._places.get(name)
+        path, _, own = (f"{name}.weight" if place is None else place.parameter).rpartition(".")
+        layer = self._modules[path]
+        matrix = own_tensor(layer, own)
+        if place is not None:
+            stack = matrix[place.expert] if len(place.shape) == 3 else matrix
+            part = stack[place.rows.to(stack.device)][:, place.columns.to(stack.device)]
+            matrix = part.T if place.is_turned else part
+        is_told = own != "weight" or isinstance(layer, nn.Linear | nn.Embedding)
+        return [matrix] if is_told else [matrix, matrix.T]
 
 
 _OF_PARAMETER = 2**32

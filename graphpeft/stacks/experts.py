@@ -35,6 +35,11 @@ def of_expert(name: str) -> OfExpert | None:
     return None if match is None else OfExpert(match["before"], int(match["number"]), match["own"])
 
 
+def name_of_stack(place: OfExpert) -> str:
+    """Returns the name of the stack that has a matrix: the matrix's own without a number."""
+    return f"{place.before}.experts.{place.own}"
+
+
 def stacked(
     changes: Mapping[str, LowRank], experts: Iterable[str], name_of: Callable[[OfExpert], str]
 ) -> dict[str, LowRank]:

@@ -28,13 +28,14 @@ def read_for(
     use_safetensors: bool | None = None,
     hub_options: Mapping[str, Any] = MappingProxyType({}),
     key_mapping: Mapping[str, str] | None = None,
+    served_base: str | os.PathLike[str] | None = None,
 ) -> SavedAdapter:
     """Returns a saved adapter, in the files of any stack, by the names of a model; None takes the names as they are."""
     if config is None:
         try:
             saved = read(model_id, use_safetensors=use_safetensors, **hub_options)
         except (OSError, CheckpointError):
-            other = _of_other_stack(model, Path(model_id, hub_options.get("subfolder") or ""))
+            other = _of_other_stack(model, Path(model_id, hub_options.get("subfolder") or ""), served_base)
             if other is None:
                 raise
             saved = other
@@ -63,13 +64,15 @@ def _version_beside(
         return None
 
 
-def _of_other_stack(model: nn.Module | None, path: Path) -> SavedAdapter | None:
+def _of_other_stack(
+    model: nn.Module | None, path: Path, served_base: str | os.PathLike[str] | None
+) -> SavedAdapter | None:
     from graphpeft.stacks.known import recognised  # which no file of PEFT's needs
 
     stack = recognised(path)
-    if stack is None or stack.read is None:
+    if stack is None or (reader := stack.beside(served_base).read) is None:
         return None
-    files = stack.read(path, model)
+    files = reader(path, model)
     return SavedAdapter(PeftConfig.from_dict(files.config), dict(files.tensors))
 
 

@@ -155,6 +155,10 @@ environment: .venv/.installed .venv/.integrations .venv/.browser .venv/.docs  ##
 .venv-stacks/.installed: .venv/.installed
 	$(BIN)/uv venv --quiet --allow-existing .venv-stacks
 	$(BIN)/uv pip install --python .venv-stacks "mlx-cpu>=0.32" "mlx>=0.32" "mlx-lm>=0.32"
+	rm -rf .venv-stacks/llama.cpp && mkdir .venv-stacks/llama.cpp  # its converters are in the source alone
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest .venv-stacks llama-cpp-python
+	tar -x -f .venv-stacks/llama_cpp_python-*.tar.gz -C .venv-stacks/llama.cpp --strip-components=3 --wildcards '*/vendor/llama.cpp/*'
+	$(BIN)/uv pip install --python .venv-stacks .venv-stacks/llama_cpp_python-*.tar.gz gguf sentencepiece torch transformers
 	touch $@
 
 .venv/.docs: .venv/.installed

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,21 @@ def test_a_base_that_has_no_place_for_the_change_is_refused(change: Any, config:
     with pytest.raises(CheckpointError, match=reason):
         save_adapter(trained(model, config), "adapter", stack="gguf", served_base="base.gguf")
     assert not Path("adapter").exists()
+
+
+def test_a_place_whose_factors_llama_cpp_would_ignore_is_refused() -> None:
+    model = gpt2()
+    position = {"position_embd.weight": (model.transformer.wpe.weight.detach(), torch.arange(32))}
+    write_base(model, "gpt2", of_gpt2(model) | position)
+    adapted = trained(model, LoraConfig(r=2, target_modules=["wpe"]))
+    with pytest.raises(CheckpointError, match=r"graph of gpt2 would ignore factors of position_embd\.weight, which tr"):
+        save_adapter(adapted, "adapter", stack="gguf", served_base="base.gguf")
+    model = llama()
+    write_base(model, "deepseek2", of_llama(model))
+    for name, is_used in [("q_proj", False), ("lm_head", False), ("gate_proj", True)]:
+        adapted = trained(llama(), LoraConfig(r=2, target_modules=[name]))
+        with contextlib.nullcontext() if is_used else pytest.raises(CheckpointError, match="deepseek2 would ignore"):
+            save_adapter(adapted, f"adapter-{name}", stack="gguf", served_base="base.gguf")
 
 
 @pytest.mark.parametrize(

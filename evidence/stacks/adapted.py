@@ -34,7 +34,9 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": None,
 }
 _EXPERTS = {"mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2}}
-_EXPERTS |= {"qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}}
+_EXPERTS |= {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+}
 
 
 class Row(NamedTuple):

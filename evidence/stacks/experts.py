@@ -69,6 +69,7 @@ class Row(NamedTuple):
         deviation: Likewise the difference from that of the loaded checkpoint.
         is_written: Whether the adapter was written again bit for bit.
         note: Why it wasn't tried, or what failed.
+        is_tried: Whether there was a model with such matrices.
     """
 
     kind: str
@@ -77,6 +78,7 @@ class Row(NamedTuple):
     deviation: float = 0.0
     is_written: bool = False
     note: str = ""
+    is_tried: bool = True
 
 
 def rows() -> Iterator[Row]:
@@ -87,25 +89,28 @@ def rows() -> Iterator[Row]:
         if cls is None or "experts" not in Path(inspect.getfile(cls)).read_text(encoding="utf-8").lower():
             continue
         try:
-            row = _row(kind, cls)
+            model = _made(kind, cls)
         except Exception as error:  # of any model's code
-            row = Row(kind, note=f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:120]}")
-        if row is not None:
-            yield row
+            yield Row(kind, note=_told(error), is_tried=False)
+            continue
+        if isinstance(model, str):
+            yield Row(kind, note=model, is_tried=False)
+        elif model is not None:
+            try:
+                yield _row(kind, cls, model)
+            except Exception as error:
+                yield Row(kind, note=_told(error))
 
 
-def _row(kind: str, cls: Any) -> Row | None:
-    with torch.device("meta"):
-        sizes = {name: own.shape for name, own in cls(_small(transformers.CONFIG_MAPPING[kind]())).named_parameters()}
-    if sum(shape.numel() for shape in sizes.values()) > _MOST:
-        return Row(kind, note="it has sizes of its own")
-    if not any(len(shape) == 3 and "expert" in name for name, shape in sizes.items()):
-        return None
-    model = _made(kind, cls)
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:120]}"
+
+
+def _row(kind: str, cls: Any, model: Any) -> Row:
     checkpoint = {name: own.clone() for name, own in revert_weight_conversion(model, model.state_dict()).items()}
     experts = [name for name, own in checkpoint.items() if re.search(r"\.experts\.\d+\.", name) and own.dim() == 2]
     if not experts:
-        return Row(kind, note="its checkpoint has stacks, too")
+        return Row(kind, note="its checkpoint has stacks, too", is_tried=False)
     with tempfile.TemporaryDirectory() as folder:
         changes = _write(Path(folder, "adapter"), checkpoint, experts)
         changed = {name: (own + changes.get(name, 0)).contiguous() for name, own in checkpoint.items()}
@@ -136,12 +141,23 @@ def _small(config: Any) -> Any:
 
 
 def _made(kind: str, cls: Any) -> Any:
+    """Returns a small model that computes, None if it has no stacks of experts, or why there is no small one."""
+    with torch.device("meta"):
+        sizes = {name: own.shape for name, own in cls(_small(transformers.CONFIG_MAPPING[kind]())).named_parameters()}
+    if sum(shape.numel() for shape in sizes.values()) > _MOST:
+        return "it has sizes of its own"
+    if not any(len(shape) == 3 and "expert" in name for name, shape in sizes.items()):
+        return None
     torch.manual_seed(0)
     model = cls(_small(transformers.CONFIG_MAPPING[kind]())).eval()
     with torch.no_grad():
         for name, own in model.named_parameters():
             if "expert" in name or not own.isfinite().all():  # some classes leave experts without first values
                 own.copy_(torch.randn(own.shape) * 0.05)
+    _logits(model)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        cls.from_pretrained(folder)  # which the oracle does
     return model
 
 
@@ -160,7 +176,8 @@ def _write(folder: Path, checkpoint: Mapping[str, torch.Tensor], names: list[str
         tensors |= {f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B}
         changes[name] = 2 * B @ A
     folder.mkdir()
-    targets = sorted({name.split(".")[-2] for name in names})
+    # modules beside the experts may have such names, too
+    targets = rf".*\.experts\.\d+\.({'|'.join(sorted({name.split('.')[-2] for name in names}))})"
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": targets}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "adapter_model.safetensors")

@@ -16,7 +16,7 @@ def main() -> None:
     sys.path[:0] = [str(Path(script).parent), str(Path(script).parent / "gguf-py")]
     from conversion.base import TextModel
 
-    TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"  # which it tells by a hash of known ones
+    TextModel.get_vocab_base_pre = lambda *_: "gpt-2"  # which it tells by a hash of known ones
     del sys.argv[0]
     runpy.run_path(script, run_name="__main__")
 

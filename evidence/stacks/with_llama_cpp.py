@@ -56,7 +56,7 @@ def _is_written(model: Any, folder: Path, kind: str) -> bool:
 
 
 def _write_base(model: str, folder: Path) -> None:
-    """Writes a model's checkpoint, with a tokenizer of bytes and one merge, and its GGUF file by llama.cpp's converter."""
+    """Writes a model's checkpoint, with a tokenizer of bytes, and its GGUF file by llama.cpp's converter."""
     base(model).save_pretrained(folder / "model")
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     numbers = {letter: number for number, letter in enumerate([*letters, "th"])}
@@ -84,4 +84,4 @@ def _of_its_converter(model: str, kinds: dict[str, Any], folder: Path) -> Iterat
         options = ["--base", f"hf:{folder / 'model'}", "--served-base", str(folder / "base.gguf")]
         assert main(["convert", str(file), str(again), "--to", "peft", *options]) == 0
         read = PeftModel.from_pretrained(base(model), again).eval()
-        yield compared(model, f"{kind}, by its converter", logits(kinds[kind]), logits(read))
+        yield compared(model, f"{kind}, read", logits(kinds[kind]), logits(read))

@@ -9,6 +9,7 @@ Source: llama.cpp of 2026, ``src/llama-adapter.cpp`` and ``src/llama-graph.cpp``
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,19 @@ from graphpeft.wording import joined
 FILE = "adapter.gguf"
 
 _ALPHA = "adapter.lora.alpha"
+_LEARNT = re.compile(
+    r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down)(_exps|_shexp)?|ffn_gate_inp)\.weight|(output|token_embd)\.weight"
+)
+"""The tensors whose factors llama.cpp's graphs use; those of others, it loads and ignores."""
+_IGNORED: dict[str, re.Pattern[str]] = dict.fromkeys(
+    [
+        *("bailingmoe3", "deepseek2", "deepseek2-ocr", "deepseek32", "deepseek4", "dots3note", "glm-dsa", "glm5-next"),
+        *("graniteswitch", "hy_v4", "kimi-linear", "plm"),
+    ],
+    re.compile(r".*\.attn_\w+\.weight|output\.weight"),
+)
+_IGNORED["kimi-k3"] = re.compile(r".*")
+"""The tensors whose factors the graph of an architecture doesn't use: they have ``ggml_mul_mat`` itself."""
 _KIND = {"general.type": "adapter", "adapter.type": "lora"}
 
 
@@ -61,13 +75,13 @@ def converted(files: AdapterFiles, model: Any, base: Path | None = None) -> Adap
     layers = experts.stacked(ordered, checkpoints.names_of_experts(model), experts.name_of_stack)
     tensors: dict[str, Tensor] = {}
     for name, change in layers.items():
-        tensors |= _pair(served.name_of(name), change.of(change.rank, alpha / change.rank))
+        tensors |= _pair(_used(served, name), change.of(change.rank, alpha / change.rank))
     for name, change in lora.embeddings.items():
         served.refuse_tied(name)
         if not _is_in_order(served.rows_of(name, own.of(name))):
             raise CheckpointError(f"{served.file.path} has the rows of {name} in another order; leave it out, or merge")
         A, B, _ = change.of(change.rank, alpha / change.rank)
-        tensors |= _pair(served.name_of(name), LowRank(A.T, B, 1.0))
+        tensors |= _pair(_used(served, name), LowRank(A.T, B, 1.0))
     return AdapterFiles({ARCHITECTURE: served.architecture, **_KIND, _ALPHA: float(alpha)}, tensors)
 
 
@@ -79,6 +93,17 @@ def _base(model: Any, base: Path | None) -> ServedBase:
             "reads such an adapter"
         )
     return served_base(base)
+
+
+def _used(served: ServedBase, name: str) -> str:
+    """Returns the name of the tensor that has a checkpoint's matrix, if llama.cpp uses factors of it."""
+    tensor, ignored = served.name_of(name), _IGNORED.get(served.architecture)
+    if not _LEARNT.fullmatch(tensor) or (ignored is not None and ignored.fullmatch(tensor)):
+        raise CheckpointError(
+            f"llama.cpp's graph of {served.architecture} would ignore factors of {tensor}, which {name} is; leave it "
+            "out, or merge the adapter, and convert the merged model"
+        )
+    return tensor
 
 
 def _with_rows(change: LowRank, rows: Tensor) -> LowRank:

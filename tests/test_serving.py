@@ -1,4 +1,4 @@
-"""What servers make of adapters: each rule by an adapter that breaks it."""
+"""The verdict of `check_serving` on adapters: each rule by an adapter that breaks it."""
 
 from __future__ import annotations
 

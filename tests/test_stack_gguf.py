@@ -98,9 +98,10 @@ def write_base(
     weights: Mapping[str, tuple[Tensor, Tensor]],
     kind: GGMLQuantizationType = GGMLQuantizationType.F32,
     path: str = "base.gguf",
+    **options: Any,
 ) -> None:
     """Writes a model's weights as llama.cpp's converter does."""
-    writer = GGUFWriter(path, architecture)
+    writer = GGUFWriter(path, architecture, **options)
     writer.add_block_count(model.config.num_hidden_layers)
     for name, (own, rows) in weights.items():
         ordered = own.index_select(-2, rows).contiguous().numpy()
@@ -207,6 +208,21 @@ def test_the_rows_of_a_quantised_base_are_recognised(kind: str) -> None:
         save_adapter(model, each, stack="gguf", served_base="base.gguf")
         files[each] = {tensor.name: np.array(tensor.data) for tensor in GGUFReader(f"{each}/adapter.gguf").tensors}
     assert all(np.array_equal(files[kind][name], of_exact) for name, of_exact in files["F32"].items())
+
+
+def test_a_base_in_several_files_is_named_by_any_of_them() -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+    model = trained(based("llama"), config)
+    write_base(model.get_base_model(), "llama", of_llama(llama()), split_max_tensors=5)
+    parts = sorted(Path().glob("base-*-of-*.gguf"))
+    assert len(parts) > 2
+    for name, base in [("whole", "base.gguf"), ("first", parts[0]), ("last", parts[-1])]:
+        save_adapter(model, name, stack="gguf", served_base=base)
+    whole, *others = (Path(name, "adapter.gguf").read_bytes() for name in ("whole", "first", "last"))
+    assert all(other == whole for other in others)
+    parts[1].unlink()
+    with pytest.raises(CheckpointError, match=r"base-00001-of-00004\.gguf can't be read: .*base-00002-of"):
+        save_adapter(model, "other", stack="gguf", served_base=parts[0])
 
 
 def _another(weights: dict[str, Any]) -> None:

@@ -113,6 +113,25 @@ def test_a_table_that_mlx_has_otherwise_is_refused():
         save_adapter(trained(llama(), target_modules=["embed_tokens"], use_dora=True), "saved", stack="mlx")
 
 
+@pytest.mark.filterwarnings("ignore:.*fan_in_fan_out")
+@pytest.mark.parametrize(("kind", "layer"), [("gpt2", "c_attn"), ("gpt_neox", "query_key_value"), ("gptj", "q_proj")])
+def test_names_that_mlx_changes_are_refused(kind: str, layer: str):
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 60}
+    config = transformers.CONFIG_MAPPING[kind](**sizes, **({"rotary_dim": 4} if kind == "gptj" else {}))
+    model = trained(transformers.AutoModelForCausalLM.from_config(config), target_modules=[layer])
+    with pytest.raises(CheckpointError, match=f"mlx-lm has other names .*{layer} of {kind}, and would ignore"):
+        save_adapter(model, "saved", stack="mlx")
+    assert not Path("saved").exists()
+
+
+def test_a_layer_that_mlx_has_as_two_is_refused():
+    ranks = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    config = transformers.DeepseekV3Config(**SIZES, **ranks, first_k_dense_replace=2)
+    model = trained(transformers.DeepseekV3ForCausalLM(config), target_modules=["kv_b_proj", "o_proj"])
+    with pytest.raises(CheckpointError, match=r"mlx-lm has other names .*kv_b_proj of deepseek_v3"):
+        save_adapter(model, "saved", stack="mlx")
+
+
 def test_a_part_of_a_matrix_of_the_checkpoint_is_refused():
     with pytest.raises(CheckpointError, match=r"gate_proj is another matrix, or a part of one.*weights_in"):
         save_adapter(trained(dino(), target_modules=["gate_proj"]), "saved", stack="transformers4")

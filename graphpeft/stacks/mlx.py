@@ -42,6 +42,17 @@ _OF_MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 """The names that mlx-lm has for the matrices of experts of Mixtral's kind."""
 
 
+_RENAMED = frozenset(
+    [
+        *("gpt2", "gpt_neox", "gptj", "gemma4", "gemma4_text", "laguna", "mistral3", "muse_glimmer", "kimi_vl"),
+        *("qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
+    ]
+)
+"""The types of models whose names mlx-lm changes: ``sanitize`` in its ``models/*.py``."""
+_SPLIT = re.compile(r".*\.kv_b_proj")
+"""The layers that mlx-lm has as two, ``embed_q`` and ``unembed_out``."""
+
+
 def is_there(folder: Path) -> bool:
     """Returns whether a folder has files of mlx-lm."""
     return (folder / FILE).is_file() and (folder / CONFIG_NAME).is_file()
@@ -97,6 +108,7 @@ def _lora(files: AdapterFiles, model: Any) -> Lora:
         raise CheckpointError(f"mlx-lm reads LoRA and DoRA, and this is an adapter of {kind}; save_as_lora writes LoRA")
     refuse_unknown_names(files, model)
     lora = transformers4.lora_in_checkpoint(files, model, "mlx-lm's files are wanted")
+    _refuse_renamed(lora, model)
     _refuse_tied(lora, model)
     if lora.magnitudes and lora.magnitudes.keys() != lora.layers.keys() | lora.embeddings.keys():
         raise CheckpointError("mlx-lm has DoRA at all layers of an adapter or at none; merge it, or save_as_lora")
@@ -106,6 +118,17 @@ def _lora(files: AdapterFiles, model: Any) -> Lora:
             "alone; leave these out, or merge the adapter"
         )
     return lora
+
+
+def _refuse_renamed(lora: Lora, model: Any) -> None:
+    """Raises CheckpointError for layers that have other names in mlx-lm, as it drops unknown names without a word."""
+    kind, changed = getattr(getattr(model, "config", None), "model_type", None), lora.layers | lora.embeddings
+    renamed = [path for path in changed if kind in _RENAMED or _SPLIT.fullmatch(path)]
+    if renamed:
+        raise CheckpointError(
+            f"mlx-lm has other names than the checkpoint for {joined(renamed)} of {kind}, and would ignore their "
+            "factors; leave these out, or merge the adapter"
+        )
 
 
 def _refuse_tied(lora: Lora, model: Any) -> None:

@@ -72,8 +72,7 @@ def read_gguf(path: Path) -> Gguf:
         from gguf import GGUFReader, GGUFValueType
     except ImportError as error:
         raise CheckpointError("llama.cpp's files need gguf: pip install graphpeft[gguf]") from error
-    pattern = re.sub(r"-\d{5}-of-(\d{5})\.gguf$", r"-?????-of-\1.gguf", path.name)
-    files = sorted(path.parent.glob(pattern)) if pattern != path.name else [path]
+    files = _parts(path)
     values: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
     try:
@@ -89,6 +88,15 @@ def read_gguf(path: Path) -> Gguf:
     except Exception as error:  # of the reader, on whatever bytes it meets
         raise CheckpointError(f"{path} is no GGUF file, or a damaged one: {shortened(str(error))}") from error
     return Gguf(path, values, tensors)
+
+
+def _parts(path: Path) -> list[Path]:
+    """Returns the files of a model, of which one is named."""
+    numbered = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", path.name)
+    if numbered is None:
+        return [path]
+    before, count = numbered.groups()
+    return [path.with_name(f"{before}-{number:05}-of-{count}.gguf") for number in range(1, int(count) + 1)]
 
 
 class ServedBase(NamedTuple):

@@ -117,7 +117,8 @@ def test_a_table_that_mlx_has_otherwise_is_refused():
 @pytest.mark.parametrize(("kind", "layer"), [("gpt2", "c_attn"), ("gpt_neox", "query_key_value"), ("gptj", "q_proj")])
 def test_names_that_mlx_changes_are_refused(kind: str, layer: str):
     sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 60}
-    config = transformers.CONFIG_MAPPING[kind](**sizes, **({"rotary_dim": 4} if kind == "gptj" else {}))
+    sizes |= {"rotary_dim": 4} if kind == "gptj" else {}
+    config = transformers.CONFIG_MAPPING[kind](**sizes)
     model = trained(transformers.AutoModelForCausalLM.from_config(config), target_modules=[layer])
     with pytest.raises(CheckpointError, match=f"mlx-lm has other names .*{layer} of {kind}, and would ignore"):
         save_adapter(model, "saved", stack="mlx")
@@ -125,7 +126,8 @@ def test_names_that_mlx_changes_are_refused(kind: str, layer: str):
 
 
 def test_a_layer_that_mlx_has_as_two_is_refused():
-    ranks = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    ranks: dict[str, Any] = {"q_lora_rank": 8, "kv_lora_rank": 8, "v_head_dim": 8}
+    ranks |= {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
     config = transformers.DeepseekV3Config(**SIZES, **ranks, first_k_dense_replace=2)
     model = trained(transformers.DeepseekV3ForCausalLM(config), target_modules=["kv_b_proj", "o_proj"])
     with pytest.raises(CheckpointError, match=r"mlx-lm has other names .*kv_b_proj of deepseek_v3"):

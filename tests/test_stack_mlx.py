@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from graphpeft import CheckpointError, LoHaConfig, LoraConfig, PeftModel, get_peft_model, save_adapter
+from graphpeft.command import main
 
 IDS = torch.tensor([[3, 7, 11, 2, 9, 23]])
 
@@ -88,8 +89,27 @@ def test_its_files_are_read_again(name: str) -> None:
     again = PeftModel.from_pretrained(base(), "mlx")
     torch.testing.assert_close(again(IDS).logits, model(IDS).logits, atol=2e-5, rtol=1e-4)
     assert again.targeted_module_names == model.targeted_module_names
-    if len({parameter.shape for parameter in model.parameters() if parameter.requires_grad}) == 1:
-        assert again.state_dict().keys() == model.state_dict().keys()
+    assert again.state_dict().keys() == model.state_dict().keys()
+
+
+def test_the_base_and_the_task_of_an_adapter_are_carried_along(capsys: pytest.CaptureFixture[str]) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", base_model_name_or_path="my/base")
+    save_adapter(trained(config), "mlx", stack="mlx")
+    assert main(["info", "mlx", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["base"], told["task"]) == ("my/base", "CAUSAL_LM")
+
+
+@pytest.mark.parametrize("dropout", ["0.1", None, True])
+def test_a_dropout_that_is_no_number_is_refused(dropout: Any) -> None:
+    save_adapter(trained(LoraConfig(**CONFIGS["LoRA"])), "mlx", stack="mlx")
+    config = json.loads(Path("mlx/adapter_config.json").read_text())
+    config["lora_parameters"]["dropout"] = dropout
+    Path("mlx/adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file("mlx/adapters.safetensors")
+    save_file(tensors, "mlx/adapters.safetensors")  # without the digest of the config
+    with pytest.raises(CheckpointError, match=f"dropout={dropout!r} is no number that LoRA can have"):
+        PeftModel.from_pretrained(base(), "mlx")
 
 
 def test_lora_of_one_rank_and_scale_comes_back_bit_for_bit() -> None:

@@ -42,6 +42,8 @@ _OF_MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 """The names that mlx-lm has for the matrices of experts of Mixtral's kind."""
 
 
+_OF_PEFT = ("base_model_name_or_path", "task_type")
+"""Options of PEFT's configs that mlx-lm's has no use for, and carries along."""
 _RENAMED = frozenset(
     [
         *("gpt2", "gpt_neox", "gptj", "gemma4", "gemma4_text", "laguna", "mistral3", "muse_glimmer", "kimi_vl"),
@@ -81,7 +83,8 @@ def converted(files: AdapterFiles, model: Any) -> AdapterFiles:
     first, dropout = next(iter(changes.values())), files.config.get("lora_dropout", 0.0)
     parameters = {"rank": first.rank, "scale": first.scale, "dropout": dropout, "keys": layers}
     kind = "dora" if lora.magnitudes else "lora"
-    config = {"fine_tune_type": kind, "num_layers": 0, "lora_parameters": parameters}
+    of_peft = {name: files.config[name] for name in _OF_PEFT if files.config.get(name)}
+    config = {"fine_tune_type": kind, "num_layers": 0, "lora_parameters": parameters, **of_peft}
     return AdapterFiles(config, {key: tensor.contiguous() for key, tensor in tensors.items()})
 
 
@@ -169,12 +172,12 @@ def read(folder: Path, model: Any) -> AdapterFiles:
         raise CheckpointError(f"{folder} has no LoRA or DoRA of mlx-lm, but fine_tune_type={kind!r}")
     if metadata.get(_DIGEST) not in (None, _digest(config)):
         raise CheckpointError(f"{folder}: {FILE} was saved with another {CONFIG_NAME}; save the adapter again")
-    for name in ("scale", "rank"):
-        value = given.get(name)
+    numbers = {"scale": given.get("scale"), "rank": given.get("rank"), "dropout": given.get("dropout", 0.0)}
+    for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e6:
             raise CheckpointError(f"{folder / CONFIG_NAME}: {name}={value!r} is no number that LoRA can have")
     modules = modules_by_path(model) if model is not None else {}
-    scale, by_path = given["scale"], _by_path(tensors, checkpoints.names_of_experts(model), folder)
+    scale, by_path = numbers["scale"], _by_path(tensors, checkpoints.names_of_experts(model), folder)
     lora = Lora({}, {}, {}, {}, {})
     present = checkpoints.present_names(model, [f"{path}.weight" for path in by_path])
     for path, own in by_path.items():
@@ -184,10 +187,11 @@ def read(folder: Path, model: Any) -> AdapterFiles:
         changes[path] = LowRank(own["lora_a"].T.contiguous(), own["lora_b"].T.contiguous(), scale)
         if "m" in own:
             lora.magnitudes[path] = own["m"]
-    rank = given["rank"]
+    rank = numbers["rank"]
     _refuse_other_ranks(lora, rank, folder)
     _refuse_lacking(given.get("keys"), lora, folder)
-    plain = {"peft_type": "LORA", "r": rank, "lora_alpha": scale * rank, "lora_dropout": given.get("dropout", 0.0)}
+    plain = {"peft_type": "LORA", "r": rank, "lora_alpha": scale * rank, "lora_dropout": numbers["dropout"]}
+    plain |= {name: config[name] for name in _OF_PEFT if isinstance(config.get(name), str)}
     names = [*modules, *checkpoints.names_of_experts(model), *lora.layers]
     return written_lora({**plain, "use_dora": kind == "dora"}, lora, {}, names)
 

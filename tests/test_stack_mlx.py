@@ -15,7 +15,7 @@ from models import tiny_llama
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from graphpeft import CheckpointError, LoHaConfig, LoraConfig, PeftModel, get_peft_model, save_adapter
+from graphpeft import CheckpointError, LoHaConfig, LoraConfig, PeftModel, TaskType, get_peft_model, save_adapter
 from graphpeft.command import main
 
 IDS = torch.tensor([[3, 7, 11, 2, 9, 23]])
@@ -93,7 +93,7 @@ def test_its_files_are_read_again(name: str) -> None:
 
 
 def test_the_base_and_the_task_of_an_adapter_are_carried_along(capsys: pytest.CaptureFixture[str]) -> None:
-    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", base_model_name_or_path="my/base")
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type=TaskType.CAUSAL_LM, base_model_name_or_path="my/base")
     save_adapter(trained(config), "mlx", stack="mlx")
     assert main(["info", "mlx", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

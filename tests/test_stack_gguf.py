@@ -225,6 +225,52 @@ def test_a_base_in_several_files_is_named_by_any_of_them() -> None:
         save_adapter(model, "other", stack="gguf", served_base=parts[0])
 
 
+def _write_adapter(tensors: Mapping[str, Tensor], architecture: str) -> None:
+    writer = GGUFWriter("other.gguf", architecture)
+    writer.add_string("general.type", "adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 4.0)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("family", "tensor", "change"),
+    [
+        ("llama", "blk.0.attn_q.weight", lambda a, b: (a[:, 1:], b)),
+        ("llama", "token_embd.weight", lambda a, b: (a[1:], b)),
+        ("qwen_moe", "blk.0.ffn_down_exps.weight", lambda a, b: (a[1:], b[1:])),
+        ("qwen_moe", "blk.0.ffn_down_exps.weight", lambda a, b: (a[1:], b)),
+        ("qwen_moe", "blk.0.ffn_down_exps.weight", lambda a, b: (a[0], b[0])),
+    ],
+)
+def test_factors_of_other_sizes_than_the_base_has_are_refused(
+    family: str,
+    tensor: str,
+    change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("test_stack_gguf.base", FAMILIES[family][0], raising=False)
+    _, architecture, weights = FAMILIES[family]
+    own, _ = weights(based(family))[tensor]
+    *stacked, rows, columns = own.shape
+    is_table = tensor == "token_embd.weight"
+    a = torch.randn(rows, 2) if is_table else torch.randn(*stacked, 2, columns)
+    b = torch.randn(*stacked, columns if is_table else rows, 2)
+    both = ["--base", "test_stack_gguf:base", "--served-base", "base.gguf"]
+    for found, code in [((a, b), 0), (change(a, b), 1)]:
+        factors = {f"{tensor}.lora_{name}": each.contiguous() for name, each in zip("ab", found, strict=True)}
+        _write_adapter(factors, architecture)
+        assert main(["convert", "other.gguf", f"read-{code}", "--to", "peft", *both]) == code
+    assert f"{tensor} has factors of shapes" in capsys.readouterr().err
+    assert not Path("read-1").exists()
+
+
 def _another(weights: dict[str, Any]) -> None:
     weights["blk.0.attn_q.weight"] = torch.randn_like(weights["blk.0.attn_q.weight"][0]), torch.arange(32)
 

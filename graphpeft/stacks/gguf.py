@@ -158,6 +158,7 @@ def read(path: Path, model: Any, base: Path | None = None) -> AdapterFiles:
     for tensor, (a, b) in _pairs(file).items():
         if tensor not in names:
             raise CheckpointError(f"{file.path}: the model has no matrix that is {tensor}; load it on its own base")
+        _refuse_other_sizes(file, served, tensor, (a, b), len(names[tensor]))
         scale = alpha / b.shape[-1] if alpha else 1.0
         if tensor == TABLE:
             lora.embeddings[names[tensor][0]] = LowRank(a.T.contiguous(), b, scale)
@@ -169,6 +170,22 @@ def read(path: Path, model: Any, base: Path | None = None) -> AdapterFiles:
     plain = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha or rank, "lora_dropout": 0.0}
     modules = modules_by_path(model)
     return written_lora(plain, lora, {}, [*modules, *checkpoints.names_of_experts(model), *lora.layers])
+
+
+def _refuse_other_sizes(
+    file: Gguf, served: ServedBase, tensor: str, factors: tuple[Tensor, Tensor], count: int
+) -> None:
+    """Raises CheckpointError if factors aren't of a tensor's sizes, or if the model has not as many matrices of it."""
+    *stacked, rows, columns = served.file.shape(tensor)
+    found, rank = tuple(tuple(each.shape) for each in factors), factors[1].shape[-1]
+    wanted = (*stacked, rank, columns), (*stacked, rows, rank)
+    if tensor == TABLE:
+        wanted = (rows, rank), (columns, rank)
+    if found != wanted or count != (stacked or [1])[0]:
+        raise CheckpointError(
+            f"{file.path}: {tensor} has factors of shapes {found}; the base wants {wanted}, and the model has {count} "
+            "matrices of it; load it on its own base"
+        )
 
 
 def _pairs(file: Gguf) -> Mapping[str, tuple[Tensor, Tensor]]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from graphpeft import CheckpointError, LoHaConfig, LoraConfig, PeftModel, get_peft_model, save_adapter
 from graphpeft.command import main
+from graphpeft.stacks.reading import read_for
 
 IDS = torch.tensor([[3, 7, 11, 2, 9, 23]])
 LAYER = {
@@ -225,11 +226,15 @@ def test_a_base_in_several_files_is_named_by_any_of_them() -> None:
         save_adapter(model, "other", stack="gguf", served_base=parts[0])
 
 
-def _write_adapter(tensors: Mapping[str, Tensor], architecture: str) -> None:
+def _write_adapter(
+    tensors: Mapping[str, Tensor], architecture: str, alpha: float = 4.0, invoked: tuple[int, ...] = ()
+) -> None:
     writer = GGUFWriter("other.gguf", architecture)
+    if invoked:
+        writer.add_array("adapter.alora.invocation_tokens", invoked)
     writer.add_string("general.type", "adapter")
     writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 4.0)
+    writer.add_float32("adapter.lora.alpha", alpha)
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
@@ -269,6 +274,43 @@ def test_factors_of_other_sizes_than_the_base_has_are_refused(
         assert main(["convert", "other.gguf", f"read-{code}", "--to", "peft", *both]) == code
     assert f"{tensor} has factors of shapes" in capsys.readouterr().err
     assert not Path("read-1").exists()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "nan", "reason"),
+    [
+        ("llama", {}, True, r"attn_q\.weight\.lora_a has numbers that aren't finite"),
+        ("llama", {"alpha": float("inf")}, False, "adapter.lora.alpha=inf is no number"),
+        ("llama", {"invoked": (3, 4)}, False, r"acts after the tokens \[3, 4\] alone"),
+        ("deepseek2", {}, False, "graph of deepseek2 would ignore factors of blk.0.attn_q.weight"),
+    ],
+)
+def test_a_file_that_means_something_else_is_refused(
+    architecture: str, options: dict[str, Any], nan: bool, reason: str
+) -> None:
+    model = llama()
+    write_base(model, architecture, of_llama(model))
+    a = torch.full((2, 32), torch.nan) if nan else torch.randn(2, 32)
+    name = "blk.0.attn_q.weight"
+    _write_adapter({f"{name}.lora_a": a, f"{name}.lora_b": torch.randn(32, 2)}, architecture, **options)
+    with pytest.raises(CheckpointError, match=reason):
+        read_for(model, "other.gguf", served_base="base.gguf")
+
+
+@pytest.mark.parametrize("change", ["tied", "other tokens", "another"])
+def test_a_file_for_another_table_is_refused(change: str) -> None:
+    model = llama()
+    weights = of_llama(model)
+    table, rows = weights["token_embd.weight"]
+    if change == "tied":
+        del weights["output.weight"]
+    else:
+        weights["token_embd.weight"] = (table, rows.flip(0)) if change == "other tokens" else (table.roll(1, 1), rows)
+    write_base(model, "llama", weights)
+    factors = {"a": torch.randn(len(table), 2), "b": torch.randn(32, 2)}
+    _write_adapter({f"token_embd.weight.lora_{key}": each for key, each in factors.items()}, "llama")
+    with pytest.raises(CheckpointError, match=r"ties the head|in another order|has other numbers"):
+        read_for(model, "other.gguf", served_base="base.gguf")
 
 
 def _another(weights: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from graphpeft.wording import joined
 FILE = "adapter.gguf"
 
 _ALPHA = "adapter.lora.alpha"
+_INVOKED = "adapter.alora.invocation_tokens"
 _LEARNT = re.compile(
     r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down)(_exps|_shexp)?|ffn_gate_inp)\.weight|(output|token_embd)\.weight"
 )
@@ -77,9 +78,7 @@ def converted(files: AdapterFiles, model: Any, base: Path | None = None) -> Adap
     for name, change in layers.items():
         tensors |= _pair(_used(served, name), change.of(change.rank, alpha / change.rank))
     for name, change in lora.embeddings.items():
-        served.refuse_tied(name)
-        if not _is_in_order(served.rows_of(name, own.of(name))):
-            raise CheckpointError(f"{served.file.path} has the rows of {name} in another order; leave it out, or merge")
+        _refuse_table(served, own, name)
         A, B, _ = change.of(change.rank, alpha / change.rank)
         tensors |= _pair(_used(served, name), LowRank(A.T, B, 1.0))
     return AdapterFiles({ARCHITECTURE: served.architecture, **_KIND, _ALPHA: float(alpha)}, tensors)
@@ -110,8 +109,12 @@ def _with_rows(change: LowRank, rows: Tensor) -> LowRank:
     return change._replace(A=change.A.float(), B=change.B.float()[rows.to(change.B.device)])
 
 
-def _is_in_order(rows: Tensor) -> bool:
-    return bool((rows == torch.arange(len(rows))).all())
+def _refuse_table(served: ServedBase, own: checkpoints.Matrices, name: str) -> None:
+    """Raises CheckpointError if llama.cpp has a table for the head, too, or its tokens in another order."""
+    served.refuse_tied(name)
+    rows = served.rows_of(name, own.of(name))
+    if not bool((rows == torch.arange(len(rows))).all()):
+        raise CheckpointError(f"{served.file.path} has the rows of {name} in another order; leave it out, or merge")
 
 
 def _pair(name: str, change: LowRank) -> dict[str, Tensor]:
@@ -154,14 +157,17 @@ def read(path: Path, model: Any, base: Path | None = None) -> AdapterFiles:
         of_file = file.values.get(ARCHITECTURE)
         raise CheckpointError(f"{file.path} is for {of_file!r}, and {served.file.path} is {served.architecture!r}")
     names = served.checkpoint_names(own.names)
-    lora, alpha = Lora({}, {}, {}, {}, {}), float(file.values.get(_ALPHA, 0))
+    lora, alpha = Lora({}, {}, {}, {}, {}), _alpha_of(file)
     for tensor, (a, b) in _pairs(file).items():
         if tensor not in names:
             raise CheckpointError(f"{file.path}: the model has no matrix that is {tensor}; load it on its own base")
         _refuse_other_sizes(file, served, tensor, (a, b), len(names[tensor]))
         scale = alpha / b.shape[-1] if alpha else 1.0
+        for name in names[tensor]:
+            _used(served, name)
         if tensor == TABLE:
-            lora.embeddings[names[tensor][0]] = LowRank(a.T.contiguous(), b, scale)
+            _refuse_table(served, own, name := names[tensor][0])
+            lora.embeddings[name] = LowRank(a.T.contiguous(), b, scale)
             continue
         for name, A, B in zip(names[tensor], *(each if each.dim() == 3 else [each] for each in (a, b)), strict=True):
             back = torch.argsort(served.rows_of(name, own.of(name)))
@@ -170,6 +176,16 @@ def read(path: Path, model: Any, base: Path | None = None) -> AdapterFiles:
     plain = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha or rank, "lora_dropout": 0.0}
     modules = modules_by_path(model)
     return written_lora(plain, lora, {}, [*modules, *checkpoints.names_of_experts(model), *lora.layers])
+
+
+def _alpha_of(file: Gguf) -> float:
+    """Returns an adapter's alpha, 0 if it has none, if nothing else in its metadata changes its meaning."""
+    alpha = file.values.get(_ALPHA, 0.0)
+    if not isinstance(alpha, float) or not abs(alpha) < 1e6:
+        raise CheckpointError(f"{file.path}: {_ALPHA}={alpha!r} is no number that LoRA can have; convert it again")
+    if tokens := file.values.get(_INVOKED):
+        raise CheckpointError(f"{file.path} acts after the tokens {tokens} alone, {_INVOKED}, which isn't read here")
+    return alpha
 
 
 def _refuse_other_sizes(
@@ -181,7 +197,7 @@ def _refuse_other_sizes(
     wanted = (*stacked, rank, columns), (*stacked, rows, rank)
     if tensor == TABLE:
         wanted = (rows, rank), (columns, rank)
-    if found != wanted or count != (stacked or [1])[0]:
+    if not rank or found != wanted or count != (stacked or [1])[0]:
         raise CheckpointError(
             f"{file.path}: {tensor} has factors of shapes {found}; the base wants {wanted}, and the model has {count} "
             "matrices of it; load it on its own base"
@@ -195,7 +211,9 @@ def _pairs(file: Gguf) -> Mapping[str, tuple[Tensor, Tensor]]:
         name, _, which = key.rpartition(".lora_")
         if not name:
             raise CheckpointError(f"{file.path} has {key}, which is no factor of LoRA; convert the merged model")
-        found.setdefault(name, {})[which] = file.numbers(key)
+        found.setdefault(name, {})[which] = numbers = file.numbers(key)
+        if not bool(numbers.isfinite().all()):
+            raise CheckpointError(f"{file.path}: {key} has numbers that aren't finite; convert the adapter again")
     for name, own in found.items():
         sizes = {which: tuple(tensor.shape) for which, tensor in own.items()}
         a, b = sizes.get("a", ()), sizes.get("b", ())

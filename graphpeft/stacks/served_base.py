@@ -35,7 +35,7 @@ class Gguf(NamedTuple):
 
     Attributes:
         path: Its path.
-        values: The metadata that are single values or strings.
+        values: The metadata that are single values or strings, and all of an adapter.
         tensors: The tensors by name, as the package's reader gives them.
     """
 
@@ -79,7 +79,9 @@ def read_gguf(path: Path) -> Gguf:
         for file in files:
             reader = GGUFReader(file)
             of_one = {
-                key: each for key, each in reader.fields.items() if each.types[:1] not in ([], [GGUFValueType.ARRAY])
+                key: each
+                for key, each in reader.fields.items()
+                if each.types and (each.types[0] != GGUFValueType.ARRAY or key.startswith("adapter."))
             }
             values |= {key: field.contents() for key, field in of_one.items()}
             tensors |= {tensor.name: tensor for tensor in reader.tensors}

@@ -37,10 +37,10 @@ _IGNORED: dict[str, re.Pattern[str]] = dict.fromkeys(
         *("bailingmoe3", "deepseek2", "deepseek2-ocr", "deepseek32", "deepseek4", "dots3note", "glm-dsa", "glm5-next"),
         *("graniteswitch", "hy_v4", "kimi-linear", "plm"),
     ],
-    re.compile(r".*\.attn_\w+\.weight|output\.weight"),
+    re.compile(r".*\.attn_\w+\.weight|(output|token_embd)\.weight"),
 )
 _IGNORED["kimi-k3"] = re.compile(r".*")
-"""The tensors whose factors the graph of an architecture doesn't use: they have ``ggml_mul_mat`` itself."""
+"""The tensors whose factors an architecture's graph doesn't use, or not all: it has ``ggml_mul_mat`` itself there."""
 _KIND = {"general.type": "adapter", "adapter.type": "lora"}
 
 

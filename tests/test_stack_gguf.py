@@ -198,6 +198,8 @@ def test_a_file_of_llama_cpp_is_read_bit_for_bit_by_the_command(
     given, found = (load_file(f"{folder}/adapter_model.safetensors") for folder in ("peft", "again"))
     assert found.keys() == given.keys()
     assert all(torch.equal(found[key], given[key]) for key in given)
+    assert main(["convert", "peft", "mlx", "--to", "mlx", *both]) == 2
+    assert "--served-base is of an adapter for llama.cpp" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q5_1"])
@@ -209,6 +211,24 @@ def test_the_rows_of_a_quantised_base_are_recognised(kind: str) -> None:
         save_adapter(model, each, stack="gguf", served_base="base.gguf")
         files[each] = {tensor.name: np.array(tensor.data) for tensor in GGUFReader(f"{each}/adapter.gguf").tensors}
     assert all(np.array_equal(files[kind][name], of_exact) for name, of_exact in files["F32"].items())
+
+
+def test_rows_that_are_alike_are_told_apart_or_refused() -> None:
+    config, alike = LoraConfig(r=2, target_modules=["q_proj"]), 0.01 + 1e-4 * torch.randn(32, 32)
+    for weight in (alike, torch.full((32, 32), 0.01)):
+        model, served = llama(), llama()
+        for layer in (*model.model.layers, *served.model.layers):
+            layer.self_attn.q_proj.weight.data.copy_(weight)
+        write_base(served, "llama", of_llama(served))
+        adapted = trained(model, config)
+        expected = adapted(IDS).logits
+        if weight is alike:
+            save_adapter(adapted, "adapter", stack="gguf", served_base="base.gguf")
+            found = as_llama_cpp_computes(served, of_llama(served), "adapter/adapter.gguf")(IDS).logits
+            torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+        else:
+            with pytest.raises(CheckpointError, match="or rows that are alike"):
+                save_adapter(adapted, "other", stack="gguf", served_base="base.gguf")
 
 
 def test_a_base_in_several_files_is_named_by_any_of_them() -> None:

@@ -280,6 +280,9 @@ def convert(
     if stack is not None:
         if rank is not None:
             raise click.UsageError("--rank is of plain LoRA, and --to writes an adapter as it is; give one of the two")
+        of_file = recognised(Path(adapter))
+        if served_base is not None and not STACKS[stack].has_own_base and not (of_file and of_file.has_own_base):
+            raise click.UsageError("--served-base is of an adapter for llama.cpp; add --to gguf, or leave it out")
         with _as_peft(adapter, base, served_base) as readable:
             tell({"adapter": adapter, **_in_other_files(readable, path, stack, base, served_base)}, as_json)
         return

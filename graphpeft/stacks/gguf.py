@@ -31,7 +31,7 @@ _INVOKED = "adapter.alora.invocation_tokens"
 _LEARNT = re.compile(
     r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down)(_exps|_shexp)?|ffn_gate_inp)\.weight|(output|token_embd)\.weight"
 )
-"""The tensors whose factors llama.cpp's graphs use; those of others, it loads and ignores."""
+"""The tensors whose factors llama.cpp's graphs use. It loads the factors of other tensors, and ignores them."""
 _IGNORED: dict[str, re.Pattern[str]] = dict.fromkeys(
     [
         *("bailingmoe3", "deepseek2", "deepseek2-ocr", "deepseek32", "deepseek4", "dots3note", "glm-dsa", "glm5-next"),
